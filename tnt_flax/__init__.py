@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transformer in Transformer in JAX: the networks, their training recipe, their weights."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Public name -> where it lives. Imported on first use, so that `import tnt_flax` stays cheap.
+_PUBLIC = {
+    "TNT": "tnt_flax.models",
+    "block_outputs": "tnt_flax.models",
+    "create_model": "tnt_flax.models",
+    "list_models": "tnt_flax.models",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'tnt_flax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of published networks, and the one function that builds them."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+import jax.numpy as jnp
+
+from tnt_flax.errors import InputError
+from tnt_flax.models.tnt import TNT, block_outputs
+
+__all__ = ["MODELS", "TNT", "block_outputs", "create_model", "list_models"]
+
+# Sizes: paper Table 1. Note that TNT-Ti has 2 inner heads, not 4.
+_TI = dict(outer_dim=192, inner_dim=12, outer_heads=3, inner_heads=2)
+_S = dict(outer_dim=384, inner_dim=24, outer_heads=6, inner_heads=4)
+_B = dict(outer_dim=640, inner_dim=40, outer_heads=10, inner_heads=4)
+
+# The network of timm before 1.0.16 and of mmpretrain, written before the authors' code was public.
+_LEGACY = dict(conv_first=True, norm_each_word=True, proj_bias=True, proj_norm=False)
+
+MODELS: dict[str, dict[str, Any]] = {
+    "tnt_ti_patch16_224": _TI,
+    "tnt_s_patch16_224": _S,
+    "tnt_b_patch16_224": _B,
+    "tnt_s_legacy_patch16_224": _S | _LEGACY,
+    "tnt_b_legacy_patch16_224": _B | _LEGACY,
+}
+
+
+def list_models() -> list[str]:
+    """The names that `create_model` knows, sorted."""
+    return sorted(MODELS)
+
+
+def create_model(name: str, **overrides: Any) -> TNT:
+    """Builds a published network; `overrides` are fields of `tnt_flax.models.TNT`.
+
+    `dtype` may be a name such as "bfloat16".
+
+    Raises:
+        InputError: an unknown name or field (the nearest known one is named).
+    """
+    if name not in MODELS:
+        raise InputError(f"unknown model {name!r}{_nearest(name, MODELS)}; known: {list_models()}")
+    known = {field.name for field in dataclasses.fields(TNT)} - {"parent", "name"}
+    for field in overrides:
+        if field not in known:
+            raise InputError(f"TNT has no field {field!r}{_nearest(field, known)}")
+    fields = MODELS[name] | overrides
+    try:
+        fields["dtype"] = jnp.dtype(fields.get("dtype", "float32"))
+    except TypeError as error:
+        raise InputError(
+            f"dtype={fields['dtype']!r} is no type: use 'float32' or 'bfloat16'"
+        ) from error
+    fields["vanilla_blocks"] = tuple(fields.get("vanilla_blocks", ()))
+    return TNT(**fields)
+
+
+def _nearest(word: str, known) -> str:
+    close = difflib.get_close_matches(word, known, 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
