@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real photographs for the tests: the two JPEG files that scikit-learn ships (640 x 427)."""
+
+import io
+import pathlib
+
+import numpy as np
+import sklearn.datasets
+from PIL import Image
+
+
+def jpeg(name: str) -> bytes:
+    """The file "china" or "flower", as scikit-learn's `load_sample_images` finds it."""
+    folder = pathlib.Path(sklearn.datasets.__file__).parent / "images"
+    return (folder / f"{name}.jpg").read_bytes()
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """Pixels as a PNG file, which keeps them exactly."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def all_photos() -> dict[str, bytes]:
+    """Landscape, portrait, smaller than any crop, thin, grey: every branch of a resize."""
+    china = np.asarray(Image.open(io.BytesIO(jpeg("china"))))
+    return {
+        "china": jpeg("china"),
+        "flower": jpeg("flower"),
+        "portrait": png(china[:, 100:401]),
+        "small": png(china[50:127, 30:131]),
+        "thin": png(china[200:211, :]),
+        "grey": png(china[..., 0]),
+        "square": png(china[:400, :400]),
+    }

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plan, source and transform joined by Grain: batches of numpy arrays, made by worker threads.
+
+A view says what each sample of the run is, by its number; Grain evaluates the view ahead of time.
+There is no iterator state to save. Host h of H owns the contiguous rows [h * b, (h + 1) * b) of
+every global batch of H * b, so batches put together in host order never depend on H, and how many
+threads or processes evaluate the view changes nothing.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+
+import grain
+import numpy as np
+
+from tnt_flax.data.plan import EvalPlan, TrainPlan, sample_generator
+from tnt_flax.data.sources import Source
+from tnt_flax.data.transforms import CorruptImageError
+from tnt_flax.errors import InputError
+
+Batch = dict[str, np.ndarray]
+MAX_REPLACEMENTS = 16  # unreadable records in a row before training gives up on the data set
+
+
+def train_batches(
+    source: Source,
+    plan: TrainPlan,
+    *,
+    transform: Callable[[bytes | np.ndarray, np.random.Generator], np.ndarray],
+    start_step: int,
+    num_steps: int,
+    corrupt: str = "error",
+    host: int = 0,
+    num_hosts: int = 1,
+    threads: int = 4,
+    prefetch: int = 2,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """This host's part of the global batches start_step, ..., start_step + num_steps - 1.
+
+    Each is `image` uint8 [b, H, W, 3], `label` int32 [b] and `replaced` bool [b], where
+    b = plan.batch_size / num_hosts. `transform` is a `functools.partial` of `train_transform`.
+    `corrupt` says what to do about a record that cannot be read: "error" raises InputError from
+    `next()`, "skip" takes the next readable record instead and sets `replaced`.
+
+    `threads` read and decode, `prefetch` batches ahead. With `workers` > 0 that many processes do
+    the work, each with its own `threads`; the program must then guard its `__main__`. The iterator
+    is a generator: `close()` it, if it was not exhausted, to stop threads and processes.
+    Raises InputError at once for rows that the hosts cannot share evenly and for bad options.
+    """
+    rows = _rows_per_host(plan.batch_size, host, num_hosts)
+    _check_corrupt(corrupt)
+    view = _TrainView(source, plan, transform, corrupt, start_step, num_steps, host * rows, rows)
+    return _run(view, rows, threads, prefetch, workers)
+
+
+def eval_batches(
+    source: Source,
+    *,
+    transform: Callable[[bytes | np.ndarray], np.ndarray],
+    batch_size: int,
+    corrupt: str = "error",
+    host: int = 0,
+    num_hosts: int = 1,
+    threads: int = 4,
+    prefetch: int = 2,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """This host's part of one pass over the source, in order: every record exactly once.
+
+    `batch_size` counts the rows of all hosts. Each batch is `image` uint8 [b, H, W, 3], `label`
+    int32 [b], `mask` bool [b] and `corrupt` bool [b], b = batch_size / num_hosts. Where `mask` is
+    False the row is zeros and must not count: padding of the last batch, so that all hosts see
+    equally many batches of one shape, or, with corrupt="skip", a record that cannot be read.
+    The other arguments and the errors are those of `train_batches`.
+    """
+    rows = _rows_per_host(batch_size, host, num_hosts)
+    _check_corrupt(corrupt)
+    blank = np.zeros_like(transform(np.zeros((1, 1, 3), np.uint8)))  # for its shape
+    plan = EvalPlan(len(source), batch_size)
+    view = _EvalView(source, plan, transform, corrupt, host * rows, rows, blank)
+    return _run(view, rows, threads, prefetch, workers)
+
+
+# ------------------------------------------------------------------------------- the two views
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainView:
+    """The samples of one host as a sequence: sample i is row `i % rows` of step `i // rows`."""
+
+    source: Source
+    plan: TrainPlan
+    transform: Callable[[bytes | np.ndarray, np.random.Generator], np.ndarray]
+    corrupt: str
+    start_step: int
+    num_steps: int
+    first_row: int
+    rows: int
+
+    def __len__(self):
+        return self.num_steps * self.rows
+
+    def __getitem__(self, index):
+        step, row = divmod(index, self.rows)
+        record, key = self.plan.plan(self.start_step + step, self.first_row + row)
+        image, label, replaced = self._read(record, key)
+        return {"image": image, "label": np.int32(label), "replaced": np.bool_(replaced)}
+
+    def _read(self, record, key):
+        """The record's sample, or that of the first readable one after it."""
+        for replacements in range(MAX_REPLACEMENTS + 1):
+            candidate = (record + replacements) % len(self.source)
+            try:
+                encoded, label = self.source[candidate]
+                # A fresh generator each time: the replacement must not depend on how far the
+                # transform of the unreadable record came.
+                return self.transform(encoded, sample_generator(key)), label, replacements > 0
+            except (CorruptImageError, OSError) as reason:
+                _refuse_or_log(self.source, candidate, reason, self.corrupt)
+        raise InputError(
+            f"{MAX_REPLACEMENTS + 1} records in a row cannot be read, the first is "
+            f"{self.source.name_of(record)}: check the data set"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvalView:
+    """The samples of one host as a sequence, padding included; numbered as in `_TrainView`."""
+
+    source: Source
+    plan: EvalPlan
+    transform: Callable[[bytes | np.ndarray], np.ndarray]
+    corrupt: str
+    first_row: int
+    rows: int
+    blank: np.ndarray
+
+    def __len__(self):
+        return self.plan.num_batches * self.rows
+
+    def __getitem__(self, index):
+        batch, row = divmod(index, self.rows)
+        record = self.plan.plan(batch, self.first_row + row)
+        if record is None:
+            return self._sample(self.blank)
+        try:
+            encoded, label = self.source[record]
+            return self._sample(self.transform(encoded), label, mask=True)
+        except (CorruptImageError, OSError) as reason:
+            _refuse_or_log(self.source, record, reason, self.corrupt)
+            return self._sample(self.blank, corrupt=True)
+
+    def _sample(self, image, label=0, *, mask=False, corrupt=False):
+        return {
+            "image": image,
+            "label": np.int32(label),
+            "mask": np.bool_(mask),
+            "corrupt": np.bool_(corrupt),
+        }
+
+
+def _refuse_or_log(source, record, reason, corrupt):
+    """Reports an unreadable record: as the error that ends the run, or as a line of the log."""
+    if isinstance(reason, CorruptImageError):
+        problem = f"{source.name_of(record)} is not a usable image: {reason}"
+    else:  # the file vanished, the disk failed
+        problem = f"{source.name_of(record)} cannot be read: {reason.strerror or reason}"
+    if corrupt == "error":
+        raise InputError(f'{problem}; remove it, or set data.corrupt="skip"') from None
+    logging.getLogger(__name__).warning("skipped: %s", problem)
+
+
+# --------------------------------------------------------------------------------------- running
+
+
+def _run(view, rows, threads, prefetch, workers):
+    """Batches of `rows` consecutive samples of the view, evaluated ahead of time."""
+    samples = grain.MapDataset.source(view)
+    if not workers:
+        # Threads share samples, not batches: the first batch comes sooner, and the memory in
+        # flight does not grow with threads * rows.
+        options = grain.ReadOptions(threads, max(threads, prefetch * rows))
+        return _iterate(samples.to_iter_dataset(options).batch(rows))
+    # Grain deals the elements below the prefetch to its processes in turn. They must be whole
+    # batches, or each process would batch its own every-other sample.
+    _parse_absl_flags()
+    options = grain.ReadOptions(threads, max(threads, prefetch))
+    batches = samples.batch(rows).to_iter_dataset(options)
+    return _iterate(batches.mp_prefetch(grain.MultiprocessingOptions(workers, prefetch)))
+
+
+def _iterate(batches):
+    """A generator, so that the end, an error and `close()` all stop the threads and processes."""
+    iterator = iter(batches)
+    try:
+        for batch in iterator:
+            # A copy of what lies in the shared memory of a worker process, which is freed with
+            # Grain's array while someone may still hold a pointer into it.
+            yield {
+                name: column if type(column) is np.ndarray else np.array(column)
+                for name, column in batch.items()
+            }
+    except InputError as error:
+        raise InputError(*error.args) from None  # without Grain's notes about its tracebacks
+    finally:
+        iterator.close()
+
+
+def _parse_absl_flags():
+    # Grain's worker processes read absl flags, which are unparsed outside `absl.app.run`.
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _rows_per_host(batch_size, host, num_hosts):
+    if not 0 <= host < num_hosts:
+        raise InputError(f"host {host} of {num_hosts}: hosts are numbered from 0")
+    if batch_size % num_hosts:
+        raise InputError(
+            f"a batch of {batch_size} cannot be split evenly over {num_hosts} hosts: choose a "
+            f"multiple of {num_hosts}"
+        )
+    return batch_size // num_hosts
+
+
+def _check_corrupt(corrupt):
+    if corrupt not in ("error", "skip"):
+        raise InputError(f"data.corrupt is {corrupt!r}: choose 'error' or 'skip'")

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an encoded image to the uint8 pixels of one sample: PIL, and a generator per sample.
+
+Every function is pure: the same image and the same generator state give the same pixels. Boxes,
+rounding and filters are timm's, which are torchvision's, bit for bit. Normalising, mixing and
+erasing are not here; they run on the device.
+"""
+
+import io
+import math
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# Once, when this module is imported, and not in `warnings.catch_warnings()` around each call: that
+# swaps the state of the whole process, and many threads decode at once. The first is Pillow's
+# documented way to refuse decompression bombs; the others are remarks about metadata.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+CROP_TRIES = 10  # then the central crop, as in torchvision and timm
+
+
+class CorruptImageError(ValueError):
+    """This record is not a usable image. The message is one line, without the file's name."""
+
+
+# ------------------------------------------------------------------------------------- decoding
+
+
+def decode(image: bytes | np.ndarray) -> Image.Image:
+    """An encoded file, or uint8 pixels [H, W] or [H, W, C], as a PIL image in RGB.
+
+    As timm decodes: `convert("RGB")` whatever the mode (grey is repeated, CMYK converted, alpha
+    dropped, 16 bits clipped to 255), and an EXIF orientation is not applied.
+    Raises CorruptImageError for anything that cannot be shown: truncated or empty data, a format
+    that PIL does not read, no pixels, or more than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    try:
+        if isinstance(image, np.ndarray):
+            return _from_pixels(image)
+        return _from_file(image)
+    except (CorruptImageError, MemoryError):
+        raise
+    except Image.UnidentifiedImageError:  # PIL's own text is the address of a buffer
+        raise CorruptImageError("not an image format that PIL reads") from None
+    except Exception as reason:  # PIL's many readers raise OSError, SyntaxError, struct.error...
+        raise CorruptImageError(_one_line(reason)) from None
+
+
+def _from_file(encoded):
+    if not encoded:
+        raise CorruptImageError("the file is empty")
+    image = Image.open(io.BytesIO(encoded))
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # where the user's filters say ignore
+        raise CorruptImageError(f"{image.width} x {image.height} pixels are too many")
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        del image.info["transparency"]  # dropped by convert() anyway, but with a warning
+    return image.convert("RGB")
+
+
+def _from_pixels(pixels):
+    if pixels.dtype != np.uint8:
+        raise CorruptImageError(f"pixels are {pixels.dtype}, not uint8")
+    if not pixels.size:
+        raise CorruptImageError(f"an array of shape {pixels.shape} has no pixels")
+    if pixels.ndim == 3 and pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    return Image.fromarray(pixels).convert("RGB")
+
+
+def _one_line(reason):
+    return " ".join(str(reason).split()) or type(reason).__name__
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+def random_crop_box(
+    width: int,
+    height: int,
+    generator: np.random.Generator,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[int, int, int, int]:
+    """A box (left, top, right, bottom) in pixels, as `RandomResizedCrop` draws it.
+
+    The area is uniform in `scale` (parts of the image), width / height log-uniform in `ratio`. A
+    box that does not fit is drawn again; after ten tries the largest central box with an allowed
+    ratio is taken. Source: torchvision's and timm's `get_params`. Like torchvision and unlike
+    timm, a box rounded to no pixels (a tiny image) counts as one that does not fit.
+    """
+    for _ in range(CROP_TRIES):
+        area = generator.uniform(*scale) * width * height
+        aspect = math.exp(generator.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        crop_width = round(math.sqrt(area * aspect))
+        crop_height = round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(generator.integers(0, height - crop_height, endpoint=True))
+            left = int(generator.integers(0, width - crop_width, endpoint=True))
+            return left, top, left + crop_width, top + crop_height
+    # At least one pixel, for an image of a single row or column and unusual ratios.
+    crop_width = min(width, max(1, round(height * max(ratio))))
+    crop_height = min(height, max(1, round(width / min(ratio))))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
+
+
+def random_resized_crop(
+    image: Image.Image,
+    generator: np.random.Generator,
+    size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Image.Image:
+    """A random box of the image at `size` x `size`, by a bilinear or bicubic filter, 50:50.
+
+    The coin is timm's 'random' train interpolation. The box is cut out before it is resized, so
+    that the filter does not see beyond it: `resize(box=...)` differs by up to 7 levels there.
+    """
+    box = random_crop_box(*image.size, generator, scale, ratio)
+    bicubic = generator.random() < 0.5
+    resample = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+    return image.crop(box).resize((size, size), resample)
+
+
+def random_flip(
+    image: Image.Image, generator: np.random.Generator, probability: float
+) -> Image.Image:
+    """The image, mirrored left to right with this probability."""
+    if generator.random() < probability:
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image
+
+
+def train_transform(
+    image: bytes | np.ndarray,
+    generator: np.random.Generator,
+    *,
+    size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    flip: float,
+) -> np.ndarray:
+    """A record's image as one augmented training sample, uint8 [size, size, 3].
+
+    `flip` is a probability; the others are those of `random_resized_crop`. Raises
+    CorruptImageError.
+    """
+    image = decode(image)
+    image = random_resized_crop(image, generator, size, scale, ratio)
+    image = random_flip(image, generator, flip)
+    return np.array(image)
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+
+def resize_short_side(image: Image.Image, short: int) -> Image.Image:
+    """The image with its shorter side at `short` pixels, bicubic; the longer is rounded down.
+
+    Raises CorruptImageError where that would need more than `PIL.Image.MAX_IMAGE_PIXELS`: a line
+    of one pixel by thousands is a broken file, not a reason to run out of memory.
+    """
+    long = int(short * max(image.size) / min(image.size))
+    if short * long > Image.MAX_IMAGE_PIXELS:
+        raise CorruptImageError(f"{image.width} x {image.height} pixels are too long and thin")
+    size = (short, long) if image.width <= image.height else (long, short)
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The central `size` x `size` pixels; a shorter side is first padded with black.
+
+    Source: torchvision's `center_crop`, whose offset `int(round(x))` rounds a half to even.
+    """
+    missing = [max(0, size - side) for side in image.size]
+    if any(missing):
+        before = [m // 2 for m in missing]
+        after = [(m + 1) // 2 for m in missing]
+        image = ImageOps.expand(image, (*before, *after), fill=0)
+    left, top = (round((side - size) / 2) for side in image.size)
+    return image.crop((left, top, left + size, top + size))
+
+
+def eval_transform(image: bytes | np.ndarray, *, size: int, crop_fraction: float) -> np.ndarray:
+    """A record's image as timm evaluates it, uint8 [size, size, 3].
+
+    The shorter side goes to `floor(size / crop_fraction)` (0.9: 224 -> 248), then the centre is
+    cut out. Raises CorruptImageError.
+    """
+    image = resize_short_side(decode(image), math.floor(size / crop_fraction))
+    return np.array(center_crop(image, size))
