@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small TNT on the embedded handwritten digits: minutes on two CPU cores, nothing to download.
+
+    python main.py --config=configs/digits.py --workdir=runs/digits
+
+The 8x8 digits are enlarged to 32x32, so that a word (4x4 pixels) is one pixel of the original and
+a sentence (16x16 pixels) one quarter of the digit.
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.epochs = 50
+    config.batch_size = 32
+
+    config.model.name = "tnt_ti_patch16_224"
+    config.model.depth = 4
+    config.model.inner_dim = 24
+    config.model.inner_heads = 4
+    config.model.drop_path = 0.0
+    config.model.dtype = "float32"
+
+    config.data.source = "digits"
+    config.data.eval_split = "test"
+    config.data.image_size = 32
+    config.data.crop_fraction = 1.0
+    config.data.threads = 2
+
+    config.augment.scale = (0.5, 1.0)
+    config.augment.flip = 0.0  # a mirrored digit is another digit, or none
+
+    config.optimizer.warmup_epochs = 3
+    config.optimizer.cooldown_epochs = 2
+    config.ema.decay = 0.99  # the published one is for runs a hundred times longer
+    config.eval.every = "5 epochs"
+    config.eval.batch_size = 120
+    config.checkpoint.every = "5 epochs"
+    config.log.every = "44 steps"
+    return config

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every image counts exactly once, whatever the batch size and the number of devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tnt_flax import build, sharding
+from tnt_flax.errors import InputError, RunError
+from tnt_flax.evaluate import evaluate, evaluate_checkpoint
+from tnt_flax.weights import save_weights
+from tnt_flax.workdir import as_json
+
+
+@pytest.fixture
+def setting(smoke_config):
+    config = smoke_config()
+    model = build.build_model(config, 10)
+    params = build.init_params(model, config)(jax.random.key(3))
+    params["head"]["kernel"] *= 50  # so that logits differ
+    return config, model, params
+
+
+def test_exact_for_any_batch_size(setting):
+    config, model, params = setting
+    mesh = sharding.make_mesh()
+    source = build.open_source(config, "test")
+    step = jax.jit(build.build_eval_step(config, model))
+    results = []
+    for batch_size in (8, 56, 360, 368):
+        config.eval.batch_size = batch_size
+        results.append(evaluate(step, params, build.eval_batches(config, source), mesh))
+    for result in results:
+        assert (result["images"], result["skipped"]) == (360, 0)
+        assert result["top1"] == results[0]["top1"] and result["top5"] == results[0]["top5"]
+        np.testing.assert_allclose(result["loss"], results[0]["loss"], rtol=1e-6)
+
+    # The same by hand, without batches, masks or devices.
+    config.eval.batch_size = 360
+    (batch,) = build.eval_batches(config, source)
+    pixels = (jnp.asarray(batch["image"], jnp.float32) - 127.5) / 127.5
+    order = np.argsort(-np.asarray(model.apply({"params": params}, pixels)), axis=1)
+    hits = order == batch["label"][:, None]
+    assert results[0]["top1"] == hits[:, 0].mean()
+    assert results[0]["top5"] == hits[:, :5].any(axis=1).mean()
+    assert 0 < results[0]["top1"] < results[0]["top5"] < 1
+
+
+def test_a_weights_file(setting, tmp_path):
+    config, _, params = setting
+    path = tmp_path / "w.safetensors"
+    names = [str(i) for i in range(10)]
+    save_weights(path, params, {"config": as_json(config), "class_names": names})
+    result = evaluate_checkpoint(config, None, str(path))
+    assert result["images"] == 360
+    assert result["checkpoint"] == str(path)
+
+    config.model.depth = 2
+    with pytest.raises(InputError, match="does not fit this model|another model: depth: 1 -> 2"):
+        evaluate_checkpoint(config, None, str(path))
+    config.model.depth = 1
+    config.model.dtype = "bfloat16"  # how it is computed is free
+    assert evaluate_checkpoint(config, None, str(path))["images"] == 360
+
+    save_weights(path, params, {"config": as_json(config), "class_names": names[::-1]})
+    with pytest.raises(InputError, match="was trained on 10 classes"):
+        evaluate_checkpoint(config, None, str(path))
+
+
+def test_nothing_to_evaluate(setting, tmp_path):
+    config, model, params = setting
+    with pytest.raises(InputError, match="--checkpoint=best needs the --workdir"):
+        evaluate_checkpoint(config, None, "best")
+    with pytest.raises(InputError, match="no whole checkpoint in"):
+        evaluate_checkpoint(config, tmp_path, "best")
+    with pytest.raises(InputError, match="there is no weights file"):
+        evaluate_checkpoint(config, None, str(tmp_path / "none.safetensors"))
+    step = build.build_eval_step(config, model)
+    with pytest.raises(RunError, match="no image could be evaluated"):
+        evaluate(step, params, iter([]), sharding.make_mesh())
+
+
+def test_weights_that_give_nan(setting):
+    config, model, params = setting
+    params["head"]["bias"] = jnp.full(10, jnp.nan)
+    source = build.open_source(config, "test")
+    step = jax.jit(build.build_eval_step(config, model))
+    with pytest.raises(RunError, match="the evaluation loss is nan"):
+        evaluate(step, params, build.eval_batches(config, source), sharding.make_mesh())

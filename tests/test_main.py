@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command itself: one clear line for bad input, the right exit code, JSON as the last line."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def command(root, *flags, **env):
+    return subprocess.run(
+        [sys.executable, "main.py", *flags],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+    )
+
+
+DIGITS = "--config=configs/digits.py"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "--config=FILE is missing, for instance --config=configs/digits.py"),
+        (["--config=configs/none.py"], "there is no config file configs/none.py"),
+        ([DIGITS, "--config.batch_sise=3"], "no key 'batch_sise': did you mean 'batch_size'?"),
+        ([DIGITS, "--config.modl.depth=3"], "no key 'modl': did you mean 'model'?"),
+        ([DIGITS, "--config.zzz=3"], "no key 'zzz': configs/default.py lists all keys"),
+        ([DIGITS, "--config.batch_size=many"], "config.batch_size=many: invalid literal for int()"),
+        ([DIGITS, "--config.batch_size=1.5"], "config.batch_size=1.5: invalid literal for int()"),
+        ([DIGITS, "--mode=evaluate"], "--mode=evaluate: value should be one of <train|eval>"),
+        ([DIGITS, "--workdri=x"], "Unknown command line flag 'workdri'. Did you mean: workdir ?"),
+        ([DIGITS, "runs/digits"], "unexpected argument 'runs/digits'"),
+        ([DIGITS], "training needs --workdir=FOLDER"),
+    ],
+    ids=lambda x: "" if isinstance(x, str) else " ".join(x),
+)
+def test_bad_flags(root, flags, message):
+    result = command(root, *flags)
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+@pytest.mark.slow
+def test_train_then_evaluate(root, tmp_path, smoke_flags):
+    flags = [DIGITS, f"--workdir={tmp_path}", *smoke_flags]
+    trained = command(root, *flags)
+    assert trained.returncode == 0, trained.stderr
+    result = json.loads(trained.stdout.splitlines()[-1])
+
+    evaluated = command(root, *flags, "--mode=eval")
+    assert evaluated.returncode == 0, evaluated.stderr
+    answer = json.loads(evaluated.stdout.splitlines()[-1])
+    assert answer.pop("checkpoint") == str(tmp_path / "checkpoints" / "29")
+    assert answer == {name: result[name] for name in ("top1", "top5", "loss", "images", "skipped")}
+
+    file = f"--checkpoint={tmp_path / 'weights.safetensors'}"
+    from_file = command(root, *flags, "--mode=eval", file)
+    answer_from_file = json.loads(from_file.stdout.splitlines()[-1])
+    assert answer_from_file.pop("checkpoint").endswith("weights.safetensors")
+    assert answer_from_file == answer  # the average of the last step is what the file holds
+
+    raw = command(root, *flags, "--mode=eval", "--config.eval.weights=raw", "--checkpoint=last")
+    assert json.loads(raw.stdout.splitlines()[-1])["loss"] != answer["loss"]
+
+    failed = command(root, *flags, "--config.optimizer.learning_rate=1")
+    assert failed.returncode == 2
+    assert "belongs to another config (optimizer.learning_rate: 0.001 -> 1.0)" in failed.stderr
+
+
+@pytest.mark.slow
+def test_a_failed_run_exits_with_one(root, tmp_path, smoke_flags):
+    flags = [DIGITS, f"--workdir={tmp_path}", *smoke_flags, "--config.optimizer.learning_rate=1e30"]
+    result = command(root, *flags)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: the loss of step")
+    assert "Traceback" not in result.stderr

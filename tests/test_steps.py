@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tnt_flax.state import TrainState, flat_names
+from tnt_flax.steps import make_eval_step, make_train_step
+
+HALF = (0.5, 0.5, 0.5)
+
+
+class Linear(nn.Module):
+    """Mean color to logits; in training, noise, to see which random numbers a step draws."""
+
+    num_classes: int = 7
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        logits = nn.Dense(self.num_classes, name="head")(images.mean(axis=(1, 2)))
+        noise = jax.random.normal(self.make_rng("dropout"), logits.shape) if train else 0.0
+        return logits + noise
+
+
+@pytest.fixture
+def batch():
+    images = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), np.uint8)
+    return {"image": jnp.asarray(images), "label": jnp.arange(6)}
+
+
+def start(model=None, tx=None, **changes):
+    model, tx = model or Linear(), tx or optax.sgd(0.5)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)), train=False)["params"]
+    options = dict(label_smoothing=0.1, ema_decay=0.9, mean=HALF, std=HALF) | changes
+    step = jax.jit(make_train_step(model, tx, optax.constant_schedule(0.5), **options))
+    return TrainState.create(params, tx), step
+
+
+def test_one_step_updates_weights_average_and_count(batch):
+    state, step = start()
+    new, metrics = step(state, batch, jax.random.key(1))
+    assert int(new.step) == 1
+    assert metrics["learning_rate"] == 0.5
+    old_kernel, kernel = state.params["head"]["kernel"], new.params["head"]["kernel"]
+    assert not np.array_equal(old_kernel, kernel)
+    np.testing.assert_allclose(
+        new.ema["head"]["kernel"], 0.9 * old_kernel + 0.1 * kernel, rtol=1e-5, atol=1e-7
+    )
+    moved = jax.tree.map(lambda a, b: a - b, new.params, state.params)
+    np.testing.assert_allclose(optax.tree.norm(moved), 0.5 * metrics["grad_norm"], rtol=1e-4)
+
+
+def test_without_decay_the_average_is_the_weights(batch):
+    state, step = start(ema_decay=0.0)
+    new, _ = step(state, batch, jax.random.key(1))
+    np.testing.assert_array_equal(new.ema["head"]["kernel"], new.params["head"]["kernel"])
+
+
+def test_randomness_is_a_function_of_key_and_step(batch):
+    state, step = start()
+    loss = lambda step_number, key: float(
+        step(state.replace(step=jnp.int32(step_number)), batch, jax.random.key(key))[1]["loss"]
+    )
+    assert loss(3, 1) == loss(3, 1)
+    assert len({loss(3, 1), loss(4, 1), loss(3, 2)}) == 3
+
+
+def test_flags_tell_where_a_nan_began(batch):
+    state, step = start()
+    _, metrics = step(state, batch, jax.random.key(1))
+    assert metrics["finite"].all()
+    bad = {"head": {"kernel": state.params["head"]["kernel"], "bias": jnp.full(7, jnp.inf)}}
+    _, metrics = step(state.replace(params=bad), batch, jax.random.key(1))
+    assert not np.isfinite(metrics["loss"])
+    assert list(flat_names(state.params)) == ["head/bias", "head/kernel"]
+    bias_gradient, kernel_gradient, bias, kernel = metrics["finite"]
+    assert not (bias_gradient or kernel_gradient or bias)
+    assert kernel
+
+
+def test_evaluation_sums_over_the_mask_only(batch):
+    model = Linear()
+    params = {"head": {"kernel": jnp.zeros((3, 7)), "bias": jnp.arange(7.0)}}  # ranks 6, 5, 4, ...
+    step = jax.jit(make_eval_step(model, mean=HALF, std=HALF))
+    labels = jnp.array([6, 5, 2, 1, 0, 6])
+    mask = jnp.array([True, True, True, True, False, False])
+    sums = step(params, batch | {"label": labels, "mask": mask})
+    losses = -jax.nn.log_softmax(jnp.arange(7.0))[labels]
+    assert sums["images"] == 4
+    assert sums["top1"] == 1  # label 6; the other 6 is padding
+    assert sums["top5"] == 3  # labels 6, 5, 2
+    np.testing.assert_allclose(sums["loss"], losses[:4].sum(), rtol=1e-6)
+
+
+def test_padding_may_hold_anything(batch):
+    """A NaN in a padded row must not reach the sums."""
+    params = {"head": {"kernel": jnp.zeros((3, 7)), "bias": jnp.arange(7.0)}}
+    step = make_eval_step(Linear(), mean=HALF, std=(0.5, 0.5, 0.5))
+    mask = jnp.array([True, False, False, False, False, False])
+    params["head"]["kernel"] = params["head"]["kernel"].at[0, 0].set(jnp.nan)
+    images = batch["image"].at[0].set(0)
+    sums = step(params, batch | {"image": images, "mask": mask})
+    assert sums["images"] == 1
+    assert np.isnan(sums["loss"])  # the real row is bad here, so it must show
+    clean = {"head": {"kernel": jnp.zeros((3, 7)), "bias": jnp.arange(7.0)}}
+    assert np.isfinite(step(clean, batch | {"mask": mask})["loss"])
+
+
+def test_fewer_classes_than_five(batch):
+    params = {"head": {"kernel": jnp.zeros((3, 2)), "bias": jnp.array([1.0, 0.0])}}
+    step = make_eval_step(Linear(num_classes=2), mean=HALF, std=HALF)
+    labels = jnp.array([0, 0, 1, 1, 1, 0])
+    sums = step(params, batch | {"label": labels, "mask": jnp.ones(6, bool)})
+    assert (sums["top1"], sums["top5"]) == (3, 6)

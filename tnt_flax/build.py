@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a config to the objects it describes. Only this file, `train` and `evaluate` read one."""
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from tnt_flax import steps
+from tnt_flax.data import pipeline, sources, transforms
+from tnt_flax.data.plan import TrainPlan
+from tnt_flax.errors import InputError
+from tnt_flax.models import TNT, create_model
+from tnt_flax.optimizer import epoch_learning_rates, make_optimizer, per_epoch_schedule
+
+Batches = Iterator[dict[str, np.ndarray]]
+
+
+def build_model(config: ConfigDict, num_classes: int) -> TNT:
+    """The network that `config.model` names, with the fields that it sets."""
+    fields = {k: v for k, v in config.model.items() if k != "name" and v is not None}
+    model = create_model(config.model.name, num_classes=num_classes, **fields)
+    size = config.data.image_size
+    if size < 1 or size % model.patch_size:
+        raise InputError(
+            f"data.image_size={size} is not divisible by the patch size {model.patch_size}: "
+            f"use a multiple of {model.patch_size}"
+        )
+    return model
+
+
+def init_params(model: TNT, config: ConfigDict) -> Callable[[jax.Array], Any]:
+    """Returns `init(key) -> params`, a pure function to jit or to `jax.eval_shape`."""
+    size = config.data.image_size
+    return lambda key: model.init(key, jnp.zeros((1, size, size, 3)), train=False)["params"]
+
+
+def build_optimizer(
+    config: ConfigDict, steps_per_epoch: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    optimizer = config.optimizer
+    rates = epoch_learning_rates(
+        base=optimizer.learning_rate,
+        warmup=optimizer.warmup_learning_rate,
+        minimum=optimizer.min_learning_rate,
+        epochs=config.epochs,
+        warmup_epochs=optimizer.warmup_epochs,
+        cooldown=optimizer.cooldown_epochs,
+    )
+    schedule = per_epoch_schedule(rates, steps_per_epoch)
+    tx = make_optimizer(
+        schedule,
+        beta1=optimizer.beta1,
+        beta2=optimizer.beta2,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        clip_norm=optimizer.clip_norm,
+    )
+    return tx, schedule
+
+
+def build_train_step(config: ConfigDict, model: TNT, tx, schedule):
+    return steps.make_train_step(
+        model,
+        tx,
+        schedule,
+        label_smoothing=config.augment.label_smoothing,
+        ema_decay=config.ema.decay,
+        mean=config.data.mean,
+        std=config.data.std,
+    )
+
+
+def build_eval_step(config: ConfigDict, model: TNT):
+    return steps.make_eval_step(model, mean=config.data.mean, std=config.data.std)
+
+
+def build_predict_step(config: ConfigDict, model: TNT):
+    return steps.make_predict_step(model, mean=config.data.mean, std=config.data.std)
+
+
+def open_source(config: ConfigDict, split: str):
+    """The records of a split: `config.data.train_split` or `eval_split`."""
+    data = config.data
+    return sources.open_source(
+        data.source, split, root=data.root, name=data.name, class_list=data.class_list
+    )
+
+
+def train_batches(
+    config: ConfigDict, source, plan: TrainPlan, start_step: int, num_steps: int
+) -> Batches:
+    """This host's rows of the batches of `num_steps` steps from `start_step` on."""
+    transform = functools.partial(
+        transforms.train_transform,
+        size=config.data.image_size,
+        scale=config.augment.scale,
+        ratio=config.augment.ratio,
+        flip=config.augment.flip,
+    )
+    return pipeline.train_batches(
+        source,
+        plan,
+        transform=transform,
+        start_step=start_step,
+        num_steps=num_steps,
+        **_reading(config),
+    )
+
+
+def eval_batches(config: ConfigDict, source) -> Batches:
+    """This host's rows of the evaluation batches: every image once, then padding."""
+    transform = functools.partial(
+        transforms.eval_transform,
+        size=config.data.image_size,
+        crop_fraction=config.data.crop_fraction,
+    )
+    return pipeline.eval_batches(
+        source, transform=transform, batch_size=config.eval.batch_size, **_reading(config)
+    )
+
+
+def _reading(config: ConfigDict) -> dict[str, Any]:
+    return dict(
+        corrupt=config.data.corrupt,
+        host=jax.process_index(),
+        num_hosts=jax.process_count(),
+        threads=config.data.threads,
+        workers=config.data.workers,
+    )
+
+
+def in_steps(key: str, duration: str, steps_per_epoch: int) -> int:
+    """ "3 epochs" or "500 steps" as a number of steps, at least 1.
+
+    Raises:
+        InputError: `duration`, the value of `key`, is neither.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(epoch|step)s?\s*", duration)
+    steps_in = {"epoch": steps_per_epoch, "step": 1}
+    count = round(float(match[1]) * steps_in[match[2]]) if match else 0
+    if count < 1:
+        raise InputError(f'{key}={duration!r} is no duration: use "N epochs" or "N steps"')
+    return count
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError for values that no other place would refuse by name."""
+    for key, known in {
+        "data.corrupt": ("error", "skip"),
+        "eval.weights": ("ema", "raw"),
+    }.items():
+        group, name = key.split(".")
+        if config[group][name] not in known:
+            raise InputError(f"{key}={config[group][name]!r} is none of {known}")
+    for key, least in {
+        "epochs": 1,
+        "optimizer.warmup_epochs": 0,
+        "optimizer.cooldown_epochs": 0,
+        "checkpoint.keep": 1,
+        "data.threads": 1,
+        "data.workers": 0,
+    }.items():
+        value = functools.reduce(lambda c, k: c[k], key.split("."), config)
+        if value < least:
+            raise InputError(f"{key}={value} is less than {least}")
+    for key in ("mean", "std"):
+        if len(config.data[key]) != 3:
+            raise InputError(f"data.{key}={config.data[key]} must have three values, one a channel")
+    if not 0 <= config.ema.decay < 1:
+        raise InputError(f"ema.decay={config.ema.decay} is outside [0, 1)")

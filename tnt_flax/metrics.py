@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says while it works: metrics.jsonl, TensorBoard events, a line or bar on stderr."""
+
+import datetime
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+
+class MetricWriter:
+    """Appends scalars to `metrics.jsonl` and to TensorBoard event files, without TensorFlow.
+
+    A resumed run first drops what a killed one had logged past `start_step`.
+    """
+
+    def __init__(self, workdir: pathlib.Path, start_step: int):
+        from tensorboard.summary import Writer  # a slow import that evaluation does not need
+
+        self.path = workdir / "metrics.jsonl"
+        kept = [m for m in read_metrics_file(self.path) if m["step"] <= start_step]
+        temporary = self.path.with_name("metrics.jsonl.tmp")
+        temporary.write_text("".join(json.dumps(m) + "\n" for m in kept))
+        os.replace(temporary, self.path)
+        self._file = open(self.path, "a")
+        self._events = Writer(str(workdir / "tensorboard"))
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """`values` are numbers by name ("train/loss"); anything else goes to the file alone."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._events.add_scalar(name, value, step)
+        self._events.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def read_metrics_file(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    metrics = []
+    for line in path.read_text().splitlines():
+        try:
+            metrics.append(json.loads(line))
+        except ValueError:
+            break
+    return metrics
+
+
+class StepMeter:
+    """Averages what the steps since the last report said, and how fast they were."""
+
+    def __init__(self, batch_size: int, steps_per_epoch: int, total_steps: int):
+        self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
+        self.total_steps = total_steps
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the window: call it after a pause that was not training."""
+        self.losses, self.grad_norms, self.replaced = [], [], 0
+        self.waited, self.began = 0.0, time.perf_counter()
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        self.losses.append(float(metrics["loss"]))
+        self.grad_norms.append(float(metrics["grad_norm"]))
+        self.learning_rate = float(metrics["learning_rate"])
+
+    def report(self, step: int) -> dict[str, float]:
+        """The window's averages as of `step` updates; starts the next window."""
+        elapsed = max(time.perf_counter() - self.began, 1e-9)
+        steps = len(self.losses)
+        values = {
+            "train/loss": sum(self.losses) / steps,
+            "train/grad_norm": sum(self.grad_norms) / steps,
+            "train/learning_rate": self.learning_rate,
+            "train/epoch": step / self.steps_per_epoch,
+            "train/images_per_second": steps * self.batch_size / elapsed,
+            "train/data_wait": self.waited / elapsed,
+            "train/replaced_images": self.replaced,
+            "train/seconds_left": (self.total_steps - step) * elapsed / steps,
+        }
+        self.restart()
+        return values
+
+
+class Progress:
+    """A bar where a person watches, plain lines where a log is kept. Both go to stderr."""
+
+    def __init__(self, start_step: int, total_steps: int):
+        self.total_steps = total_steps
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total_steps, initial=start_step, unit="step", disable=not on_terminal
+        )
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def say(self, text: str) -> None:
+        self._bar.write(text, file=sys.stderr)
+
+    def report(self, step: int, values: dict[str, float]) -> None:
+        self.say(
+            f"step {step}/{self.total_steps}  epoch {values['train/epoch']:.2f}  "
+            f"loss {values['train/loss']:.4f}  lr {values['train/learning_rate']:.3g}  "
+            f"{values['train/images_per_second']:.0f} images/s  "
+            f"data wait {values['train/data_wait']:.1%}  "
+            f"ETA {datetime.timedelta(seconds=round(values['train/seconds_left']))}"
+        )
+
+    def close(self) -> None:
+        self._bar.close()

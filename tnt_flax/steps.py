@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The functions that get compiled, pure and not yet jitted: training, evaluation, prediction.
+
+The trainer, the tests and every tool jit these same ones.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from tnt_flax.augment import normalize
+from tnt_flax.losses import smooth_one_hot, soft_target_cross_entropy
+from tnt_flax.state import TrainState
+
+Batch = dict[str, jax.Array]
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """One flag per leaf, in the order of `jax.tree.leaves`: is every element finite?"""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
+
+
+def make_train_step(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    label_smoothing: float,
+    ema_decay: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]]:
+    """Returns `train_step(state, batch, key) -> (state, metrics)`.
+
+    `batch` holds `image` uint8 [B, H, W, 3] and `label` int32 [B]. Randomness depends on `key` and
+    `state.step` alone, so a resumed run draws what an unbroken one would. `metrics` are scalars
+    (loss, learning_rate, grad_norm) and `finite` bool [2 P]: a flag for each of the P gradients,
+    then for each parameter as it came in, which tell where a NaN began. One array, because fetching
+    many small ones would slow the loop down.
+    """
+
+    def train_step(state, batch, key):
+        images = normalize(batch["image"], mean, std)
+        targets = smooth_one_hot(batch["label"], model.num_classes, label_smoothing)
+        rngs = {"dropout": jax.random.fold_in(key, state.step)}
+
+        def loss_fn(params):
+            logits = model.apply({"params": params}, images, train=True, rngs=rngs)
+            return soft_target_cross_entropy(logits, targets).mean()
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
+        metrics = {
+            "loss": loss,
+            "learning_rate": schedule(state.step),
+            "grad_norm": optax.tree.norm(grads),
+            "finite": all_finite({"params": state.params, "gradients": grads}),
+        }
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return train_step
+
+
+def make_eval_step(
+    model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+    """Returns `eval_step(params, batch) -> sums` of top1, top5, loss and images over a batch.
+
+    `batch` also holds `mask` bool [B]; rows where it is False pad the batch and count nowhere.
+    With fewer than five classes top5 counts every image.
+    """
+
+    def eval_step(params, batch):
+        logits = model.apply({"params": params}, normalize(batch["image"], mean, std), train=False)
+        labels, mask = batch["label"], batch["mask"]
+        _, best = jax.lax.top_k(logits, min(5, model.num_classes))
+        hits = best == labels[:, None]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return {
+            "top1": jnp.sum(hits[:, 0], where=mask),
+            "top5": jnp.sum(hits.any(axis=1), where=mask),
+            "loss": jnp.sum(losses, where=mask),
+            "images": jnp.sum(mask),
+        }
+
+    return eval_step
+
+
+def make_predict_step(
+    model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Callable[[Any, jax.Array], jax.Array]:
+    """Returns `predict_step(params, images) -> probabilities` [B, classes] of uint8 images."""
+
+    def predict_step(params, images):
+        logits = model.apply({"params": params}, normalize(images, mean, std), train=False)
+        return jax.nn.softmax(logits)
+
+    return predict_step

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: writable, with room, of one configuration, and of one trainer at a time."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from tnt_flax.errors import InputError
+
+# A resumed run may change these: they do not touch what is computed.
+FREE_GROUPS = ("log", "eval", "checkpoint")
+FREE_KEYS = ("data.root", "data.threads", "data.workers")
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> Iterator[None]:
+    """Makes `workdir` if need be and holds it for one trainer, which runs `config`.
+
+    Raises:
+        InputError: it cannot be written, another trainer uses it, or it belongs to another config.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = open(workdir / ".lock", "a+")
+    except OSError as error:
+        raise InputError(f"cannot write to workdir {workdir}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise InputError(
+                f"another trainer (process {lock.read() or 'unknown'}) is using workdir {workdir}: "
+                "wait for it or choose another workdir"
+            ) from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        _agree(workdir, config)
+        yield
+
+
+def check_space(workdir: pathlib.Path, state_bytes: int) -> None:
+    """Raises InputError unless two and a half checkpoints fit: two whole, one being written."""
+    free, needed = shutil.disk_usage(workdir).free, int(2.5 * state_bytes)
+    if free < needed:
+        raise InputError(
+            f"workdir {workdir} has {free / 1e6:.0f} MB free, checkpoints need {needed / 1e6:.0f} "
+            "MB: free some space or choose another workdir"
+        )
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The config of the run in `workdir`; None if there is none."""
+    path = workdir / "config.json"
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise InputError(
+            f"{path} is not JSON ({error}): restore it or remove the workdir"
+        ) from error
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """["batch_size: 1024 -> 512", ...]: every key whose value differs, dotted."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return found
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """A ConfigDict as it looks after a round trip through a file: tuples become lists."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def _agree(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+    """Refuses a workdir of another config; writes config.json into a new one."""
+    old = read_config(workdir)
+    changed = differences(old, config) if old else []
+    fixed = [c for c in changed if c.split(".")[0] not in FREE_GROUPS]
+    fixed = [c for c in fixed if c.split(":")[0] not in FREE_KEYS]
+    if fixed:
+        raise InputError(
+            f"workdir {workdir} belongs to another config ({'; '.join(fixed)}): "
+            "choose another workdir, or the old values"
+        )
+    temporary = workdir / "config.json.tmp"
+    temporary.write_text(json.dumps(config, indent=1))
+    os.replace(temporary, workdir / "config.json")
