@@ -1,0 +1,48 @@
+# make train    makes the environment and trains a small TNT on the embedded digits
+# make test     makes the environment and runs ruff and the whole test suite
+# make oracle   adds torch and timm and runs the tests that compare with them live
+# make eval     evaluates what `make train` trained
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKDIR ?= runs/digits
+ARGS ?=
+
+PIP = $(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS)
+CONSTRAINTS = $(shell $(PYTHON) -c 'import sys; \
+	print("constraints/python3.%d.txt" % min(max(sys.version_info.minor, 11), 12))')
+SOURCES = requirements.txt pyproject.toml $(wildcard constraints/*.txt)
+RUN = $(VENV)/bin/python main.py --config=configs/digits.py --workdir=$(WORKDIR)
+
+.PHONY: train eval test oracle
+.DELETE_ON_ERROR:
+
+train: $(VENV)/run.stamp
+	$(RUN) $(ARGS)
+	@echo "Look at $(WORKDIR)/curves.png and $(WORKDIR)/predictions.png" >&2
+
+eval: $(VENV)/run.stamp
+	$(RUN) --mode=eval $(ARGS)
+
+test: $(VENV)/test.stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+oracle: $(VENV)/oracle.stamp
+	$(VENV)/bin/python -m pytest -m oracle $(ARGS)
+
+$(VENV)/run.stamp: $(SOURCES)
+	@echo "Making the environment $(VENV) with $(CONSTRAINTS)" >&2
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/run.stamp
+	$(PIP) --editable ".[test]"
+	@touch $@
+
+$(VENV)/oracle.stamp: $(VENV)/test.stamp
+	$(PIP) --editable ".[test,oracle]"
+	@touch $@
