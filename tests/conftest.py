@@ -18,6 +18,8 @@ import pytest
 from smoke import SMOKE
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Most of a test's time is compiling. The commands that tests start, and the oracle's, optimize.
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

@@ -8,14 +8,9 @@ stored. They are computed in float64 and rounded, so that they are the same on e
 """
 
 import pathlib
-import sys
 
 import numpy as np
-
-if __name__ == "__main__":  # a script finds only its own folder
-    sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-
-from tests import timm_weights
+import timm_weights
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 IMAGE_SHAPE = (2, 32, 48, 3)  # not square, so that a swap of the sides shows

@@ -143,15 +143,17 @@ def test_an_empty_folder_restores_nothing(tmp_path):
 
 def test_a_state_of_another_shape_is_refused(folder):
     checkpoints = Checkpoints(folder, keep=2, info=INFO)
-    wider = jax.tree.map(
-        lambda x: (
-            jax.ShapeDtypeStruct((*x.shape[:-1], 33), x.dtype, sharding=x.sharding) if x.ndim else x
-        ),
-        layout(),
-    )
-    with pytest.raises(RunError, match="cannot restore .*/4"):
+    wider = layout().replace(params={"head": {"kernel": jax.ShapeDtypeStruct((64, 33), "float32")}})
+    with pytest.raises(
+        InputError, match=r"/4 does.*! params/head/kernel float32\[64, 32\], not float32\[64, 33\]"
+    ):
         checkpoints.restore_latest(wider)
+    more = layout().replace(ema={"head": layout().ema["head"], "pos": layout().step})
+    with pytest.raises(InputError, match="/4 does not fit this model: - ema/pos"):
+        checkpoints.restore_latest(more)
     checkpoints.close()
+    with pytest.raises(InputError, match=r"\+ head/kernel"):
+        checkpoint.read_weights(folder / "4", "ema", {})
 
 
 def test_saving_twice_is_an_error_not_a_silence(folder):

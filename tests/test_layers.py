@@ -6,9 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_tnt
 import pytest
 
-from tests import numpy_tnt
 from tnt_flax.models import layers
 
 

@@ -7,10 +7,11 @@ so that logits have a spread around 1. If torch or timm is missing these tests f
 
 import jax
 import jax.numpy as jnp
+import make_goldens
 import numpy as np
 import pytest
+import timm_weights
 
-from tests import make_goldens, timm_weights
 from tnt_flax.models import TNT, create_model
 
 pytestmark = pytest.mark.oracle
@@ -19,9 +20,12 @@ NAMES = ["tnt_s_patch16_224", "tnt_b_patch16_224", "tnt_s_legacy_patch16_224"]
 
 
 @pytest.fixture(autouse=True)
-def full_precision():
+def as_users_run_it():
+    """Highest precision, and XLA's optimizations, which the other tests do without."""
     with jax.default_matmul_precision("highest"):
+        jax.config.update("jax_disable_most_optimizations", False)
         yield
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from tnt_flax.errors import InputError, RunError
-from tnt_flax.state import TrainState
+from tnt_flax.state import TrainState, check_fit
 
 MANIFEST = "MANIFEST.json"
 NOT_IN_MANIFEST = {
@@ -65,6 +65,7 @@ class Checkpoints:
         """The newest whole state, laid out as `abstract_state` says; None in an empty folder.
 
         Raises:
+            InputError: the state in it has other names, shapes or types.
             RunError: checkpoints exist but none is whole, or the newest cannot be read.
         """
         step = self.latest_step()
@@ -76,6 +77,7 @@ class Checkpoints:
                 )
             return None
         path = self.folder / str(step)
+        check_fit(path, _stored(path), abstract_state)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         try:
             state = self._manager.restore(step, args=args).state
@@ -191,6 +193,7 @@ def read_weights(step_folder: pathlib.Path, kind: str, abstract_params: Any) -> 
     if why:
         raise InputError(f"{step_folder} is damaged: {why}")
     name = "ema" if kind == "ema" else "params"
+    check_fit(step_folder, _stored(step_folder)[name], abstract_params)
     args = ocp.args.PyTreeRestore(
         item={name: abstract_params},
         restore_args={name: ocp.checkpoint_utils.construct_restore_args(abstract_params)},
@@ -216,6 +219,15 @@ def digest(path: pathlib.Path) -> str:
 def one_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _stored(step_folder: pathlib.Path) -> Any:
+    """Shapes and types of the state in a checkpoint.
+
+    Orbax would find a misfit too, but only while reading, and leave its threads in disorder.
+    """
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.metadata(step_folder / "state").item_metadata.tree
 
 
 def _score(metrics: dict[str, float]) -> float:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from tnt_flax.errors import InputError
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -28,9 +30,28 @@ class TrainState:
 
 
 def flat_names(tree) -> dict[str, Any]:
-    """{"blocks_0/inner/fc1/kernel": leaf, ...} in sorted order."""
+    """{"blocks_0/inner/fc1/kernel": leaf, ...} in the order of `jax.tree.leaves`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def check_fit(path: Any, found: Any, wanted: Any) -> None:
+    """Every tensor that a file holds is wanted, and every wanted one is there.
+
+    `found` and `wanted` are trees of anything with a shape and a dtype; `path` is for the message.
+
+    Raises:
+        InputError: naming what is missing (-), left over (+) or of another shape or type (!).
+    """
+    found, wanted = flat_names(found), flat_names(wanted)
+    faults = [f"- {name}" for name in wanted if name not in found]
+    faults += [f"+ {name}" for name in found if name not in wanted]
+    for name in found.keys() & wanted.keys():
+        a, b = (f"{np.dtype(x[name].dtype)}{list(x[name].shape)}" for x in (found, wanted))
+        faults += [f"! {name} {a}, not {b}"] if a != b else []
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise InputError(f"{path} does not fit this model: {'; '.join(sorted(faults)[:5])}{more}")
 
 
 def fingerprint(params) -> str:

@@ -15,7 +15,7 @@ import safetensors
 import safetensors.numpy
 
 from tnt_flax.errors import InputError
-from tnt_flax.state import flat_names
+from tnt_flax.state import check_fit, flat_names
 
 HEADER = "tnt_flax"
 
@@ -33,8 +33,7 @@ def load_weights(path: pathlib.Path, abstract_params: Any) -> tuple[Any, dict[st
     """Returns (params, info); params have exactly the names, shapes and types asked for.
 
     Raises:
-        InputError: no such file, not a safetensors file, or a tensor missing (-), left over (+) or
-            of another shape or type (!).
+        InputError: no such file, not a safetensors file, or one that `check_fit` refuses.
     """
     try:
         with safetensors.safe_open(path, framework="numpy") as f:
@@ -46,15 +45,6 @@ def load_weights(path: pathlib.Path, abstract_params: Any) -> tuple[Any, dict[st
         raise InputError(f"{path} is not a whole weights file of ours: {error}") from error
 
     wanted = flat_names(abstract_params)
-    faults = [f"- {name}" for name in wanted if name not in found]
-    faults += [f"+ {name}" for name in found if name not in wanted]
-    faults += [
-        f"! {name} {found[name].dtype}{list(found[name].shape)}, not {x.dtype}{list(x.shape)}"
-        for name, x in wanted.items()
-        if name in found and (found[name].shape, found[name].dtype) != (x.shape, x.dtype)
-    ]
-    if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise InputError(f"{path} does not fit this model: {'; '.join(faults[:5])}{more}")
+    check_fit(path, found, wanted)
     structure = jax.tree.structure(abstract_params)
     return jax.tree.unflatten(structure, [found[name] for name in wanted]), info
