@@ -34,11 +34,13 @@ def test_event_files_hold_the_scalars(tmp_path):
 
 
 def test_the_meter_averages_a_window_and_starts_the_next(monkeypatch):
-    clock = iter([0.0, 4.0, 4.0, 5.0, 5.0])
+    clock = iter([0.0, 2.0, 5.0, 7.0, 7.0, 8.0, 8.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     meter = StepMeter(batch_size=32, steps_per_epoch=10, total_steps=100)
     for loss in (1.0, 3.0):
         meter.add({"loss": loss, "grad_norm": 2 * loss, "learning_rate": 0.1})
+    with meter.pause():  # from 2 to 5: an evaluation
+        pass
     meter.waited, meter.replaced = 1.0, 5
     values = meter.report(step=20)
     assert values == {

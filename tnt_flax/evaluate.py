@@ -22,13 +22,19 @@ def evaluate(
     Raises:
         RunError: there is no image, or the loss is not finite.
     """
-    sums, skipped = [], 0
+    totals, skipped = {"top1": 0.0, "top5": 0.0, "loss": 0.0, "images": 0}, 0
+
+    def add(sums):  # in double precision, in the order of the data
+        for name in totals if sums else ():
+            totals[name] += sums[name].item()
+
+    pending = None  # added one batch late: the device never waits, nor do batches pile up on it
     for batch in batches:
         skipped += int(batch.pop("corrupt").sum())
-        sums.append(eval_step(params, sharding.to_global(batch, mesh)))
-    totals = {"top1": 0.0, "top5": 0.0, "loss": 0.0, "images": 0}
-    for batch_sums in jax.device_get(sums):  # added in double precision, in the order of the data
-        totals = {name: totals[name] + batch_sums[name].item() for name in totals}
+        sums = eval_step(params, sharding.to_global(batch, mesh))
+        add(pending)
+        pending = sums
+    add(pending)
     images = totals.pop("images")
     if not images:
         raise RunError("no image could be evaluated")

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run says while it works: metrics.jsonl, TensorBoard events, a line or bar on stderr."""
 
+import contextlib
 import datetime
 import json
 import os
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -62,10 +64,9 @@ class StepMeter:
     def __init__(self, batch_size: int, steps_per_epoch: int, total_steps: int):
         self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
         self.total_steps = total_steps
-        self.restart()
+        self._restart()
 
-    def restart(self) -> None:
-        """Forgets the window: call it after a pause that was not training."""
+    def _restart(self) -> None:
         self.losses, self.grad_norms, self.replaced = [], [], 0
         self.waited, self.began = 0.0, time.perf_counter()
 
@@ -88,8 +89,15 @@ class StepMeter:
             "train/replaced_images": self.replaced,
             "train/seconds_left": (self.total_steps - step) * elapsed / steps,
         }
-        self.restart()
+        self._restart()
         return values
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """The time inside, for an evaluation or a checkpoint, is not training time."""
+        paused = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - paused
 
 
 class Progress:

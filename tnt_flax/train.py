@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training run: set-up from top to bottom, then one loop."""
 
+import contextlib
 import pathlib
 import sys
 import time
@@ -122,9 +123,12 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
             check_finite(step, metrics, names, checkpoints)
             meter.add(metrics)
 
+    def evaluated_params():
+        return state.ema if config.eval.weights == "ema" else state.params
+
     def run_evaluation(step):
-        params = state.ema if config.eval.weights == "ema" else state.params
-        metrics = evaluate(eval_step, params, build.eval_batches(config, eval_source), mesh)
+        batches = build.eval_batches(config, eval_source)
+        metrics = evaluate(eval_step, evaluated_params(), batches, mesh)
         writer.write(step, {f"eval/{name}": value for name, value in metrics.items()})
         progress.say(
             f"step {step}: {config.eval.weights} weights on {metrics['images']} images: "
@@ -154,9 +158,9 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
             evaluating = due(done, every["eval"], total_steps)
             if evaluating or due(done, every["checkpoint"], total_steps):
                 settle()  # a NaN must not reach a checkpoint
-                last_eval = run_evaluation(done) if evaluating else {}
-                checkpoints.save(state, done, last_eval or None)
-                meter.restart()
+                with meter.pause():
+                    last_eval = run_evaluation(done) if evaluating else {}
+                    checkpoints.save(state, done, last_eval or None)
         if not last_eval:  # nothing was left to do
             last_eval = run_evaluation(total_steps)
         checkpoints.wait()
@@ -167,13 +171,15 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         print(f"SHA-256 of the final parameters: {digest}", file=sys.stderr)
         weights.save_weights(workdir / "weights.safetensors", state.ema, info)
         figures.plot_curves(read_metrics_file(writer.path), workdir / "curves.png")
-        batch = next(build.eval_batches(config, eval_source))
-        probabilities = jax.jit(build.build_predict_step(config, model))(state.ema, batch["image"])
-        real = batch["mask"]
+        with contextlib.closing(build.eval_batches(config, eval_source)) as eval_batches:
+            batch = next(eval_batches)
+        predict_step = jax.jit(build.build_predict_step(config, model))
+        probabilities = np.asarray(predict_step(evaluated_params(), batch["image"]))
+        images, labels, mask = batch["image"], batch["label"], batch["mask"]
         figures.plot_predictions(
-            batch["image"][real],
-            batch["label"][real],
-            np.asarray(probabilities)[real],
+            images[mask],
+            labels[mask],
+            probabilities[mask],
             class_names,
             workdir / "predictions.png",
         )
