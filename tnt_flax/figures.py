@@ -21,7 +21,7 @@ def plot_curves(metrics: list[dict[str, Any]], path: pathlib.Path) -> None:
     figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     loss.plot(train_epochs, [m["train/loss"] for m in train], label="training (smoothed labels)")
     loss.plot(eval_epochs, [m["eval/loss"] for m in evals], "o-", ms=3, label="evaluation")
-    loss.set(title="Loss", yscale="log")
+    loss.set(title="Loss", ylim=(0, None))
     loss.legend(frameon=False)
     for name, label in (("eval/top1", "top-1"), ("eval/top5", "top-5")):
         accuracy.plot(eval_epochs, [100 * m[name] for m in evals], "o-", ms=3, label=label)
@@ -29,7 +29,7 @@ def plot_curves(metrics: list[dict[str, Any]], path: pathlib.Path) -> None:
     accuracy.legend(frameon=False, loc="lower right")
     if evals:
         accuracy.set_title(f"Evaluation accuracy (last top-1: {evals[-1]['eval/top1']:.2%})")
-    rate.plot(train_epochs, [m["train/learning_rate"] for m in train], drawstyle="steps-post")
+    rate.plot(train_epochs, [m["train/learning_rate"] for m in train], drawstyle="steps-pre")
     rate.set(title="Learning rate")
     for axes in (loss, accuracy, rate):
         axes.set_xlabel("epoch")

@@ -25,7 +25,7 @@ def save_weights(path: pathlib.Path, params: Any, info: dict[str, Any]) -> None:
     arrays = {name: np.asarray(x) for name, x in flat_names(jax.device_get(params)).items()}
     temporary = path.with_name(path.name + ".tmp")
     header = {HEADER: json.dumps(info)}  # one entry: the order of several is random
-    safetensors.numpy.save_file(arrays, temporary, metadata=header)
+    temporary.write_bytes(safetensors.numpy.save(arrays, metadata=header))
     os.replace(temporary, path)
 
 
