@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact evaluation: every image counts once, for any batch size and number of devices."""
 
+import math
 import pathlib
 import sys
 from collections.abc import Callable
@@ -39,7 +40,7 @@ def evaluate(
     if not images:
         raise RunError("no image could be evaluated")
     metrics = {name: total / images for name, total in totals.items()}
-    if metrics["loss"] != metrics["loss"] or metrics["loss"] == float("inf"):
+    if not math.isfinite(metrics["loss"]):
         raise RunError(f"the evaluation loss is {metrics['loss']}: these weights are not usable")
     return {**metrics, "images": images, "skipped": skipped}
 
