@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_tnt
 import pytest
+from jaxprs import equations
 
 from tnt_flax.models import layers
 
@@ -19,15 +20,6 @@ def normal(*shape, seed=0):
 def random_variables(module, *args, **kwargs):
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))
     return {"params": numpy_tnt.random_params(shapes["params"])}
-
-
-def equations(jaxpr):
-    """All equations, those inside scans, remats and calls included."""
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        yield equation
-        for value in jax.tree.leaves(list(equation.params.values())):
-            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
-                yield from equations(value)
 
 
 # -- LayerNorm

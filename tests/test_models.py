@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from lineages import MINDSPORE_IMAGENET, MINDSPORE_PETS
 
 from tnt_flax.errors import InputError
 from tnt_flax.models import MODELS, create_model, list_models
@@ -20,18 +21,6 @@ COUNTS = {
     "tnt_s_legacy_patch16_224": 23_755_336,
     "tnt_b_legacy_patch16_224": 65_406_600,
 }
-
-MINDSPORE_IMAGENET = dict(output_bias=False, norm_eps=1e-7, gelu="tanh")
-MINDSPORE_PETS = dict(
-    conv_first=True,
-    qkv_bias=True,
-    proj_bias=True,
-    proj_norm=False,
-    stem_norm=False,
-    zero_sentences=True,
-    norm_eps=1e-7,
-    gelu="tanh",
-)
 
 
 def shapes(name, image_size=224, channels=3, **fields):

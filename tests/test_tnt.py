@@ -16,6 +16,8 @@ import numpy_tnt
 import pytest
 import timm_weights
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxprs import equations
+from lineages import LEGACY, MINDSPORE_IMAGENET, MINDSPORE_PETS
 
 from tnt_flax.models import TNT, block_outputs
 from tnt_flax.models.layers import TransformerBlock
@@ -25,18 +27,6 @@ from tnt_flax.models.word_embedding import WordEmbedding
 SMALL = dict(outer_dim=24, inner_dim=8, outer_heads=3, inner_heads=2, depth=3, num_classes=5)
 IMAGE_SHAPE = (2, 32, 48, 3)  # six sentences; not square, so that a swap of the sides shows
 
-LEGACY = dict(conv_first=True, norm_each_word=True, proj_bias=True, proj_norm=False)
-MINDSPORE_IMAGENET = dict(output_bias=False, norm_eps=1e-7, gelu="tanh")
-MINDSPORE_PETS = dict(
-    conv_first=True,
-    qkv_bias=True,
-    proj_bias=True,
-    proj_norm=False,
-    stem_norm=False,
-    zero_sentences=True,
-    norm_eps=1e-7,
-    gelu="tanh",
-)
 LINEAGES = {
     "official": {},
     "legacy": LEGACY,
@@ -102,15 +92,6 @@ SILENT_INNER = {
     "inner/fc2/bias": 0,
 }
 SILENT_OUTER = {name.replace("inner", "outer"): 0 for name in SILENT_INNER}
-
-
-def equations(jaxpr):
-    """All equations, those inside scans, remats and calls included."""
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        yield equation
-        for value in jax.tree.leaves(list(equation.params.values())):
-            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
-                yield from equations(value)
 
 
 # -- Equality with the equations, and with timm
