@@ -28,8 +28,8 @@ MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     "best",
-    "What --mode=eval evaluates: best or last of the workdir, the folder of one checkpoint, or a "
-    ".safetensors file.",
+    "What --mode=eval evaluates: best or last of the workdir, or weights of any system: a file, a "
+    "workdir, the folder of one checkpoint, hf://OWNER/NAME.",
 )
 
 

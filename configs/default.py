@@ -15,6 +15,8 @@ def get_config() -> ConfigDict:
     config.epochs = 300  # of warm-up and cosine; optimizer.cooldown_epochs come after them
     config.batch_size = 1024  # images per step, over all devices and hosts
 
+    config.init_from = ""  # weights of any system to begin with: a file, workdir, or hf:// address
+
     config.model = ConfigDict()
     config.model.name = "tnt_s_patch16_224"  # one of tnt_flax.list_models()
     config.model.drop_path = 0.1  # of the last block, linear from 0 in the first

@@ -7,25 +7,39 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 from test_architecture import ROWS
 
 import tnt_flax
+from tnt_flax.convert import mapping, torch_files
+from tnt_flax.convert.__main__ import make_parser
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+CONVERSIONS = re.findall(r"^python -m tnt_flax.convert (.*)$", README, re.MULTILINE)
 COMMANDS = re.findall(r"^(?:\.venv/bin/)?python (main\.py .*)$", README, re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_the_python_runs_and_gives_the_shapes_it_says():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names = {}
-    exec(code, names)
-    said = re.findall(r"^(?:\w+ = )?(\S.*?)  # \[([\d, ]+)\]", code, re.MULTILINE)
-    assert len(said) >= 5
-    for expression, shape in said:
-        value = eval(expression, names)
-        assert list(value.shape) == [int(n) for n in shape.split(",")], expression
+def test_the_python_runs_and_gives_the_shapes_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tnt_flax.create_model("tnt_s_patch16_224", depth=1)  # as good as twelve blocks here
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
+    torch_files.write(tmp_path / "tnt_s_81.5.pth.tar", dict(mapping.export("huawei", params)))
+    blocks, said = re.findall(r"```python\n(.*?)```", README, re.DOTALL), 0
+    names = {"shaped": shaped}
+    for code in blocks:
+        lines = [line for line in code.splitlines() if line and not line.startswith("import ")]
+        assert len(lines) <= 12, code
+        # Every line with a shape behind it is evaluated where it stands.
+        shown = re.compile(r"^((?:\w+ = )?(\S.*?))  # \[([\d, ]+)\]$", re.MULTILINE)
+        said += len(shown.findall(code))
+        exec(shown.sub(r"\1; shaped(\2, [\3])", code), names)
+    assert len(blocks) >= 6 and said >= 10
+
+
+def shaped(value, shape):
+    assert list(value.shape) == shape
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -42,7 +56,12 @@ def test_commands_parse(command, root):
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) >= 4
+    assert len(COMMANDS) >= 6 and len(CONVERSIONS) >= 5
+
+
+@pytest.mark.parametrize("command", CONVERSIONS)
+def test_conversions_parse(command):
+    make_parser().parse_args(command.split())
 
 
 def test_make_targets_exist(root):
@@ -53,8 +72,9 @@ def test_make_targets_exist(root):
 def test_the_table_of_models():
     rows = dict(re.findall(r"^\| `(tnt_\w+)` \| ([\d,]+) \|", README, re.MULTILINE))
     assert sorted(rows) == tnt_flax.list_models()
-    images = jax.ShapeDtypeStruct((1, 224, 224, 3), "float32")
     for name, count in rows.items():
+        size = int(name[-3:])
+        images = jax.ShapeDtypeStruct((1, size, size, 3), "float32")
         shapes = jax.eval_shape(tnt_flax.create_model(name).init, jax.random.key(0), images)
         assert sum(x.size for x in jax.tree.leaves(shapes)) == int(count.replace(",", ""))
 

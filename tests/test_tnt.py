@@ -17,22 +17,14 @@ import pytest
 import timm_weights
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxprs import equations
-from lineages import LEGACY, MINDSPORE_IMAGENET, MINDSPORE_PETS
 
-from tnt_flax.models import TNT, block_outputs
+from tnt_flax.models import LINEAGES, TNT, block_outputs
 from tnt_flax.models.layers import TransformerBlock
 from tnt_flax.models.tnt import TNTBlock, WordsToSentences
 from tnt_flax.models.word_embedding import WordEmbedding
 
 SMALL = dict(outer_dim=24, inner_dim=8, outer_heads=3, inner_heads=2, depth=3, num_classes=5)
 IMAGE_SHAPE = (2, 32, 48, 3)  # six sentences; not square, so that a swap of the sides shows
-
-LINEAGES = {
-    "official": {},
-    "legacy": LEGACY,
-    "mindspore_imagenet": MINDSPORE_IMAGENET,
-    "mindspore_pets": MINDSPORE_PETS,
-}
 
 
 def lineages(*names):
@@ -143,7 +135,7 @@ def test_equals_timm_in_values_and_gradients(lineage):
     }
     weights = timm_weights.random_state({name: x.shape for name, x in gradients.items()})
     params, expected = timm_weights.to_flax(weights), timm_weights.to_flax(gradients)
-    model = TNT(**make_goldens.OUR_FIELDS, **(LEGACY if lineage == "legacy" else {}))
+    model = TNT(**make_goldens.OUR_FIELDS, **LINEAGES[lineage])
     images = jnp.asarray(make_goldens.images())
     check_same_shapes(model, params, images)
 
@@ -231,9 +223,9 @@ def test_trap_11_a_sentence_is_word_after_word(norm_each_word):
     "fields, norm1, dense, norm2",
     [
         ({}, (3, 128), {"kernel"}, True),
-        (LEGACY, (3, 8), {"kernel", "bias"}, False),
-        (MINDSPORE_IMAGENET, (3, 128), {"kernel"}, True),
-        (MINDSPORE_PETS, (3, 128), {"kernel", "bias"}, False),
+        (LINEAGES["legacy"], (3, 8), {"kernel", "bias"}, False),
+        (LINEAGES["mindspore"], (3, 128), {"kernel"}, True),
+        (LINEAGES["mindspore_pets"], (3, 128), {"kernel", "bias"}, False),
     ],
     ids=LINEAGES.keys(),
 )
@@ -248,9 +240,9 @@ def test_trap_5_shapes_of_the_bridge(fields, norm1, dense, norm2):
     "fields, dense, norm2",
     [
         ({}, {"kernel", "bias"}, True),
-        (LEGACY, {"kernel", "bias"}, True),
-        (MINDSPORE_IMAGENET, {"kernel"}, True),
-        (MINDSPORE_PETS, {"kernel", "bias"}, False),
+        (LINEAGES["legacy"], {"kernel", "bias"}, True),
+        (LINEAGES["mindspore"], {"kernel"}, True),
+        (LINEAGES["mindspore_pets"], {"kernel", "bias"}, False),
     ],
     ids=LINEAGES.keys(),
 )
@@ -736,7 +728,7 @@ def test_communication_can_be_seen():
     assert "all-reduce" in text
 
 
-@pytest.mark.parametrize("fields", [LEGACY, dict(drop_path=0.1, dropout=0.1)])
+@pytest.mark.parametrize("fields", [LINEAGES["legacy"], dict(drop_path=0.1, dropout=0.1)])
 def test_a_batch_split_over_devices_needs_no_communication(fields):
     model, params, images = build((16, 32, 48, 3), depth=2, **fields)
     mesh = Mesh(np.array(jax.devices()), ("data",))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop and its glue: cadence, resume, kills, NaN, and what a run leaves behind."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -16,8 +17,11 @@ from PIL import Image
 from smoke import SMOKE
 
 from tnt_flax import build, checkpoint, train
+from tnt_flax.convert import mapping, torch_files
+from tnt_flax.convert.checkpoints import read_checkpoint
 from tnt_flax.errors import InputError, RunError
 from tnt_flax.metrics import read_metrics_file
+from tnt_flax.state import fingerprint
 from tnt_flax.train import due, train_and_evaluate
 
 STEPS = 29  # 1,437 digits in batches of 48
@@ -122,17 +126,58 @@ def test_nan_stops_the_run_with_its_cause(smoke_config, tmp_path):
     assert "first bad tensor: parameter " in message or "first bad tensor: gradient of" in message
     last = checkpoint.find_checkpoint(tmp_path / "checkpoints", "last")
     assert message.endswith(f"the last good checkpoint is step {last.name}")
-    model = build.build_model(config, 10)
-    shapes = jax.eval_shape(build.init_params(model, config), jax.random.key(0))
-    layout = checkpoint.abstract(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    weights = checkpoint.read_weights(last, "raw", layout)
-    for leaf in jax.tree.leaves(weights):
+    for leaf in jax.tree.leaves(read_checkpoint(last, weights="raw").params):
         assert np.isfinite(leaf).all()
+
+
+def test_training_begins_from_weights_of_any_system(finished, smoke_config, tmp_path, capsys):
+    """With a learning rate of zero the run ends with the weights that it began from."""
+    _, workdir, result = finished
+    params = read_checkpoint(workdir, weights="raw", checkpoint="last").params
+    torch_files.write(tmp_path / "x.pth", dict(mapping.export("huawei", params)))
+    config = smoke_config(
+        init_from=str(tmp_path / "x.pth"),
+        optimizer__learning_rate=0.0,
+        optimizer__min_learning_rate=0.0,
+    )
+    again = train_and_evaluate(config, tmp_path / "run")
+    assert again["fingerprint"] == result["fingerprint"]
+    assert "official network, huawei names, torch file" in capsys.readouterr().err
+    average = read_checkpoint(tmp_path / "run", weights="ema").params  # it began there, too
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), average, params)
+
+
+def test_other_classes_get_a_new_head(finished, smoke_config, capsys):
+    config, workdir, _ = finished
+    model = build.build_model(config, 10)
+    same, renamed = tuple("0123456789"), tuple("abcdefghij")
+    params = read_checkpoint(workdir).params
+
+    def load(model, class_names, config=config, fine_tune=True):
+        return build.load_params(config, model, str(workdir), class_names, fine_tune=fine_tune)
+
+    kept, _ = load(model, class_names=same)
+    assert fingerprint(kept) == fingerprint(params)
+    assert "a new head" not in capsys.readouterr().err
+    new, _ = load(model, class_names=renamed)  # as many, but others
+    assert "a new head for 10 classes" in capsys.readouterr().err
+    assert fingerprint(new["head"]) != fingerprint(params["head"])
+    assert fingerprint(new["blocks_0"]) == fingerprint(params["blocks_0"])
+
+    config = smoke_config(data__image_size=64)
+    fewer, _ = load(model.clone(num_classes=3), class_names=same[:3], config=config)
+    assert fewer["head"]["kernel"].shape == (24, 3)
+    assert fewer["sentence_pos"].shape == (1, 17, 24)
+    with pytest.raises(InputError, match="has 10 classes"):
+        load(model, class_names=renamed, fine_tune=False)
+    with pytest.raises(InputError, match=r"not the tnt_ti_.* that the config describes \(depth: 1"):
+        load(model.clone(depth=2), class_names=same)
 
 
 @pytest.mark.parametrize(
     "overrides, message",
     [
+        (dict(init_from="none.pth"), "cannot read none.pth: No such file or directory"),
         (dict(batch_size=44), "batch_size=44 is not divisible by the 8 devices"),
         (dict(eval__batch_size=12), "eval.batch_size=12 is not divisible by the 8 devices"),
         (dict(batch_size=1440), "1437.*1440"),

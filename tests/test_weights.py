@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+import safetensors
 
-from tnt_flax.errors import InputError
-from tnt_flax.state import fingerprint
-from tnt_flax.weights import load_weights, save_weights
+from tnt_flax.weights import save_weights
 
 PARAMS = {
     "head": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)},
@@ -15,44 +12,17 @@ PARAMS = {
 INFO = {"config": {"model": {"name": "x"}}, "class_names": ["a", "b", "c"]}
 
 
-@pytest.fixture
-def path(tmp_path):
-    save_weights(tmp_path / "w.safetensors", PARAMS, INFO)
-    return tmp_path / "w.safetensors"
+def test_a_weights_file_says_what_it_holds(tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_weights(path, PARAMS, INFO)
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]  # nothing temporary stays
+    with safetensors.safe_open(path, framework="numpy") as file:
+        assert sorted(file.keys()) == ["head/bias", "head/kernel", "pos"]
+        np.testing.assert_array_equal(file.get_tensor("head/kernel"), [[0, 1, 2], [3, 4, 5]])
+        assert list(file.metadata()) == ["tnt_flax"]
 
 
-def shapes(**changes):
-    tree = jax.eval_shape(lambda: PARAMS)
-    return tree | changes
-
-
-def test_round_trip_is_the_identity(path):
-    params, info = load_weights(path, shapes())
-    assert fingerprint(params) == fingerprint(PARAMS)
-    assert info == INFO
-    assert [p.name for p in path.parent.iterdir()] == ["w.safetensors"]  # nothing temporary stays
-
-
-@pytest.mark.parametrize(
-    "changes, fault",
-    [
-        ({"extra": jnp.ones(1)}, r"- extra"),
-        ({"head": {"kernel": jnp.zeros((2, 3))}}, r"\+ head/bias"),
-        ({"pos": jnp.ones(3)}, r"! pos float32\[2\], not float32\[3\]"),
-        ({"pos": np.ones(2, np.float16)}, r"! pos float32\[2\], not float16\[2\]"),
-    ],
-)
-def test_every_tensor_is_accounted_for(path, changes, fault):
-    with pytest.raises(InputError, match=f"does not fit this model: .*{fault}"):
-        load_weights(path, shapes(**changes))
-
-
-def test_broken_files(path):
-    with pytest.raises(InputError, match="there is no weights file"):
-        load_weights(path.with_name("none.safetensors"), shapes())
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(InputError, match="is not a whole weights file"):
-        load_weights(path, shapes())
-    path.write_bytes(b"not a weights file at all")
-    with pytest.raises(InputError, match="is not a whole weights file"):
-        load_weights(path, shapes())
+def test_the_same_weights_are_the_same_bytes(tmp_path):
+    for name in ("a.safetensors", "b.safetensors"):
+        save_weights(tmp_path / name, PARAMS, INFO)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()

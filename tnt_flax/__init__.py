@@ -11,6 +11,7 @@ _PUBLIC = {
     "block_outputs": "tnt_flax.models",
     "create_model": "tnt_flax.models",
     "list_models": "tnt_flax.models",
+    "load": "tnt_flax.convert.load",
 }
 __all__ = list(_PUBLIC)
 

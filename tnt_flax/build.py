@@ -3,6 +3,7 @@
 
 import functools
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,9 @@ import optax
 from ml_collections import ConfigDict
 
 from tnt_flax import steps
+from tnt_flax.convert.checkpoints import read_checkpoint
+from tnt_flax.convert.load import adapt
+from tnt_flax.convert.networks import check_same
 from tnt_flax.data import pipeline, sources, transforms
 from tnt_flax.data.plan import TrainPlan
 from tnt_flax.errors import InputError
@@ -39,6 +43,47 @@ def init_params(model: TNT, config: ConfigDict) -> Callable[[jax.Array], Any]:
     """Returns `init(key) -> params`, a pure function to jit or to `jax.eval_shape`."""
     size = config.data.image_size
     return lambda key: model.init(key, jnp.zeros((1, size, size, 3)), train=False)["params"]
+
+
+def load_params(
+    config: ConfigDict,
+    model: TNT,
+    path: str,
+    class_names: tuple[str, ...],
+    *,
+    checkpoint: str = "best",
+    fine_tune: bool = False,
+) -> tuple[Any, str]:
+    """The weights at `path`, of any system, for `model`; returns (params, where they were).
+
+    Their positions are resampled where `config.data.image_size` is another. With `fine_tune` other
+    classes get a new head; without, other classes are an error.
+
+    Raises:
+        InputError: see `convert.checkpoints.read_checkpoint`; or they are of another network.
+    """
+    found = read_checkpoint(
+        path,
+        weights="ema" if fine_tune else config.eval.weights,
+        checkpoint=checkpoint,
+        inner_heads=model.inner_heads,
+        outer_heads=model.outer_heads,
+        patch_size=model.patch_size,
+    )
+    same_classes = found.network.model.num_classes == len(class_names) and (
+        found.class_names in (None, class_names)
+    )
+    if not same_classes and not fine_tune:
+        raise InputError(
+            f"{found.path} has {found.network.model.num_classes} classes "
+            f"{(found.class_names or ('of unknown names',))[:3]}..., "
+            f"the data has {len(class_names)} {class_names[:3]}..."
+        )
+    summary, size = found.summary(), config.data.image_size
+    adapted = adapt(found, len(class_names), size, 3, new_head=not same_classes)
+    check_same(found.path, adapted, model, f"the {config.model.name} that the config describes")
+    print("; ".join([f"loaded {summary}", *found.notes]), file=sys.stderr)
+    return found.params, found.path
 
 
 def build_optimizer(

@@ -6,19 +6,23 @@ does not notice a damaged array file: a flipped bit comes back as garbage. There
 holds MANIFEST.json with the SHA-256 of its files, and nothing is restored that does not match it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
-from tnt_flax.errors import InputError, RunError
+from tnt_flax.errors import InputError, RunError, one_line
 from tnt_flax.state import TrainState, check_fit
 
 MANIFEST = "MANIFEST.json"
@@ -188,22 +192,29 @@ def read_info(step_folder: pathlib.Path) -> dict[str, Any]:
 
 
 def read_weights(step_folder: pathlib.Path, kind: str, abstract_params: Any) -> Any:
-    """The parameters of a checkpoint, without its optimizer state; `kind` is "ema" or "raw"."""
+    """The parameters of a checkpoint as numpy arrays; `kind` is "ema" or "raw"."""
     why = fault(step_folder)
     if why:
         raise InputError(f"{step_folder} is damaged: {why}")
     name = "ema" if kind == "ema" else "params"
     check_fit(step_folder, _stored(step_folder)[name], abstract_params)
+    restore = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray), abstract_params)
     args = ocp.args.PyTreeRestore(
-        item={name: abstract_params},
-        restore_args={name: ocp.checkpoint_utils.construct_restore_args(abstract_params)},
-        partial_restore=True,
+        item={name: abstract_params}, restore_args={name: restore}, partial_restore=True
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _reader() as reader:
         try:
-            return checkpointer.restore(step_folder / "state", args=args)[name]
+            return reader.restore(step_folder / "state", args=args)[name]
         except Exception as error:
             raise InputError(f"cannot read {step_folder}: {one_line(error)}") from error
+
+
+def stored_params(step_folder: pathlib.Path) -> Any:
+    """Shapes and types of the parameters in a checkpoint. Raises InputError if it has none."""
+    try:
+        return _stored(step_folder)["params"]
+    except Exception as error:
+        raise InputError(f"cannot read {step_folder}: {one_line(error)}") from error
 
 
 def abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
@@ -216,18 +227,25 @@ def digest(path: pathlib.Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
 def _stored(step_folder: pathlib.Path) -> Any:
     """Shapes and types of the state in a checkpoint.
 
     Orbax would find a misfit too, but only while reading, and leave its threads in disorder.
     """
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.metadata(step_folder / "state").item_metadata.tree
+    with _reader() as reader:
+        return reader.metadata(step_folder / "state").item_metadata.tree
+
+
+@contextlib.contextmanager
+def _reader() -> Iterator[ocp.Checkpointer]:
+    """Orbax's reader, without the warnings that are for its developers."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            yield reader
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _score(metrics: dict[str, float]) -> float:

@@ -41,17 +41,24 @@ def check_fit(path: Any, found: Any, wanted: Any) -> None:
     `found` and `wanted` are trees of anything with a shape and a dtype; `path` is for the message.
 
     Raises:
-        InputError: naming what is missing (-), left over (+) or of another shape or type (!).
+        InputError: naming what is missing (-), left over (+) or of another shape or type (!); the
+            first five in the message, all of them in its details.
     """
     found, wanted = flat_names(found), flat_names(wanted)
-    faults = [f"- {name}" for name in wanted if name not in found]
-    faults += [f"+ {name}" for name in found if name not in wanted]
+    faults = [f"- {name} {_form(wanted[name])}" for name in wanted if name not in found]
+    faults += [f"+ {name} {_form(found[name])}" for name in found if name not in wanted]
     for name in found.keys() & wanted.keys():
-        a, b = (f"{np.dtype(x[name].dtype)}{list(x[name].shape)}" for x in (found, wanted))
+        a, b = _form(found[name]), _form(wanted[name])
         faults += [f"! {name} {a}, not {b}"] if a != b else []
     if faults:
+        faults.sort()
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise InputError(f"{path} does not fit this model: {'; '.join(sorted(faults)[:5])}{more}")
+        listed = f"{'; '.join(faults[:5])}{more}"
+        raise InputError(f"{path} does not fit this model: {listed}", details=faults[5:] and faults)
+
+
+def _form(x: Any) -> str:
+    return f"{np.dtype(x.dtype)}{list(x.shape)}"
 
 
 def fingerprint(params) -> str:

@@ -69,8 +69,11 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     step_key = jax.device_put(step_key, replicated)
 
+    def new_state(params):
+        return TrainState.create(params, tx)
+
     def init_state(key):
-        return TrainState.create(init_params(key), tx)
+        return new_state(init_params(key))
 
     # ---------------------------------------------------------------- state, new or restored
     layout = abstract(jax.eval_shape(init_state, init_key), replicated)
@@ -79,7 +82,13 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, info=info)
     state = checkpoints.restore_latest(layout)
     if state is None:
-        state = jax.jit(init_state, out_shardings=replicated)(init_key)
+        if config.init_from:
+            params, _ = build.load_params(
+                config, model, config.init_from, tuple(class_names), fine_tune=True
+            )
+            state = jax.jit(new_state, out_shardings=replicated)(params)
+        else:
+            state = jax.jit(init_state, out_shardings=replicated)(init_key)
         table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
         (workdir / "parameters.txt").write_text(table + "\n")
     names = list(flat_names(state.params))

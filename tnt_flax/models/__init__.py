@@ -10,22 +10,41 @@ import jax.numpy as jnp
 from tnt_flax.errors import InputError
 from tnt_flax.models.tnt import TNT, block_outputs
 
-__all__ = ["MODELS", "TNT", "block_outputs", "create_model", "list_models"]
+__all__ = ["LINEAGES", "MODELS", "TNT", "block_outputs", "create_model", "list_models"]
 
 # Sizes: paper Table 1. Note that TNT-Ti has 2 inner heads, not 4.
 _TI = dict(outer_dim=192, inner_dim=12, outer_heads=3, inner_heads=2)
 _S = dict(outer_dim=384, inner_dim=24, outer_heads=6, inner_heads=4)
 _B = dict(outer_dim=640, inner_dim=40, outer_heads=10, inner_heads=4)
 
-# The network of timm before 1.0.16 and of mmpretrain, written before the authors' code was public.
-_LEGACY = dict(conv_first=True, norm_each_word=True, proj_bias=True, proj_norm=False)
+# Four networks were published under the one name; this is what sets them off from the official one.
+# "legacy" is timm before 1.0.16 and mmpretrain, written before the authors' code was public; both
+# "mindspore" forms are the authors' own, the first for ImageNet, the other for Oxford-IIIT Pets.
+LINEAGES: dict[str, dict[str, Any]] = {
+    "official": {},
+    "legacy": dict(conv_first=True, norm_each_word=True, proj_bias=True, proj_norm=False),
+    "mindspore": dict(output_bias=False, norm_eps=1e-7, gelu="tanh"),
+    "mindspore_pets": dict(
+        conv_first=True,
+        qkv_bias=True,
+        proj_bias=True,
+        proj_norm=False,
+        stem_norm=False,
+        zero_sentences=True,
+        norm_eps=1e-7,
+        gelu="tanh",
+    ),
+}
 
 MODELS: dict[str, dict[str, Any]] = {
     "tnt_ti_patch16_224": _TI,
     "tnt_s_patch16_224": _S,
     "tnt_b_patch16_224": _B,
-    "tnt_s_legacy_patch16_224": _S | _LEGACY,
-    "tnt_b_legacy_patch16_224": _B | _LEGACY,
+    "tnt_s_legacy_patch16_224": _S | LINEAGES["legacy"],
+    "tnt_b_legacy_patch16_224": _B | LINEAGES["legacy"],
+    "tnt_s_mindspore_patch16_224": _S | LINEAGES["mindspore"],
+    "tnt_b_mindspore_patch16_224": _B | LINEAGES["mindspore"],
+    "tnt_b_mindspore_pets_patch16_384": _B | LINEAGES["mindspore_pets"] | dict(num_classes=37),
 }
 
 

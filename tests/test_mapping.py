@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of names: complete, one to one, and equal to what the real systems write."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from tnt_flax.convert import mapping, networks, tables
+from tnt_flax.errors import InputError
+from tnt_flax.models import LINEAGES, TNT, create_model
+
+NAMES = json.loads((pathlib.Path(__file__).parent / "golden/weights/names.json").read_text())
+OTHERS = [naming for naming in mapping.NAMINGS if naming != "tnt_flax"]
+SMALL = dict(outer_dim=12, inner_dim=4, outer_heads=3, inner_heads=2, depth=2, num_classes=5)
+HELD = [(naming, lineage) for naming in OTHERS for lineage in networks.LINEAGES_OF[naming]]
+
+
+def random_params(lineage, sentences=4, **fields):
+    model = TNT(**SMALL | LINEAGES[lineage] | fields)
+    abstract = networks.Network(model, sentences, 3).abstract_params()
+    rng = np.random.RandomState(0)
+    return tree_map(lambda x: rng.standard_normal(x.shape).astype(np.float32), abstract)
+
+
+def tree_map(function, x):
+    return {k: tree_map(function, v) for k, v in x.items()} if isinstance(x, dict) else function(x)
+
+
+def expand(published):
+    """The names and shapes of a published network: those with {i} once per block."""
+    return {
+        name.format(i=i): tuple(shape)
+        for name, shape in published["tensors"].items()
+        for i in (range(published["depth"]) if "{i}" in name else [0])
+    }
+
+
+PUBLISHED = [
+    (system, name, expand(published))
+    for system, networks_of in NAMES.items()
+    for name, published in networks_of.items()
+]
+
+
+@pytest.mark.parametrize("system, name, shapes", PUBLISHED, ids=lambda x: str(x)[:30])
+def test_every_published_network_is_told_and_complete(system, name, shapes):
+    naming = mapping.detect_naming("file", shapes)
+    assert naming == system.removesuffix("_legacy")
+    weights = {n: s for n, s in shapes.items() if mapping.why_no_weight(naming, n) is None}
+    ours = {
+        our_name: mapping.to_ours(naming, our_name, place, mapping.hollow(shape)).shape
+        for theirs, shape in weights.items()
+        for our_name, place in mapping.our_names(naming, theirs)
+    }
+    network = networks.identify("file", naming, ours)
+    abstract = network.abstract_params()
+    assert mapping.exported_shapes(naming, abstract) == weights
+    tensors = mapping.unstacked(mapping.hollow_tree(abstract))
+    assert weights | mapping.extra_shapes(naming, tensors) == shapes
+    expected = {
+        "tnt-small-p16": "tnt_s_legacy_patch16_224",
+        "mindspore": {
+            "tnt_s": "tnt_s_mindspore_patch16_224",
+            "tnt_b": "tnt_b_mindspore_patch16_224",
+        },
+        "mindspore_pets": {"tnt_b": "tnt_b_mindspore_pets_patch16_384"},
+    }
+    expected = expected.get(name) or expected.get(system, {}).get(name[:5], name)
+    assert networks.name_of(network.model) == expected
+
+
+def test_every_system_has_published_names():
+    assert {system.removesuffix("_legacy") for system in NAMES} == set(OTHERS)
+
+
+@pytest.mark.parametrize("naming", OTHERS)
+@pytest.mark.parametrize("table", [tables.STEM, tables.BLOCK], ids=["stem", "block"])
+def test_the_tables_are_one_to_one(naming, table):
+    places = list(mapping._rows(naming, table).values())
+    assert len(set(places)) == len(places)  # nothing is used twice
+    for place in places:  # and every part of a tensor has a row
+        parts = {p.part for p in places if p.name == place.name}
+        assert parts == set(range(place.parts))
+    for ours, place in mapping._rows(naming, table).items():
+        assert (ours, place) in mapping._inverse(naming, table)[place.name]
+
+
+def test_every_row_has_every_column():
+    for table in (tables.STEM, tables.BLOCK):
+        header, *rows = [line.split() for line in table.strip().splitlines()]
+        assert tuple(header) == mapping.NAMINGS
+        assert {len(row) for row in rows} == {len(header)}
+
+
+@pytest.mark.parametrize("naming, lineage", HELD)
+def test_export_and_back_is_the_identity(naming, lineage):
+    params = random_params(lineage, se=naming == "huawei")
+    exported = dict(mapping.export(naming, params))
+    tensors = mapping.unstacked(params)
+    for ours, x in tensors.items():
+        place = mapping.place_of(naming, ours)
+        again = mapping.to_ours(naming, ours, place, exported[place.name])
+        np.testing.assert_array_equal(again, x)
+    read = lambda ours: mapping.to_ours(
+        naming, ours, mapping.place_of(naming, ours), exported[mapping.place_of(naming, ours).name]
+    )
+    stacked = mapping.restacked(read, "blocks_0/outer/fc1/kernel", (2, 12, 48))
+    np.testing.assert_array_equal(stacked, params["blocks_0"]["outer"]["fc1"]["kernel"])
+
+
+def test_trap_9_queries_keys_and_values():
+    params = random_params("official")
+    attention = params["blocks_0"]["outer"]["attention"]
+    query, key, value = (attention[name]["kernel"][1].T for name in ("query", "key", "value"))
+    timm = dict(mapping.export("timm", params))
+    np.testing.assert_array_equal(timm["blocks.1.attn_out.qk.weight"], np.concatenate([query, key]))
+    np.testing.assert_array_equal(timm["blocks.1.attn_out.v.weight"], value)
+
+    params = random_params("legacy")
+    attention = params["blocks_0"]["inner"]["attention"]
+    parts = [attention[name]["kernel"][0].T for name in ("query", "key", "value")]
+    packed = dict(mapping.export("mmpretrain", params))
+    name = "backbone.layers.0.inner_block.attn.attn.in_proj_weight"
+    np.testing.assert_array_equal(packed[name], np.concatenate(parts))
+
+
+def test_trap_10_positions_of_words():
+    params = random_params("official")
+    words = params["word_pos"][0]  # (M, C)
+    np.testing.assert_array_equal(dict(mapping.export("huawei", params))["inner_pos"][0], words)
+    picture = dict(mapping.export("timm", params))["pixel_pos"]
+    assert picture.shape == (1, 4, 4, 4)
+    for word, channel in np.ndindex(words.shape):
+        assert picture[0, channel, word // 4, word % 4] == words[word, channel]
+    params = random_params("mindspore_pets")
+    flat = dict(mapping.export("mindspore_pets", params))["pixel_pos"]
+    np.testing.assert_array_equal(flat[0], params["word_pos"][0].T)
+
+
+def test_kernels_are_turned():
+    params = random_params("official")
+    kernel = params["word_embed"]["conv"]["kernel"]  # (height, width, in, out)
+    weight = dict(mapping.export("timm", params))["pixel_embed.proj.weight"]
+    assert weight.shape == (4, 3, 7, 7)
+    assert weight[1, 2, 3, 4] == kernel[3, 4, 2, 1]
+    assert not any(x.base is not None for _, x in mapping.export("timm", params) if x.ndim == 4)
+
+
+def test_zeros_that_others_hold():
+    params = random_params("official")
+    zeros = dict(mapping.export("huawei", params))["outer_tokens"]
+    assert zeros.shape == (1, 4, 12) and not zeros.any()
+    exported = dict(mapping.export("mindspore_pets", random_params("mindspore_pets")))
+    extra = {n: x.shape for n, x in exported.items() if mapping.why_no_weight("mindspore_pets", n)}
+    assert extra == {
+        "patch_embed": (1, 4, 12),
+        "fake": (1, 1, 12),
+        "pixel2patch.fake": (1, 1, 12),
+        "encoder.layers.0.pixel2patch.fake": (1, 1, 12),
+        "encoder.layers.1.pixel2patch.fake": (1, 1, 12),
+    }
+
+
+def test_what_a_system_has_no_place_for_is_named():
+    params = random_params("official", se=True)
+    with pytest.raises(InputError, match=r"timm has no place for blocks/0/outer/se/fc1/bias, .* 7"):
+        list(mapping.export("timm", params))
+
+
+def test_groups_of_blocks_may_start_anywhere():
+    params = random_params("official", depth=5, vanilla_blocks=(2,))
+    assert set(params) > {"blocks_0", "blocks_2", "blocks_3"}
+    tensors = mapping.unstacked(params)
+    np.testing.assert_array_equal(
+        tensors["blocks/4/outer/fc1/bias"], params["blocks_3"]["outer"]["fc1"]["bias"][1]
+    )
+    assert "blocks/2/inner/fc1/bias" not in tensors
+    exported = dict(mapping.export("huawei", params))
+    np.testing.assert_array_equal(
+        exported["blocks.4.outer_mlp.fc1.bias"], tensors["blocks/4/outer/fc1/bias"]
+    )
+
+
+def test_what_is_no_tnt():
+    with pytest.raises(InputError, match="holds no TNT that we know: of its 2 tensors, .*'conv1"):
+        mapping.detect_naming("resnet.pth", ["conv1.weight", "fc.bias"])
+    assert mapping.our_names("timm", "blocks.00.norm_in.weight") == []  # 0 is written 0
+    assert mapping.our_names("timm", "blocks.99999.norm_in.weight") == []
+
+
+@pytest.mark.parametrize(
+    "ours, name, shape, message",
+    [
+        ("blocks/0/inner/fc1/kernel", "x", (3,), r"x \[3\] should have rank 2"),
+        ("word_embed/conv/kernel", "x", (3, 3), r"x \[3, 3\] should have rank 4"),
+        ("word_pos", "x", (1, 4, 16), r"x \[1, 4, 16\] should have rank 4"),
+    ],
+)
+def test_wrong_ranks(ours, name, shape, message):
+    with pytest.raises(InputError, match=message):
+        mapping.to_ours("timm", ours, mapping.Place(name), mapping.hollow(shape))
+
+
+def test_rows_that_cannot_be_split():
+    for shape in ((5, 4), ()):
+        with pytest.raises(InputError, match="cannot be split into 2 parts"):
+            place = mapping.Place("qk", 0, 2)
+            mapping.to_ours("timm", "blocks/0/inner/attention/query/kernel", place, np.zeros(shape))
+
+
+def test_networks_have_names():
+    model = create_model("tnt_s_patch16_224", num_classes=7, dtype="bfloat16", drop_path=0.3)
+    assert networks.name_of(model) == "tnt_s_patch16_224"
+    assert networks.lineage_of(model) == "official"
+    assert networks.name_of(model.clone(depth=3)) is None
+    mixture = model.clone(norm_eps=1e-7)
+    assert (networks.name_of(mixture), networks.lineage_of(mixture)) == (None, "other")
+    for lineage in LINEAGES:
+        assert networks.lineage_of(TNT(**SMALL | LINEAGES[lineage])) == lineage

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Converts TNT weights from any system to any other, or says what a file is.
+
+    python -m tnt_flax.convert tnt_s_81.5.pth.tar tnt_s.safetensors
+    python -m tnt_flax.convert runs/tnt_s tnt_s.pth --to=timm --checkpoint=last --weights=raw
+    python -m tnt_flax.convert --check tnt_b_pets.ckpt --names
+    python -m tnt_flax.convert --check tnt_s_81.5.pth.tar --against=timm
+
+The last line on stdout is one JSON object. Exit code 1 is a failure to write, or with --against a
+difference that is no rounding; 2 is bad input.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import Any
+
+from tnt_flax.convert import targets
+from tnt_flax.convert.checkpoints import Checkpoint, read_checkpoint
+from tnt_flax.convert.networks import lineage_of
+from tnt_flax.errors import InputError, RunError
+from tnt_flax.state import fingerprint
+
+TOLERANCE = 5e-5  # float32 logits of a standard deviation around 1
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(f"{message}; see python -m tnt_flax.convert --help")
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="python -m tnt_flax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("source", help="a file of any system, a workdir, one of its steps, hf://OWNER/NAME, a name")
+    add("destination", nargs="?", type=pathlib.Path, help="the file to write")
+    add("--to", choices=list(targets.SUFFIXES), help="for which system; default by the file's end")
+    add("--check", action="store_true", help="say what SOURCE is and convert nothing")
+    add("--against", choices=["timm"], help="run SOURCE in timm too, and compare (needs torch)")
+    add("--weights", choices=["ema", "raw"], default="ema", help="where a source holds both")
+    add("--checkpoint", choices=["best", "last"], default="best", help="of a workdir")
+    add("--name", help="refuse SOURCE unless it is this network")
+    add("--names", action="store_true", help="list every tensor: its name there and here")
+    for field in ("inner_heads", "outer_heads", "patch_size"):
+        add(f"--{field}", type=int, help="of sizes that were never published")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    try:
+        args = make_parser().parse_args(argv)
+        if args.check == (args.destination is not None):
+            raise InputError("give a destination, or --check and none")
+        if not args.check:
+            system = args.to or targets.default_system(args.destination)
+            targets.check_destination(args.destination, system)
+        heads = {
+            field: getattr(args, field)
+            for field in ("inner_heads", "outer_heads", "patch_size")
+            if getattr(args, field) is not None
+        }
+        found = read_checkpoint(
+            args.source, args.name, weights=args.weights, checkpoint=args.checkpoint, **heads
+        )
+        result = report(found, names=args.names)
+        if not args.check:
+            target = targets.make_target(found, system)
+            targets.write(args.destination, system, target, found)
+            size = args.destination.stat().st_size
+            print_row("written", f"{args.destination} for {system}, {size / 1e6:.1f} MB")
+            for note in target.notes:
+                print_row("note", note)
+            result |= {
+                "destination": str(args.destination),
+                "to": system,
+                "same_function": target.same_function,
+            }
+        code = 0
+        if args.against:
+            from tnt_flax.convert import against
+
+            differences = against.compare_with_timm(found)
+            for place, difference in differences.items():
+                print_row(f"|timm - ours| {place}", f"{difference:.1e}")
+            result["against_timm"] = differences
+            code = int(not differences["head"] <= TOLERANCE)
+    except (InputError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        for line in getattr(error, "details", ()):
+            print(f"  {line}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    print(json.dumps(result))
+    return code
+
+
+def report(found: Checkpoint, *, names: bool) -> dict[str, Any]:
+    """Prints the table of what was found; returns it for the JSON line."""
+    model, grid = found.network.model, found.network.grid
+    facts = {
+        "source": found.path,
+        "container": found.container,
+        "names": found.naming,
+        "network": found.name,  # None: no published size
+        "lineage": lineage_of(model),
+        "weights": found.weights,  # None: the source does not tell
+        "parameters": found.num_params,
+        "image_size": grid and grid[0] * model.patch_size,  # None: not square
+        "channels": found.network.channels,
+        "num_classes": model.num_classes,
+        "digest": fingerprint(found.params),
+    }
+    for key, value in facts.items():
+        print_row(key, f"{value:,}" if isinstance(value, int) else value or "-")
+    for note in found.notes:
+        print_row("note", note)
+    width = max(map(len, found.renamed), default=0)
+    for theirs, ours in found.renamed.items() if names else ():
+        print_row(theirs.ljust(width), ours)
+    return facts | {"notes": found.notes}
+
+
+def print_row(key: str, value: str) -> None:
+    print(f"{key:<12} {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads a checkpoint of any system, strictly, as a network of ours: `read_checkpoint`."""
+
+import collections
+import dataclasses
+import functools
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from tnt_flax import checkpoint as run_checkpoints
+from tnt_flax.convert import hub, mapping, networks, tables
+from tnt_flax.convert.files import Content, Spec, open_file
+from tnt_flax.errors import InputError
+from tnt_flax.models import MODELS, create_model
+from tnt_flax.state import check_fit, flat_names
+
+FLOAT32 = {"float32", "F32"}
+CONVERTED = {"float16", "F16", "bfloat16", "BF16", "float64", "F64"}
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """A network and its weights, and what they came from."""
+
+    path: str  # of the file or folder, or the hf:// address
+    container: str  # in words
+    naming: str  # the system whose names the tensors had: one of `mapping.NAMINGS`
+    network: networks.Network
+    params: Any  # float32; ours, whatever the file was
+    weights: str | None  # "ema" or "raw" where the source tells them apart
+    info: dict[str, Any]  # our own files: the config and the class names of the run
+    renamed: dict[str, str]  # their name -> ours, per block; several ours joined by " + "
+    notes: list[str]  # everything that was chosen, dropped or converted, for the user to read
+
+    @property
+    def name(self) -> str | None:
+        """The published name of the network, if it has one."""
+        return networks.name_of(self.network.model)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        names = self.info.get("class_names")
+        return None if names is None else tuple(names)
+
+    @property
+    def num_params(self) -> int:
+        return sum(x.size for x in jax.tree.leaves(self.params))
+
+    def summary(self) -> str:
+        """One line: what it is."""
+        model, grid = self.network.model, self.network.grid
+        size = f"{grid[0] * model.patch_size} px" if grid else f"{self.network.sentences} patches"
+        kind = {"ema": "averaged weights, ", "raw": "raw weights, ", None: ""}[self.weights]
+        return (
+            f"{self.path}: {self.name or 'a TNT of no published size'} "
+            f"({networks.lineage_of(model)} network, {self.naming} names, {self.container}), "
+            f"{kind}{self.num_params:,} parameters, {size}, {model.num_classes} classes"
+        )
+
+
+def read_checkpoint(
+    path: str | pathlib.Path,
+    name: str | None = None,
+    *,
+    weights: str = "ema",
+    checkpoint: str = "best",
+    put: Callable[[str, np.ndarray], Any] = lambda name, x: x,
+    **overrides: Any,
+) -> Checkpoint:
+    """Reads weights of any system; every tensor in them is accounted for.
+
+    Args:
+        path: a file (torch's .pth and .bin, .safetensors, MindSpore's .ckpt), a training workdir of
+            ours or one of its steps, an address "hf://OWNER/NAME", or a name whose published
+            weights are on the Hugging Face hub.
+        name: what it has to be, one of `list_models()`.
+        weights: "ema" or "raw", where both are there; "ema" where there is only one.
+        checkpoint: "best" or "last", of a workdir.
+        put: called with every parameter's name and array as soon as it is whole; what it returns
+            is kept, so that no second copy of all of them need exist.
+        overrides: fields of `TNT`. `inner_heads` and `outer_heads` are needed for sizes that were
+            never published; dtype, remat and the drop rates are free.
+
+    Raises:
+        InputError: nothing there, not readable without running code, damaged, not a TNT, or tensors
+            missing, left over, or of another shape or type: `details` lists them all.
+    """
+    if weights not in ("ema", "raw"):
+        raise InputError(f"weights={weights!r} is neither 'ema' nor 'raw'")
+    if name is not None and name not in MODELS:
+        create_model(name)  # says which names there are
+    notes, source = [], str(path)
+    if hub.is_address(source) and not pathlib.Path(source).exists():
+        fetched = hub.fetch(source)
+        name = name or (source if source in MODELS else None)  # the name is a promise
+        path, source = fetched.path, fetched.address
+        notes.append(f"fetched revision {fetched.revision}")
+    path = pathlib.Path(path)
+    if source in MODELS and not path.exists():
+        hub.fetch(source)  # says that nobody published weights under this name
+    if path.is_dir():
+        found = _read_run(path, name, weights, checkpoint, put, overrides)
+    else:
+        content = open_file(path, weights)
+        found = _read_content(source, content, name, put, overrides)
+    found.notes = notes + found.notes
+    return found
+
+
+def _read_content(
+    source: str, content: Content, name: str | None, put: Callable, overrides: Mapping[str, Any]
+) -> Checkpoint:
+    notes = list(content.notes)
+    naming = "tnt_flax" if content.info else _naming(source, content)
+    specs, read = content.specs, content.read
+    if naming == "tnt_flax":
+        specs, read = _per_block(specs, read)
+    specs, left_out = _without_extras(source, naming, specs, read, notes)
+    places, renamed = _places(naming, specs)
+    shapes = {
+        ours: mapping.to_ours(naming, ours, place, mapping.hollow(specs[place.name].shape)).shape
+        for ours, place in places.items()
+    }
+    if content.info.get("config"):
+        network = _described(source, content.info["config"], shapes, name, overrides)
+    else:
+        network = networks.identify(source, naming, shapes, name, overrides)
+        if naming == "tnt_flax":
+            notes.append("its header has no configuration: the network is told by its tensors")
+    abstract = _abstract(source, network)
+    _check_complete(source, naming, specs, abstract)
+    notes += _check_types(source, specs)
+
+    def read_ours(ours: str) -> np.ndarray:
+        place = places[ours]
+        return mapping.to_ours(naming, ours, place, read(place.name))
+
+    params = _assembled(abstract, read_ours, put, notes)
+    return Checkpoint(
+        source,
+        content.container,
+        naming,
+        network,
+        params,
+        content.weights,
+        content.info,
+        renamed | left_out,
+        notes,
+    )
+
+
+def _naming(source: str, content: Content) -> str:
+    ours = [name for name in content.specs if "/" in name]
+    if ours and len(ours) > len(content.specs) // 2:
+        return "tnt_flax"
+    return mapping.detect_naming(source, content.specs)
+
+
+def _per_block(specs: Mapping[str, Spec], read: Callable) -> tuple[dict[str, Spec], Callable]:
+    """Our own file, in which equal blocks are stacked, as one that holds them one by one."""
+    slices = {}
+    for name, spec in specs.items():
+        match = re.fullmatch(r"blocks_(\d+)/(.*)", name)
+        if match and spec.shape:
+            for i in range(spec.shape[0]):
+                slices[f"blocks/{int(match[1]) + i}/{match[2]}"] = (name, i)
+        else:
+            slices[name] = (name, None)
+    read = functools.lru_cache(maxsize=1)(read)  # the blocks of one stack are read in a row
+
+    def read_block(name: str) -> np.ndarray:
+        stacked, i = slices[name]
+        return read(stacked) if i is None else read(stacked)[i]
+
+    per_block = {
+        name: specs[stacked] if i is None else Spec(specs[stacked].shape[1:], specs[stacked].dtype)
+        for name, (stacked, i) in slices.items()
+    }
+    return per_block, read_block
+
+
+def _without_extras(
+    source: str, naming: str, specs: Mapping[str, Spec], read: Callable, notes: list[str]
+) -> tuple[dict[str, Spec], dict[str, str]]:
+    """(the weights, why each other tensor is left out). Raises InputError if one must not be."""
+    kept, dropped = {}, collections.defaultdict(list)
+    for name, spec in specs.items():
+        why = mapping.why_no_weight(naming, name)
+        if why is None:
+            kept[name] = spec
+        elif why == "zero" and np.any(read(name)):
+            raise InputError(
+                f"{source}: {name} is not zero, as every published {naming} file has it"
+            )
+        else:
+            dropped[why].append(name)
+    for why, names in dropped.items():
+        notes.append(f"left out {_listed(names)} ({tables.NO_WEIGHT[why]})")
+    left_out = {
+        name: f"left out: {tables.NO_WEIGHT[why]}"
+        for why, names in dropped.items()
+        for name in names
+    }
+    return kept, left_out
+
+
+def _places(
+    naming: str, specs: Mapping[str, Spec]
+) -> tuple[dict[str, mapping.Place], dict[str, str]]:
+    """Our name -> where it lies, and their name -> our names; unknown names have none."""
+    places, renamed = {}, {}
+    for name in specs:
+        found = mapping.our_names(naming, name)
+        renamed[name] = " + ".join(ours for ours, _ in found)
+        places |= dict(found)
+    return places, renamed
+
+
+def _described(
+    source: str,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    name: str | None,
+    overrides: Mapping[str, Any],
+) -> networks.Network:
+    """The network that a config of ours describes; sizes that it leaves open are the tensors'."""
+    try:
+        fields = {k: v for k, v in config["model"].items() if v is not None}
+        described = fields.pop("name")
+        fields = {k: v for k, v in fields.items() if k not in networks.FREE_FIELDS}
+        channels, sentences = shapes["word_embed/conv/kernel"][2], shapes["sentence_pos"][1] - 1
+        fields["num_classes"] = shapes["head/kernel"][1] if "head/kernel" in shapes else 0
+    except (KeyError, IndexError, AttributeError, TypeError) as error:
+        raise InputError(f"{source} is no whole checkpoint of ours: no {error}") from error
+    model = create_model(described, **(fields | dict(overrides)))
+    networks.check_same(source, create_model(described, **fields), model, "what was asked for")
+    if name is not None:
+        wanted = create_model(name, num_classes=model.num_classes)
+        networks.check_same(source, model, wanted, name)
+    return networks.Network(model, sentences, channels)
+
+
+def _abstract(source: Any, network: networks.Network) -> Any:
+    try:
+        return network.abstract_params()
+    except InputError as error:  # sizes and heads that do not go together
+        raise InputError(f"{source}: {error}") from None
+
+
+def _check_complete(source: str, naming: str, specs: Mapping[str, Spec], abstract: Any) -> None:
+    wanted = mapping.exported_shapes(naming, abstract)
+    check_fit(
+        source,
+        {name: jax.ShapeDtypeStruct(spec.shape, np.float32) for name, spec in specs.items()},
+        {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in wanted.items()},
+    )
+
+
+def _check_types(source: str, specs: Mapping[str, Spec]) -> list[str]:
+    """Notes on what will be converted to float32."""
+    kinds = collections.defaultdict(list)
+    for name, spec in specs.items():
+        kinds[spec.dtype].append(name)
+    notes = []
+    for dtype, names in kinds.items():
+        if dtype in CONVERTED:
+            notes.append(f"converted {_listed(names)} from {dtype} to float32")
+        elif dtype not in FLOAT32:
+            raise InputError(f"{source}: {_listed(names)} of type {dtype}, which no weight can be")
+    return notes
+
+
+def _assembled(
+    abstract: Any, read: Callable[[str], np.ndarray], put: Callable, notes: list[str]
+) -> Any:
+    leaves, broken = [], []
+    for name, leaf in flat_names(abstract).items():
+        x = mapping.restacked(read, name, leaf.shape)
+        if not np.isfinite(x).all():
+            broken.append(name)
+        leaves.append(put(name, x))
+    if broken:
+        notes.append(f"warning: NaN or infinite values in {_listed(broken)}")
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _read_run(
+    path: pathlib.Path,
+    name: str | None,
+    weights: str,
+    checkpoint: str,
+    put: Callable,
+    overrides: Mapping[str, Any],
+) -> Checkpoint:
+    """From a workdir, its folder of checkpoints, or one step."""
+    step_folder = path
+    if not path.name.isdecimal() or not (path / "info").exists():
+        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        step_folder = run_checkpoints.find_checkpoint(folder, checkpoint)
+    info = run_checkpoints.read_info(step_folder)
+    stored = run_checkpoints.stored_params(step_folder)
+    shapes = {n: x.shape for n, x in mapping.unstacked(mapping.hollow_tree(stored)).items()}
+    network = _described(str(step_folder), info.get("config", {}), shapes, name, overrides)
+    params = run_checkpoints.read_weights(step_folder, weights, _abstract(path, network))
+    names = list(flat_names(params))
+    leaves, structure = jax.tree.flatten(params)
+    params = jax.tree.unflatten(structure, [put(n, x) for n, x in zip(names, leaves, strict=True)])
+    container = f"checkpoint of step {step_folder.name}"
+    return Checkpoint(
+        str(step_folder), container, "tnt_flax", network, params, weights, info, {}, []
+    )

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tnt_flax.load`: weights of any system as a model and variables, fitted to what is wanted."""
+
+import math
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tnt_flax.convert.checkpoints import Checkpoint, read_checkpoint
+from tnt_flax.errors import InputError
+from tnt_flax.models import TNT
+
+Sharding = jax.sharding.Sharding
+
+
+def load(
+    path: str | pathlib.Path,
+    name: str | None = None,
+    *,
+    weights: str = "ema",
+    checkpoint: str = "best",
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    in_channels: int | None = None,
+    sharding: Sharding | Callable[[str, tuple[int, ...]], Sharding] | None = None,
+    **overrides: Any,
+) -> tuple[TNT, dict[str, Any]]:
+    """Loads weights of any system; says on stderr what they were.
+
+    Args:
+        path, name, weights, checkpoint, overrides: see `convert.checkpoints.read_checkpoint`.
+        num_classes: another number replaces the head by a new one; 0 removes it, for features.
+        image_size: pixels, one number or (height, width); another size than the weights' resamples
+            the sentence positions.
+        in_channels: another number than the weights' adapts the stem.
+        sharding: where the parameters go: one for all, or a function of a parameter's name
+            ("blocks_0/outer/fc1/kernel") and shape; by default, the first device.
+
+    Returns:
+        (model, {"params": parameters}), for `model.apply(variables, images)`: images (B, H, W,
+        channels), normalized, to logits (B, num_classes).
+
+    Raises:
+        InputError: see `read_checkpoint`; also a size that the patch size does not divide.
+    """
+
+    def put(parameter: str, x: Any) -> jax.Array:
+        where = sharding(parameter, x.shape) if callable(sharding) else sharding
+        return jax.device_put(x, where)
+
+    found = read_checkpoint(
+        path, name, weights=weights, checkpoint=checkpoint, put=put, **overrides
+    )
+    summary = found.summary()
+    model = adapt(found, num_classes, image_size, in_channels, put=put)
+    print("; ".join([f"loaded {summary}", *found.notes]), file=sys.stderr)
+    return model, {"params": found.params}
+
+
+def adapt(
+    found: Checkpoint,
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    in_channels: int | None = None,
+    *,
+    new_head: bool = False,
+    put: Callable[[str, Any], Any] = lambda name, x: x,
+) -> TNT:
+    """Fits `found.params` to other classes, image size and channels, in place; None keeps them.
+
+    `new_head` forgets the head even where the number of classes stays; `put` is called with every
+    parameter that changes, as in `read_checkpoint`. What was done is added to `found.notes`.
+    Returns the model, which may have another head.
+    """
+    model, network, params = found.network.model, found.network, found.params
+    changes: dict[tuple[str, ...], np.ndarray] = {}
+    if num_classes is not None and (new_head or num_classes != model.num_classes):
+        if num_classes < 0:
+            raise InputError(f"num_classes={num_classes} is negative")
+        model = model.clone(num_classes=num_classes)
+        params.pop("head", None)
+        changes |= {("head", leaf): x for leaf, x in _new_head(model).items()}
+        found.notes.append(f"a new head for {num_classes} classes" if num_classes else "no head")
+    if image_size is not None:
+        new = _grid(image_size, model.patch_size)
+        if network.grid is None and math.prod(new) != network.sentences:
+            raise InputError(
+                f"{found.path} has {network.sentences} sentences, which form no square: "
+                f"cannot resample their positions for {new[0]}x{new[1]}"
+            )
+        if network.grid not in (None, new):
+            positions = np.asarray(params["sentence_pos"])
+            changes["sentence_pos",] = resample_positions(positions, network.grid, new)
+            sizes = "{}x{} to {}x{}".format(*network.grid, *new)
+            found.notes.append(f"resampled the sentence positions from {sizes}")
+    if in_channels is not None and in_channels != network.channels:
+        kernel = np.asarray(params["word_embed"]["conv"]["kernel"])
+        changes["word_embed", "conv", "kernel"] = adapt_channels(kernel, in_channels)
+        found.notes.append(f"adapted the stem to {in_channels} channels")
+    for (*groups, leaf), x in changes.items():
+        node = params
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[leaf] = put("/".join([*groups, leaf]), x)
+    return model
+
+
+def _grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """(rows, columns) of the sentences."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if min(height, width) < patch_size or height % patch_size or width % patch_size:
+        raise InputError(
+            f"image_size {height}x{width} is not divisible by the patch size {patch_size}"
+        )
+    return height // patch_size, width // patch_size
+
+
+def _new_head(model: TNT) -> dict[str, np.ndarray]:
+    """As the network's own initial head, the same each time."""
+    if not model.num_classes:
+        return {}
+    shape = (model.outer_dim, model.num_classes)
+    head = {"kernel": np.asarray(0.02 * jax.random.normal(jax.random.key(0), shape))}
+    return head | ({"bias": np.zeros(shape[1], np.float32)} if model.output_bias else {})
+
+
+def resample_positions(
+    positions: np.ndarray, old: tuple[int, int], new: tuple[int, int]
+) -> np.ndarray:
+    """Sentence positions (1, N + 1, D) for another grid of sentences, as timm resamples them.
+
+    Bicubic with antialiasing; the class token's position stays as it is.
+    """
+    token, grid = positions[:, :1], positions[:, 1:]
+    grid = grid.reshape(1, *old, grid.shape[-1])
+    shape = (1, *new, grid.shape[-1])
+    grid = np.asarray(jax.image.resize(jnp.asarray(grid), shape, "cubic", antialias=True))
+    return np.concatenate([token, grid.reshape(1, -1, grid.shape[-1])], axis=1)
+
+
+def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """The stem's kernel (7, 7, 3, C) for images of `channels` channels, as timm adapts it.
+
+    One channel: the sum over the three. More: they are repeated in turn, scaled by 3 / channels.
+    """
+    old = kernel.shape[2]
+    if channels < 1 or old != 3:
+        raise InputError(f"cannot adapt a stem of {old} channels to {channels}: only one of 3")
+    if channels == 1:
+        return kernel.sum(axis=2, keepdims=True)
+    repeated = np.tile(kernel, (1, 1, math.ceil(channels / old), 1))[:, :, :channels]
+    return repeated * np.float32(old / channels)

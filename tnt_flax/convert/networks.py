@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which network a set of tensors is: its lineage, its sizes, its name."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tnt_flax.convert.mapping import place_of
+from tnt_flax.errors import InputError
+from tnt_flax.models import LINEAGES, MODELS, TNT, create_model
+
+# The lineages that each system's code can run.
+LINEAGES_OF = {
+    "tnt_flax": tuple(LINEAGES),
+    "huawei": ("official",),
+    "timm": ("official", "legacy"),
+    "mmpretrain": ("legacy",),
+    "mindspore": ("mindspore",),
+    "mindspore_pets": ("mindspore_pets",),
+}
+
+# Fields of TNT that say how it is computed or trained, not which function it is.
+FREE_FIELDS = {"dtype", "remat", "dropout", "attention_dropout", "drop_path", "parent", "name"}
+LINEAGE_FIELDS = sorted({field for fields in LINEAGES.values() for field in fields} - {"qkv_bias"})
+
+# How the published weights of a lineage want their images: mean and standard deviation per channel
+# on the scale 0..1, and the share of the resized image that the central crop keeps (reference: the
+# systems' own evaluation settings).
+_HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+PREPROCESSING = {
+    "official": _HALF | dict(crop_fraction=0.9),
+    "legacy": _HALF | dict(crop_fraction=0.9),
+    "mindspore": dict(
+        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_fraction=224 / 256
+    ),
+    "mindspore_pets": _HALF | dict(crop_fraction=1.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A model and what its tensors say besides: sentences (N) and channels of the images."""
+
+    model: TNT
+    sentences: int
+    channels: int
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(rows, columns) of the sentences if they form a square, else None: no file says more."""
+        side = math.isqrt(self.sentences)
+        return (side, side) if side * side == self.sentences else None
+
+    def abstract_params(self) -> Any:
+        """Shapes and types of the parameters."""
+        side = self.model.patch_size
+        images = jax.ShapeDtypeStruct((1, side, side * self.sentences, self.channels), jnp.float32)
+        return jax.eval_shape(self.model.init, jax.random.key(0), images)["params"]
+
+
+def identify(
+    path: Any,
+    naming: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    name: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Network:
+    """The network of these tensors: `shapes` by our per-block names, of a file of `naming`.
+
+    No file stores the numbers of heads: they come from `name`, a published size of the same widths,
+    or `overrides`, which are further fields of `TNT`.
+
+    Raises:
+        InputError: a tensor that every TNT has is missing, the heads are not known, or the network
+            is not the one called `name`.
+    """
+    overrides = dict(overrides or {})
+
+    def shape(ours: str, rank: int) -> tuple[int, ...]:
+        if len(shapes.get(ours, ())) != rank or 0 in shapes[ours]:
+            place = place_of(naming, ours)
+            raise InputError(
+                f"{path} is no whole {naming} TNT: {place.name if place else ours} is "
+                + (f"{list(shapes[ours])}" if ours in shapes else "missing")
+            )
+        return shapes[ours]
+
+    depth = 1 + max((int(n.split("/")[1]) for n in shapes if n.startswith("blocks/")), default=-1)
+    inner = [f"blocks/{i}/inner/norm1/scale" in shapes for i in range(depth)]
+    words = shape("word_pos", 3)[1]
+    fields = dict(
+        outer_dim=shape("cls_token", 3)[2],
+        inner_dim=shape("word_embed/conv/kernel", 4)[3],
+        depth=depth,
+        num_classes=shape("head/kernel", 2)[1] if "head/kernel" in shapes else 0,
+        se="blocks/0/outer/se/fc1/kernel" in shapes,
+        vanilla_blocks=tuple(i for i in range(depth) if not inner[i]),
+        qkv_bias="blocks/0/outer/attention/query/bias" in shapes,
+        patch_size=overrides.get("patch_size", 16),
+    )
+    fields["inner_stride"] = _stride(path, words, fields["patch_size"])
+    hidden = shape("blocks/0/outer/fc1/kernel", 2)[1]
+    fields["mlp_ratio"] = hidden / fields["outer_dim"]
+    fields |= lineage_fields(_lineage(naming, shapes, fields))
+    fields |= _heads(path, fields, name, overrides)
+    model = create_model("tnt_s_patch16_224", **(fields | overrides))
+    if name is not None:
+        check_same(path, model, create_model(name, num_classes=model.num_classes), name)
+    return Network(model, shape("sentence_pos", 3)[1] - 1, shape("word_embed/conv/kernel", 4)[2])
+
+
+def name_of(model: TNT) -> str | None:
+    """The published name of a network of these sizes and this lineage; classes do not matter."""
+    for name in MODELS:
+        if not differences(model, create_model(name, num_classes=model.num_classes)):
+            return name
+    return None
+
+
+def lineage_fields(lineage: str) -> dict[str, Any]:
+    """All fields by which lineages differ, as `lineage` has them; qkv_bias only where it must."""
+    return {f: TNT.__dataclass_fields__[f].default for f in LINEAGE_FIELDS} | LINEAGES[lineage]
+
+
+def lineage_of(model: TNT) -> str:
+    """The published lineage of a model; "other" for a mixture."""
+    for lineage in LINEAGES:
+        if all(getattr(model, f) == value for f, value in lineage_fields(lineage).items()):
+            return lineage
+    return "other"
+
+
+def differences(a: TNT, b: TNT) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two models are different functions, with both values."""
+    names = [field.name for field in dataclasses.fields(TNT) if field.name not in FREE_FIELDS]
+    pairs = {name: (getattr(a, name), getattr(b, name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def check_same(path: Any, found: TNT, wanted: TNT, wanted_name: str) -> None:
+    """Raises InputError, with what differs, unless both are the same function of an image."""
+    changed = differences(found, wanted)
+    if changed:
+        listed = "; ".join(f"{name}: {a} -> {b}" for name, (a, b) in changed.items())
+        raise InputError(
+            f"{path} is {name_of(found) or 'another network'}, not {wanted_name} ({listed})"
+        )
+
+
+def _lineage(naming: str, shapes: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+    """By the tensors that only it has; the strict check of all tensors comes later."""
+    if len(LINEAGES_OF[naming]) == 1:
+        return LINEAGES_OF[naming][0]
+    if naming == "tnt_flax" and "proj/norm2/scale" not in shapes:
+        return "mindspore_pets"
+    if naming == "tnt_flax" and "word_embed/conv/bias" not in shapes:
+        return "mindspore"
+    inner = [i for i in range(fields["depth"]) if i not in fields["vanilla_blocks"]]
+    has_norm = not inner or f"blocks/{inner[0]}/proj/norm2/scale" in shapes
+    return "official" if has_norm else "legacy"
+
+
+def _stride(path: Any, words: int, patch_size: int) -> int:
+    side = math.isqrt(words)
+    stride = math.ceil(patch_size / max(side, 1))
+    if side * side != words or math.ceil(patch_size / stride) != side:
+        raise InputError(
+            f"{path} has {words} words per sentence, which no stride gives in patches of "
+            f"{patch_size} pixels: give patch_size="
+        )
+    return stride
+
+
+def _heads(path: Any, fields: Mapping[str, Any], name: str | None, overrides: Mapping[str, Any]):
+    widths = {key: fields[key] for key in ("outer_dim", "inner_dim")}
+    known = [MODELS[name]] if name else MODELS.values()
+    for model in known:
+        if all(model[key] == width for key, width in widths.items()):
+            return {key: model[key] for key in ("outer_heads", "inner_heads")}
+    missing = [key for key in ("inner_heads", "outer_heads") if key not in overrides]
+    if missing:
+        raise InputError(
+            f"{path} has sentences of width {widths['outer_dim']} and words of width "
+            f"{widths['inner_dim']}, no published size, and no file stores the heads: "
+            f"give {' and '.join(key + '=' for key in missing)}"
+        )
+    return {}

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The names of TNT's tensors in every system, side by side.
+
+A row is a layer (with its weight and bias) or a single tensor, a column is a naming. `x:1/3` is the
+second third of x's rows, `-` is what the system has no place for, and names that end in `_` are
+joined to the leaf without a dot (`in_proj_weight`). `convert.mapping` reads these tables.
+
+Sources: huawei-noah `tnt_pytorch/tnt.py`; timm `models/tnt.py`; mmpretrain `backbones/tnt.py`;
+mindspore-ai/models `research/cv/TNT` ("mindspore", trained on ImageNet) and mindspore-ai/mindspore
+`model_zoo/research/cv/TNT` of March 2021 ("mindspore_pets", trained on Oxford-IIIT Pets).
+"""
+
+STEM = """
+tnt_flax         huawei            timm              mmpretrain                 mindspore         mindspore_pets
+word_embed/conv  patch_embed.proj  pixel_embed.proj  backbone.pixel_embed.proj  patch_embed.proj  pixel_embed.proj
+word_pos         inner_pos         pixel_pos         backbone.pixel_pos         inner_pos         pixel_pos
+proj/norm1       proj_norm1        norm1_proj        backbone.norm1_proj        proj_norm1        pixel2patch.norm_proj
+proj/dense       proj              proj              backbone.projection        proj              pixel2patch.proj
+proj/norm2       proj_norm2        norm2_proj        backbone.norm2_proj        proj_norm2_tnt    -
+cls_token        cls_token         cls_token         backbone.cls_token         cls_token         cls_token
+sentence_pos     outer_pos         patch_pos         backbone.patch_pos         outer_pos         patch_pos
+norm             norm              norm              backbone.norm              norm              head.0
+head             head              head              head.fc                    head              head.1
+"""
+
+BLOCK_PREFIX = {
+    "tnt_flax": "blocks/{}/",
+    "huawei": "blocks.{}.",
+    "timm": "blocks.{}.",
+    "mmpretrain": "backbone.layers.{}.",
+    "mindspore": "blocks.{}.",
+    "mindspore_pets": "encoder.layers.{}.",
+}
+
+BLOCK = """
+tnt_flax               huawei              timm              mmpretrain                          mindspore          mindspore_pets
+inner/norm1            inner_norm1         norm_in           inner_block.norm_attn               inner_norm1        inner_norm1
+inner/attention/query  inner_attn.qk:0/2   attn_in.qk:0/2    inner_block.attn.attn.in_proj_:0/3  inner_attn.q       inner_attn.qk:0/2
+inner/attention/key    inner_attn.qk:1/2   attn_in.qk:1/2    inner_block.attn.attn.in_proj_:1/3  inner_attn.k       inner_attn.qk:1/2
+inner/attention/value  inner_attn.v        attn_in.v         inner_block.attn.attn.in_proj_:2/3  inner_attn.v       inner_attn.v
+inner/attention/out    inner_attn.proj     attn_in.proj      inner_block.attn.attn.out_proj      inner_attn.proj    inner_attn.proj
+inner/norm2            inner_norm2         norm_mlp_in       inner_block.norm_ffn                inner_norm2        inner_norm2
+inner/fc1              inner_mlp.fc1       mlp_in.fc1        inner_block.ffn.layers.0.0          inner_mlp.fc1      inner_mlp.fc1
+inner/fc2              inner_mlp.fc2       mlp_in.fc2        inner_block.ffn.layers.1            inner_mlp.fc2      inner_mlp.fc2
+proj/norm1             proj_norm1          norm1_proj        norm_proj                           proj_norm1         pixel2patch.norm_proj
+proj/dense             proj                proj              projection                          proj               pixel2patch.proj
+proj/norm2             proj_norm2          norm2_proj        -                                   proj_norm2         -
+outer/norm1            outer_norm1         norm_out          outer_block.norm_attn               outer_norm1        outer_norm1
+outer/attention/query  outer_attn.qk:0/2   attn_out.qk:0/2   outer_block.attn.attn.in_proj_:0/3  outer_attn.q       outer_attn.qk:0/2
+outer/attention/key    outer_attn.qk:1/2   attn_out.qk:1/2   outer_block.attn.attn.in_proj_:1/3  outer_attn.k       outer_attn.qk:1/2
+outer/attention/value  outer_attn.v        attn_out.v        outer_block.attn.attn.in_proj_:2/3  outer_attn.v       outer_attn.v
+outer/attention/out    outer_attn.proj     attn_out.proj     outer_block.attn.attn.out_proj      outer_attn.proj    outer_attn.proj
+outer/norm2            outer_norm2         norm_mlp          outer_block.norm_ffn                outer_norm2        outer_norm2
+outer/fc1              outer_mlp.fc1       mlp.fc1           outer_block.ffn.layers.0.0          outer_mlp.fc1      outer_mlp.fc1
+outer/fc2              outer_mlp.fc2       mlp.fc2           outer_block.ffn.layers.1            outer_mlp.fc2      outer_mlp.fc2
+outer/se/norm          se_layer.fc.0       -                 -                                   -                  -
+outer/se/fc1           se_layer.fc.1       -                 -                                   -                  -
+outer/se/fc2           se_layer.fc.3       -                 -                                   -                  -
+"""
+
+# Rows without a weight and a bias: the tensor itself.
+SINGLE = ("word_pos", "cls_token", "sentence_pos")
+
+# The positions of the words, (1, M, C) in ours: channels first, flat or as a picture, elsewhere.
+WORD_POS = {
+    "tnt_flax": "1MC",
+    "huawei": "1MC",
+    "timm": "1CHW",
+    "mmpretrain": "1CHW",
+    "mindspore": "1MC",
+    "mindspore_pets": "1CM",
+}
+
+# (weight, bias) of a norm, and of every other layer.
+NORM_LEAVES = {"tnt_flax": ("scale", "bias")} | {
+    naming: ("gamma", "beta") if naming.startswith("mindspore") else ("weight", "bias")
+    for naming in BLOCK_PREFIX
+    if naming != "tnt_flax"
+}
+LAYER_LEAVES = {naming: ("weight", "bias") for naming in BLOCK_PREFIX} | {
+    "tnt_flax": ("kernel", "bias")
+}
+
+# Tensors of a file that are no weights: why, and their shape. Written as zeros.
+EXTRA = {
+    "huawei": {"outer_tokens": ("unused", "ND")},
+    "mindspore_pets": {
+        "patch_embed": ("zero", "ND"),
+        "fake": ("zero", "1D"),
+        "pixel2patch.fake": ("zero", "1D"),
+        "encoder.layers.{}.pixel2patch.fake": ("zero", "1D"),
+    },
+}
+NO_WEIGHT = {
+    "unused": "never read by the network",
+    "zero": "zeros that the network adds and never trains",
+}
+# What MindSpore's trainers save along with the weights: the state of its optimizers, and counters.
+MINDSPORE_TRAINING = (
+    r"(adam_[mv]|moment[12]|moments|accum|stat)\..*|momentum|beta[12]_power|learning_rate"
+    r"|global_step|(epoch|step)_num|scale_sense|(current|last_overflow)_iterator_step"
+)

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes weights for another system: what it can hold, in its names, in its kind of file."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from tnt_flax import weights
+from tnt_flax.convert import mapping, mindspore_files, networks, torch_files
+from tnt_flax.convert.checkpoints import Checkpoint, read_checkpoint
+from tnt_flax.errors import InputError, RunError
+from tnt_flax.models import LINEAGES, TNT
+from tnt_flax.state import fingerprint, flat_names
+
+# The endings of each system's files; the first word of a target is what `--to` says.
+SUFFIXES = {
+    "huawei": (".pth", ".tar", ".pt", ".safetensors"),
+    "timm": (".safetensors", ".bin", ".pth", ".pt"),
+    "mmpretrain": (".pth", ".pt"),
+    "mindspore": (".ckpt",),
+    "flax": (".safetensors",),
+}
+# Lineages that differ in one of these are different functions; biases can be zero, and the rest
+# changes the result only a little.
+STRUCTURE = ("conv_first", "norm_each_word", "proj_norm", "stem_norm", "zero_sentences")
+NUMERICS = ("norm_eps", "gelu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Weights as another system's network has them."""
+
+    naming: str
+    model: TNT
+    params: Any
+    notes: list[str]
+
+    @property
+    def same_function(self) -> bool:
+        return not self.notes
+
+
+def default_system(path: pathlib.Path) -> str:
+    """What a file of this name is for, if only one system has such files."""
+    systems = {".ckpt": "mindspore", ".safetensors": "flax"}
+    if path.suffix not in systems:
+        raise InputError(f"say for which system {path} is: --to={'|'.join(SUFFIXES)}")
+    return systems[path.suffix]
+
+
+def check_destination(path: pathlib.Path, system: str) -> None:
+    """Raises InputError unless `path` can be written as a file of `system`."""
+    if path.suffix not in SUFFIXES[system]:
+        raise InputError(f"{path}: a file for {system} ends in {' or '.join(SUFFIXES[system])}")
+    if path.exists():
+        raise InputError(f"{path} exists already: remove it, or choose another name")
+    if not path.parent.is_dir():
+        raise InputError(f"there is no folder {path.parent}")
+
+
+def make_target(found: Checkpoint, system: str) -> Target:
+    """The network of `found` as `system` runs it.
+
+    Biases that only the target has become zeros; those that it has not must be zeros.
+
+    Raises:
+        InputError: the target has no such network, or would lose a value that is not zero; all
+            tensors concerned are named.
+    """
+    model = found.network.model
+    if system == "flax":
+        return Target("tnt_flax", model, found.params, [])
+    namings = [naming for naming in networks.LINEAGES_OF if naming.startswith(system)]
+    candidates = [
+        (naming, model.clone(**networks.lineage_fields(lineage)))
+        for naming in namings
+        for lineage in networks.LINEAGES_OF[naming]
+    ]
+    fitting = [
+        c for c in candidates if all(getattr(model, f) == getattr(c[1], f) for f in STRUCTURE)
+    ]
+    if not fitting:
+        raise InputError(
+            f"{found.path} is the {networks.lineage_of(model)} network, which {system} does not "
+            f"have: it has the {' and the '.join(_lineages(namings))}"
+        )
+    naming, target = fitting[0]
+    _check_system(found.path, system, model)
+    params = _with_biases_of(found, naming, target)
+    notes = [
+        f"{system} computes with {field}={getattr(target, field)}, this network with "
+        f"{getattr(model, field)}: its results will differ a little"
+        for field in NUMERICS
+        if getattr(model, field) != getattr(target, field)
+    ]
+    return Target(naming, target, params, notes)
+
+
+def _lineages(namings: list[str]) -> list[str]:
+    return [lineage for naming in namings for lineage in networks.LINEAGES_OF[naming]]
+
+
+def _check_system(path: str, system: str, model: TNT) -> None:
+    """What the system's own code cannot be told, though its names could be written."""
+    faults = []
+    if model.vanilla_blocks and system != "huawei":
+        faults.append("blocks without words")
+    if model.mlp_ratio != 4 and system == "timm":
+        faults.append(f"mlp_ratio={model.mlp_ratio} for the words (it has 4)")
+    if faults:
+        raise InputError(f"{path}: {system} cannot build {' and '.join(faults)}")
+
+
+def _with_biases_of(found: Checkpoint, naming: str, target: TNT) -> Any:
+    """The parameters with exactly the biases that `target` has."""
+    network = dataclasses.replace(found.network, model=target)
+    abstract, params = network.abstract_params(), flat_names(found.params)
+    wanted = flat_names(abstract)
+    lost = [name for name in params if name not in wanted and np.any(params[name])]
+    if lost:
+        listed = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+        raise InputError(
+            f"{naming} has no place for values of {found.path} that are not zero: {listed}"
+        )
+    leaves = [params.get(name, np.zeros(x.shape, np.float32)) for name, x in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def write(path: pathlib.Path, system: str, target: Target, found: Checkpoint) -> None:
+    """Writes `target` in one atomic step, reads it again, and compares every bit.
+
+    Raises:
+        RunError: it cannot be written, or what was read is not what was written.
+    """
+    try:
+        if system == "flax":
+            weights.save_weights(path, target.params, describe(found))
+        else:
+            tensors = dict(mapping.export(target.naming, target.params))
+            _write_tensors(path, system, tensors, found)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+    heads = {key: getattr(target.model, key) for key in ("outer_heads", "inner_heads")}
+    again = read_checkpoint(path, patch_size=target.model.patch_size, **heads)
+    if fingerprint(again.params) != fingerprint(target.params):
+        path.unlink()
+        raise RunError(f"{path} did not read back as it was written, and was removed")
+
+
+def _write_tensors(
+    path: pathlib.Path, system: str, tensors: dict[str, np.ndarray], found: Checkpoint
+) -> None:
+    if system == "mindspore":
+        mindspore_files.write(path, tensors)
+    elif system == "mmpretrain":
+        meta: dict[str, Any] = {"converted_by": "tnt_flax"}
+        if found.class_names:
+            meta["dataset_meta"] = {"classes": list(found.class_names)}
+        torch_files.write(path, {"meta": meta, "state_dict": tensors})
+    elif path.suffix == ".safetensors":
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+        temporary.replace(path)
+    else:
+        torch_files.write(path, tensors)
+
+
+def describe(found: Checkpoint) -> dict[str, Any]:
+    """What the header of our own file says of weights that came from anywhere."""
+    if found.info.get("config"):
+        return found.info
+    model, grid = found.network.model, found.network.grid
+    fields = {
+        field.name: getattr(model, field.name)
+        for field in dataclasses.fields(TNT)
+        if field.name not in networks.FREE_FIELDS | {"num_classes"}
+    }
+    lineage = networks.lineage_of(model)
+    data = dict(networks.PREPROCESSING[lineage if lineage in LINEAGES else "official"])
+    if grid:
+        data["image_size"] = grid[0] * model.patch_size
+    name = found.name or "tnt_s_patch16_224"  # the fields say the rest
+    info = {"config": {"model": {"name": name} | fields, "data": data}, "source": found.naming}
+    return json.loads(json.dumps(info))  # tuples become lists
