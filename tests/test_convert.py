@@ -406,6 +406,42 @@ def test_a_file_of_ours_without_its_header(workdir, tmp_path):
         assert fingerprint(found.params) == fingerprint(params)
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(depth=10**12), "describes 1000000000000 blocks, but holds 2"),
+        (dict(depth=3), "describes 3 blocks, but holds 2"),
+        (dict(depth="many"), "describes (many blocks|no possible network)"),
+        (dict(outer_dim=10**12), "describes no possible network|does not fit this model"),
+        (dict(outer_dim=16), "width 16 is not divisible by 3 attention heads"),
+        (dict(patch_size=0), "size 0x0 is not divisible by patch size 0"),
+        (dict(name=["x"]), "describes no possible network: Type"),
+        (dict(name="tnt_x"), "x.safetensors: unknown model 'tnt_x'"),
+        (dict(colour="red"), "x.safetensors: TNT has no field 'colour'"),
+        (dict(gelu="relu"), "x.safetensors: gelu='relu' is none of"),
+    ],
+    ids=str,
+)
+def test_headers_of_ours_that_are_wrong(workdir, tmp_path, changes, message):
+    *_, params, info = workdir
+    info = {"config": {"model": info["config"]["model"] | changes}}
+    save_weights(tmp_path / "x.safetensors", params, info)
+    with pytest.raises(InputError, match=message) as error:
+        read_checkpoint(tmp_path / "x.safetensors")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_blocks_that_a_file_only_claims(tmp_path):
+    tensors = {"cls_token": np.zeros((1, 1, 12)), "blocks_0/x": np.zeros((2**40, 0), np.float32)}
+    safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match="holds no TNT that we know"):
+        read_checkpoint(tmp_path / "x.safetensors", **HEADS)
+    for info in ({"config": 3}, {"config": {"model": {}}}, {"config": {"model": {"name": 3}}}):
+        save_weights(tmp_path / "x.safetensors", {"a": np.zeros(3, np.float32)}, info)
+        with pytest.raises(InputError, match="describes no possible network"):
+            read_checkpoint(tmp_path / "x.safetensors")
+
+
 # ----------------------------------------------------------------- from one system to another one
 
 

@@ -2,11 +2,12 @@
 """Reads a checkpoint of any system, strictly, as a network of ours: `read_checkpoint`."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,11 +16,12 @@ import numpy as np
 from tnt_flax import checkpoint as run_checkpoints
 from tnt_flax.convert import hub, mapping, networks, tables
 from tnt_flax.convert.files import Content, Spec, open_file
-from tnt_flax.errors import InputError
+from tnt_flax.errors import InputError, one_line
 from tnt_flax.models import MODELS, create_model
 from tnt_flax.state import check_fit, flat_names
 
 FLOAT32 = {"float32", "F32"}
+MOST_BLOCKS = 10_000  # a file may claim any number, without holding a byte for them
 CONVERTED = {"float16", "F16", "bfloat16", "BF16", "float64", "F64"}
 
 
@@ -126,14 +128,15 @@ def _read_content(
         ours: mapping.to_ours(naming, ours, place, mapping.hollow(specs[place.name].shape)).shape
         for ours, place in places.items()
     }
-    if content.info.get("config"):
-        network = _described(source, content.info["config"], shapes, name, overrides)
-    else:
-        network = networks.identify(source, naming, shapes, name, overrides)
-        if naming == "tnt_flax":
-            notes.append("its header has no configuration: the network is told by its tensors")
-    abstract = _abstract(source, network)
-    _check_complete(source, naming, specs, abstract)
+    with _sizes_of(source):
+        if content.info.get("config"):
+            network = _described(source, content.info["config"], shapes, name, overrides)
+        else:
+            network = networks.identify(source, naming, shapes, name, overrides)
+            if naming == "tnt_flax":
+                notes.append("its header has no configuration: the network is told by its tensors")
+        abstract = network.abstract_params()
+        _check_complete(source, naming, specs, abstract)
     notes += _check_types(source, specs)
 
     def read_ours(ours: str) -> np.ndarray:
@@ -165,8 +168,8 @@ def _per_block(specs: Mapping[str, Spec], read: Callable) -> tuple[dict[str, Spe
     """Our own file, in which equal blocks are stacked, as one that holds them one by one."""
     slices = {}
     for name, spec in specs.items():
-        match = re.fullmatch(r"blocks_(\d+)/(.*)", name)
-        if match and spec.shape:
+        match = re.fullmatch(r"blocks_(\d{1,4})/(.*)", name)
+        if match and spec.shape and spec.shape[0] <= MOST_BLOCKS:
             for i in range(spec.shape[0]):
                 slices[f"blocks/{int(match[1]) + i}/{match[2]}"] = (name, i)
         else:
@@ -222,34 +225,40 @@ def _places(
 
 
 def _described(
-    source: str,
+    source: Any,
     config: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
     name: str | None,
     overrides: Mapping[str, Any],
 ) -> networks.Network:
     """The network that a config of ours describes; sizes that it leaves open are the tensors'."""
-    try:
-        fields = {k: v for k, v in config["model"].items() if v is not None}
-        described = fields.pop("name")
-        fields = {k: v for k, v in fields.items() if k not in networks.FREE_FIELDS}
-        channels, sentences = shapes["word_embed/conv/kernel"][2], shapes["sentence_pos"][1] - 1
-        fields["num_classes"] = shapes["head/kernel"][1] if "head/kernel" in shapes else 0
-    except (KeyError, IndexError, AttributeError, TypeError) as error:
-        raise InputError(f"{source} is no whole checkpoint of ours: no {error}") from error
+    fields = {k: v for k, v in config["model"].items() if v is not None}
+    described = fields.pop("name")
+    fields = {k: v for k, v in fields.items() if k not in networks.FREE_FIELDS}
+    channels, sentences = shapes["word_embed/conv/kernel"][2], shapes["sentence_pos"][1] - 1
+    fields["num_classes"] = shapes["head/kernel"][1] if "head/kernel" in shapes else 0
     model = create_model(described, **(fields | dict(overrides)))
     networks.check_same(source, create_model(described, **fields), model, "what was asked for")
+    blocks = len({n.split("/")[1] for n in shapes if n.startswith("blocks/")})
+    if model.depth != blocks:
+        raise InputError(f"{source} describes {model.depth} blocks, but holds {blocks}")
     if name is not None:
         wanted = create_model(name, num_classes=model.num_classes)
         networks.check_same(source, model, wanted, name)
     return networks.Network(model, sentences, channels)
 
 
-def _abstract(source: Any, network: networks.Network) -> Any:
+@contextlib.contextmanager
+def _sizes_of(source: Any) -> Iterator[None]:
+    """What goes wrong inside is the fault of the sizes that a file or its header has."""
     try:
-        return network.abstract_params()
-    except InputError as error:  # sizes and heads that do not go together
-        raise InputError(f"{source}: {error}") from None
+        yield
+    except InputError as error:
+        if str(source) in str(error):
+            raise
+        raise InputError(f"{source}: {error}") from error  # of the model: heads, rates
+    except Exception as error:  # whatever jax and flax make of absurd sizes
+        raise InputError(f"{source} describes no possible network: {one_line(error)}") from error
 
 
 def _check_complete(source: str, naming: str, specs: Mapping[str, Spec], abstract: Any) -> None:
@@ -309,8 +318,10 @@ def _read_run(
     info = run_checkpoints.read_info(step_folder)
     stored = run_checkpoints.stored_params(step_folder)
     shapes = {n: x.shape for n, x in mapping.unstacked(mapping.hollow_tree(stored)).items()}
-    network = _described(str(step_folder), info.get("config", {}), shapes, name, overrides)
-    params = run_checkpoints.read_weights(step_folder, weights, _abstract(path, network))
+    with _sizes_of(step_folder):
+        network = _described(step_folder, info.get("config"), shapes, name, overrides)
+        abstract = network.abstract_params()
+    params = run_checkpoints.read_weights(step_folder, weights, abstract)
     names = list(flat_names(params))
     leaves, structure = jax.tree.flatten(params)
     params = jax.tree.unflatten(structure, [put(n, x) for n, x in zip(names, leaves, strict=True)])
