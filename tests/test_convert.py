@@ -378,6 +378,20 @@ def test_a_workdir_converts_to_every_system_that_has_its_network(workdir, tmp_pa
     assert read_checkpoint(tmp_path / "b.safetensors").class_names == tuple("abcde")
 
 
+def test_preprocessing_travels_with_the_weights(workdir, tmp_path):
+    path, heads = golden("mindspore")
+    flags = [f"--{key}={value}" for key, value in heads.items()]
+    imagenet = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], crop_fraction=0.875)
+    assert run("--check", path, *flags).items() >= imagenet.items()
+    run(path, tmp_path / "x.safetensors", *flags)
+    assert run("--check", tmp_path / "x.safetensors").items() >= imagenet.items()
+    assert run("--check", workdir[0])["crop_fraction"] == 0.9
+    info = {"config": {"model": workdir[3]["config"]["model"], "data": {"crop_fraction": 0.8}}}
+    save_weights(tmp_path / "y.safetensors", workdir[2], info)
+    found = read_checkpoint(tmp_path / "y.safetensors")
+    assert found.preprocessing == dict(mean=(0.5,) * 3, std=(0.5,) * 3, crop_fraction=0.8)
+
+
 def test_damaged_or_foreign_folders(workdir, tmp_path):
     folder, *_ = workdir
     with pytest.raises(InputError, match="no whole checkpoint in"):

@@ -15,6 +15,7 @@ import sys
 import threading
 
 import pytest
+from make_goldens_weights import FIELDS, GOLDEN
 
 from tnt_flax.convert import hub
 from tnt_flax.errors import InputError
@@ -29,6 +30,7 @@ FILES = {  # (repository, commit) -> the files in it
     ("lab/empty", NEW): {"README.md": b""},
     ("lab/large", NEW): {SAFE: b"kept elsewhere"},
     ("lab/short", NEW): {SAFE: b"cut off"},
+    ("lab/tnt", NEW): {SAFE: (GOLDEN / "timm.safetensors").read_bytes()},
 }
 REVISIONS = {"main": NEW, "v1": OLD, "refs/pr/7": OLD, NEW: NEW, OLD: OLD}
 FAILING = {  # repository -> status, X-Error-Code
@@ -123,6 +125,15 @@ class Client:
 
     def fetch(self, *addresses, mode="", offline=False):
         """What became of each address, in a new process; and the downloads that it took."""
+        out = self.run("-c", CLIENT, mode, *addresses, offline=offline)
+        answers = [json.loads(line) for line in out.splitlines()]
+        assert len(answers) == len(addresses)
+        return answers, sum(
+            line.startswith("GET") and "/api/" not in line for line in self.server.asked
+        )
+
+    def run(self, *arguments, offline=False):
+        """What a Python process on this machine prints."""
         self.server.asked.clear()
         env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
         env |= {
@@ -132,7 +143,7 @@ class Client:
             "NO_PROXY": "*",
         }
         out = subprocess.run(
-            [sys.executable, "-c", CLIENT, mode, *addresses],
+            [sys.executable, *arguments],
             cwd=pathlib.Path(__file__).parents[1],
             env=env,
             capture_output=True,
@@ -141,11 +152,7 @@ class Client:
         )
         assert out.returncode == 0, out.stderr
         assert "B/s" not in out.stderr  # no progress bar where nobody looks
-        answers = [json.loads(line) for line in out.stdout.splitlines()]
-        assert len(answers) == len(addresses)
-        return answers, sum(
-            line.startswith("GET") and "/api/" not in line for line in self.server.asked
-        )
+        return out.stdout
 
 
 @contextlib.contextmanager
@@ -182,6 +189,20 @@ def test_what_is_fetched_is_what_was_asked_for(tmp_path):
         assert client.fetch(*wanted, offline=True) == (first, 0)
         assert server.asked == []
     assert client.fetch(*wanted) == (first, 0)  # the server is gone
+
+
+def test_weights_are_loaded_from_the_hub(tmp_path):
+    heads = [f"--{key}={FIELDS['timm'][key]}" for key in ("inner_heads", "outer_heads")]
+    command = ["-m", "tnt_flax.convert", "--check", *heads]
+    with serving() as server:
+        out = Client(tmp_path, server).run(*command, "hf://lab/tnt")
+    here, fetched = (
+        json.loads(text.splitlines()[-1])
+        for text in (Client(tmp_path, server).run(*command, str(GOLDEN / "timm.safetensors")), out)
+    )
+    assert fetched["source"] == f"hf://lab/tnt@main/{SAFE}"
+    assert fetched["digest"] == here["digest"]
+    assert fetched["notes"] == [f"fetched revision {NEW}"]
 
 
 ERRORS = {

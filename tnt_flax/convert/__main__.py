@@ -113,10 +113,11 @@ def report(found: Checkpoint, *, names: bool) -> dict[str, Any]:
         "image_size": grid and grid[0] * model.patch_size,  # None: not square
         "channels": found.network.channels,
         "num_classes": model.num_classes,
+        **found.preprocessing,
         "digest": fingerprint(found.params),
     }
     for key, value in facts.items():
-        print_row(key, f"{value:,}" if isinstance(value, int) else value or "-")
+        print_row(key, "-" if value is None else f"{value:,}" if isinstance(value, int) else value)
     for note in found.notes:
         print_row("note", note)
     width = max(map(len, found.renamed), default=0)
@@ -125,8 +126,8 @@ def report(found: Checkpoint, *, names: bool) -> dict[str, Any]:
     return facts | {"notes": found.notes}
 
 
-def print_row(key: str, value: str) -> None:
-    print(f"{key:<12} {value}")
+def print_row(key: str, value: Any) -> None:
+    print(f"{key:<14} {value}")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,15 @@ class Checkpoint:
         return None if names is None else tuple(names)
 
     @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How its images have to be prepared: see `networks.PREPROCESSING`."""
+        published = networks.PREPROCESSING.get(
+            networks.lineage_of(self.network.model), networks.PREPROCESSING["official"]
+        )
+        data = (self.info.get("config") or {}).get("data") or {}
+        return {key: data.get(key, value) for key, value in published.items()}
+
+    @property
     def num_params(self) -> int:
         return sum(x.size for x in jax.tree.leaves(self.params))
 

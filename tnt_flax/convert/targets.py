@@ -14,7 +14,7 @@ from tnt_flax import weights
 from tnt_flax.convert import mapping, mindspore_files, networks, torch_files
 from tnt_flax.convert.checkpoints import Checkpoint, read_checkpoint
 from tnt_flax.errors import InputError, RunError
-from tnt_flax.models import LINEAGES, TNT
+from tnt_flax.models import TNT
 from tnt_flax.state import fingerprint, flat_names
 
 # The endings of each system's files; the first word of a target is what `--to` says.
@@ -180,10 +180,7 @@ def describe(found: Checkpoint) -> dict[str, Any]:
         for field in dataclasses.fields(TNT)
         if field.name not in networks.FREE_FIELDS | {"num_classes"}
     }
-    lineage = networks.lineage_of(model)
-    data = dict(networks.PREPROCESSING[lineage if lineage in LINEAGES else "official"])
-    if grid:
-        data["image_size"] = grid[0] * model.patch_size
+    data = found.preprocessing | ({"image_size": grid[0] * model.patch_size} if grid else {})
     name = found.name or "tnt_s_patch16_224"  # the fields say the rest
     info = {"config": {"model": {"name": name} | fields, "data": data}, "source": found.naming}
     return json.loads(json.dumps(info))  # tuples become lists
