@@ -451,7 +451,7 @@ def test_blocks_that_a_file_only_claims(tmp_path):
     with pytest.raises(InputError, match="holds no TNT that we know"):
         read_checkpoint(tmp_path / "x.safetensors", **HEADS)
     for info in ({"config": 3}, {"config": {"model": {}}}, {"config": {"model": {"name": 3}}}):
-        save_weights(tmp_path / "x.safetensors", {"a": np.zeros(3, np.float32)}, info)
+        save_weights(tmp_path / "x.safetensors", {"cls_token": np.zeros(3, np.float32)}, info)
         with pytest.raises(InputError, match="describes no possible network"):
             read_checkpoint(tmp_path / "x.safetensors")
 

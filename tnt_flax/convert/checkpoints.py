@@ -4,9 +4,7 @@
 import collections
 import contextlib
 import dataclasses
-import functools
 import pathlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,7 +19,6 @@ from tnt_flax.models import MODELS, create_model
 from tnt_flax.state import check_fit, flat_names
 
 FLOAT32 = {"float32", "F32"}
-MOST_BLOCKS = 10_000  # a file may claim any number, without holding a byte for them
 CONVERTED = {"float16", "F16", "bfloat16", "BF16", "float64", "F64"}
 
 
@@ -127,11 +124,8 @@ def _read_content(
     source: str, content: Content, name: str | None, put: Callable, overrides: Mapping[str, Any]
 ) -> Checkpoint:
     notes = list(content.notes)
-    naming = "tnt_flax" if content.info else _naming(source, content)
-    specs, read = content.specs, content.read
-    if naming == "tnt_flax":
-        specs, read = _per_block(specs, read)
-    specs, left_out = _without_extras(source, naming, specs, read, notes)
+    naming = mapping.detect_naming(source, content.specs)
+    specs, left_out = _without_extras(source, naming, content, notes)
     places, renamed = _places(naming, specs)
     shapes = {
         ours: mapping.to_ours(naming, ours, place, mapping.hollow(specs[place.name].shape)).shape
@@ -150,7 +144,7 @@ def _read_content(
 
     def read_ours(ours: str) -> np.ndarray:
         place = places[ours]
-        return mapping.to_ours(naming, ours, place, read(place.name))
+        return mapping.to_ours(naming, ours, place, content.read(place.name))
 
     params = _assembled(abstract, read_ours, put, notes)
     return Checkpoint(
@@ -166,46 +160,16 @@ def _read_content(
     )
 
 
-def _naming(source: str, content: Content) -> str:
-    ours = [name for name in content.specs if "/" in name]
-    if ours and len(ours) > len(content.specs) // 2:
-        return "tnt_flax"
-    return mapping.detect_naming(source, content.specs)
-
-
-def _per_block(specs: Mapping[str, Spec], read: Callable) -> tuple[dict[str, Spec], Callable]:
-    """Our own file, in which equal blocks are stacked, as one that holds them one by one."""
-    slices = {}
-    for name, spec in specs.items():
-        match = re.fullmatch(r"blocks_(\d{1,4})/(.*)", name)
-        if match and spec.shape and spec.shape[0] <= MOST_BLOCKS:
-            for i in range(spec.shape[0]):
-                slices[f"blocks/{int(match[1]) + i}/{match[2]}"] = (name, i)
-        else:
-            slices[name] = (name, None)
-    read = functools.lru_cache(maxsize=1)(read)  # the blocks of one stack are read in a row
-
-    def read_block(name: str) -> np.ndarray:
-        stacked, i = slices[name]
-        return read(stacked) if i is None else read(stacked)[i]
-
-    per_block = {
-        name: specs[stacked] if i is None else Spec(specs[stacked].shape[1:], specs[stacked].dtype)
-        for name, (stacked, i) in slices.items()
-    }
-    return per_block, read_block
-
-
 def _without_extras(
-    source: str, naming: str, specs: Mapping[str, Spec], read: Callable, notes: list[str]
+    source: str, naming: str, content: Content, notes: list[str]
 ) -> tuple[dict[str, Spec], dict[str, str]]:
     """(the weights, why each other tensor is left out). Raises InputError if one must not be."""
     kept, dropped = {}, collections.defaultdict(list)
-    for name, spec in specs.items():
+    for name, spec in content.specs.items():
         why = mapping.why_no_weight(naming, name)
         if why is None:
             kept[name] = spec
-        elif why == "zero" and np.any(read(name)):
+        elif why == "zero" and np.any(content.read(name)):
             raise InputError(
                 f"{source}: {name} is not zero, as every published {naming} file has it"
             )

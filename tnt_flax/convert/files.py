@@ -5,6 +5,7 @@ What comes back is one flat set of named tensors, read when asked for.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -27,6 +28,7 @@ STATES = [
 ]
 # Wrappers that put their own name before every tensor's.
 WRAPPERS = ("module.", "_orig_mod.", "model.", "network.", "_backbone.", "_network.")
+MOST_BLOCKS = 10_000  # a file may claim any number, without holding a byte for them
 # Counters that some averages carry along with the weights.
 COUNTERS = ("steps", "n_averaged")
 
@@ -105,7 +107,30 @@ def _open_safetensors(path: pathlib.Path) -> Content:
         raise InputError(f"{path} is not a whole safetensors file: {reason}") from error
     if not isinstance(info, dict):
         raise InputError(f"{path} has a {HEADER!r} header that is not an object")
-    return Content("safetensors", specs, file.get_tensor, info)
+    return Content("safetensors", *_per_block(specs, file.get_tensor), info)
+
+
+def _per_block(specs: Mapping[str, Spec], read: Callable) -> tuple[dict[str, Spec], Callable]:
+    """Our own file, in which equal blocks are stacked, as one that holds them one by one."""
+    slices = {}
+    for name, spec in specs.items():
+        match = re.fullmatch(r"blocks_(\d{1,4})/(.*)", name)
+        if match and spec.shape and spec.shape[0] <= MOST_BLOCKS:
+            for i in range(spec.shape[0]):
+                slices[f"blocks/{int(match[1]) + i}/{match[2]}"] = (name, i)
+        else:
+            slices[name] = (name, None)
+    read = functools.lru_cache(maxsize=1)(read)  # the blocks of one stack are read in a row
+
+    def read_block(name: str) -> np.ndarray:
+        stacked, i = slices[name]
+        return read(stacked) if i is None else read(stacked)[i]
+
+    per_block = {
+        name: specs[stacked] if i is None else Spec(specs[stacked].shape[1:], specs[stacked].dtype)
+        for name, (stacked, i) in slices.items()
+    }
+    return per_block, read_block
 
 
 def _open_torch(path: pathlib.Path, weights: str) -> Content:
