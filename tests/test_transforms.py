@@ -5,6 +5,7 @@ The hashes in golden/eval_pixels.json were made by timm 1.0.31, torchvision 0.29
 (tests/make_goldens_transforms.py); the tests marked `oracle` compare with timm itself.
 """
 
+import collections
 import functools
 import hashlib
 import io
@@ -12,6 +13,7 @@ import json
 import math
 import pathlib
 import pickle
+import types
 import warnings
 
 import numpy as np
@@ -339,3 +341,55 @@ def test_crop_boxes_equal_timms_for_the_same_random_numbers(monkeypatch, width, 
         top, left, h, w = crop.get_params(Image.new("L", (width, height)), SCALE, RATIO)
         ours = transforms.random_crop_box(width, height, generator(seed), SCALE, RATIO)
         assert ours == (left, top, left + w, top + h)
+
+
+# ------------------------------------------------------------------------------------ color jitter
+
+
+def test_color_jitter_draws_order_and_factors(monkeypatch):
+    calls = []
+
+    def enhancer(name):
+        def of(image):
+            return types.SimpleNamespace(enhance=lambda f: calls.append((name, f)) or image)
+
+        return of
+
+    for name in ("Brightness", "Contrast", "Color"):
+        monkeypatch.setattr(transforms.ImageEnhance, name, enhancer(name))
+    for i in range(3000):
+        transforms.color_jitter(None, generator(i), 0.4)
+    names = [tuple(name for name, _ in calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    orders = collections.Counter(names)
+    assert len(orders) == 6 and min(orders.values()) > 400  # of 500 expected
+    factors = np.array([factor for _, factor in calls])
+    assert 0.6 <= factors.min() < 0.601 and 1.399 < factors.max() <= 1.4
+    assert abs(factors.mean() - 1) < 0.01
+
+
+def test_color_jitter_is_off_with_randaugment():
+    run = lambda **more: train_transform(PHOTOS["china"], generator(3), **more)
+    plain, jittered = run(), run(jitter=0.4)
+    assert (plain != jittered).mean() > 0.5
+    np.testing.assert_array_equal(run(jitter=0.4, randaugment=lambda image, _: image), plain)
+
+
+@pytest.mark.oracle
+def test_color_jitter_equals_torchvision():
+    """Given the same order and factors."""
+    import torch
+    from torchvision.transforms import ColorJitter
+
+    image = Image.open(io.BytesIO(PHOTOS["china"]))
+    for seed in range(20):
+        order = ColorJitter.get_params((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), None)
+        ours = transforms.color_jitter(image, generator(seed), 0.4)
+        again = generator(seed)
+        permutation, factors = again.permutation(3), {}
+        for i in permutation:
+            factors[int(i)] = again.uniform(0.6, 1.4)
+        drawn = (torch.tensor([*permutation, 3]), *(factors[i] for i in range(3)), None)
+        assert len(drawn) == len(order)
+        jitter = ColorJitter(0.4, 0.4, 0.4)
+        jitter.get_params = lambda *_, drawn=drawn: drawn
+        np.testing.assert_array_equal(np.array(ours), np.array(jitter(image)))

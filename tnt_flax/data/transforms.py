@@ -9,9 +9,10 @@ erasing are not here; they run on the device.
 import io
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 
 # Once, when this module is imported, and not in `warnings.catch_warnings()` around each call: that
 # swaps the state of the whole process, and many threads decode at once. The first is Pillow's
@@ -134,6 +135,20 @@ def random_flip(
     return image
 
 
+def color_jitter(
+    image: Image.Image, generator: np.random.Generator, strength: float
+) -> Image.Image:
+    """Brightness, contrast and saturation, in random order, each times 1 +- `strength` at most.
+
+    torchvision's ColorJitter without a change of hue, as timm calls it.
+    """
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for i in generator.permutation(len(enhancers)):
+        factor = generator.uniform(max(0.0, 1 - strength), 1 + strength)
+        image = enhancers[i](image).enhance(factor)
+    return image
+
+
 def train_transform(
     image: bytes | np.ndarray,
     generator: np.random.Generator,
@@ -142,15 +157,22 @@ def train_transform(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     flip: float,
+    jitter: float = 0.0,
+    randaugment: Callable[[Image.Image, np.random.Generator], Image.Image] | None = None,
 ) -> np.ndarray:
     """A record's image as one augmented training sample, uint8 [size, size, 3].
 
-    `flip` is a probability; the others are those of `random_resized_crop`. Raises
-    CorruptImageError.
+    Cropped, resized, flipped, and then changed by `randaugment`, or without it by `color_jitter` of
+    strength `jitter`: timm's order, and timm's choice. `flip` is a probability; the others are
+    those of `random_resized_crop`. Raises CorruptImageError.
     """
     image = decode(image)
     image = random_resized_crop(image, generator, size, scale, ratio)
     image = random_flip(image, generator, flip)
+    if randaugment is not None:
+        image = randaugment(image, generator)
+    elif jitter:
+        image = color_jitter(image, generator, jitter)
     return np.array(image)
 
 
