@@ -16,6 +16,7 @@ from photos import png
 from tnt_flax.data import pipeline
 from tnt_flax.data.pipeline import eval_batches, train_batches
 from tnt_flax.data.plan import TrainPlan
+from tnt_flax.data.randaugment import parse
 from tnt_flax.data.sources import Digits, ImageFolder
 from tnt_flax.data.transforms import eval_transform, train_transform
 from tnt_flax.errors import InputError
@@ -158,6 +159,39 @@ def test_evaluation_shows_every_image_once(count, batch_size, num_hosts):
 
 def test_evaluation_does_not_depend_on_threads():
     assert_equal(evaluate(threads=5), evaluate(threads=0))
+
+
+# ---------------------------------------------------------------------------- the published recipe
+
+PUBLISHED_PLAN = TrainPlan(len(DIGITS), batch_size=16, seed=3, repeats=3, groups=4)
+PUBLISHED = functools.partial(
+    AUGMENT, randaugment=parse("rand-m9-mstd0.5-inc1", mean=(0.5, 0.5, 0.5))
+)
+
+
+def published(**options):
+    return train(plan=PUBLISHED_PLAN, transform=PUBLISHED, **({"num_steps": 24} | options))
+
+
+def test_randaugment_and_repeats_are_one_stream_for_any_hosts_and_after_a_restart():
+    whole = list(published(threads=0))  # 22 steps an epoch
+    for num_hosts in (1, 2, 4):
+        hosts = [published(host=h, num_hosts=num_hosts) for h in range(num_hosts)]
+        assert_equal(side_by_side(hosts), whole)
+    for k in (1, 21, 23):
+        assert_equal(published(start_step=k, num_steps=24 - k), whole[k:])
+    # The views of a record are different images.
+    rows = [PUBLISHED_PLAN.plan(0, row)[0] for row in range(16)]
+    first = [whole[0]["image"][row].tobytes() for row in range(16)]
+    assert len(set(rows)) == 6 and len(set(first)) == 16
+    plain = list(train(plan=PUBLISHED_PLAN, num_steps=1))[0]["image"]
+    assert (plain != whole[0]["image"]).any(axis=(1, 2, 3)).sum() > 6
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_published_stream():
+    assert_equal(published(workers=2, num_steps=5), published(num_steps=5))
+    assert wait_until(lambda: not multiprocessing.active_children())
 
 
 # ------------------------------------------------------------------------------- unreadable records

@@ -2,7 +2,9 @@
 """The order of the data: complete, different in every epoch and for every seed, and never silently
 changed."""
 
+import collections
 import concurrent.futures
+import functools
 import pickle
 
 import numpy as np
@@ -107,6 +109,96 @@ def test_the_largest_seed_works_and_differs_from_its_neighbour():
     assert epoch_records(high, 0) != epoch_records(below, 0)
 
 
+# ------------------------------------------------------------------------- repeated augmentation
+
+
+@pytest.fixture
+def in_order(monkeypatch):
+    """Epochs are not shuffled, so that positions can be read off the records."""
+    identity = functools.lru_cache(lambda n, seed, epoch: np.arange(n))
+    monkeypatch.setattr(plan_module, "epoch_permutation", identity)
+
+
+def positions(plan, step):
+    return [plan.plan(step, row)[1][2] for row in range(plan.batch_size)]
+
+
+def test_the_published_placement(in_order):
+    plan = TrainPlan(1_281_167, 1024, seed=42, repeats=3)
+    assert plan.steps_per_epoch == 1251
+    rows = records(plan, 0)
+    ranks = [rows[128 * r : 128 * (r + 1)] for r in range(8)]
+    assert ranks[0][:8] == [0, 2, 5, 8, 10, 13, 16, 18]
+    assert ranks[1][:6] == [0, 3, 5, 8, 11, 13]
+    assert ranks[2][:5] == [0, 3, 6, 8, 11]
+    assert ranks[3][:4] == [1, 3, 6, 9]
+    last = records(plan, 1250)
+    assert max(last) == 1251 * 1024 // 3 - 1 == 427_007  # of 1,281,167: a third each epoch
+    assert plan.plan(1251, 0) == (0, (42, 1, 0))  # and the next begins again
+
+
+@pytest.mark.parametrize("num_records, batch_size, groups", [(200, 24, 8), (90, 8, 8), (50, 12, 4)])
+@pytest.mark.parametrize("repeats", [2, 3, 4])
+def test_each_view_has_its_own_group_and_its_own_numbers(num_records, batch_size, groups, repeats):
+    plan = TrainPlan(num_records, batch_size, seed=1, repeats=repeats, groups=groups)
+    assert plan.steps_per_epoch == num_records // batch_size
+    rows, group_size = plan.steps_per_epoch * batch_size, batch_size // groups
+    views = collections.defaultdict(list)
+    for step in range(plan.steps_per_epoch):
+        for row in range(batch_size):
+            record, key = plan.plan(step, row)
+            views[record].append((key, row // group_size))
+        assert sorted(positions(plan, step)) == [*range(step * batch_size, (step + 1) * batch_size)]
+    assert len(views) == -(-rows // repeats)
+    assert sorted(map(len, views.values()))[1:] == [repeats] * (len(views) - 1)
+    for of_record in views.values():
+        keys, where = zip(*of_record, strict=True)
+        assert len(set(keys)) == len(set(where)) == len(of_record)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_repeats_work_for_any_data_set_that_fills_a_batch(groups):
+    plan = TrainPlan(8, 8, seed=0, repeats=3, groups=groups)
+    assert plan.steps_per_epoch == 1  # the published sampler would give none below 256 records
+    shown = [records(plan, epoch) for epoch in range(60)]
+    assert all(sorted(map(rows.count, set(rows))) == [2, 3, 3] for rows in shown)
+    assert set(sum(shown, [])) == set(range(8))  # and epochs differ, with one device as with many
+    assert len({tuple(rows) for rows in shown}) > 50
+
+
+def test_repeats_of_one_leave_the_order_alone():
+    for groups in (1, 3, 8):
+        plan = TrainPlan(100, 8, seed=4, repeats=1, groups=groups)
+        assert [plan.plan(s, r) for s in range(30) for r in range(8)] == [
+            TrainPlan(100, 8, seed=4).plan(s, r) for s in range(30) for r in range(8)
+        ]
+
+
+def test_the_repeated_records_never_change():
+    plan = TrainPlan(1000, 8, seed=42, repeats=3, groups=4)  # group 0 has positions 0 and 4
+    a, b, c = GOLDEN_STEP_0[:3]
+    assert records(plan, 0) == [a, b, a, b, a, c, b, c]
+    assert positions(plan, 1) == [8, 12, 9, 13, 10, 14, 11, 15]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("num_records", [5000, 1_281_167])
+def test_placement_equals_timms_sampler(in_order, num_records):
+    samplers = pytest.importorskip("timm.data.distributed_sampler")
+    plan = TrainPlan(num_records, 1024, seed=0, repeats=3)
+    steps = [0, 1, plan.steps_per_epoch - 1]
+    ours = np.array([records(plan, step) for step in steps]).reshape(3, 8, 128)
+    for rank in range(8):
+        sampler = samplers.RepeatAugSampler(
+            range(num_records), num_replicas=8, rank=rank, shuffle=False, num_repeats=3
+        )
+        theirs = np.array(list(sampler)[: plan.steps_per_epoch * 128]).reshape(-1, 128)
+        np.testing.assert_array_equal(ours[:, rank], theirs[steps])
+
+
+# ------------------------------------------------------------------------- evaluation and errors
+
+
 @pytest.mark.parametrize("num_records", [1, 2, 7, 8, 9, 64])
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 100])
 def test_evaluation_shows_every_record_once_in_order(num_records, batch_size):
@@ -125,6 +217,12 @@ def test_evaluation_shows_every_record_once_in_order(num_records, batch_size):
         (lambda: EvalPlan(7, -1), "batch_size is -1"),
         (lambda: TrainPlan(7, 7, -1), "seed -1 is out of range"),
         (lambda: TrainPlan(7, 7, 2**64), "out of range"),
+        (lambda: TrainPlan(7, 7, 0, repeats=0), "augment.repeats=0 is less than 1"),
+        (
+            lambda: TrainPlan(7, 7, 0, repeats=3),
+            "a batch of 7 cannot be split evenly into 8 groups",
+        ),
+        (lambda: TrainPlan(7, 7, 0, repeats=3, groups=0), "into 0 groups"),
     ],
 )
 def test_errors_say_the_numbers(make, message):

@@ -22,13 +22,27 @@ class TrainPlan:
     """Shuffled epochs of whole batches; the last `num_records % batch_size` of each are left out.
 
     `num_records` counts the source, `batch_size` the rows of a global batch (all hosts together),
-    and `seed`, from 0 to 2**64 - 1, chooses the order and the augmentation. Raises InputError for
-    a batch size below one or above the number of records, and for a seed out of range.
+    and `seed`, from 0 to 2**64 - 1, chooses the order and the augmentation.
+
+    Repeated augmentation (Hoffer et al., arXiv 1901.09335; Touvron et al., arXiv 2012.12877): with
+    `repeats` = 3 an epoch has the same number of steps, but shows only the first third of its
+    permutation, each record three times, differently augmented. Position p of the epoch holds
+    permutation[p // 3], and a batch is `batch_size` consecutive positions, dealt to its `groups`
+    of consecutive rows in turn: group g has the positions g, g + groups, ... In the published
+    recipe those are 8 processes with a loader each, of 128 rows; here they are the groups that
+    mixup draws for, whatever the hosts and devices. So with groups >= repeats the views of one
+    record are in one batch (but for a few at its ends) and in different groups. Without repeats
+    positions are dealt row by row.
+
+    Raises InputError for a batch size below one or above the number of records, for groups that
+    do not divide it where they matter, and for a seed or a number of repeats out of range.
     """
 
     num_records: int
     batch_size: int
     seed: int
+    repeats: int = 1
+    groups: int = 8
 
     def __post_init__(self):
         _check_batch_size(self.batch_size)
@@ -39,6 +53,13 @@ class TrainPlan:
             )
         if not 0 <= self.seed < 2**64:
             raise InputError(f"seed {self.seed} is out of range: choose one from 0 to 2**64 - 1")
+        if self.repeats < 1:
+            raise InputError(f"augment.repeats={self.repeats} is less than 1, which is off")
+        if self.repeats > 1 and (self.groups < 1 or self.batch_size % self.groups):
+            raise InputError(
+                f"a batch of {self.batch_size} cannot be split evenly into {self.groups} groups: "
+                "choose another augment.mix_groups, or augment.repeats=1"
+            )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -47,8 +68,11 @@ class TrainPlan:
     def plan(self, step: int, row: int) -> tuple[int, SampleKey]:
         """The record in `row` of the global batch of `step`, and the key of its augmentation."""
         epoch, k = divmod(step, self.steps_per_epoch)
+        if self.repeats > 1:
+            group, turn = divmod(row, self.batch_size // self.groups)
+            row = turn * self.groups + group
         position = k * self.batch_size + row
-        record = epoch_permutation(self.num_records, self.seed, epoch)[position]
+        record = epoch_permutation(self.num_records, self.seed, epoch)[position // self.repeats]
         return int(record), (self.seed, epoch, position)
 
 
