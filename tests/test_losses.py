@@ -2,6 +2,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from tnt_flax.augment import Mix, apply_mix
 from tnt_flax.losses import smooth_one_hot, soft_target_cross_entropy
 
 
@@ -11,6 +12,20 @@ def test_smoothing_is_folded_into_the_targets_once():
     np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(targets[0, 3], 0.9001, rtol=1e-6)  # reference value at 1000 classes
     np.testing.assert_allclose(targets[0, 4], 0.0001, rtol=1e-6)
+
+
+def test_trap_26_mixed_targets_are_smoothed_once():
+    labels = jnp.array([3, 0, 5, 5])
+    images = jnp.zeros((4, 1, 1, 3), jnp.uint8)
+    drawn = Mix(jnp.array([0.25, 0.5]), jnp.zeros((2, 4), jnp.int32))
+    _, targets = apply_mix(images, smooth_one_hot(labels, 1000, 0.1), drawn)
+    np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-5)
+    on, off = 0.9001, 0.0001
+    np.testing.assert_allclose(targets[0, 3], 0.25 * on + 0.75 * off, rtol=1e-5)
+    np.testing.assert_allclose(targets[0, 0], 0.75 * on + 0.25 * off, rtol=1e-5)
+    np.testing.assert_allclose(targets[1, 3], 0.75 * on + 0.25 * off, rtol=1e-5)
+    np.testing.assert_allclose(targets[:, 4], off, rtol=1e-5)
+    np.testing.assert_allclose(targets[2:, 5], on, rtol=1e-5)  # partners of the same class
 
 
 def test_cross_entropy_by_hand():

@@ -1,4 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import functools
+import types
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -6,6 +9,9 @@ import numpy as np
 import optax
 import pytest
 
+from tnt_flax import augment
+from tnt_flax.models import TNT
+from tnt_flax.optimizer import make_optimizer
 from tnt_flax.state import TrainState, flat_names
 from tnt_flax.steps import make_eval_step, make_train_step
 
@@ -65,6 +71,106 @@ def test_randomness_is_a_function_of_key_and_step(batch):
     )
     assert loss(3, 1) == loss(3, 1)
     assert len({loss(3, 1), loss(4, 1), loss(3, 2)}) == 3
+
+
+def spied_step(**changes):
+    """Returns `see(batch, step, seed) -> calls`: what the model, `mix` and `erase` are given."""
+    calls = {}
+
+    def apply(variables, images, *, train, rngs):
+        calls.update(images=images, dropout=rngs["dropout"])
+        return jnp.zeros((len(images), 7)) * variables["params"]["w"]
+
+    def mix(key, images, targets):
+        calls.update(mix=key)
+        return images, targets
+
+    def erase(key, images):
+        calls.update(erase=key)
+        return images
+
+    model, tx = types.SimpleNamespace(num_classes=7, apply=apply), optax.sgd(0.5)
+    options = dict(label_smoothing=0.1, ema_decay=0.9, mean=HALF, std=HALF, mix=mix, erase=erase)
+    step = make_train_step(model, tx, optax.constant_schedule(0.5), **options | changes)
+
+    def see(batch, step_number, seed):
+        state = TrainState.create({"w": jnp.ones(())}, tx).replace(step=jnp.int32(step_number))
+        step(state, batch, jax.random.key(seed))
+        return calls
+
+    return see
+
+
+def test_each_purpose_has_its_own_key(batch):
+    see = spied_step()
+    keys = lambda *numbers: [
+        tuple(jax.random.key_data(see(batch, *numbers)[purpose]).tolist())
+        for purpose in ("dropout", "mix", "erase")
+    ]
+    assert keys(3, 1) == keys(3, 1)
+    assert len(set(keys(3, 1) + keys(4, 1) + keys(3, 2))) == 9
+
+
+def test_trap_25_mixing_then_normalizing_then_erasing(batch):
+    """On a batch of constants: whole pixel values, normalized, except for noise that nobody mixed
+    or scaled."""
+    values = np.array([0, 255, 7, 100, 31, 64], np.uint8)
+    images = np.broadcast_to(values[:, None, None, None], (6, 32, 32, 3))
+    mix = functools.partial(
+        augment.mix, groups=1, mixup_alpha=0.8, cutmix_alpha=0.0, prob=1.0, switch_prob=0.5
+    )
+    erase = functools.partial(augment.erase, prob=1.0, area=(0.25, 0.3), ratio=(0.5, 2.0))
+    see = spied_step(mix=jax.jit(mix), erase=jax.jit(erase))
+    seen = np.asarray(see(batch | {"image": jnp.asarray(images)}, 0, 1)["images"])
+    pixels = seen * np.float32(127.5) + np.float32(127.5)
+    background = np.array(
+        [np.bincount(np.rint(x).astype(int).ravel() % 1000).argmax() for x in pixels]
+    )
+    untouched = np.abs(pixels - background[:, None, None, None]) < 1e-4
+    assert not np.array_equal(background, values)
+    np.testing.assert_allclose(
+        background + background[::-1], values.astype(int) + values[::-1], atol=1
+    )
+    assert 0.7 < untouched.mean() < 0.75
+    noise = seen[~untouched]
+    assert abs(noise.mean()) < 0.06 and noise.std() == pytest.approx(1, abs=0.05)
+
+
+def test_bfloat16_leaves_the_training_state_in_float32():
+    model = TNT(24, 8, 2, 2, depth=2, num_classes=7, drop_path=0.1, dtype="bfloat16")
+    images = jnp.zeros((4, 16, 16, 3), jnp.uint8)
+    params = jax.eval_shape(model.init, jax.random.key(0), images.astype(jnp.float32))["params"]
+    gradients = {}
+
+    def spy(updates, params=None):
+        gradients.update(flat_names(updates))
+        return updates
+
+    adamw = make_optimizer(
+        lambda step: 1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.05, clip_norm=0.0
+    )
+    tx = optax.chain(optax.stateless(spy), adamw)
+    step = make_train_step(
+        model,
+        tx,
+        lambda step: 1e-3,
+        label_smoothing=0.1,
+        ema_decay=0.9,
+        mean=HALF,
+        std=HALF,
+    )
+    state = jax.eval_shape(lambda p: TrainState.create(p, tx), params)
+    batch = {"image": images, "label": jnp.arange(4)}
+    traced = jax.make_jaxpr(step, return_shape=True)
+    jaxpr, (new, metrics) = traced(state, batch, jax.random.key(0))
+    assert "bf16" in str(jaxpr)
+    assert {x.dtype for x in jax.tree.leaves([new.params, new.ema])} == {jnp.dtype("float32")}
+    moments = [optax.tree.get(new.opt_state, name) for name in ("mu", "nu")]
+    assert {x.dtype for x in jax.tree.leaves(moments)} == {jnp.dtype("float32")}
+    assert gradients.keys() == flat_names(params).keys()
+    assert {x.dtype for x in gradients.values()} == {jnp.dtype("float32")}
+    assert metrics["loss"].dtype == jnp.float32
+    assert jax.tree.structure(new) == jax.tree.structure(state)
 
 
 def test_flags_tell_where_a_nan_began(batch):

@@ -33,20 +33,31 @@ def make_train_step(
     ema_decay: float,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    mix: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None,
+    erase: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]]:
     """Returns `train_step(state, batch, key) -> (state, metrics)`.
 
-    `batch` holds `image` uint8 [B, H, W, 3] and `label` int32 [B]. Randomness depends on `key` and
-    `state.step` alone, so a resumed run draws what an unbroken one would. `metrics` are scalars
-    (loss, learning_rate, grad_norm) and `finite` bool [2 P]: a flag for each of the P gradients,
-    then for each parameter as it came in, which tell where a NaN began. One array, because fetching
-    many small ones would slow the loop down.
+    `batch` holds `image` uint8 [B, H, W, 3] and `label` int32 [B]. `mix(key, images, targets)` gets
+    the pixels and the smoothed targets, `erase(key, images)` the normalized images. Randomness
+    depends on `key` and `state.step` alone, so a resumed run draws what an unbroken one would, and
+    any number of devices draw the same. `metrics` are scalars (loss, learning_rate, grad_norm) and
+    `finite` bool [2 P]: a flag for each of the P gradients, then for each parameter as it came in,
+    which tell where a NaN began. One array, because fetching many small ones would slow the loop
+    down.
     """
 
     def train_step(state, batch, key):
-        images = normalize(batch["image"], mean, std)
+        step_key = jax.random.fold_in(key, state.step)
+        dropout_key, mix_key, erase_key = jax.random.split(step_key, 3)
+        images = batch["image"]
         targets = smooth_one_hot(batch["label"], model.num_classes, label_smoothing)
-        rngs = {"dropout": jax.random.fold_in(key, state.step)}
+        if mix:
+            images, targets = mix(mix_key, images, targets)
+        images = normalize(images, mean, std)
+        if erase:
+            images = erase(erase_key, images)
+        rngs = {"dropout": dropout_key}
 
         def loss_fn(params):
             logits = model.apply({"params": params}, images, train=True, rngs=rngs)
