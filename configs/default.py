@@ -55,7 +55,18 @@ def get_config() -> ConfigDict:
     config.augment.scale = (0.08, 1.0)  # area of the random resized crop, as a share of the image
     config.augment.ratio = (3 / 4, 4 / 3)  # its aspect ratio
     config.augment.flip = 0.5  # probability of a horizontal flip
+    config.augment.randaugment = "rand-m9-mstd0.5-inc1"  # as timm spells it; "" is off
+    config.augment.color_jitter = 0.4  # of brightness, contrast, saturation; not with randaugment
+    config.augment.repeats = 3  # views of each image shown, a third of all per epoch; 1 is off
     config.augment.label_smoothing = 0.1
+    config.augment.mixup_alpha = 0.8  # mixup's weight is Beta(alpha, alpha); 0 leaves mixup out
+    config.augment.cutmix_alpha = 1.0  # likewise of cutmix; with both 0 nothing is mixed
+    config.augment.mix_prob = 1.0  # probability that a group of images is mixed
+    config.augment.mix_switch_prob = 0.5  # probability that it is by cutmix and not by mixup
+    config.augment.mix_groups = 8  # of consecutive rows of the batch, each with its own draw
+    config.augment.erase_prob = 0.25  # probability of erasing a box of an image, after mixing
+    config.augment.erase_area = (0.02, 1 / 3)  # area of the box, as a share of the image
+    config.augment.erase_ratio = (0.3, 1 / 0.3)  # its aspect ratio
 
     config.optimizer = ConfigDict()  # AdamW
     config.optimizer.learning_rate = 1e-3  # used as it is: not scaled by the batch size

@@ -30,6 +30,12 @@ def get_config():
 
     config.augment.scale = (0.5, 1.0)
     config.augment.flip = 0.0  # a mirrored digit is another digit, or none
+    config.augment.randaugment = ""
+    config.augment.color_jitter = 0.0
+    config.augment.repeats = 1
+    config.augment.mixup_alpha = 0.0  # the published mixing and erasing are for longer runs
+    config.augment.cutmix_alpha = 0.0
+    config.augment.erase_prob = 0.0
 
     config.optimizer.warmup_epochs = 3
     config.optimizer.cooldown_epochs = 2

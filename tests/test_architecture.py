@@ -13,6 +13,7 @@ ROWS = """
     errors
     --
     models.layers models.word_embedding data.plan data.sources data.transforms
+    data.randaugment
     losses augment optimizer sharding state workdir figures metrics
     convert.tables convert.inert convert.mindspore_files convert.hub
     --

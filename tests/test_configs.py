@@ -9,15 +9,21 @@ import math
 import jax
 import pytest
 
-from configs import default
-from tnt_flax import TNT, build
+from configs import default, digits, transfer
+from tnt_flax import TNT, augment, build
+from tnt_flax.data import randaugment
+from tnt_flax.data.plan import TrainPlan
+from tnt_flax.data.sources import Digits
+from tnt_flax.errors import InputError
 
-NAMES = ["default", "digits", "tnt_b", "tnt_s", "tnt_ti"]
+PUBLISHED = "rand-m9-mstd0.5-inc1"
+NAMES = ["default", "digits", "pets_mindspore", "tnt_b", "tnt_s", "tnt_ti", "transfer"]
 PARAMETERS = {
     "tnt_ti": 6_076_408,
     "tnt_s": 23_768_584,
     "tnt_b": 65_428_680,
     "default": 23_768_584,
+    "transfer": 23_914_504,  # more positions, at 384 pixels
 }
 
 
@@ -47,6 +53,16 @@ def test_config_builds(name):
     jax.eval_shape(tx.init, shapes)
     for group in ("eval", "checkpoint", "log"):
         assert build.in_steps(group, config[group].every, 10) >= 1
+
+
+def test_transfer_to_every_data_set():
+    for name in transfer.DATA:
+        config = transfer.get_config(name)
+        build.check(config)
+        assert config.data.image_size == 384 and config.batch_size % config.augment.mix_groups == 0
+        assert (config.data.source == "tfds") == bool(config.data.name)
+    with pytest.raises(ValueError, match="transfer.py:mnist: after the colon comes one of"):
+        transfer.get_config("mnist")
 
 
 def test_a_misspelt_key_in_a_config_file_is_refused():
@@ -89,3 +105,73 @@ def test_durations(duration, steps):
 def test_bad_durations(duration):
     with pytest.raises(ValueError, match=r'eval\.every=.*is no duration: use "N epochs"'):
         build.in_steps("eval.every", duration, 7)
+
+
+def test_randaugment_is_spelled_in_the_config(smoke_config):
+    config = default.get_config()
+    assert build.build_randaugment(config) == randaugment.parse(PUBLISHED, (0.5, 0.5, 0.5))
+    config.data.mean = (0.0, 0.5, 1.0)
+    assert build.build_randaugment(config).fill == (0, 128, 255)
+    config.augment.randaugment = "rand-q3"
+    with pytest.raises(InputError, match="no section 'q3'"):
+        build.check(config)
+
+    source, plan = Digits("train"), TrainPlan(1437, 48, seed=0)
+    first = {}
+    for spelled in ("", PUBLISHED):
+        config = smoke_config(augment__randaugment=spelled)
+        assert (build.build_randaugment(config) is None) == (spelled == "")
+        (batch,) = build.train_batches(config, source, plan, start_step=2, num_steps=1)
+        first[spelled] = batch["image"]
+    changed = (first[""] != first[PUBLISHED]).any(axis=(1, 2, 3)).mean()
+    assert 0.5 < changed < 0.95  # a quarter of the images draws no operation
+
+
+def test_the_plan_is_the_published_one(smoke_config):
+    plan = build.build_plan(default.get_config(), 1_281_167)
+    assert plan == TrainPlan(1_281_167, 1024, seed=42, repeats=3, groups=8)
+    assert plan.steps_per_epoch == 1251
+    config = smoke_config(seed=7, augment__repeats=2, augment__mix_groups=6)
+    assert build.build_plan(config, 100) == TrainPlan(100, 48, seed=7, repeats=2, groups=6)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch_size": 40}, "batch_size=40 does not split into augment.mix_groups=8 groups of pa"),
+        ({"batch_size": 8}, "use a multiple of 16"),  # groups of one image
+        ({"augment.mix_groups": 0}, "augment.mix_groups=0 groups"),
+        ({"augment.mix_prob": 1.5}, r"augment.mix_prob=1.5 is outside \[0, 1\]"),
+        ({"augment.erase_prob": -0.1}, r"augment.erase_prob=-0.1 is outside \[0, 1\]"),
+        ({"augment.cutmix_alpha": -1.0}, "augment.cutmix_alpha=-1.0 is less than 0"),
+        ({"augment.erase_area": (0.4, 0.2)}, "augment.erase_area=.* is no range"),
+        ({"augment.erase_ratio": (0.0, 2.0)}, "augment.erase_ratio=.* is no range"),
+    ],
+)
+def test_bad_mixing_and_erasing(changes, message):
+    config = default.get_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(InputError, match=message):
+        build.check(config)
+
+
+def test_without_mixing_any_batch_size_does():
+    config = default.get_config()
+    config.update_from_flattened_dict(
+        {"batch_size": 7, "augment.mixup_alpha": 0.0, "augment.cutmix_alpha": 0.0}
+    )
+    build.check(config)
+
+
+def test_a_step_mixes_and_erases_as_configured(monkeypatch):
+    monkeypatch.setattr(build.steps, "make_train_step", lambda *args, **options: options)
+    options = build.build_train_step(default.get_config(), None, None, None)
+    assert options["mix"].func is augment.mix
+    assert options["mix"].keywords == dict(
+        groups=8, mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5
+    )
+    assert options["erase"].func is augment.erase
+    assert options["erase"].keywords == dict(prob=0.25, area=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
+    assert options["label_smoothing"] == 0.1 and options["ema_decay"] == 0.99996
+    options = build.build_train_step(digits.get_config(), None, None, None)
+    assert options["mix"] is None and options["erase"] is None

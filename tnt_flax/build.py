@@ -13,11 +13,11 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from tnt_flax import steps
+from tnt_flax import augment, steps
 from tnt_flax.convert.checkpoints import read_checkpoint
 from tnt_flax.convert.load import adapt
 from tnt_flax.convert.networks import check_same
-from tnt_flax.data import pipeline, sources, transforms
+from tnt_flax.data import pipeline, randaugment, sources, transforms
 from tnt_flax.data.plan import TrainPlan
 from tnt_flax.errors import InputError
 from tnt_flax.models import TNT, create_model
@@ -111,15 +111,37 @@ def build_optimizer(
 
 
 def build_train_step(config: ConfigDict, model: TNT, tx, schedule):
+    options = config.augment
+    mix = functools.partial(
+        augment.mix,
+        groups=options.mix_groups,
+        mixup_alpha=options.mixup_alpha,
+        cutmix_alpha=options.cutmix_alpha,
+        prob=options.mix_prob,
+        switch_prob=options.mix_switch_prob,
+    )
+    erase = functools.partial(
+        augment.erase,
+        prob=options.erase_prob,
+        area=options.erase_area,
+        ratio=options.erase_ratio,
+    )
     return steps.make_train_step(
         model,
         tx,
         schedule,
-        label_smoothing=config.augment.label_smoothing,
+        label_smoothing=options.label_smoothing,
         ema_decay=config.ema.decay,
         mean=config.data.mean,
         std=config.data.std,
+        mix=mix if mixes(config) else None,
+        erase=erase if options.erase_prob else None,
     )
+
+
+def mixes(config: ConfigDict) -> bool:
+    """Does a training step mix images?"""
+    return bool(config.augment.mixup_alpha or config.augment.cutmix_alpha)
 
 
 def build_eval_step(config: ConfigDict, model: TNT):
@@ -138,6 +160,23 @@ def open_source(config: ConfigDict, split: str):
     )
 
 
+def build_plan(config: ConfigDict, num_records: int) -> TrainPlan:
+    """The order of the training records; what is repeated is spread over the groups that mix."""
+    return TrainPlan(
+        num_records,
+        config.batch_size,
+        config.seed,
+        repeats=config.augment.repeats,
+        groups=config.augment.mix_groups,
+    )
+
+
+def build_randaugment(config: ConfigDict) -> randaugment.RandAugment | None:
+    """What `config.augment.randaugment` spells; None for "", which is off."""
+    spelled = config.augment.randaugment
+    return randaugment.parse(spelled, config.data.mean) if spelled else None
+
+
 def train_batches(
     config: ConfigDict, source, plan: TrainPlan, start_step: int, num_steps: int
 ) -> Batches:
@@ -148,6 +187,8 @@ def train_batches(
         scale=config.augment.scale,
         ratio=config.augment.ratio,
         flip=config.augment.flip,
+        jitter=config.augment.color_jitter,
+        randaugment=build_randaugment(config),
     )
     return pipeline.train_batches(
         source,
@@ -218,5 +259,26 @@ def check(config: ConfigDict) -> None:
     for key in ("mean", "std"):
         if len(config.data[key]) != 3:
             raise InputError(f"data.{key}={config.data[key]} must have three values, one a channel")
+    build_randaugment(config)
+    options = config.augment
+    for key in ("mix_prob", "mix_switch_prob", "erase_prob"):
+        if not 0 <= options[key] <= 1:
+            raise InputError(f"augment.{key}={options[key]} is outside [0, 1]")
+    for key in ("mixup_alpha", "cutmix_alpha", "color_jitter"):
+        if options[key] < 0:
+            raise InputError(f"augment.{key}={options[key]} is less than 0")
+    for key in ("erase_area", "erase_ratio"):
+        low, high = options[key]
+        if not 0 < low <= high:
+            raise InputError(
+                f"augment.{key}={options[key]} is no range: use (least, most), above 0"
+            )
+    pairs = 2 * options.mix_groups
+    if mixes(config) and (pairs < 2 or config.batch_size % pairs):
+        raise InputError(
+            f"batch_size={config.batch_size} does not split into augment.mix_groups="
+            f"{options.mix_groups} groups of pairs: use a multiple of {max(pairs, 2)}, other "
+            f"groups, or augment.mixup_alpha=0 and augment.cutmix_alpha=0"
+        )
     if not 0 <= config.ema.decay < 1:
         raise InputError(f"ema.decay={config.ema.decay} is outside [0, 1)")

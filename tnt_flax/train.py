@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from tnt_flax import build, figures, sharding, weights
 from tnt_flax.checkpoint import Checkpoints, abstract
-from tnt_flax.data.plan import TrainPlan
 from tnt_flax.data.sources import check_same_classes
 from tnt_flax.errors import RunError
 from tnt_flax.evaluate import evaluate
@@ -55,7 +54,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     eval_source = build.open_source(config, config.data.eval_split)
     check_same_classes(train_source, eval_source)
     class_names = train_source.class_names
-    plan = TrainPlan(len(train_source), config.batch_size, config.seed)
+    plan = build.build_plan(config, len(train_source))
     total_steps = plan.steps_per_epoch * (config.epochs + config.optimizer.cooldown_epochs)
     every = {
         group: build.in_steps(f"{group}.every", config[group].every, plan.steps_per_epoch)
