@@ -66,12 +66,14 @@ def parse_flags(argv: list[str]) -> list[str]:
         if CONFIG.value is None and not flags.FLAGS["help"].value:
             raise InputError("--config=FILE is missing, for instance --config=configs/digits.py")
         file = config_flags.get_config_filename(flags.FLAGS["config"])
+        file = file and file.partition(":")[0]  # after the colon comes what get_config() is given
         if file and not pathlib.Path(file).is_file():
             raise InputError(f"there is no config file {file}")
         getattr(CONFIG.value, "seed", None)  # a file that failed to load says so on first use
         return rest
     except (flags.Error, InputError, AttributeError, KeyError, TypeError, OSError) as error:
         message = str(error).replace("\\n", "\n").strip("'\"")
+        message = message.rpartition("tnt_flax.errors.InputError: ")[2]  # of the config file's own
         close = re.search(r'Did you mean "(.+)" instead of "(.+?)"', message)
         if close:
             message = f"the config has no key {close[2]!r}: did you mean {close[1]!r}?"

@@ -20,6 +20,7 @@ average that forgets the beginning within the run, which the published 0.99996 d
 """
 
 from configs import default
+from tnt_flax.errors import InputError
 
 # The tfds data set ("" is an image folder), its splits, epochs, decay of the average.
 DATA = {
@@ -34,7 +35,7 @@ DATA = {
 
 def get_config(data="imagenet"):
     if data not in DATA:
-        raise ValueError(f"configs/transfer.py:{data}: after the colon comes one of {list(DATA)}")
+        raise InputError(f"configs/transfer.py:{data}: after the colon comes one of {list(DATA)}")
     config = default.get_config()
     config.batch_size = 16 * 8
     config.data.image_size = 384

@@ -61,7 +61,7 @@ def test_transfer_to_every_data_set():
         build.check(config)
         assert config.data.image_size == 384 and config.batch_size % config.augment.mix_groups == 0
         assert (config.data.source == "tfds") == bool(config.data.name)
-    with pytest.raises(ValueError, match="transfer.py:mnist: after the colon comes one of"):
+    with pytest.raises(InputError, match="transfer.py:mnist: after the colon comes one of"):
         transfer.get_config("mnist")
 
 

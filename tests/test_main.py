@@ -32,6 +32,8 @@ DIGITS = "--config=configs/digits.py"
         ([DIGITS, "--config.zzz=3"], "no key 'zzz': configs/default.py lists all keys"),
         ([DIGITS, "--config.batch_size=many"], "config.batch_size=many: invalid literal for int()"),
         ([DIGITS, "--config.batch_size=1.5"], "config.batch_size=1.5: invalid literal for int()"),
+        (["--config=configs/transfer.py:mnist"], "transfer.py:mnist: after the colon comes one of"),
+        (["--config=configs/transfer.py:pets"], "training needs --workdir=FOLDER"),
         ([DIGITS, "--mode=evaluate"], "--mode=evaluate: value should be one of <train|eval>"),
         ([DIGITS, "--workdri=x"], "Unknown command line flag 'workdri'. Did you mean: workdir ?"),
         ([DIGITS, "runs/digits"], "unexpected argument 'runs/digits'"),

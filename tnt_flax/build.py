@@ -74,9 +74,9 @@ def load_params(
         found.class_names in (None, class_names)
     )
     if not same_classes and not fine_tune:
+        theirs = f"{found.class_names[:3]}..." if found.class_names else "of unknown names"
         raise InputError(
-            f"{found.path} has {found.network.model.num_classes} classes "
-            f"{(found.class_names or ('of unknown names',))[:3]}..., "
+            f"{found.path} has {found.network.model.num_classes} classes {theirs}, "
             f"the data has {len(class_names)} {class_names[:3]}..."
         )
     summary, size = found.summary(), config.data.image_size
