@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from smoke import SMOKE
 
+from configs import default
 from tnt_flax import build, checkpoint, train
 from tnt_flax.convert import mapping, torch_files
 from tnt_flax.convert.checkpoints import read_checkpoint
@@ -276,9 +277,14 @@ def run(root, workdir, flags, **kwargs):
 
 @pytest.mark.slow
 def test_killed_and_resumed_is_bit_identical_to_undisturbed(root, tmp_path, smoke_flags):
-    """kill -9 of the real command, twice: the same command goes on at the exact sample."""
+    """kill -9 of the real command, twice: the same command goes on at the exact sample.
+
+    Everything that is random is on: the whole published augmentation, and drop path.
+    """
     flags = [*smoke_flags, "--config.checkpoint.every=4 steps", "--config.model.drop_path=0.2"]
-    flags += ["--config.augment.flip=0.5", "--config.model.depth=2"]
+    published = default.get_config().augment
+    flags += [f"--config.augment.{key}={value}" for key, value in published.items()]
+    flags += ["--config.model.depth=2"]
     process = run(root, tmp_path / "whole", flags)
     out, err = process.communicate()
     assert process.returncode == 0, err
