@@ -37,12 +37,13 @@ def get_config() -> ConfigDict:
     config.model.vanilla_blocks = config_dict.placeholder(tuple)  # without words (paper Table 5)
 
     config.data = ConfigDict()
-    config.data.source = "folder"  # "folder", "tfds" (ArrayRecord) or "digits" (embedded)
-    config.data.root = ""  # the image folder, or the data_dir of tfds ("" is tfds's own default)
+    config.data.source = "folder"  # "imagenet_tars", "webdataset", "tfds" or "digits" (embedded)
+    config.data.root = ""  # folder or gs:// address; the data_dir of tfds ("" is tfds's default)
     config.data.name = ""  # of the tfds data set, such as "cifar10" or "imagenet2012:5.1.0"
-    config.data.train_split = "train"
-    config.data.eval_split = "validation"  # a folder may also call it "val"
-    config.data.class_list = ""  # file with one class folder a line; "" sorts the folders naturally
+    config.data.train_split = "train"  # of webdataset also "PREFIX-{000000..000146}.tar", "*.tar"
+    config.data.eval_split = "validation"  # folders and shards may also call it "val"
+    config.data.class_list = ""  # file with one class a line; "" sorts what is found naturally
+    config.data.eval_labels = ""  # of imagenet_tars; "" finds the devkit or a list beside the tars
     config.data.image_size = 224  # pixels, each side
     config.data.crop_fraction = 0.9  # evaluation resizes to image_size / crop_fraction, then crops
     config.data.mean = (0.5, 0.5, 0.5)  # per channel, on the scale 0..1

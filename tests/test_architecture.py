@@ -12,20 +12,20 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "tnt_flax"
 ROWS = """
     errors
     --
-    models.layers models.word_embedding data.plan data.sources data.transforms
+    models.layers models.word_embedding data.plan data.storage data.transforms
     data.randaugment
     losses augment optimizer sharding state workdir figures metrics
     convert.tables convert.inert convert.mindspore_files convert.hub
     --
-    models.tnt data.pipeline weights checkpoint convert.mapping convert.pickles
+    models.tnt data.index data.names weights checkpoint convert.mapping convert.pickles
     --
-    models steps convert.torch_files
+    models steps convert.torch_files data.tar data.tfds_records
     --
-    convert.files convert.networks
+    convert.files convert.networks data.imagenet data.webdataset
     --
-    convert.checkpoints
+    convert.checkpoints data.sources
     --
-    convert.load convert.targets
+    convert.load convert.targets data.pipeline
     --
     build convert.against
     --

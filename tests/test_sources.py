@@ -14,15 +14,10 @@ import tensorflow_datasets as tfds
 from photos import png
 from tfds_files import write_tfds
 
+from tnt_flax.data.names import natural_key
 from tnt_flax.data.pipeline import eval_batches
-from tnt_flax.data.sources import (
-    Digits,
-    ImageFolder,
-    TfdsSource,
-    check_same_classes,
-    natural_key,
-    open_source,
-)
+from tnt_flax.data.sources import Digits, ImageFolder, check_same_classes, open_source
+from tnt_flax.data.tfds_records import TfdsSource
 from tnt_flax.data.transforms import eval_transform
 from tnt_flax.errors import InputError
 
@@ -137,6 +132,7 @@ def test_folder_errors_say_what_was_looked_for(tmp_path):
         lambda: ImageFolder(missing, "train")
     )
     assert "set data.root" in message_of(lambda: open_source("folder", "train"))
+    assert "not gs://b/imagenet" in message_of(lambda: ImageFolder("gs://b/imagenet", "train"))
     (tmp_path / "file").write_text("")
     assert "Not a directory" in message_of(lambda: ImageFolder(tmp_path / "file", "train"))
 
@@ -235,10 +231,10 @@ def test_tfds_errors_tell_how_to_prepare(tmp_path):
         str(cifar.version),
         cifar.features,
         {"train": [1]},
-        file_format="tfrecord",
+        file_format="riegeli",
     )
     message = message_of(lambda: TfdsSource("cifar10", "train", directory))
-    assert "is prepared as tfrecord" in message and build in message
+    assert "is prepared as riegeli, which cannot be read" in message and build in message
 
 
 def test_tfds_split_and_pair_errors(tmp_path):
@@ -337,7 +333,7 @@ def test_an_unknown_kind_gets_a_suggestion(kind, guess):
 
 def test_a_class_list_without_folders_is_refused():
     message = message_of(lambda: open_source("digits", "train", class_list="x.txt"))
-    assert "not of kind 'digits'" in message
+    assert "not for kind 'digits'" in message
 
 
 def test_splits_must_have_the_same_classes():

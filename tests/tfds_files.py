@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a small data set as tfds prepares it on disk, without TensorFlow and without a builder."""
 
+import functools
 import json
 import pathlib
 
@@ -17,26 +18,34 @@ def write_tfds(
     *,
     file_format: str = "array_record",
     supervised: tuple[str, ...] = ("image", "label"),
+    shards: int = 1,
 ) -> pathlib.Path:
-    """One shard per split below data_dir/name/version; images in the examples are encoded bytes.
+    """Shards of each split below data_dir/name/version; images in the examples are encoded bytes.
 
-    With another `file_format` only the metadata is written: no reader gets as far as the records.
+    With a `file_format` other than array_record and tfrecord only the metadata is written.
     """
     folder = data_dir / name / version
     folder.mkdir(parents=True)
     features.save_config(folder)
     described = []
     for split, examples in splits.items():
-        if file_format == "array_record":
-            shard = folder / f"{name}-{split}.array_record-00000-of-00001"
-            writer = ArrayRecordWriter(str(shard), "group_size:1")
-            for example in examples:
-                writer.write(features.serialize_example(example))
-            writer.close()
+        lengths = []
+        for k in range(shards):
+            shard = folder / f"{name}-{split}.{file_format}-{k:05}-of-{shards:05}"
+            part = examples[k * len(examples) // shards : (k + 1) * len(examples) // shards]
+            lengths.append(str(len(part)))
+            if file_format == "array_record":
+                writer = ArrayRecordWriter(str(shard), "group_size:1")
+                for example in part:
+                    writer.write(features.serialize_example(example))
+                writer.close()
+            elif file_format == "tfrecord":
+                records = [features.serialize_example(example) for example in part]
+                shard.write_bytes(b"".join(map(tfrecord, records)))
         described.append(
             {
                 "name": split,
-                "shardLengths": [str(len(examples))],
+                "shardLengths": lengths,
                 "numBytes": "1",
                 "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
             }
@@ -46,3 +55,32 @@ def write_tfds(
         info["supervisedKeys"] = {"tuple": {"items": [{"featureKey": key} for key in supervised]}}
     (folder / "dataset_info.json").write_text(json.dumps(info))
     return folder
+
+
+def tfrecord(data: bytes) -> bytes:
+    """A record as TensorFlow's RecordWriter frames it."""
+    length = len(data).to_bytes(8, "little")
+    return length + _masked(length) + data + _masked(data)
+
+
+def _masked(data):
+    crc = crc32c(data)
+    return (((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32).to_bytes(4, "little")
+
+
+def crc32c(data: bytes) -> int:
+    """RFC 3720, appendix B.4, a bit at a time for the table."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ _table()[(crc ^ byte) & 0xFF]
+    return crc ^ 0xFFFFFFFF
+
+
+@functools.cache
+def _table():
+    table = []
+    for crc in range(256):
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+        table.append(crc)
+    return table

@@ -156,7 +156,12 @@ def open_source(config: ConfigDict, split: str):
     """The records of a split: `config.data.train_split` or `eval_split`."""
     data = config.data
     return sources.open_source(
-        data.source, split, root=data.root, name=data.name, class_list=data.class_list
+        data.source,
+        split,
+        root=data.root,
+        name=data.name,
+        class_list=data.class_list,
+        eval_labels=data.eval_labels,
     )
 
 
