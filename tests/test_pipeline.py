@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One stream of batches, whatever evaluates it: hosts, threads, worker processes, restarts."""
 
+import collections
 import functools
 import logging
 import multiprocessing
@@ -15,10 +16,10 @@ from photos import png
 
 from tnt_flax.data import pipeline
 from tnt_flax.data.pipeline import eval_batches, train_batches
-from tnt_flax.data.plan import TrainPlan
+from tnt_flax.data.plan import TrainPlan, sample_generator
 from tnt_flax.data.randaugment import parse
 from tnt_flax.data.sources import Digits, ImageFolder
-from tnt_flax.data.transforms import eval_transform, train_transform
+from tnt_flax.data.transforms import decode, eval_transform, train_transform
 from tnt_flax.errors import InputError
 
 AUGMENT = functools.partial(
@@ -188,6 +189,38 @@ def test_randaugment_and_repeats_are_one_stream_for_any_hosts_and_after_a_restar
     assert (plain != whole[0]["image"]).any(axis=(1, 2, 3)).sum() > 6
 
 
+@pytest.mark.parametrize("num_hosts, threads", [(1, 0), (1, 5), (2, 2), (4, 3), (16, 0)])
+def test_a_batch_reads_a_record_once_for_all_its_views(num_hosts, threads, monkeypatch):
+    read, decoded = collections.Counter(), collections.Counter()
+
+    class Counted(Digits):
+        def __getitem__(self, index):
+            read[index] += 1
+            return super().__getitem__(index)
+
+    def count(image):
+        decoded["images"] += 1
+        return decode(image)
+
+    monkeypatch.setattr(pipeline, "decode", count)
+    for host in range(num_hosts):
+        read.clear()
+        decoded.clear()
+        (batch,) = published(
+            source=Counted("test"), start_step=7, num_steps=1, threads=threads, host=host,
+            num_hosts=num_hosts,
+        )  # fmt: skip
+        rows = range(16 // num_hosts * host, 16 // num_hosts * (host + 1))
+        plans = [PUBLISHED_PLAN.plan(7, row) for row in rows]
+        assert read == dict.fromkeys((record for record, _ in plans), 1)
+        assert decoded["images"] == len(read)
+        for i, (record, key) in enumerate(plans):  # each row as if it were alone
+            image, label = DIGITS[record]
+            alone = PUBLISHED(image, sample_generator(key))
+            np.testing.assert_array_equal(batch["image"][i], alone)
+            assert batch["label"][i] == label
+
+
 @pytest.mark.slow
 def test_worker_processes_give_the_published_stream():
     assert_equal(published(workers=2, num_steps=5), published(num_steps=5))
@@ -308,7 +341,9 @@ def test_an_exhausted_stream_leaves_no_threads():
 def test_views_pickle():
     view = pipeline._TrainView(DIGITS, PLAN, AUGMENT, "error", 3, 2, 4, 4)
     copy = pickle.loads(pickle.dumps(view))
-    np.testing.assert_array_equal(copy[5]["image"], view[5]["image"])
+    ((row, sample),), ((expected_row, expected),) = copy[5], view[5]
+    assert row == expected_row
+    np.testing.assert_array_equal(sample["image"], expected["image"])
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,21 @@ def test_the_repeated_records_never_change():
     assert positions(plan, 1) == [8, 12, 9, 13, 10, 14, 11, 15]
 
 
+@pytest.mark.parametrize("repeats, records, batch_size", [(1, 40, 8), (3, 40, 8), (3, 9, 8)])
+def test_views_are_the_rows_by_record(repeats, records, batch_size):
+    plan = TrainPlan(records, batch_size, seed=5, repeats=repeats, groups=4)
+    for rows in (range(8), range(4), range(4, 8), range(2, 3)):
+        most = 0
+        for step in range(12):
+            views = plan.views(step, rows)
+            most = max(most, len(views))
+            assert len(views) <= plan.most_records(rows)
+            assert {
+                row: (record, key) for record, shown in views.items() for row, key in shown
+            } == {row: plan.plan(step, row) for row in rows}
+        assert most == plan.most_records(rows)
+
+
 @pytest.mark.oracle
 @pytest.mark.parametrize("num_records", [5000, 1_281_167])
 def test_placement_equals_timms_sampler(in_order, num_records):

@@ -248,9 +248,9 @@ def test_flip_mirrors_left_and_right_with_its_probability():
 @pytest.mark.parametrize("size, short", [(192, 213), (224, 248), (256, 284), (384, 426)])
 def test_sizes_of_the_short_side(monkeypatch, size, short):
     seen = []
-    crop = transforms.center_crop
+    center = transforms.resized_center
     monkeypatch.setattr(
-        transforms, "center_crop", lambda image, size: seen.append(image.size) or crop(image, size)
+        transforms, "resized_center", lambda *args: seen.append(args[1]) or center(*args)
     )
     assert eval_transform(PHOTOS["china"], size=size, crop_fraction=0.9).shape == (size, size, 3)
     assert eval_transform(PHOTOS["portrait"], size=size, crop_fraction=0.9).dtype == np.uint8
@@ -265,6 +265,29 @@ def test_eval_pixels_are_timms(name):
     for size in (192, 224, 256, 384):
         pixels = eval_transform(PHOTOS[name], size=size, crop_fraction=0.9)
         assert hashlib.sha256(pixels.tobytes()).hexdigest() == golden[str(size)], size
+
+
+SHAPES = "500x375 375x500 500x333 640x480 1600x1200 400x300 100x75 31x47 9x300 300x9 248x248 1x1 "
+SHAPES += "300x600 300x601 301x600 199x400 600x450 450x600 512x384 1024x768 700x300"
+
+
+@pytest.mark.parametrize("shape", SHAPES.split())
+@pytest.mark.parametrize("size, short", [(224, 248), (224, 224), (32, 36), (97, 211), (20, 16)])
+def test_the_center_alone_equals_the_center_of_the_whole(shape, size, short):
+    width, height = map(int, shape.split("x"))
+    china = Image.open(io.BytesIO(jpeg("china")))
+    image = china.resize((width, height), box=(100, 50, 500, 350))
+    resized = transforms.short_side_size(image, short)
+    whole = transforms.center_crop(image.resize(resized, Image.Resampling.BICUBIC), size)
+    center = transforms.resized_center(image, resized, size)
+    assert center.size == (size, size)
+    assert center.tobytes() == whole.tobytes()
+
+
+def test_decoding_an_image_again_returns_it_and_a_jpeg_is_not_copied(monkeypatch):
+    monkeypatch.setattr(Image.Image, "copy", lambda self: pytest.fail("copied"))
+    image = decode(PHOTOS["china"])
+    assert image.mode == "RGB" and decode(image) is image
 
 
 def test_a_crop_larger_than_the_image_is_padded_with_black():

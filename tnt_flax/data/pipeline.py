@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plan, source and transform joined by Grain: batches of numpy arrays, made by worker threads.
 
-A view says what each sample of the run is, by its number; Grain evaluates the view ahead of time.
+A view says what each record of the run gives to its batch, by its number; Grain evaluates the view
+ahead of time. A record that is shown several times in a batch is read and decoded once.
 There is no iterator state to save. Host h of H owns the contiguous rows [h * b, (h + 1) * b) of
 every global batch of H * b, so batches put together in host order never depend on H, and how many
 threads or processes evaluate the view changes nothing.
 """
 
 import dataclasses
+import functools
 import logging
+import threading
 from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
 
-from tnt_flax.data.plan import EvalPlan, TrainPlan, sample_generator
+from tnt_flax.data.plan import EvalPlan, SampleKey, TrainPlan, sample_generator
 from tnt_flax.data.sources import Source
-from tnt_flax.data.transforms import CorruptImageError
+from tnt_flax.data.transforms import CorruptImageError, Encoded, decode
 from tnt_flax.errors import InputError
 
 Batch = dict[str, np.ndarray]
+Samples = list[tuple[int, dict[str, np.ndarray]]]  # of one element: (row of the batch, columns)
+EVAL_ROWS = 4  # of an element: handing one over costs a thread 0.1 ms
 MAX_REPLACEMENTS = 16  # unreadable records in a row before training gives up on the data set
 
 
@@ -27,7 +32,7 @@ def train_batches(
     source: Source,
     plan: TrainPlan,
     *,
-    transform: Callable[[bytes | np.ndarray, np.random.Generator], np.ndarray],
+    transform: Callable[[Encoded, np.random.Generator], np.ndarray],
     start_step: int,
     num_steps: int,
     corrupt: str = "error",
@@ -58,7 +63,7 @@ def train_batches(
 def eval_batches(
     source: Source,
     *,
-    transform: Callable[[bytes | np.ndarray], np.ndarray],
+    transform: Callable[[Encoded], np.ndarray],
     batch_size: int,
     corrupt: str = "error",
     host: int = 0,
@@ -88,35 +93,49 @@ def eval_batches(
 
 @dataclasses.dataclass(frozen=True)
 class _TrainView:
-    """The samples of one host as a sequence: sample i is row `i % rows` of step `i // rows`."""
+    """The records of one host as a sequence: element i is of step `i // elements_per_batch`."""
 
     source: Source
     plan: TrainPlan
-    transform: Callable[[bytes | np.ndarray, np.random.Generator], np.ndarray]
+    transform: Callable[[Encoded, np.random.Generator], np.ndarray]
     corrupt: str
     start_step: int
     num_steps: int
     first_row: int
     rows: int
 
+    @functools.cached_property
+    def elements_per_batch(self) -> int:
+        """The most there are. A batch with fewer is filled up with elements without samples."""
+        return self.plan.most_records(range(self.first_row, self.first_row + self.rows))
+
     def __len__(self):
-        return self.num_steps * self.rows
+        return self.num_steps * self.elements_per_batch
 
-    def __getitem__(self, index):
-        step, row = divmod(index, self.rows)
-        record, key = self.plan.plan(self.start_step + step, self.first_row + row)
-        image, label, replaced = self._read(record, key)
-        return {"image": image, "label": np.int32(label), "replaced": np.bool_(replaced)}
+    def __getitem__(self, index) -> Samples:
+        step, i = divmod(index, self.elements_per_batch)
+        shown = _shown(self.plan, self.start_step + step, self.first_row, self.rows)
+        if i >= len(shown):
+            return []
+        record, views = shown[i]
+        images, label, replaced = self._read(record, [key for _, key in views])
+        columns = {"label": np.int32(label), "replaced": np.bool_(replaced)}
+        return [
+            (row - self.first_row, {"image": image, **columns})
+            for (row, _), image in zip(views, images, strict=True)
+        ]
 
-    def _read(self, record, key):
-        """The record's sample, or that of the first readable one after it."""
+    def _read(self, record, keys):
+        """The views of the record, or those of the first readable one after it."""
         for replacements in range(MAX_REPLACEMENTS + 1):
             candidate = (record + replacements) % len(self.source)
             try:
                 encoded, label = self.source[candidate]
+                image = decode(encoded)
                 # A fresh generator each time: the replacement must not depend on how far the
                 # transform of the unreadable record came.
-                return self.transform(encoded, sample_generator(key)), label, replacements > 0
+                images = [self.transform(image, sample_generator(key)) for key in keys]
+                return images, label, replacements > 0
             except (CorruptImageError, OSError) as reason:
                 _refuse_or_log(self.source, candidate, reason, self.corrupt)
         raise InputError(
@@ -127,38 +146,62 @@ class _TrainView:
 
 @dataclasses.dataclass(frozen=True)
 class _EvalView:
-    """The samples of one host as a sequence, padding included; numbered as in `_TrainView`."""
+    """The samples of one host as a sequence, EVAL_ROWS of a batch to an element."""
 
     source: Source
     plan: EvalPlan
-    transform: Callable[[bytes | np.ndarray], np.ndarray]
+    transform: Callable[[Encoded], np.ndarray]
     corrupt: str
     first_row: int
     rows: int
     blank: np.ndarray
 
-    def __len__(self):
-        return self.plan.num_batches * self.rows
+    @property
+    def elements_per_batch(self) -> int:
+        return -(-self.rows // EVAL_ROWS)
 
-    def __getitem__(self, index):
-        batch, row = divmod(index, self.rows)
+    def __len__(self):
+        return self.plan.num_batches * self.elements_per_batch
+
+    def __getitem__(self, index) -> Samples:
+        batch, i = divmod(index, self.elements_per_batch)
+        rows = range(i * EVAL_ROWS, min((i + 1) * EVAL_ROWS, self.rows))
+        return [(row, self._sample(batch, row)) for row in rows]
+
+    def _sample(self, batch, row):
         record = self.plan.plan(batch, self.first_row + row)
         if record is None:
-            return self._sample(self.blank)
+            return self._columns(self.blank)
         try:
             encoded, label = self.source[record]
-            return self._sample(self.transform(encoded), label, mask=True)
+            return self._columns(self.transform(encoded), label, mask=True)
         except (CorruptImageError, OSError) as reason:
             _refuse_or_log(self.source, record, reason, self.corrupt)
-            return self._sample(self.blank, corrupt=True)
+            return self._columns(self.blank, corrupt=True)
 
-    def _sample(self, image, label=0, *, mask=False, corrupt=False):
+    def _columns(self, image, label=0, *, mask=False, corrupt=False):
         return {
             "image": image,
             "label": np.int32(label),
             "mask": np.bool_(mask),
             "corrupt": np.bool_(corrupt),
         }
+
+
+def _shown(plan, step, first_row, rows) -> tuple[tuple[int, list[tuple[int, SampleKey]]], ...]:
+    """The records in these rows of the batch of `step`, with their (row, key)s."""
+    with _SHOWN_LOCK:  # many threads ask at once when a batch begins: compute it once
+        return _shown_once(plan, step, first_row, rows)
+
+
+# As many as there can be batches begun and not finished.
+@functools.lru_cache(maxsize=16)
+def _shown_once(plan, step, first_row, rows):
+    return tuple(plan.views(step, range(first_row, first_row + rows)).items())
+
+
+# Of the module, not of the view, so that a view pickles into a worker process.
+_SHOWN_LOCK = threading.Lock()
 
 
 def _refuse_or_log(source, record, reason, corrupt):
@@ -176,19 +219,31 @@ def _refuse_or_log(source, record, reason, corrupt):
 
 
 def _run(view, rows, threads, prefetch, workers):
-    """Batches of `rows` consecutive samples of the view, evaluated ahead of time."""
-    samples = grain.MapDataset.source(view)
+    """Batches of the view, evaluated ahead of time."""
+    records = grain.MapDataset.source(view)
+    count, put_together = view.elements_per_batch, functools.partial(_put_together, rows)
     if not workers:
-        # Threads share samples, not batches: the first batch comes sooner, and the memory in
+        # Threads share records, not batches: the first batch comes sooner, and the memory in
         # flight does not grow with threads * rows.
-        options = grain.ReadOptions(threads, max(threads, prefetch * rows))
-        return _iterate(samples.to_iter_dataset(options).batch(rows))
+        options = grain.ReadOptions(threads, max(threads, prefetch * count))
+        return _iterate(records.to_iter_dataset(options).batch(count, batch_fn=put_together))
     # Grain deals the elements below the prefetch to its processes in turn. They must be whole
-    # batches, or each process would batch its own every-other sample.
+    # batches, or each process would batch its own every-other record.
     _parse_absl_flags()
     options = grain.ReadOptions(threads, max(threads, prefetch))
-    batches = samples.batch(rows).to_iter_dataset(options)
+    batches = records.batch(count, batch_fn=put_together).to_iter_dataset(options)
     return _iterate(batches.mp_prefetch(grain.MultiprocessingOptions(workers, prefetch)))
+
+
+def _put_together(rows, records):
+    """A batch of the samples of its records."""
+    samples = [sample for record in records for sample in record]
+    first = samples[0][1]
+    batch = {name: np.empty((rows, *value.shape), value.dtype) for name, value in first.items()}
+    for row, columns in samples:
+        for name, value in columns.items():
+            batch[name][row] = value
+    return batch
 
 
 def _iterate(batches):

@@ -75,6 +75,20 @@ class TrainPlan:
         record = epoch_permutation(self.num_records, self.seed, epoch)[position // self.repeats]
         return int(record), (self.seed, epoch, position)
 
+    def views(self, step: int, rows: range) -> dict[int, list[tuple[int, SampleKey]]]:
+        """The records in these rows of the batch of `step`, each once, with its (row, key)s."""
+        views = {}
+        for row in rows:
+            record, key = self.plan(step, row)
+            views.setdefault(record, []).append((row, key))
+        return views
+
+    def most_records(self, rows: range) -> int:
+        """The most records that these rows show in any step."""
+        # Where batches cut the threes of repeats comes round again after `repeats` steps.
+        steps = range(min(self.repeats, self.steps_per_epoch))
+        return max(len(self.views(step, rows)) for step in steps)
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalPlan:
