@@ -38,6 +38,8 @@ DIGITS = "--config=configs/digits.py"
         ([DIGITS, "--workdri=x"], "Unknown command line flag 'workdri'. Did you mean: workdir ?"),
         ([DIGITS, "runs/digits"], "unexpected argument 'runs/digits'"),
         ([DIGITS], "training needs --workdir=FOLDER"),
+        (["--config=configs/transfer.py:cifar10", "--mode=x"], "--mode=x: value should be one of"),
+        (["--config=configs/none.py:cifar10"], "there is no config file configs/none.py"),
     ],
     ids=lambda x: "" if isinstance(x, str) else " ".join(x),
 )

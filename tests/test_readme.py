@@ -17,6 +17,9 @@ from tnt_flax.convert.__main__ import make_parser
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 CONVERSIONS = re.findall(r"^python -m tnt_flax.convert (.*)$", README, re.MULTILINE)
+TOOLS = re.findall(
+    r"^python -m (tnt_flax\.tools\.(?:check_data|preview)) (.*)$", README, re.MULTILINE
+)
 COMMANDS = re.findall(r"^(?:\.venv/bin/)?python (main\.py .*)$", README, re.MULTILINE)
 
 
@@ -45,7 +48,7 @@ def shaped(value, shape):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse(command, root):
     code = (
-        "import sys, main; sys.argv = sys.argv[1:]; main.parse_flags(sys.argv); "
+        "import sys, main; sys.argv = sys.argv[1:]; main.command.parse_flags(sys.argv); "
         "print(main.CONFIG.value.model.name)"
     )
     run = subprocess.run(
@@ -55,8 +58,25 @@ def test_commands_parse(command, root):
     assert run.stdout.startswith("tnt_")
 
 
+@pytest.mark.parametrize("tool, options", TOOLS)
+def test_tools_parse(tool, options, root):
+    code = (
+        "import sys; from importlib import import_module; from tnt_flax import command; "
+        "import_module(sys.argv[1]).define_flags(); command.parse_flags(sys.argv[1:]); "
+        "print(command.CONFIG.value.model.name)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, tool, *options.split()],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("tnt_")
+
+
 def test_there_are_commands():
-    assert len(COMMANDS) >= 6 and len(CONVERSIONS) >= 5
+    assert len(COMMANDS) >= 6 and len(CONVERSIONS) >= 5 and len(TOOLS) >= 2
 
 
 @pytest.mark.parametrize("command", CONVERSIONS)

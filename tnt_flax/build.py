@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a config to the objects it describes. Only this file, `train` and `evaluate` read one."""
+"""From a config to what it describes. Only this file, `train`, `evaluate` and `tools` read one."""
 
 import functools
 import re
@@ -110,7 +110,24 @@ def build_optimizer(
     return tx, schedule
 
 
+def run_keys(config: ConfigDict) -> tuple[jax.Array, jax.Array]:
+    """The keys of a run: of the initial weights, and of all its steps (see `steps.step_keys`)."""
+    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    return init_key, step_key
+
+
 def build_train_step(config: ConfigDict, model: TNT, tx, schedule):
+    return steps.make_train_step(
+        model, tx, schedule, ema_decay=config.ema.decay, **_preparing(config)
+    )
+
+
+def build_prepare(config: ConfigDict, num_classes: int):
+    """The part of the training step before the network."""
+    return steps.make_prepare(num_classes, **_preparing(config))
+
+
+def _preparing(config: ConfigDict) -> dict[str, Any]:
     options = config.augment
     mix = functools.partial(
         augment.mix,
@@ -126,12 +143,8 @@ def build_train_step(config: ConfigDict, model: TNT, tx, schedule):
         area=options.erase_area,
         ratio=options.erase_ratio,
     )
-    return steps.make_train_step(
-        model,
-        tx,
-        schedule,
+    return dict(
         label_smoothing=options.label_smoothing,
-        ema_decay=config.ema.decay,
         mean=config.data.mean,
         std=config.data.std,
         mix=mix if mixes(config) else None,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two pictures that a run leaves behind: its curves, and test images with their predictions."""
+"""Pictures: the curves of a run, test images with their predictions, training samples."""
 
 import pathlib
 from typing import Any
@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 RIGHT, WRONG = "#1b7837", "#b2182b"
+DPI = 110
+SMALLEST = 160  # pixels: narrower training samples are enlarged
 
 
 def plot_curves(metrics: list[dict[str, Any]], path: pathlib.Path) -> None:
@@ -76,6 +78,34 @@ def plot_predictions(
     _save(figure, path)
 
 
+def plot_samples(
+    images: np.ndarray, captions: list[str], title: str, path: pathlib.Path, *, columns: int
+) -> None:
+    """A sheet of images uint8 [B, H, W, 3], small ones enlarged by a whole factor, none resampled.
+
+    Below an image is its caption: one line or two, of at most 24 letters each.
+    """
+    plt = _pyplot()
+    zoom = -(-SMALLEST // images.shape[2])
+    height, width = images.shape[1] * zoom, images.shape[2] * zoom
+    size = min(10, width / 20)  # of letters, so that 24 fit
+    gap, below, head = 12, 12 + 3 * round(size), 44  # pixels: between, for captions, for the title
+    rows = -(-len(images) // columns)
+    across = max(gap + columns * (width + gap), 760)  # the title needs that
+    down = head + rows * (height + below + gap)
+    figure = plt.figure(figsize=(across / DPI, down / DPI), dpi=DPI)
+    figure.text(gap / across, 1 - head / 2 / down, title, fontsize=10, va="center")
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        row, column = divmod(i, columns)
+        left, top = gap + column * (width + gap), head + row * (height + below + gap)
+        box = (left / across, 1 - (top + height) / down, width / across, height / down)
+        axes = figure.add_axes(box)
+        axes.imshow(image, interpolation="nearest")
+        axes.axis("off")
+        axes.text(0, -4 / height, caption, transform=axes.transAxes, fontsize=size, va="top")
+    _save(figure, path)
+
+
 def _pyplot():
     import matplotlib  # slow to import, and only this file needs it
 
@@ -86,5 +116,5 @@ def _pyplot():
 
 
 def _save(figure, path: pathlib.Path) -> None:
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=DPI)
     _pyplot().close(figure)

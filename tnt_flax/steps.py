@@ -24,6 +24,38 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
 
 
+def step_keys(key: jax.Array, step: jax.Array | int) -> jax.Array:
+    """The keys of one step of a run: of dropout, mixing and erasing."""
+    return jax.random.split(jax.random.fold_in(key, step), 3)
+
+
+def make_prepare(
+    num_classes: int,
+    *,
+    label_smoothing: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    mix: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None,
+    erase: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+) -> Callable[[Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Returns `prepare(batch, mix_key, erase_key) -> (images, targets)`, what the network gets.
+
+    The arguments are those of `make_train_step`.
+    """
+
+    def prepare(batch, mix_key, erase_key):
+        images = batch["image"]
+        targets = smooth_one_hot(batch["label"], num_classes, label_smoothing)
+        if mix:
+            images, targets = mix(mix_key, images, targets)
+        images = normalize(images, mean, std)
+        if erase:
+            images = erase(erase_key, images)
+        return images, targets
+
+    return prepare
+
+
 def make_train_step(
     model: nn.Module,
     tx: optax.GradientTransformation,
@@ -47,16 +79,18 @@ def make_train_step(
     down.
     """
 
+    prepare = make_prepare(
+        model.num_classes,
+        label_smoothing=label_smoothing,
+        mean=mean,
+        std=std,
+        mix=mix,
+        erase=erase,
+    )
+
     def train_step(state, batch, key):
-        step_key = jax.random.fold_in(key, state.step)
-        dropout_key, mix_key, erase_key = jax.random.split(step_key, 3)
-        images = batch["image"]
-        targets = smooth_one_hot(batch["label"], model.num_classes, label_smoothing)
-        if mix:
-            images, targets = mix(mix_key, images, targets)
-        images = normalize(images, mean, std)
-        if erase:
-            images = erase(erase_key, images)
+        dropout_key, mix_key, erase_key = step_keys(key, state.step)
+        images, targets = prepare(batch, mix_key, erase_key)
         rngs = {"dropout": dropout_key}
 
         def loss_fn(params):

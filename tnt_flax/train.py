@@ -65,7 +65,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     model = build.build_model(config, len(class_names))
     tx, schedule = build.build_optimizer(config, plan.steps_per_epoch)
     init_params = build.init_params(model, config)
-    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    init_key, step_key = build.run_keys(config)
     step_key = jax.device_put(step_key, replicated)
 
     def new_state(params):

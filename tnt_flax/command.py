@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all commands that take a config share: --config, one-line errors, exit codes.
+
+A command says `flags.adopt_module_key_flags(command)`, so that its --help lists --config, and ends
+with `app.run(main, flags_parser=command.parse_flags)`. Exit code 1 is a run that failed, 2 is bad
+input.
+"""
+
+import contextlib
+import pathlib
+import re
+import sys
+from collections.abc import Iterator
+
+from absl import flags
+from ml_collections import config_flags
+
+from tnt_flax.errors import InputError, RunError
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file with get_config(), such as configs/tnt_s.py.", lock_config=True
+)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with one line instead of a traceback for what the user got wrong."""
+    try:
+        rest = flags.FLAGS(argv, known_only=False)
+        if len(rest) > 1:
+            raise InputError(f"unexpected argument {rest[1]!r}: flags look like --name=value")
+        if CONFIG.value is None and not flags.FLAGS["help"].value:
+            raise InputError("--config=FILE is missing, for instance --config=configs/digits.py")
+        file = config_flags.get_config_filename(flags.FLAGS["config"])
+        file = file and file.partition(":")[0]  # what follows is the argument of get_config()
+        if file and not pathlib.Path(file).is_file():
+            raise InputError(f"there is no config file {file}")
+        getattr(CONFIG.value, "seed", None)  # a file that failed to load says so on first use
+        return rest
+    except (flags.Error, InputError, AttributeError, KeyError, TypeError, OSError) as error:
+        message = str(error).replace("\\n", "\n").strip("'\"")
+        if "Traceback (most recent call last)" in message:  # of the config file itself
+            lines = [line.strip() for line in message.splitlines() if line.strip()]
+            place = [line for line in lines if line.startswith('File "')][-1:]
+            own, ours, said = lines[-1].partition("tnt_flax.errors.InputError: ")
+            message = said if ours else f"the config file failed: {own} ({', '.join(place)})"
+        close = re.search(r'Did you mean "(.+)" instead of "(.+?)"', message)
+        if close:
+            message = f"the config has no key {close[2]!r}: did you mean {close[1]!r}?"
+        elif message.strip().isidentifier():
+            message = (
+                f"the config has no key {message.strip()!r}: configs/default.py lists all keys"
+            )
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def exit_on_error(interrupted: str) -> Iterator[None]:
+    """Ends the process with one line for what went wrong, or with `interrupted` after Ctrl-C."""
+    try:
+        yield
+    except (InputError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        print(f"interrupted: {interrupted}", file=sys.stderr)
+        sys.exit(130)

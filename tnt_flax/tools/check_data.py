@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads every image of a data set: which are corrupt, which are not what training takes them for.
+
+    python -m tnt_flax.tools.check_data --config=configs/tnt_s.py --config.data.root=IMAGENET
+    python -m tnt_flax.tools.check_data --config=configs/tnt_s.py --config.data.root=IMAGENET \\
+        --split=both --out=findings.jsonl
+
+With --out every finding is a line of JSON in that file, and the same command, stopped and started
+again, goes on where it was. The last line on stdout is one JSON object, which counts the findings.
+Exit code 0 means that nothing is corrupt, 1 that something is, 2 is bad input.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+from PIL import Image
+from tqdm import tqdm
+
+from tnt_flax import command
+from tnt_flax.data.sources import Source
+from tnt_flax.data.transforms import CorruptImageError, decode
+from tnt_flax.tools.findings import FindingsFile
+
+MEANING = {  # of each finding, in the order of the table
+    "corrupt": 'stops training, or with data.corrupt="skip" its neighbour is taken instead',
+    "empty": "of no bytes; counted as corrupt, too",
+    "huge": "of more pixels than Pillow opens; counted as corrupt, too",
+    "rotated": "an EXIF tag says to turn it; training does not, as timm does not",
+    "animated": "of several frames; only the first is used",
+    "16-bit": "more than 8 bits a channel; of grey ones all above 255 becomes white",
+    "cmyk": "for print; converted without a colour profile",
+    "palette": "of indexed colours; converted",
+    "alpha": "transparent; that is dropped, and what lies behind shows",
+    "grey": "of one channel; repeated",
+    "small": "a side of less than 32 pixels",
+}
+SMALL = 32  # pixels
+FEW = 10  # images of a class
+SHOWN = 3  # names of each finding, and classes at either end
+CHUNK = 256  # records between two entries of how far the check is
+ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
+# Keys of config.data that change nothing of what is read here.
+OTHER_KEYS = ("image_size", "crop_fraction", "mean", "std", "corrupt", "threads", "workers")
+
+
+def define_flags() -> None:
+    flags.DEFINE_enum("split", "train", ["train", "eval", "both"], "Which records to read.")
+    flags.DEFINE_string("out", None, "A file for all findings, one JSON object a line.")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    logging.set_verbosity(logging.ERROR)  # other libraries' remarks
+    values = flags.FLAGS
+    go_on = "the same command goes on from here" if values.out else "with --out it could go on"
+    with command.exit_on_error(go_on):
+        result = check_data(command.CONFIG.value, values.split, values.out)
+    print(json.dumps(result))
+    sys.exit(1 if result["corrupt"] else 0)
+
+
+def check_data(config: ConfigDict, split: str = "train", out: str | None = None) -> dict[str, Any]:
+    """Prints the tables of one split or both; returns the counts, over both.
+
+    Raises:
+        InputError: the config, the data set as a whole or `out` is wrong.
+    """
+    from tnt_flax import build
+
+    build.check(config)
+    splits = ("train", "eval") if split == "both" else (split,)
+    sources = {name: build.open_source(config, config.data[f"{name}_split"]) for name in splits}
+    checked = {key: value for key, value in config.data.items() if key not in OTHER_KEYS}
+    checked["records"] = {name: len(source) for name, source in sources.items()}
+    totals = collections.Counter({"images": 0, "classes": 0})
+    with contextlib.closing(FindingsFile(out, checked)) as file:
+        for name, source in sources.items():
+            summary = Summary(source)
+            for line in file.read(name):
+                summary.add(line)
+            for lines in check_records(source, summary.checked, config.data.threads):
+                file.write(name, lines)
+                for line in lines:
+                    summary.add(line)
+            summary.print(config.data[f"{name}_split"])
+            totals["images"] += len(source)
+            totals["classes"] = max(totals["classes"], len(source.class_names))
+            totals.update(summary.result())
+    return dict(totals) | ({"out": str(file.path)} if out else {})
+
+
+class Summary:
+    """What the lines of one split add up to. Holds no list that grows with the findings."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.checked = 0
+        self.per_class = np.zeros(len(source.class_names), int)
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.first = collections.defaultdict(list)
+
+    def add(self, line: dict[str, Any]) -> None:
+        if "checked" in line:
+            self.checked = line["checked"]
+            for label, count in line["labels"].items():
+                self.per_class[int(label)] += count
+            return
+        finding = line["finding"]
+        self.counts[finding] += 1
+        if len(self.first[finding]) < SHOWN:
+            self.first[finding].append(f"{line['name']}: {line['detail']}")
+
+    def result(self) -> dict[str, int]:
+        return {
+            **{finding: self.counts[finding] for finding in MEANING},
+            "classes_with_none": int((self.per_class == 0).sum()),
+            "classes_with_few": int(((self.per_class > 0) & (self.per_class < FEW)).sum()),
+        }
+
+    def print(self, split: str) -> None:
+        names, per_class = self.source.class_names, self.per_class
+        print(f"{split}: {len(self.source):,} images, {len(names):,} classes\n")
+        print(f"{'finding':<10}{'images':>9}  meaning")
+        for finding, meaning in MEANING.items():
+            print(f"{finding:<10}{self.counts[finding]:>9,}  {meaning}")
+            for example in self.first[finding]:
+                print(f"    {example}")
+            if self.counts[finding] > SHOWN:
+                print("    ...")
+        order = np.argsort(per_class, kind="stable")
+        few = self.result()
+        print(f"\n{'classes':<10}{'number':>9}  which, and their images")
+        for title, which, count in (
+            ("none", order, few["classes_with_none"]),
+            (f"below {FEW}", order[few["classes_with_none"] :], few["classes_with_few"]),
+            ("least", order, None),
+            ("most", order[::-1], None),
+        ):
+            listed = which[: SHOWN if count is None else min(count, SHOWN)]
+            text = ", ".join(f"{names[label]} {per_class[label]:,}" for label in listed)
+            text += ", ..." if (len(names) if count is None else count) > len(listed) else ""
+            print(f"{title:<10}{'' if count is None else f'{count:,}':>9}  {text}".rstrip())
+        print()
+
+
+def check_records(source: Source, start: int, threads: int) -> Iterator[list[dict[str, Any]]]:
+    """The findings of the records from `start` on, chunk by chunk; each ends with how far it is."""
+
+    def check(index):
+        return check_record(source, index)
+
+    bar = tqdm(total=len(source), initial=start, unit="image", disable=None, file=sys.stderr)
+    with bar, concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for begin in range(start, len(source), CHUNK):
+            end = min(begin + CHUNK, len(source))
+            labels: collections.Counter[int] = collections.Counter()
+            lines = []
+            for label, found in pool.map(check, range(begin, end)):
+                lines += found
+                labels.update(() if label is None else (label,))
+                bar.update()
+            yield [*lines, {"checked": end, "labels": labels}]
+
+
+def check_record(source: Source, index: int) -> tuple[int | None, list[dict[str, Any]]]:
+    """Label and findings of a record; the label is None where the record cannot be read."""
+    label, class_name = None, None
+    try:
+        image, label = source[index]
+        class_name = source.class_names[label]
+        found = inspect_image(image)
+    except OSError as error:  # the file vanished, the disk failed
+        found = {"corrupt": f"cannot be read: {error.strerror or error}"}
+    about = {"index": index, "name": source.name_of(index), "class": class_name}
+    return label, [about | {"finding": kind, "detail": text} for kind, text in found.items()]
+
+
+def inspect_image(image: bytes | np.ndarray) -> dict[str, str]:
+    """The findings about an image, each with a detail."""
+    found = {}
+    try:
+        width, height = decode(image).size
+    except CorruptImageError as error:
+        found["corrupt"] = str(error)
+        if len(image) == 0:
+            return found | {"empty": "0 bytes"}
+    else:
+        if min(width, height) < SMALL:
+            found["small"] = f"{width} x {height} pixels"
+    with contextlib.suppress(Exception):  # a damaged header; what matters of it `decode` has said
+        found |= _of_pixels(image) if isinstance(image, np.ndarray) else _of_file(image)
+    return found
+
+
+def _of_pixels(pixels):
+    channels = pixels.shape[2] if pixels.ndim == 3 else 1
+    return {1: {"grey": "one channel"}, 4: {"alpha": "four channels"}}.get(channels, {})
+
+
+def _of_file(encoded):
+    found = {}
+    try:
+        image = Image.open(io.BytesIO(encoded))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        return {"huge": str(error).partition(",")[0]}
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # where the user's filters say ignore
+        found["huge"] = f"{image.width} x {image.height} pixels"
+    # Of the modes and of how the pixels lie in the file: a colour PNG of 16 bits has the mode RGB.
+    layout = f"{image.mode} {[tile[3] for tile in image.tile]}"
+    if image.mode in ("I", "F") or ";16" in layout:
+        found["16-bit"] = f"mode {image.mode}"
+    if image.mode == "CMYK":
+        found["cmyk"] = f"a {image.format}"
+    if image.mode in ("P", "PA"):
+        found["palette"] = f"a {image.format}"
+    if image.has_transparency_data:
+        found["alpha"] = f"mode {image.mode}"
+    if image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;"):
+        found["grey"] = f"mode {image.mode}"
+    if getattr(image, "is_animated", False):
+        found["animated"] = f"{image.n_frames} frames"
+    # Pillow itself turns a TIFF. In a PNG the tag may follow the pixels: look only if it is there.
+    if image.format != "TIFF" and (image.format != "PNG" or b"eXIf" in encoded):
+        orientation = image.getexif().get(ORIENTATION, 1)
+        if orientation != 1:
+            found["rotated"] = f"orientation {orientation}"
+    return found
+
+
+if __name__ == "__main__":
+    define_flags()
+    flags.adopt_module_key_flags(command)
+    app.run(main, flags_parser=command.parse_flags)

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws training samples as the network gets them: cropped, augmented, mixed, erased.
+
+    python -m tnt_flax.tools.preview --config=configs/digits.py --out=samples.png
+    python -m tnt_flax.tools.preview --config=configs/tnt_s.py --config.data.root=IMAGENET \\
+        --out=samples.png --rows=4 --columns=8
+
+They are those of the run's first step. A batch much larger than the sheet is made smaller. The last
+line on stdout is one JSON object. Exit code 1 is a picture that cannot be written, 2 is bad input.
+"""
+
+import contextlib
+import json
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from tnt_flax import command
+from tnt_flax.errors import InputError, RunError
+
+MOST_READ = 256  # images: beyond that many, a batch is read only as far as the sheet needs it
+MOST_LETTERS = 24  # of a line of a caption
+
+
+class Samples(NamedTuple):
+    """What the network gets, and where it came from."""
+
+    images: np.ndarray  # float32 [B, H, W, 3], normalized
+    weights: np.ndarray  # float32 [B, classes]: the targets without label smoothing
+    class_names: tuple[str, ...]
+    config: ConfigDict  # the run's, but for a smaller batch
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("out", None, "The PNG file to write.")
+    flags.DEFINE_integer("rows", 4, "Images from top to bottom.", lower_bound=1)
+    flags.DEFINE_integer("columns", 8, "Images from left to right.", lower_bound=1)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    logging.set_verbosity(logging.ERROR)  # other libraries' remarks
+    values = flags.FLAGS
+    with command.exit_on_error("nothing was written"):
+        result = preview(command.CONFIG.value, values.out, values.rows, values.columns)
+    print(json.dumps(result))
+
+
+def preview(config: ConfigDict, out: str | None, rows: int, columns: int) -> dict[str, Any]:
+    """Writes the sheet; returns what the JSON line says.
+
+    Raises:
+        InputError: the config, the data or `out` is wrong.
+        RunError: the picture cannot be written.
+    """
+    from tnt_flax import figures
+
+    if not out or pathlib.Path(out).suffix.lower() != ".png":
+        raise InputError(f"--out={out or ''} is no picture to write: use --out=FILE.png")
+    path = pathlib.Path(out).expanduser()
+    if not path.parent.is_dir():
+        raise InputError(f"there is no folder {path.parent} for --out={out}")
+    samples = first_samples(config, rows * columns)
+    shown = spread(len(samples.images), groups_of(samples.config), rows * columns)
+    weights = samples.weights[shown]
+    of_two_classes = int((weights.max(axis=1) < 1).sum())
+    title = (
+        f"{config.model.name}: {len(shown)} of the {len(samples.images)} images of a step, "
+        f"{of_two_classes} of two classes (before label smoothing)"
+    )
+    try:
+        figures.plot_samples(
+            to_pixels(samples.images[shown], config.data.mean, config.data.std),
+            [caption(row, samples.class_names) for row in weights],
+            title,
+            path,
+            columns=min(columns, len(shown)),
+        )
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from None
+    return {
+        "out": str(path),
+        "images": len(shown),
+        "of_two_classes": of_two_classes,
+        "batch_size": len(samples.images),
+        "classes": len(samples.class_names),
+    }
+
+
+def first_samples(config: ConfigDict, wanted: int) -> Samples:
+    """The first batch of the run, or of one with a smaller batch, through the step's own functions.
+
+    Raises:
+        InputError: the config or the data is wrong.
+    """
+    import jax
+
+    from tnt_flax import build, steps
+
+    build.check(config)
+    source = build.open_source(config, config.data.train_split)
+    config = config.copy_and_resolve_references()
+    batch_size = smaller_batch(config, wanted, len(source))
+    if batch_size < config.batch_size:
+        print(
+            f"a batch of {batch_size} instead of {config.batch_size}: drawn alike, but these are "
+            "not the images of the run's first step",
+            file=sys.stderr,
+        )
+        config.batch_size = batch_size
+    plan = build.build_plan(config, len(source))
+    with contextlib.closing(build.train_batches(config, source, plan, 0, 1)) as batches:
+        batch = next(batches)
+    _, step_key = build.run_keys(config)
+    _, mix_key, erase_key = steps.step_keys(step_key, 0)
+    config.augment.label_smoothing = 0.0  # the pixels do not depend on it
+    prepare = jax.jit(build.build_prepare(config, len(source.class_names)))
+    inputs = {name: batch[name] for name in ("image", "label")}
+    images, weights = jax.device_get(prepare(inputs, mix_key, erase_key))
+    return Samples(images, weights, tuple(source.class_names), config)
+
+
+def smaller_batch(config: ConfigDict, wanted: int, num_records: int) -> int:
+    """The run's batch size; if that is large, as many images as are wanted, in whole groups.
+
+    Where there are too few records for the run, those that there are.
+    """
+    unit = 2 * groups_of(config)
+    most = num_records // unit * unit
+    if config.batch_size <= min(num_records, max(MOST_READ, wanted)) or not most:
+        return config.batch_size
+    return min(-(-wanted // unit) * unit, most, config.batch_size)
+
+
+def groups_of(config: ConfigDict) -> int:
+    """Of consecutive rows of the batch, each with its own draw or its own views of a record."""
+    from tnt_flax import build
+
+    grouped = build.mixes(config) or config.augment.repeats > 1
+    return config.augment.mix_groups if grouped else 1
+
+
+def spread(batch_size: int, groups: int, wanted: int) -> np.ndarray:
+    """The first rows of each group in turn: all draws, and the views of a record side by side."""
+    return np.arange(batch_size).reshape(groups, -1).T.ravel()[:wanted]
+
+
+def to_pixels(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """uint8 pixels of normalized images; the noise of erasing goes beyond 0..255 and is clipped."""
+    pixels = (images * np.float32(std) + np.float32(mean)) * 255
+    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+
+
+def caption(weights: np.ndarray, class_names: tuple[str, ...]) -> str:
+    """ "cat 0.63 + dog 0.37", on two lines if that is long; "cat" where only one class counts."""
+    first, second = np.argsort(-weights, kind="stable")[:2] if len(weights) > 1 else (0, 0)
+    share = round(float(weights[first]), 2)
+    if share == 1:
+        return shorten(class_names[first], MOST_LETTERS)
+    parts = [
+        f"{shorten(class_names[label], MOST_LETTERS - 7)} {part:.2f}"
+        for label, part in ((first, share), (second, 1 - share))
+    ]
+    one_line = " + ".join(parts)
+    return one_line if len(one_line) <= MOST_LETTERS else "\n+ ".join(parts)
+
+
+def shorten(name: str, letters: int) -> str:
+    return name if len(name) <= letters else f"{name[: letters - 1]}…"
+
+
+if __name__ == "__main__":
+    define_flags()
+    flags.adopt_module_key_flags(command)
+    app.run(main, flags_parser=command.parse_flags)
