@@ -84,14 +84,8 @@ def test_restarting_a_finished_run_changes_nothing(finished):
     assert train_and_evaluate(config, workdir) == result
 
 
-def test_two_runs_are_bit_identical(finished, tmp_path):
-    config, _, result = finished
-    again = train_and_evaluate(config, tmp_path)
-    assert again == result
-
-
 def test_a_damaged_latest_checkpoint_costs_only_the_steps_since(finished, tmp_path, capsys):
-    """The run falls back to the checkpoint before, and still ends bit-identical."""
+    """The run falls back to the checkpoint before, and still ends bit-identical to the first."""
     config, workdir, result = finished
     copy = tmp_path / "copy"
     shutil.copytree(workdir, copy)
@@ -284,7 +278,6 @@ def test_killed_and_resumed_is_bit_identical_to_undisturbed(root, tmp_path, smok
     flags = [*smoke_flags, "--config.checkpoint.every=4 steps", "--config.model.drop_path=0.2"]
     published = default.get_config().augment
     flags += [f"--config.augment.{key}={value}" for key, value in published.items()]
-    flags += ["--config.model.depth=2"]
     process = run(root, tmp_path / "whole", flags)
     out, err = process.communicate()
     assert process.returncode == 0, err
