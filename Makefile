@@ -27,7 +27,7 @@ eval: $(VENV)/run.stamp
 test: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
 
 oracle: $(VENV)/oracle.stamp
 	$(VENV)/bin/python -m pytest -m oracle $(ARGS)
