@@ -5,6 +5,7 @@ import ast
 import dataclasses
 import importlib
 import math
+import types
 
 import jax
 import pytest
@@ -164,8 +165,12 @@ def test_without_mixing_any_batch_size_does():
 
 
 def test_a_step_mixes_and_erases_as_configured(monkeypatch):
-    monkeypatch.setattr(build.steps, "make_train_step", lambda *args, **options: options)
-    options = build.build_train_step(default.get_config(), None, None, None)
+    monkeypatch.setattr(build.steps, "make_prepare", lambda num_classes, **options: options)
+    monkeypatch.setattr(
+        build.steps, "make_train_step", lambda *args, ema_decay: args[-1] | {"ema_decay": ema_decay}
+    )
+    model = types.SimpleNamespace(num_classes=1000)
+    options = build.build_train_step(default.get_config(), model, None, None)
     assert options["mix"].func is augment.mix
     assert options["mix"].keywords == dict(
         groups=8, mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5
@@ -173,5 +178,5 @@ def test_a_step_mixes_and_erases_as_configured(monkeypatch):
     assert options["erase"].func is augment.erase
     assert options["erase"].keywords == dict(prob=0.25, area=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
     assert options["label_smoothing"] == 0.1 and options["ema_decay"] == 0.99996
-    options = build.build_train_step(digits.get_config(), None, None, None)
+    options = build.build_train_step(digits.get_config(), model, None, None)
     assert options["mix"] is None and options["erase"] is None

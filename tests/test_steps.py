@@ -13,9 +13,10 @@ from tnt_flax import augment
 from tnt_flax.models import TNT
 from tnt_flax.optimizer import make_optimizer
 from tnt_flax.state import TrainState, flat_names
-from tnt_flax.steps import make_eval_step, make_train_step
+from tnt_flax.steps import make_eval_step, make_prepare, make_train_step
 
 HALF = (0.5, 0.5, 0.5)
+OPTIONS = dict(label_smoothing=0.1, mean=HALF, std=HALF)
 
 
 class Linear(nn.Module):
@@ -36,11 +37,12 @@ def batch():
     return {"image": jnp.asarray(images), "label": jnp.arange(6)}
 
 
-def start(model=None, tx=None, **changes):
+def start(model=None, tx=None, ema_decay=0.9, **changes):
     model, tx = model or Linear(), tx or optax.sgd(0.5)
     params = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)), train=False)["params"]
-    options = dict(label_smoothing=0.1, ema_decay=0.9, mean=HALF, std=HALF) | changes
-    step = jax.jit(make_train_step(model, tx, optax.constant_schedule(0.5), **options))
+    prepare = make_prepare(model.num_classes, **OPTIONS | changes)
+    schedule = optax.constant_schedule(0.5)
+    step = jax.jit(make_train_step(model, tx, schedule, prepare, ema_decay=ema_decay))
     return TrainState.create(params, tx), step
 
 
@@ -90,8 +92,8 @@ def spied_step(**changes):
         return images
 
     model, tx = types.SimpleNamespace(num_classes=7, apply=apply), optax.sgd(0.5)
-    options = dict(label_smoothing=0.1, ema_decay=0.9, mean=HALF, std=HALF, mix=mix, erase=erase)
-    step = make_train_step(model, tx, optax.constant_schedule(0.5), **options | changes)
+    prepare = make_prepare(7, **OPTIONS | dict(mix=mix, erase=erase) | changes)
+    step = make_train_step(model, tx, optax.constant_schedule(0.5), prepare, ema_decay=0.9)
 
     def see(batch, step_number, seed):
         state = TrainState.create({"w": jnp.ones(())}, tx).replace(step=jnp.int32(step_number))
@@ -150,15 +152,8 @@ def test_bfloat16_leaves_the_training_state_in_float32():
         lambda step: 1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.05, clip_norm=0.0
     )
     tx = optax.chain(optax.stateless(spy), adamw)
-    step = make_train_step(
-        model,
-        tx,
-        lambda step: 1e-3,
-        label_smoothing=0.1,
-        ema_decay=0.9,
-        mean=HALF,
-        std=HALF,
-    )
+    prepare = make_prepare(model.num_classes, **OPTIONS)
+    step = make_train_step(model, tx, lambda step: 1e-3, prepare, ema_decay=0.9)
     state = jax.eval_shape(lambda p: TrainState.create(p, tx), params)
     batch = {"image": images, "label": jnp.arange(4)}
     traced = jax.make_jaxpr(step, return_shape=True)

@@ -16,7 +16,7 @@ from configs import default
 from tnt_flax import augment, build
 from tnt_flax.models import TNT
 from tnt_flax.state import TrainState, flat_names
-from tnt_flax.steps import make_train_step
+from tnt_flax.steps import make_prepare, make_train_step
 
 FIXED_MIX = augment.Mix(
     jnp.array([reference.LAM, 1.0]), jnp.array([(0, 0, 0, 0), reference.BOX], jnp.int32)
@@ -30,16 +30,15 @@ def train(initial):
     config.optimizer.warmup_epochs = reference.WARMUP
     config.optimizer.cooldown_epochs = reference.COOLDOWN
     tx, schedule = build.build_optimizer(config, reference.STEPS_PER_EPOCH)
-    step = make_train_step(
-        TNT(**reference.OUR_FIELDS),
-        tx,
-        schedule,
+    model = TNT(**reference.OUR_FIELDS)
+    prepare = make_prepare(
+        model.num_classes,
         label_smoothing=config.augment.label_smoothing,
-        ema_decay=reference.EMA_DECAY,
         mean=config.data.mean,
         std=config.data.std,
         mix=lambda key, images, targets: augment.apply_mix(images, targets, FIXED_MIX),
     )
+    step = make_train_step(model, tx, schedule, prepare, ema_decay=reference.EMA_DECAY)
     step = jax.jit(step, donate_argnums=0)
     state = TrainState.create(jax.tree.map(jnp.asarray, initial), tx)
     losses, rates = [], []

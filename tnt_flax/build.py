@@ -117,17 +117,12 @@ def run_keys(config: ConfigDict) -> tuple[jax.Array, jax.Array]:
 
 
 def build_train_step(config: ConfigDict, model: TNT, tx, schedule):
-    return steps.make_train_step(
-        model, tx, schedule, ema_decay=config.ema.decay, **_preparing(config)
-    )
+    prepare = build_prepare(config, model.num_classes)
+    return steps.make_train_step(model, tx, schedule, prepare, ema_decay=config.ema.decay)
 
 
 def build_prepare(config: ConfigDict, num_classes: int):
     """The part of the training step before the network."""
-    return steps.make_prepare(num_classes, **_preparing(config))
-
-
-def _preparing(config: ConfigDict) -> dict[str, Any]:
     options = config.augment
     mix = functools.partial(
         augment.mix,
@@ -143,7 +138,8 @@ def _preparing(config: ConfigDict) -> dict[str, Any]:
         area=options.erase_area,
         ratio=options.erase_ratio,
     )
-    return dict(
+    return steps.make_prepare(
+        num_classes,
         label_smoothing=options.label_smoothing,
         mean=config.data.mean,
         std=config.data.std,

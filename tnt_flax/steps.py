@@ -40,7 +40,8 @@ def make_prepare(
 ) -> Callable[[Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """Returns `prepare(batch, mix_key, erase_key) -> (images, targets)`, what the network gets.
 
-    The arguments are those of `make_train_step`.
+    `batch` holds `image` uint8 [B, H, W, 3] and `label` int32 [B]. `mix(key, images, targets)` gets
+    the pixels and the smoothed targets, `erase(key, images)` the normalized images.
     """
 
     def prepare(batch, mix_key, erase_key):
@@ -60,33 +61,18 @@ def make_train_step(
     model: nn.Module,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
+    prepare: Callable[[Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
     *,
-    label_smoothing: float,
     ema_decay: float,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    mix: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None,
-    erase: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]]:
     """Returns `train_step(state, batch, key) -> (state, metrics)`.
 
-    `batch` holds `image` uint8 [B, H, W, 3] and `label` int32 [B]. `mix(key, images, targets)` gets
-    the pixels and the smoothed targets, `erase(key, images)` the normalized images. Randomness
-    depends on `key` and `state.step` alone, so a resumed run draws what an unbroken one would, and
-    any number of devices draw the same. `metrics` are scalars (loss, learning_rate, grad_norm) and
-    `finite` bool [2 P]: a flag for each of the P gradients, then for each parameter as it came in,
-    which tell where a NaN began. One array, because fetching many small ones would slow the loop
-    down.
+    `prepare` is what `make_prepare` returns. Randomness depends on `key` and `state.step` alone, so
+    a resumed run draws what an unbroken one would, and any number of devices draw the same.
+    `metrics` are scalars (loss, learning_rate, grad_norm) and `finite` bool [2 P]: a flag for each
+    of the P gradients, then for each parameter as it came in, which tell where a NaN began. One
+    array, because fetching many small ones would slow the loop down.
     """
-
-    prepare = make_prepare(
-        model.num_classes,
-        label_smoothing=label_smoothing,
-        mean=mean,
-        std=std,
-        mix=mix,
-        erase=erase,
-    )
 
     def train_step(state, batch, key):
         dropout_key, mix_key, erase_key = step_keys(key, state.step)
