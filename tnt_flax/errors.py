@@ -24,3 +24,9 @@ def one_line(error: BaseException) -> str:
     """Another library's error as part of our message: its type and its first line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def listed(items: Sequence[str], limit: int = 5, separator: str = ", ") -> str:
+    """The first few of many as part of a message, and how many more there are."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return separator.join(items[:limit]) + more

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tnt_flax.errors import InputError
+from tnt_flax.errors import InputError, listed
 
 
 @flax.struct.dataclass
@@ -52,9 +52,8 @@ def check_fit(path: Any, found: Any, wanted: Any) -> None:
         faults += [f"! {name} {a}, not {b}"] if a != b else []
     if faults:
         faults.sort()
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        listed = f"{'; '.join(faults[:5])}{more}"
-        raise InputError(f"{path} does not fit this model: {listed}", details=faults[5:] and faults)
+        message = f"{path} does not fit this model: {listed(faults, separator='; ')}"
+        raise InputError(message, details=faults[5:] and faults)
 
 
 def _form(x: Any) -> str:

@@ -21,7 +21,13 @@ HEADER = "tnt_flax"
 def save_weights(path: pathlib.Path, params: Any, info: dict[str, Any]) -> None:
     """Writes `params` and `info` (JSON values: config, class names) in one atomic step."""
     arrays = {name: np.asarray(x) for name, x in flat_names(jax.device_get(params)).items()}
+    write_tensors(path, arrays, {HEADER: json.dumps(info)})
+
+
+def write_tensors(
+    path: pathlib.Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]
+) -> None:
+    """Writes a .safetensors file in one atomic step; of several `metadata` the order is random."""
     temporary = path.with_name(path.name + ".tmp")
-    header = {HEADER: json.dumps(info)}  # one entry: the order of several is random
-    temporary.write_bytes(safetensors.numpy.save(arrays, metadata=header))
+    temporary.write_bytes(safetensors.numpy.save(tensors, metadata=metadata))
     os.replace(temporary, path)

@@ -14,7 +14,7 @@ import numpy as np
 from tnt_flax import checkpoint as run_checkpoints
 from tnt_flax.convert import hub, mapping, networks, tables
 from tnt_flax.convert.files import Content, Spec, open_file
-from tnt_flax.errors import InputError, one_line
+from tnt_flax.errors import InputError, listed, one_line
 from tnt_flax.models import MODELS, create_model
 from tnt_flax.state import check_fit, flat_names
 
@@ -103,14 +103,12 @@ def read_checkpoint(
     if name is not None and name not in MODELS:
         create_model(name)  # says which names there are
     notes, source = [], str(path)
-    if hub.is_address(source) and not pathlib.Path(source).exists():
-        fetched = hub.fetch(source)
+    if (hub.is_address(source) or source in MODELS) and not pathlib.Path(source).exists():
+        fetched = hub.fetch(source)  # also says of which networks nobody published weights
         name = name or (source if source in MODELS else None)  # the name is a promise
         path, source = fetched.path, fetched.address
         notes.append(f"fetched revision {fetched.revision}")
     path = pathlib.Path(path)
-    if source in MODELS and not path.exists():
-        hub.fetch(source)  # says that nobody published weights under this name
     if path.is_dir():
         found = _read_run(path, name, weights, checkpoint, put, overrides)
     else:
@@ -176,7 +174,7 @@ def _without_extras(
         else:
             dropped[why].append(name)
     for why, names in dropped.items():
-        notes.append(f"left out {_listed(names)} ({tables.NO_WEIGHT[why]})")
+        notes.append(f"left out {listed(names, limit=3)} ({tables.NO_WEIGHT[why]})")
     left_out = {
         name: f"left out: {tables.NO_WEIGHT[why]}"
         for why, names in dropped.items()
@@ -251,9 +249,11 @@ def _check_types(source: str, specs: Mapping[str, Spec]) -> list[str]:
     notes = []
     for dtype, names in kinds.items():
         if dtype in CONVERTED:
-            notes.append(f"converted {_listed(names)} from {dtype} to float32")
+            notes.append(f"converted {listed(names, limit=3)} from {dtype} to float32")
         elif dtype not in FLOAT32:
-            raise InputError(f"{source}: {_listed(names)} of type {dtype}, which no weight can be")
+            raise InputError(
+                f"{source}: {listed(names, limit=3)} of type {dtype}, which no weight can be"
+            )
     return notes
 
 
@@ -267,12 +267,8 @@ def _assembled(
             broken.append(name)
         leaves.append(put(name, x))
     if broken:
-        notes.append(f"warning: NaN or infinite values in {_listed(broken)}")
+        notes.append(f"warning: NaN or infinite values in {listed(broken, limit=3)}")
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _read_run(

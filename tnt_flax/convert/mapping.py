@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from tnt_flax.convert import tables
-from tnt_flax.errors import InputError
+from tnt_flax.errors import InputError, listed
 from tnt_flax.state import flat_names
 
 NAMINGS = tuple(tables.BLOCK_PREFIX)
@@ -224,8 +224,7 @@ def _joined(naming: str, tensors: Iterable[str]) -> dict[str, list[str]]:
     places = {ours: place_of(naming, ours) for ours in tensors}
     homeless = [ours for ours, place in places.items() if place is None]
     if homeless:
-        more = f" and {len(homeless) - 5} more" if len(homeless) > 5 else ""
-        raise InputError(f"{naming} has no place for {', '.join(homeless[:5])}{more}")
+        raise InputError(f"{naming} has no place for {listed(homeless)}")
     joined: dict[str, list[str]] = {}
     for ours, place in sorted(places.items(), key=lambda item: item[1].part):
         joined.setdefault(place.name, []).append(ours)

@@ -25,6 +25,7 @@ LINEAGES_OF = {
 
 # Fields of TNT that say how it is computed or trained, not which function it is.
 FREE_FIELDS = {"dtype", "remat", "dropout", "attention_dropout", "drop_path", "parent", "name"}
+FUNCTION_FIELDS = [f.name for f in dataclasses.fields(TNT) if f.name not in FREE_FIELDS]
 LINEAGE_FIELDS = sorted({field for fields in LINEAGES.values() for field in fields} - {"qkv_bias"})
 
 # How the published weights of a lineage want their images: mean and standard deviation per channel
@@ -136,8 +137,7 @@ def lineage_of(model: TNT) -> str:
 
 def differences(a: TNT, b: TNT) -> dict[str, tuple[Any, Any]]:
     """The fields in which two models are different functions, with both values."""
-    names = [field.name for field in dataclasses.fields(TNT) if field.name not in FREE_FIELDS]
-    pairs = {name: (getattr(a, name), getattr(b, name)) for name in names}
+    pairs = {name: (getattr(a, name), getattr(b, name)) for name in FUNCTION_FIELDS}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors.numpy
 
 from tnt_flax import weights
 from tnt_flax.convert import mapping, mindspore_files, networks, torch_files
 from tnt_flax.convert.checkpoints import Checkpoint, read_checkpoint
-from tnt_flax.errors import InputError, RunError
+from tnt_flax.errors import InputError, RunError, listed
 from tnt_flax.models import TNT
 from tnt_flax.state import fingerprint, flat_names
 
@@ -69,25 +68,26 @@ def make_target(found: Checkpoint, system: str) -> Target:
     Biases that only the target has become zeros; those that it has not must be zeros.
 
     Raises:
-        InputError: the target has no such network, or would lose a value that is not zero; all
-            tensors concerned are named.
+        InputError: the target has no such network, or would lose a value that is not zero; the
+            first tensors concerned are named.
     """
     model = found.network.model
     if system == "flax":
         return Target("tnt_flax", model, found.params, [])
-    namings = [naming for naming in networks.LINEAGES_OF if naming.startswith(system)]
-    candidates = [
-        (naming, model.clone(**networks.lineage_fields(lineage)))
-        for naming in namings
-        for lineage in networks.LINEAGES_OF[naming]
+    held = [
+        (naming, lineage)
+        for naming, lineages in networks.LINEAGES_OF.items()
+        for lineage in lineages
+        if naming.startswith(system)
     ]
+    candidates = [(n, model.clone(**networks.lineage_fields(lineage))) for n, lineage in held]
     fitting = [
         c for c in candidates if all(getattr(model, f) == getattr(c[1], f) for f in STRUCTURE)
     ]
     if not fitting:
         raise InputError(
             f"{found.path} is the {networks.lineage_of(model)} network, which {system} does not "
-            f"have: it has the {' and the '.join(_lineages(namings))}"
+            f"have: it has the {' and the '.join(lineage for _, lineage in held)}"
         )
     naming, target = fitting[0]
     _check_system(found.path, system, model)
@@ -99,10 +99,6 @@ def make_target(found: Checkpoint, system: str) -> Target:
         if getattr(model, field) != getattr(target, field)
     ]
     return Target(naming, target, params, notes)
-
-
-def _lineages(namings: list[str]) -> list[str]:
-    return [lineage for naming in namings for lineage in networks.LINEAGES_OF[naming]]
 
 
 def _check_system(path: str, system: str, model: TNT) -> None:
@@ -123,9 +119,8 @@ def _with_biases_of(found: Checkpoint, naming: str, target: TNT) -> Any:
     wanted = flat_names(abstract)
     lost = [name for name in params if name not in wanted and np.any(params[name])]
     if lost:
-        listed = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
         raise InputError(
-            f"{naming} has no place for values of {found.path} that are not zero: {listed}"
+            f"{naming} has no place for values of {found.path} that are not zero: {listed(lost)}"
         )
     leaves = [params.get(name, np.zeros(x.shape, np.float32)) for name, x in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
@@ -163,9 +158,7 @@ def _write_tensors(
             meta["dataset_meta"] = {"classes": list(found.class_names)}
         torch_files.write(path, {"meta": meta, "state_dict": tensors})
     elif path.suffix == ".safetensors":
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
-        temporary.replace(path)
+        weights.write_tensors(path, tensors, {"format": "pt"})
     else:
         torch_files.write(path, tensors)
 
@@ -175,11 +168,8 @@ def describe(found: Checkpoint) -> dict[str, Any]:
     if found.info.get("config"):
         return found.info
     model, grid = found.network.model, found.network.grid
-    fields = {
-        field.name: getattr(model, field.name)
-        for field in dataclasses.fields(TNT)
-        if field.name not in networks.FREE_FIELDS | {"num_classes"}
-    }
+    fields = {name: getattr(model, name) for name in networks.FUNCTION_FIELDS}
+    fields.pop("num_classes")  # the head's shape says it
     data = found.preprocessing | ({"image_size": grid[0] * model.patch_size} if grid else {})
     name = found.name or "tnt_s_patch16_224"  # the fields say the rest
     info = {"config": {"model": {"name": name} | fields, "data": data}, "source": found.naming}
