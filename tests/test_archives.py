@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import scipy.io
 import tensorflow_datasets as tfds
+from source_checks import message_of, records
 from tars import SYNSETS, image, tar, write_imagenet
 from tfds_files import write_tfds
 
@@ -25,7 +26,6 @@ from tnt_flax.data.plan import TrainPlan
 from tnt_flax.data.sources import check_same_classes, open_source
 from tnt_flax.data.transforms import eval_transform, train_transform
 from tnt_flax.data.webdataset import expand_braces, find_shards
-from tnt_flax.errors import InputError
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 
@@ -41,18 +41,6 @@ def imagenet(root, split, **options):
 
 def webdataset(root, split, **options):
     return open_source("webdataset", split, root=str(root), **options)
-
-
-def records(source):
-    return [source[i] for i in range(len(source))]
-
-
-def message_of(make):
-    with pytest.raises(InputError) as caught:
-        make()
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
 
 
 # ---------------------------------------------------------------------------------- ImageNet's tars

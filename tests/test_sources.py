@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from photos import png
+from source_checks import message_of
 from tfds_files import write_tfds
 
 from tnt_flax.data.names import natural_key
@@ -19,7 +20,6 @@ from tnt_flax.data.pipeline import eval_batches
 from tnt_flax.data.sources import Digits, ImageFolder, check_same_classes, open_source
 from tnt_flax.data.tfds_records import TfdsSource
 from tnt_flax.data.transforms import eval_transform
-from tnt_flax.errors import InputError
 
 FEATURES = tfds.features.FeaturesDict(
     {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["cat", "dog"])}
@@ -38,14 +38,6 @@ def write_images(folder, paths):
 
 def examples(count):
     return [{"image": image(5 * i), "label": i % 2} for i in range(count)]
-
-
-def message_of(make):
-    with pytest.raises(InputError) as caught:
-        make()
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
 
 
 # ------------------------------------------------------------------------------------------ folder

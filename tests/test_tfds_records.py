@@ -10,12 +10,12 @@ import google_crc32c
 import pytest
 import tensorflow_datasets as tfds
 from fsspec.implementations.memory import MemoryFileSystem
+from source_checks import message_of, records
 from tars import image
 from tfds_files import crc32c, tfrecord, write_tfds
 
 from tnt_flax.data import tfds_records
 from tnt_flax.data.tfds_records import TfdsSource
-from tnt_flax.errors import InputError
 
 FEATURES = tfds.features.FeaturesDict(
     {
@@ -47,18 +47,6 @@ def written(tmp_path):
 
 def shard(written, k=0):
     return written / f"tfrecord/pets/1.0.0/pets-train.tfrecord-{k:05}-of-00003"
-
-
-def records(source):
-    return [source[i] for i in range(len(source))]
-
-
-def message_of(make):
-    with pytest.raises(InputError) as caught:
-        make()
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
 
 
 def test_the_checksum_is_crc32c():

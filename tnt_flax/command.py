@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all commands that take a config share: --config, one-line errors, exit codes.
+"""What the commands share: --config, one-line errors, exit codes.
 
-A command says `flags.adopt_module_key_flags(command)`, so that its --help lists --config, and ends
-with `app.run(main, flags_parser=command.parse_flags)`. Exit code 1 is a run that failed, 2 is bad
-input.
+A command that takes a config says `flags.adopt_module_key_flags(command)`, so that its --help
+lists --config, and ends with `app.run(main, flags_parser=command.parse_flags)`; one without uses
+`Parser`. Exit code 1 is a run that failed, 2 is bad input.
 """
 
+import argparse
 import contextlib
 import pathlib
 import re
@@ -65,3 +66,14 @@ def exit_on_error(interrupted: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"interrupted: {interrupted}", file=sys.stderr)
         sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's for the command `prog`; bad arguments are an InputError, `doc` is the --help."""
+
+    def __init__(self, prog: str, doc: str):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=doc, formatter_class=formatter)
+
+    def error(self, message: str):
+        raise InputError(f"{message}; see {self.prog} --help")

@@ -10,12 +10,12 @@ The last line on stdout is one JSON object. Exit code 1 is a failure to write, o
 difference that is no rounding; 2 is bad input.
 """
 
-import argparse
 import json
 import pathlib
 import sys
 from typing import Any
 
+from tnt_flax.command import Parser
 from tnt_flax.convert import targets
 from tnt_flax.convert.checkpoints import Checkpoint, read_checkpoint
 from tnt_flax.convert.networks import lineage_of
@@ -25,17 +25,8 @@ from tnt_flax.state import fingerprint
 TOLERANCE = 5e-5  # float32 logits of a standard deviation around 1
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise InputError(f"{message}; see python -m tnt_flax.convert --help")
-
-
 def make_parser() -> Parser:
-    parser = Parser(
-        prog="python -m tnt_flax.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m tnt_flax.convert", __doc__)
     add = parser.add_argument
     add("source", help="a file of any system, a workdir, one of its steps, hf://OWNER/NAME, a name")
     add("destination", nargs="?", type=pathlib.Path, help="the file to write")

@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image
 
+from tnt_flax.command import Parser
 from tnt_flax.data import pipeline, randaugment, sources, transforms
 from tnt_flax.data.plan import TrainPlan
 from tnt_flax.errors import InputError, RunError, one_line
@@ -49,17 +50,8 @@ SUFFIXES = (".jpg", ".jpeg")
 Pass = Callable[[], int]  # makes all batches once; returns the number of images
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise InputError(f"{message}; see python -m tnt_flax.tools.benchmark --help")
-
-
 def make_parser() -> Parser:
-    parser = Parser(
-        prog="python -m tnt_flax.tools.benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m tnt_flax.tools.benchmark", __doc__)
     add = parser.add_argument
     add("what", choices=["input"], help="the input pipeline, against timm's")
     add("--images", type=pathlib.Path, help="a folder of JPEGs; default: generated photographs")
