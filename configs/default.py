@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
     config.augment = ConfigDict()
     config.augment.scale = (0.08, 1.0)  # area of the random resized crop, as a share of the image
     config.augment.ratio = (3 / 4, 4 / 3)  # its aspect ratio
+    config.augment.resampling = "pillow"  # timm's pixels; "opencv" is faster, some levels off
     config.augment.flip = 0.5  # probability of a horizontal flip
     config.augment.randaugment = "rand-m9-mstd0.5-inc1"  # as timm spells it; "" is off
     config.augment.color_jitter = 0.4  # of brightness, contrast, saturation; not with randaugment

@@ -17,7 +17,7 @@ ROWS = """
     losses augment optimizer sharding state workdir figures metrics command tools.findings
     convert.tables convert.inert convert.mindspore_files convert.hub
     --
-    models.tnt data.index data.names weights checkpoint convert.mapping convert.pickles
+    models.tnt data.index data.names data.opencv weights checkpoint convert.mapping convert.pickles
     --
     models steps convert.torch_files data.tar data.tfds_records
     --

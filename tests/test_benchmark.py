@@ -35,7 +35,7 @@ def photos(tmp_path):
 
 
 def assert_describes_the_rounds(result, rounds, sides):
-    for task in ("train", "eval"):
+    for task in ("train", "train_opencv", "eval"):
         assert result["images_per_second"][task].keys() == set(sides)
         assert all(rate > 0 for rate in result["images_per_second"][task].values())
         assert len(result["rounds"][task]) == (rounds if len(sides) > 1 else 0)
@@ -53,7 +53,14 @@ def test_ours_alone_where_there_is_no_torch(photos, monkeypatch, capfd):
     out, err = capfd.readouterr()
     assert_describes_the_rounds(json.loads(out.splitlines()[-1]), 2, ["ours"])
     assert "torch or timm is not installed: our figures alone" in err
-    assert len(re.findall(r"^(train|eval) round [12]: images/s: ours \d+$", err, re.M)) == 4
+    assert len(re.findall(r"^\w+ round [12]: images/s: ours \d+$", err, re.M)) == 6
+
+
+def test_without_opencv_there_is_no_figure_of_it(photos, monkeypatch, capfd):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert benchmark.main(["input", f"--images={photos}", "--rounds=1", "--size=16"]) == 0
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert result["train_opencv"] is None and result["rounds"].keys() == {"train", "eval"}
 
 
 @pytest.mark.oracle

@@ -6,7 +6,9 @@ import functools
 import logging
 import multiprocessing
 import os
+import pathlib
 import pickle
+import re
 import threading
 import time
 
@@ -341,9 +343,10 @@ def test_an_exhausted_stream_leaves_no_threads():
 def test_views_pickle():
     view = pipeline._TrainView(DIGITS, PLAN, AUGMENT, "error", 3, 2, 4, 4)
     copy = pickle.loads(pickle.dumps(view))
-    ((row, sample),), ((expected_row, expected),) = copy[5], view[5]
-    assert row == expected_row
-    np.testing.assert_array_equal(sample["image"], expected["image"])
+    assert len(view) == 2 and [row for row, _ in view[1]] == [0, 1, 2, 3]
+    for (row, sample), (expected_row, expected) in zip(copy[1], view[1], strict=True):
+        assert row == expected_row
+        np.testing.assert_array_equal(sample["image"], expected["image"])
 
 
 @pytest.mark.parametrize(
@@ -366,6 +369,24 @@ def test_bad_options_are_refused_before_the_first_batch(make, message):
 def test_worker_processes_give_the_same_stream():
     assert_equal(train(workers=2, num_steps=5), train(num_steps=5))
     assert wait_until(lambda: not multiprocessing.active_children())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="only Linux tells")
+def test_what_a_worker_process_costs():
+    """Grain, numpy, Pillow and some batches, but no jax. `-s` prints what the README says."""
+    began = time.perf_counter()
+    stream = published(workers=2, num_steps=50)
+    next(stream)
+    print(f"\nthe first batch came after {time.perf_counter() - began:.1f} s")
+    processes = multiprocessing.active_children()
+    assert len(processes) == 2
+    for process in processes:
+        memory = pathlib.Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+        mebibytes = int(re.search(r"^Pss: +(\d+) kB$", memory, re.MULTILINE)[1]) / 1024
+        print(f"a worker process has {mebibytes:.0f} MiB, its share of what is shared included")
+        assert mebibytes < 200
+    stream.close()
 
 
 @pytest.mark.slow

@@ -191,12 +191,21 @@ def build_randaugment(config: ConfigDict) -> randaugment.RandAugment | None:
     return randaugment.parse(spelled, config.data.mean) if spelled else None
 
 
+def build_train_transform(config: ConfigDict) -> Callable[..., np.ndarray]:
+    """`train_transform` of the library that `config.augment.resampling` names."""
+    if config.augment.resampling == "opencv":
+        from tnt_flax.data import opencv  # which refuses to be imported without the library
+
+        return opencv.train_transform
+    return transforms.train_transform
+
+
 def train_batches(
     config: ConfigDict, source, plan: TrainPlan, start_step: int, num_steps: int
 ) -> Batches:
     """This host's rows of the batches of `num_steps` steps from `start_step` on."""
     transform = functools.partial(
-        transforms.train_transform,
+        build_train_transform(config),
         size=config.data.image_size,
         scale=config.augment.scale,
         ratio=config.augment.ratio,
@@ -254,6 +263,7 @@ def check(config: ConfigDict) -> None:
     """Raises InputError for values that no other place would refuse by name."""
     for key, known in {
         "data.corrupt": ("error", "skip"),
+        "augment.resampling": ("pillow", "opencv"),
         "eval.weights": ("ema", "raw"),
     }.items():
         group, name = key.split(".")

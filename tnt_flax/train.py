@@ -33,6 +33,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
         RunError: the loss became NaN or infinite, or a checkpoint could not be saved.
     """
     build.check(config)
+    build.build_train_transform(config)  # not after the workdir has got this config
     with open_workdir(workdir, as_json(config)):
         return _train(config, workdir)
 

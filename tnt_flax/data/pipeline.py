@@ -24,7 +24,7 @@ from tnt_flax.errors import InputError
 
 Batch = dict[str, np.ndarray]
 Samples = list[tuple[int, dict[str, np.ndarray]]]  # of one element: (row of the batch, columns)
-EVAL_ROWS = 4  # of an element: handing one over costs a thread 0.1 ms
+PER_ELEMENT = 4  # records: handing an element over costs a thread, and the training loop, 0.1 ms
 MAX_REPLACEMENTS = 16  # unreadable records in a row before training gives up on the data set
 
 
@@ -93,7 +93,7 @@ def eval_batches(
 
 @dataclasses.dataclass(frozen=True)
 class _TrainView:
-    """The records of one host as a sequence: element i is of step `i // elements_per_batch`."""
+    """The records of one host as a sequence, PER_ELEMENT of a step to an element."""
 
     source: Source
     plan: TrainPlan
@@ -107,7 +107,8 @@ class _TrainView:
     @functools.cached_property
     def elements_per_batch(self) -> int:
         """The most there are. A batch with fewer is filled up with elements without samples."""
-        return self.plan.most_records(range(self.first_row, self.first_row + self.rows))
+        most = self.plan.most_records(range(self.first_row, self.first_row + self.rows))
+        return -(-most // PER_ELEMENT)
 
     def __len__(self):
         return self.num_steps * self.elements_per_batch
@@ -115,15 +116,15 @@ class _TrainView:
     def __getitem__(self, index) -> Samples:
         step, i = divmod(index, self.elements_per_batch)
         shown = _shown(self.plan, self.start_step + step, self.first_row, self.rows)
-        if i >= len(shown):
-            return []
-        record, views = shown[i]
-        images, label, replaced = self._read(record, [key for _, key in views])
-        columns = {"label": np.int32(label), "replaced": np.bool_(replaced)}
-        return [
-            (row - self.first_row, {"image": image, **columns})
-            for (row, _), image in zip(views, images, strict=True)
-        ]
+        samples = []
+        for record, views in shown[i * PER_ELEMENT : (i + 1) * PER_ELEMENT]:
+            images, label, replaced = self._read(record, [key for _, key in views])
+            columns = {"label": np.int32(label), "replaced": np.bool_(replaced)}
+            samples += [
+                (row - self.first_row, {"image": image, **columns})
+                for (row, _), image in zip(views, images, strict=True)
+            ]
+        return samples
 
     def _read(self, record, keys):
         """The views of the record, or those of the first readable one after it."""
@@ -146,7 +147,7 @@ class _TrainView:
 
 @dataclasses.dataclass(frozen=True)
 class _EvalView:
-    """The samples of one host as a sequence, EVAL_ROWS of a batch to an element."""
+    """The samples of one host as a sequence, PER_ELEMENT of a batch to an element."""
 
     source: Source
     plan: EvalPlan
@@ -158,14 +159,14 @@ class _EvalView:
 
     @property
     def elements_per_batch(self) -> int:
-        return -(-self.rows // EVAL_ROWS)
+        return -(-self.rows // PER_ELEMENT)
 
     def __len__(self):
         return self.plan.num_batches * self.elements_per_batch
 
     def __getitem__(self, index) -> Samples:
         batch, i = divmod(index, self.elements_per_batch)
-        rows = range(i * EVAL_ROWS, min((i + 1) * EVAL_ROWS, self.rows))
+        rows = range(i * PER_ELEMENT, min((i + 1) * PER_ELEMENT, self.rows))
         return [(row, self._sample(batch, row)) for row in rows]
 
     def _sample(self, batch, row):

@@ -63,7 +63,6 @@ def _rotate(image, level, resample, fill):
 
 
 def _affine(matrix, image, level, resample, fill):
-    # `matrix` takes coordinates of the result to those of the image.
     data = matrix(level / 10, *image.size)
     return image.transform(image.size, Image.Transform.AFFINE, data, resample, fillcolor=fill)
 
@@ -94,13 +93,16 @@ SIGNED = {
     "BrightnessIncreasing": functools.partial(_enhance_increasing, ImageEnhance.Brightness),
     "SharpnessIncreasing": functools.partial(_enhance_increasing, ImageEnhance.Sharpness),
 }
-# Called with (image, level, resample, fill); the level has a random sign. L is level / 10.
-GEOMETRIC = {
-    "Rotate": _rotate,
-    "ShearX": functools.partial(_affine, lambda L, w, h: (1, L * 0.3, 0, 0, 1, 0)),
-    "ShearY": functools.partial(_affine, lambda L, w, h: (1, 0, 0, L * 0.3, 1, 0)),
-    "TranslateXRel": functools.partial(_affine, lambda L, w, h: (1, 0, L * 0.45 * w, 0, 1, 0)),
-    "TranslateYRel": functools.partial(_affine, lambda L, w, h: (1, 0, 0, 0, 1, L * 0.45 * h)),
+# Of (L, width, height), L being level / 10: from coordinates of the result to those of the image.
+MATRICES = {
+    "ShearX": lambda L, w, h: (1, L * 0.3, 0, 0, 1, 0),
+    "ShearY": lambda L, w, h: (1, 0, 0, L * 0.3, 1, 0),
+    "TranslateXRel": lambda L, w, h: (1, 0, L * 0.45 * w, 0, 1, 0),
+    "TranslateYRel": lambda L, w, h: (1, 0, 0, 0, 1, L * 0.45 * h),
+}
+# Called with (image, level, resample, fill); the level has a random sign.
+GEOMETRIC = {"Rotate": _rotate} | {
+    name: functools.partial(_affine, matrix) for name, matrix in MATRICES.items()
 }
 
 

@@ -5,7 +5,8 @@
     python -m tnt_flax.tools.benchmark input --images=IMAGENET/train/n01440764 --rounds=9
 
 Both sides make the batches of the published recipe: uint8, 224 pixels, random crop, flip,
-RandAugment, three views of each image; or the evaluation pixels. Neither mixes, normalizes or
+RandAugment, three views of each image; or the evaluation pixels. `train_opencv` is the first with
+`augment.resampling="opencv"` on our side, if OpenCV is installed. Neither mixes, normalizes or
 erases, which belongs on the device. Each runs in a process of its own on the same cores, one at a
 time. Ours has its default threads; timm's is `create_transform` in `create_loader` without the
 prefetcher's arithmetic, and counts with the faster of 0 and 1 worker processes in every round. A
@@ -43,7 +44,7 @@ from tnt_flax.errors import InputError, RunError, one_line
 BATCH, GROUPS, REPEATS, THREADS = 128, 8, 3, 8
 SCALE, RATIO, FLIP, RANDAUGMENT = (0.08, 1.0), (3 / 4, 4 / 3), 0.5, "rand-m9-mstd0.5-inc1"
 MEAN, CROP_FRACTION = (0.5, 0.5, 0.5), 0.9
-TASKS = ("train", "eval")
+TASKS = ("train", "train_opencv", "eval")
 # Generated files: ImageNet's usual sizes, and about as large as its files, 110 kB on average.
 GENERATED, SIDES, QUALITY = 256, ((500, 375), (500, 333), (375, 500)), 97
 SUFFIXES = (".jpg", ".jpeg")
@@ -105,13 +106,14 @@ def measure_input(args: argparse.Namespace) -> dict:
         else:
             print("torch or timm is not installed: our figures alone", file=sys.stderr)
         runs = {name: stack.enter_context(_process(side, cores)) for name, side in sides.items()}
-        rates = {task: _rounds(runs, task, args.rounds) for task in TASKS}
-    ratios = {task: _ratios(rates[task]) for task in TASKS}
+        tasks = [t for t in TASKS if t != "train_opencv" or importlib.util.find_spec("cv2")]
+        rates = {task: _rounds(runs, task, args.rounds) for task in tasks}
+    ratios = {task: _ratios(rates[task]) for task in tasks}
     return {
-        **{task: _median(ratios[task]) for task in TASKS},
+        **{task: _median(ratios.get(task)) for task in TASKS},
         "rounds": ratios,
         "images_per_second": {
-            task: {name: _median(values) for name, values in rates[task].items()} for task in TASKS
+            task: {name: _median(values) for name, values in rates[task].items()} for task in tasks
         },
         **facts,
     }
@@ -149,8 +151,7 @@ def _our_passes(folder: str, batch_size: int, size: int, cores: int) -> dict[str
     del cores  # our threads are what they are on any machine
     source = sources.open_source("folder", "train", root=folder, name="", class_list="")
     plan = TrainPlan(len(source), batch_size, seed=0, repeats=REPEATS, groups=GROUPS)
-    train = functools.partial(
-        transforms.train_transform,
+    train = dict(
         size=size,
         scale=SCALE,
         ratio=RATIO,
@@ -160,11 +161,17 @@ def _our_passes(folder: str, batch_size: int, size: int, cores: int) -> dict[str
     evaluate = functools.partial(transforms.eval_transform, size=size, crop_fraction=CROP_FRACTION)
     epochs = iter(range(sys.maxsize))
 
-    def train_pass():
+    def train_pass(transform=transforms.train_transform):
+        transform = functools.partial(transform, **train)
         steps = plan.steps_per_epoch
         part = dict(start_step=next(epochs) * steps, num_steps=steps)
-        batches = pipeline.train_batches(source, plan, transform=train, **part, threads=THREADS)
+        batches = pipeline.train_batches(source, plan, transform=transform, **part, threads=THREADS)
         return sum(len(batch["image"]) for batch in batches)
+
+    def train_opencv_pass():
+        from tnt_flax.data import opencv
+
+        return train_pass(opencv.train_transform)
 
     def eval_pass():
         batches = pipeline.eval_batches(
@@ -172,7 +179,7 @@ def _our_passes(folder: str, batch_size: int, size: int, cores: int) -> dict[str
         )
         return sum(int(batch["mask"].sum()) for batch in batches)
 
-    return {"train": train_pass, "eval": eval_pass}
+    return {"train": train_pass, "train_opencv": train_opencv_pass, "eval": eval_pass}
 
 
 def _timm_passes(
@@ -219,6 +226,7 @@ def _timm_passes(
             interpolation="bicubic",
         ),
     }
+    loaders["train_opencv"] = loaders["train"]
     # `.loader` is below the prefetcher, which normalizes and erases: on a GPU, where there is one.
     return {
         task: lambda loader=loader: sum(len(images) for images, _ in loader.loader)
