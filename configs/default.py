@@ -23,7 +23,10 @@ def get_config() -> ConfigDict:
     config.model.dropout = 0.0  # of positions, attention outputs and MLPs
     config.model.attention_dropout = 0.0
     config.model.dtype = "bfloat16"  # of the computation; weights, norms and softmax are float32
-    config.model.remat = "block"  # recompute a block's activations in the backward pass, or "none"
+    # Equal ways to compute: "auto" suits the machine, "reference" is the plain definition.
+    config.model.inner = "auto"  # the words; also "cpu", "lanes", "pallas" (TPU)
+    config.model.outer = "auto"  # the sentences; also "cpu", "pallas" (TPU)
+    config.model.remat = "auto"  # computed twice to save memory: "none", "inner", "block"
     # These come from the name unless set.
     config.model.depth = config_dict.placeholder(int)  # blocks
     config.model.outer_dim = config_dict.placeholder(int)  # width of a sentence

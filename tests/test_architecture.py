@@ -10,16 +10,21 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "tnt_flax"
 ROWS = """
-    errors
+    errors models.platform
     --
-    models.layers models.word_embedding data.plan data.storage data.transforms
-    data.randaugment
-    losses augment optimizer sharding state workdir figures metrics command tools.findings
-    convert.tables convert.inert convert.mindspore_files convert.hub
+    models.layers models.word_embedding models.inner_kernels models.outer_attention models.cpu
+    data.plan data.storage data.transforms data.randaugment
+    losses augment optimizer sharding state workdir figures metrics command host tools.findings
+    tools.contractions tools.hlo convert.tables convert.inert convert.mindspore_files convert.hub
     --
-    models.tnt data.index data.names data.opencv weights checkpoint convert.mapping convert.pickles
+    models.inner_pallas models.lanes data.index data.names data.opencv weights checkpoint
+    convert.mapping convert.pickles
     --
-    models steps convert.torch_files data.tar data.tfds_records
+    models.implementations models.block convert.torch_files data.tar data.tfds_records
+    --
+    models.tnt
+    --
+    models steps
     --
     convert.files convert.networks data.imagenet data.webdataset
     --
@@ -29,9 +34,9 @@ ROWS = """
     --
     build convert.against
     --
-    evaluate convert.__main__ tools.check_data tools.preview tools.benchmark
+    evaluate convert.__main__ tools.check_data tools.preview tools.describe tools.tpu_compiler
     --
-    train
+    train tools.compile_check tools.benchmark_compile tools.benchmark
 """
 ROW = {name: i for i, row in enumerate(ROWS.split("--")) for name in row.split()}
 BANNED = {  # third-party packages that a folder must not import; "" is every other file

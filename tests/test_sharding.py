@@ -29,6 +29,21 @@ def test_a_batch_that_the_devices_cannot_share(size):
         sharding.check_batch_size("batch_size", size, mesh)
 
 
+def test_a_training_step_sees_the_mesh_that_it_runs_on():
+    mesh, seen = sharding.make_mesh(jax.devices()[2:6]), []
+
+    def train_step(state, batch, key):
+        seen.append(jax.sharding.get_abstract_mesh())
+        return state + batch.sum(), {"mean": batch.mean()}
+
+    step = sharding.jit_train_step(train_step, mesh)
+    before = jax.device_put(jnp.zeros(4), sharding.replicated(mesh))
+    after, metrics = step(before, np.arange(8.0), jax.random.key(0))
+    assert seen[0] == mesh.abstract_mesh and seen[0].shape == {"data": 4}
+    assert before.is_deleted() and after.devices() == set(jax.devices()[2:6])
+    assert (after[0], metrics["mean"]) == (28, 3.5)
+
+
 def random_batch():
     images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)
     return {"image": images, "label": np.arange(16, dtype=np.int32) % 10}

@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxprs import equations
 
 from tnt_flax.models import LINEAGES, TNT, block_outputs
+from tnt_flax.models.block import TNTBlock, WordsToSentences
 from tnt_flax.models.layers import TransformerBlock
-from tnt_flax.models.tnt import TNTBlock, WordsToSentences
 from tnt_flax.models.word_embedding import WordEmbedding
 
 SMALL = dict(outer_dim=24, inner_dim=8, outer_heads=3, inner_heads=2, depth=3, num_classes=5)
@@ -260,14 +260,15 @@ def sentences_of_one_block(model, params, images):
     return block_outputs(model, {"params": params}, images)[0]["sentences"]
 
 
+def small_block(vanilla=False):
+    inner, outer = (functools.partial(TransformerBlock, heads) for heads in (2, 3))
+    bridge = functools.partial(WordsToSentences, 24)
+    return TNTBlock(None if vanilla else inner, bridge, outer)
+
+
 def test_trap_12_the_bridge_adds_word_group_i_to_sentence_i_and_spares_the_class_token():
     words, sentences = normal(2, 6, 16, 8), normal(2, 7, 24, seed=1)
-    block = TNTBlock(
-        TransformerBlock,
-        functools.partial(WordsToSentences, 24),
-        inner_heads=2,
-        outer_heads=3,
-    )
+    block = small_block()
     shapes = jax.eval_shape(
         lambda: block.init(jax.random.key(0), words, sentences, None, train=False)
     )
@@ -340,22 +341,84 @@ def test_every_parameter_gets_a_gradient(lineage):
             assert np.mean(np.abs(row) > 1e-7 * largest) > 0.98, path
 
 
-def test_remat_changes_neither_values_nor_gradients():
-    value, gradients = value_and_gradients("official")
-    other_value, other_gradients = value_and_gradients("official", remat="none")
+WAYS = [
+    dict(inner="cpu", outer="cpu"),
+    dict(remat="block"),
+    dict(remat="inner", inner="cpu"),
+    dict(inner="lanes"),
+]
+
+
+@pytest.mark.parametrize("fields", WAYS, ids=str)
+@pytest.mark.parametrize("lineage", ["official", "mindspore_pets"])
+def test_every_way_to_compute_gives_the_same(lineage, fields):
+    plain = dict(inner="reference", outer="reference", remat="none")
+    value, gradients = value_and_gradients(lineage, **plain)
+    other_value, other_gradients = value_and_gradients(lineage, **(plain | fields))
     np.testing.assert_allclose(value, other_value, rtol=1e-6)
-    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients))
-    for x, y in zip(jax.tree.leaves(gradients), jax.tree.leaves(other_gradients), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6 * largest)
+    assert_near(other_gradients, gradients)
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
+def assert_near(found, expected):
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected))
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-6 * largest)
+
+
+@pytest.mark.parametrize("remat", ["none", "inner", "block"])
 def test_remat_is_there_when_asked_for(remat):
     model, params, images = build(remat=remat)
     jaxpr = jax.make_jaxpr(functools.partial(loss, model, images))(params)
-    names = {e.primitive.name for e in equations(jaxpr)}
-    assert "scan" in names
-    assert bool(names & {"checkpoint", "remat2"}) == (remat == "block")  # its name varies
+    found = [e for e in equations(jaxpr) if e.primitive.name in ("checkpoint", "remat2")]
+    assert "scan" in {e.primitive.name for e in equations(jaxpr)}
+    widths = {
+        e.outvars[0].aval.shape[-1]
+        for outer in found
+        for e in equations(outer.params["jaxpr"])
+        if e.primitive.name == "dot_general"
+    }
+    # 32 and 96 are the MLPs of words and sentences.
+    assert (32 in widths, 96 in widths) == (remat != "none", remat == "block")
+
+
+def test_only_the_plain_definition_has_forward_mode_derivatives():
+    model, params, images = build(inner="reference", outer="reference", depth=1)
+    moved = jax.jvp(lambda x: model.apply({"params": params}, x), (images,), (images,))[1]
+    assert jnp.isfinite(moved).all() and jnp.abs(moved).max() > 0
+    fast = model.clone(outer="cpu")
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: fast.apply({"params": params}, x), (images,), (images,))
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, dict(depth=1), dict(vanilla_blocks=(2,)), dict(se=True)], ids=str
+)
+def test_the_last_block_may_stand_apart(fields):
+    """Where intermediates are asked for, all of it is computed; the results must not change."""
+    model, params, images = build(**fields)
+
+    def logits_and_gradients(mutable):
+        def loss(params):
+            found = model.apply({"params": params}, images, mutable=mutable)
+            logits = found[0] if mutable else found
+            return jnp.sin(logits).sum(), logits
+
+        return jit(jax.grad(loss, has_aux=True))(params)
+
+    gradients, logits = logits_and_gradients(False)
+    all_gradients, all_logits = logits_and_gradients(["intermediates"])
+    np.testing.assert_allclose(logits, all_logits, atol=2e-6)
+    assert_near(gradients, all_gradients)
+
+
+@pytest.mark.parametrize("se", [False, True])
+def test_the_last_block_computes_its_mlp_for_the_class_token_alone(se):
+    model, params, images = build(se=se)
+    jaxpr = jax.make_jaxpr(model.apply)({"params": params}, images)
+    shapes = {
+        e.outvars[0].aval.shape for e in equations(jaxpr) if e.primitive.name == "dot_general"
+    }
+    assert ((2, 1, 96) in shapes) == (not se)  # squeeze-excite reads the mean over all tokens
 
 
 # -- Scanned groups and what comes out of them
@@ -383,12 +446,7 @@ def test_a_scanned_group_is_its_blocks_one_after_the_other():
     unstacked = list(numpy_tnt.unstacked_blocks(params))
     words, sentences = blocks[0]["words"], blocks[0]["sentences"]
     for i in (1, 2):
-        block = TNTBlock(
-            TransformerBlock,
-            functools.partial(WordsToSentences, 24),
-            2 if i == 1 else 0,
-            3,
-        )
+        block = small_block(vanilla=i == 2)
         step = jit(functools.partial(block.apply, drop_path_rate=None, train=False))
         words, sentences = step({"params": unstacked[i]}, words, sentences)
         np.testing.assert_allclose(blocks[i]["words"], words, atol=1e-5)
@@ -647,7 +705,12 @@ def test_no_classes_give_features():
     "fields, message",
     [
         (dict(gelu="exact"), "gelu='exact' is none of ['erf', 'tanh']"),
-        (dict(remat="full"), "remat='full' is neither 'none' nor 'block'"),
+        (dict(remat="full"), "remat='full' is none of ('auto', 'none', 'inner', 'block')"),
+        (
+            dict(inner="gpu"),
+            "inner='gpu' is none of ('auto', 'reference', 'cpu', 'lanes', 'pallas')",
+        ),
+        (dict(outer="lanes"), "outer='lanes' is none of ('auto', 'reference', 'cpu', 'pallas')"),
         (dict(dropout=1.0), "dropout=1.0 is outside [0, 1)"),
         (dict(attention_dropout=-0.1), "attention_dropout=-0.1 is outside [0, 1)"),
         (dict(drop_path=1.5), "drop_path=1.5 is outside [0, 1)"),
@@ -764,7 +827,7 @@ def test_bfloat16_products_but_float32_norms_and_softmax():
         dtypes.setdefault(equation.primitive.name, set()).update(kinds)
     for name in ("exp", "rsqrt", "square", "reduce_sum", "reduce_max"):
         assert dtypes[name] == {"float32"}, name
-    for name in ("dot_general", "conv_general_dilated", "erf"):
+    for name in ("dot_general", "erf"):
         assert dtypes[name] == {"bfloat16"}, name
     assert {v.aval.dtype.name for v in jaxpr.jaxpr.outvars} == {"float32"}
     inits = jax.eval_shape(model.init, jax.random.key(0), images)

@@ -70,6 +70,6 @@ def evaluate_checkpoint(
     params = jax.device_put(params, sharding.replicated(mesh))
 
     print(f"evaluating on {len(source)} images", file=sys.stderr)
-    eval_step = jax.jit(build.build_eval_step(config, model))
+    eval_step = jax.jit(sharding.on_mesh(build.build_eval_step(config, model), mesh))
     metrics = evaluate(eval_step, params, build.eval_batches(config, source), mesh)
     return {**metrics, "checkpoint": path}

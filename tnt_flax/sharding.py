@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The device mesh, and how arrays lie on it: batches split over "data", parameters replicated."""
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,9 +11,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tnt_flax.errors import InputError
 
 
-def make_mesh() -> Mesh:
-    """All devices of all hosts on one axis, "data"."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """All devices of all hosts, or `devices`, on one axis, "data"."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -20,6 +23,31 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def on_mesh(function: Callable, mesh: Mesh) -> Callable:
+    """`function`, in which `jax.sharding.get_abstract_mesh()` is `mesh`.
+
+    For what it calls that XLA cannot divide among devices, and that has to do so by itself.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return wrapped
+
+
+def jit_train_step(train_step: Callable, mesh: Mesh) -> Callable:
+    """The function of `steps.make_train_step` as it runs on `mesh`. It consumes the state."""
+    everywhere = replicated(mesh)
+    return jax.jit(
+        on_mesh(train_step, mesh),
+        in_shardings=(everywhere, batch_sharding(mesh), everywhere),
+        out_shardings=everywhere,
+        donate_argnums=0,
+    )
 
 
 def check_batch_size(key: str, batch_size: int, mesh: Mesh) -> None:

@@ -103,14 +103,9 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 
     # ---------------------------------------------------------------- compiled steps
     batch_sharding = sharding.batch_sharding(mesh)
-    train_step = jax.jit(
-        build.build_train_step(config, model, tx, schedule),
-        in_shardings=(replicated, batch_sharding, replicated),
-        out_shardings=replicated,
-        donate_argnums=0,
-    )
+    train_step = sharding.jit_train_step(build.build_train_step(config, model, tx, schedule), mesh)
     eval_step = jax.jit(
-        build.build_eval_step(config, model),
+        sharding.on_mesh(build.build_eval_step(config, model), mesh),
         in_shardings=(replicated, batch_sharding),
         out_shardings=replicated,
     )

@@ -7,6 +7,7 @@ the outer transformer reads sentences `(B, N + 1, D)`, the inner one words `(B, 
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -38,6 +39,15 @@ GELU: dict[str, Callable[[Array], Array]] = {
 }
 
 
+class Primitives(NamedTuple):
+    """What a transformer spends its time in, to be exchanged for faster forms of the same."""
+
+    dot_general: Callable[..., Array] = jax.lax.dot_general  # of the dense layers
+    # (query, key, value), each (*batch, T, heads, width / heads), to such sums of values; None is
+    # the attention as it stands in `Attention`, which also serves where not all tokens attend.
+    attend: Callable[[Array, Array, Array], Array] | None = None
+
+
 class DropPath(nn.Module):
     """Stochastic depth: drops the whole update of a sequence, or scales it by 1 / (1 - rate).
 
@@ -55,7 +65,10 @@ class DropPath(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; sows its weights `(*batch, heads, T, T)` as an intermediate."""
+    """Multi-head self-attention; sows its weights `(*batch, heads, T, T)` as an intermediate.
+
+    With `queries` only the first so many tokens attend, to all of them.
+    """
 
     num_heads: int
     qkv_bias: bool = False
@@ -63,27 +76,40 @@ class Attention(nn.Module):
     dropout: float = 0.0
     attention_dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
+    primitives: Primitives = Primitives()
 
     @nn.compact
-    def __call__(self, x: Tokens, *, train: bool) -> Tokens:
+    def __call__(
+        self, x: Tokens, *, queries: int | None = None, train: bool
+    ) -> Float[Array, "*batch Q W"]:
         width = x.shape[-1]
         if width % self.num_heads:
             raise InputError(f"width {width} is not divisible by {self.num_heads} attention heads")
-        heads = (*x.shape[:-1], self.num_heads, width // self.num_heads)
-        project = functools.partial(Dense, width, use_bias=self.qkv_bias, dtype=self.dtype)
-        query = project(name="query")(x).reshape(heads)
-        key = project(name="key")(x).reshape(heads)
-        value = project(name="value")(x).reshape(heads)
-
-        logits = jnp.einsum("...qhd,...khd->...hqk", query, key) * heads[-1] ** -0.5
-        weights = nn.softmax(logits.astype(jnp.float32))
-        self.sow("intermediates", "weights", weights)
-        weights = nn.Dropout(self.attention_dropout, deterministic=not train)(weights)
-        x = jnp.einsum("...hqk,...khd->...qhd", weights.astype(self.dtype), value)
-
-        x = Dense(width, use_bias=self.out_bias, dtype=self.dtype, name="out")(
-            x.reshape(*heads[:-2], width)
+        dense = functools.partial(
+            Dense, width, dtype=self.dtype, dot_general=self.primitives.dot_general
         )
+
+        def project(name, x):
+            projected = dense(use_bias=self.qkv_bias, name=name)(x)
+            return projected.reshape(*x.shape[:-1], self.num_heads, width // self.num_heads)
+
+        query = project("query", x[..., :queries, :])
+        key = project("key", x)
+        value = project("value", x)
+
+        weights_are_needed = (
+            self.attention_dropout and train or self.is_mutable_collection("intermediates")
+        )
+        if self.primitives.attend and queries is None and not weights_are_needed:
+            x = self.primitives.attend(query, key, value)
+        else:
+            logits = jnp.einsum("...qhd,...khd->...hqk", query, key) * query.shape[-1] ** -0.5
+            weights = nn.softmax(logits.astype(jnp.float32))
+            self.sow("intermediates", "weights", weights)
+            weights = nn.Dropout(self.attention_dropout, deterministic=not train)(weights)
+            x = jnp.einsum("...hqk,...khd->...qhd", weights.astype(self.dtype), value)
+
+        x = dense(use_bias=self.out_bias, name="out")(x.reshape(*x.shape[:-2], width))
         return nn.Dropout(self.dropout, deterministic=not train)(x)
 
 
@@ -103,7 +129,10 @@ class SqueezeExcite(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm attention and MLP, each added to its input: the inner and the outer block alike."""
+    """Pre-norm attention and MLP, each added to its input: the inner and the outer block alike.
+
+    With `queries` only the first so many tokens are updated and returned.
+    """
 
     num_heads: int
     mlp_ratio: float = 4.0
@@ -115,12 +144,19 @@ class TransformerBlock(nn.Module):
     dropout: float = 0.0
     attention_dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
+    primitives: Primitives = Primitives()
 
     @nn.compact
     def __call__(
-        self, x: Tokens, drop_path_rate: Float[Array, ""] | None, *, train: bool
-    ) -> Tokens:
+        self,
+        x: Tokens,
+        drop_path_rate: Float[Array, ""] | None,
+        *,
+        queries: int | None = None,
+        train: bool,
+    ) -> Float[Array, "*batch Q W"]:
         norm = functools.partial(LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
+        dense = functools.partial(Dense, dtype=self.dtype, dot_general=self.primitives.dot_general)
         dropout = functools.partial(nn.Dropout, self.dropout, deterministic=not train)
 
         attention = Attention(
@@ -130,16 +166,16 @@ class TransformerBlock(nn.Module):
             self.dropout,
             self.attention_dropout,
             self.dtype,
+            self.primitives,
             name="attention",
         )
-        x = x + DropPath()(attention(norm(name="norm1")(x), train=train), drop_path_rate)
+        update = attention(norm(name="norm1")(x), queries=queries, train=train)
+        x = x[..., :queries, :] + DropPath()(update, drop_path_rate)
 
         width = x.shape[-1]
-        update = Dense(int(width * self.mlp_ratio), dtype=self.dtype, name="fc1")(
-            norm(name="norm2")(x)
-        )
+        update = dense(int(width * self.mlp_ratio), name="fc1")(norm(name="norm2")(x))
         update = dropout()(GELU[self.gelu](update))
-        update = Dense(width, use_bias=self.output_bias, dtype=self.dtype, name="fc2")(update)
+        update = dense(width, use_bias=self.output_bias, name="fc2")(update)
         update = dropout()(update)
         if self.se:
             update = update + SqueezeExcite(self.norm_eps, self.dtype, name="se")(update)

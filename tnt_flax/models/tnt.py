@@ -13,74 +13,31 @@ published lineage sets otherwise says which lineage does.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tnt_flax.errors import InputError
+from tnt_flax.models import lanes
+from tnt_flax.models.block import TNTBlock, WordsToSentences
+from tnt_flax.models.implementations import (
+    INNER,
+    LANES_FORMS,
+    OUTER,
+    PRIMITIVES,
+    REMAT,
+    choose_inner,
+    choose_outer,
+    choose_remat,
+)
 from tnt_flax.models.layers import GELU, Dense, LayerNorm, TransformerBlock
-from tnt_flax.models.word_embedding import Images, WordEmbedding, Words
+from tnt_flax.models.word_embedding import Images, WordEmbedding
 
 token_init = nn.initializers.normal(0.02)
-
-
-class WordsToSentences(nn.Module):
-    """Projects the M words of every sentence to one vector: (B, N, M, C) to (B, N, D)."""
-
-    outer_dim: int
-    norm_each_word: bool = False
-    use_bias: bool = False
-    norm_out: bool = True
-    norm_eps: float = 1e-5
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, words: Words) -> Float[Array, "B N D"]:
-        norm = functools.partial(LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
-        norm_in = norm(name="norm1")
-        words = norm_in(words) if self.norm_each_word else words
-        batch, sentences, num_words, width = words.shape
-        x = words.reshape(batch, sentences, num_words * width)  # word 0's channels, word 1's, ...
-        x = x if self.norm_each_word else norm_in(x)
-        x = Dense(self.outer_dim, use_bias=self.use_bias, dtype=self.dtype, name="dense")(x)
-        return norm(name="norm2")(x) if self.norm_out else x
-
-
-class TNTBlock(nn.Module):
-    """Attend within sentences, write words into sentences, attend across sentences.
-
-    Without `transformer` for words (`inner_heads == 0`) it is a plain ViT block: a "vanilla" block
-    of the paper's Table 5, which leaves the words alone.
-    """
-
-    transformer: Callable[..., TransformerBlock]
-    words_to_sentences: Callable[..., WordsToSentences]
-    inner_heads: int
-    outer_heads: int
-    se: bool = False
-
-    @nn.compact
-    def __call__(
-        self,
-        words: Words,
-        sentences: Float[Array, "B N+1 D"],
-        drop_path_rate: Float[Array, ""] | None,
-        *,
-        train: bool,
-    ) -> tuple[Words, Float[Array, "B N+1 D"]]:
-        if self.inner_heads:
-            inner = self.transformer(self.inner_heads, name="inner")
-            words = inner(words, drop_path_rate, train=train)
-            update = self.words_to_sentences(name="proj")(words)
-            sentences = sentences.at[:, 1:].add(update)  # index 0 is the class token
-        outer = self.transformer(self.outer_heads, se=self.se, name="outer")
-        sentences = outer(sentences, drop_path_rate, train=train)
-        self.sow("intermediates", "words", words)
-        self.sow("intermediates", "sentences", sentences)
-        return words, sentences
 
 
 class TNT(nn.Module):
@@ -112,7 +69,9 @@ class TNT(nn.Module):
     attention_dropout: float = 0.0
     drop_path: float = 0.0  # of the last block, growing linearly from 0 in the first
     dtype: DTypeLike = jnp.float32  # of the computation; weights, norms, softmax stay float32
-    remat: str = "block"  # "block" recomputes a block's activations in the backward pass, or "none"
+    remat: str = "auto"  # what is computed twice, to save memory; see `models.implementations`
+    inner: str = "auto"  # which form computes words, see `models.implementations`; same results
+    outer: str = "auto"  # which form computes sentences
     # What the published lineages do differently.
     conv_first: bool = False  # convolve, then cut patches: timm legacy, mmpretrain, MindSpore Pets
     norm_each_word: bool = False  # normalise C before proj, not M * C: timm legacy, mmpretrain
@@ -143,10 +102,14 @@ class TNT(nn.Module):
         )
         words = embed(images)
         words = words + self.positions("word_pos", words)[:, None]  # the same for every sentence
-        words_to_sentences = functools.partial(
-            WordsToSentences, self.outer_dim, norm_eps=self.norm_eps, dtype=self.dtype
+        stem = WordsToSentences(
+            self.outer_dim,
+            use_bias=self.output_bias,
+            norm_out=self.stem_norm,
+            norm_eps=self.norm_eps,
+            dtype=self.dtype,
+            name="proj",
         )
-        stem = words_to_sentences(use_bias=self.output_bias, norm_out=self.stem_norm, name="proj")
         stem_sentences = stem(words)
 
         # The class token goes first, then the positions are added.
@@ -160,6 +123,30 @@ class TNT(nn.Module):
         if self.zero_sentences:
             sentences = sentences.at[:, 1:].add(stem_sentences)
 
+        # The blocks. Which form each transformer takes changes nothing but the time.
+        inner, outer = self.choose_forms(words.shape, sentences.shape, train)
+        words = lanes.to_lanes(words) if inner in LANES_FORMS else words
+        for start, stop, vanilla in self.groups():
+            block = self.make_block(f"blocks_{start}", inner, outer, vanilla)
+            words, sentences = self.run_blocks(block, start, stop, words, sentences, train=train)
+
+        norm = LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
+        features = norm(sentences[:, 0])  # of the class token alone: no other token is used
+        if not self.num_classes:
+            return features.astype(jnp.float32)
+        head = Dense(self.num_classes, use_bias=self.output_bias, dtype=self.dtype, name="head")
+        return head(features).astype(jnp.float32)
+
+    def choose_forms(self, words_shape, sentences_shape, train: bool) -> tuple[str, str]:
+        """The form of the inner transformer and that of the outer one."""
+        if self.is_initializing() or self.is_mutable_collection("intermediates"):
+            return "reference", "reference"
+        outer = choose_outer(self.outer, sentences_shape, self.outer_heads)
+        if not self.inner_heads or train and (self.dropout or self.attention_dropout):
+            return "reference", outer
+        return choose_inner(self.inner, words_shape, self.inner_heads, self.mlp_ratio), outer
+
+    def make_block(self, name: str, inner_form: str, outer_form: str, vanilla: bool) -> TNTBlock:
         transformer = functools.partial(
             TransformerBlock,
             mlp_ratio=self.mlp_ratio,
@@ -171,47 +158,88 @@ class TNT(nn.Module):
             attention_dropout=self.attention_dropout,
             dtype=self.dtype,
         )
-        words_to_sentences = functools.partial(
-            words_to_sentences,
-            norm_each_word=self.norm_each_word,
-            use_bias=self.proj_bias,
-            norm_out=self.proj_norm,
-        )
-        rates = jnp.linspace(0, self.drop_path, self.depth) if train and self.drop_path else None
-        for start, stop, vanilla in self.groups():
-            block = TNTBlock(
-                transformer,
-                words_to_sentences,
-                0 if vanilla else self.inner_heads,
-                self.outer_heads,
-                self.se,
-                name=f"blocks_{start}",
+        primitives = PRIMITIVES[outer_form]
+        outer = functools.partial(transformer, self.outer_heads, se=self.se, primitives=primitives)
+        if inner_form in LANES_FORMS:
+            inner = functools.partial(
+                lanes.LanesTransformer,
+                self.inner_heads,
+                block=LANES_FORMS[inner_form],
+                norm_eps=self.norm_eps,
+                gelu=self.gelu,
             )
-            group_rates = None if rates is None else rates[start:stop]
-            words, sentences = self.scan(block, stop - start, words, sentences, group_rates, train)
+            words_to_sentences = functools.partial(
+                lanes.LanesToSentences, self.norm_each_word, self.norm_eps, self.dtype
+            )
+        else:
+            inner = functools.partial(
+                transformer, self.inner_heads, primitives=PRIMITIVES[inner_form]
+            )
+            words_to_sentences = functools.partial(
+                WordsToSentences,
+                self.outer_dim,
+                norm_each_word=self.norm_each_word,
+                use_bias=self.proj_bias,
+                norm_out=self.proj_norm,
+                norm_eps=self.norm_eps,
+                dtype=self.dtype,
+                primitives=primitives,
+            )
+        inner = inner if self.inner_heads and not vanilla else None
+        remat_inner = choose_remat(self.remat) == "inner"
+        return TNTBlock(inner, words_to_sentences, outer, remat_inner, parent=None, name=name)
 
-        norm = LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
-        features = norm(sentences[:, 0])  # of the class token alone: no other token is used
-        if not self.num_classes:
-            return features.astype(jnp.float32)
-        head = Dense(self.num_classes, use_bias=self.output_bias, dtype=self.dtype, name="head")
-        return head(features).astype(jnp.float32)
+    def run_blocks(self, block, start, stop, words, sentences, *, train):
+        """Runs the blocks from `start` to before `stop`, which differ in their parameters alone.
 
-    def scan(self, block, length, words, sentences, rates, train):
-        """Runs `length` blocks that share one structure; their parameters are stacked."""
+        They are one scanned `block`. The network's very last block stands apart, because of its
+        output only the class token is used: it spares most of its work, 6 % of TNT-S.
+        """
 
-        def body(block, tokens, rate):
-            return block(*tokens, rate, train=train), None
+        def init(key):
+            keys = jax.random.split(key, stop - start)
+            init_one = lambda key: block.init(key, words, sentences, None, train=False)["params"]
+            return jax.vmap(init_one)(keys)
 
-        if self.remat == "block":
-            body = nn.remat(body, prevent_cse=False)  # scan already keeps XLA from merging the two
-        scanned = nn.scan(
-            body,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True, "dropout": True},
-            length=length,
-        )
-        return scanned(block, (words, sentences), rates)[0]
+        name = block.name
+        # Weights that do not fit are refused in `block`, by their own names.
+        known = self.has_variable("params", name)
+        params = self.get_variable("params", name) if known else self.param(name, init)
+        rates = keys = None
+        if train and self.drop_path:
+            rates = jnp.linspace(0, self.drop_path, self.depth)[start:stop]
+        if train and (self.dropout or self.attention_dropout or self.drop_path):
+            keys = jax.random.split(self.make_rng("dropout"), stop - start)
+        capture = self.is_mutable_collection("intermediates") and not self.is_initializing()
+
+        def run(tokens, own, **options):
+            params, rate, key = own
+            return block.apply(
+                {"params": params},
+                *tokens,
+                rate,
+                train=train,
+                rngs=None if key is None else {"dropout": key},
+                mutable=["intermediates"] if capture else False,
+                **options,
+            )
+
+        def body(tokens, own):
+            tokens, sown = run(tokens, own) if capture else (run(tokens, own), None)
+            return tokens, sown
+
+        if choose_remat(self.remat) == "block":
+            body = jax.checkpoint(body, prevent_cse=False)  # scan keeps XLA from merging the two
+        of_blocks = (params, rates, keys)
+        stands_apart = stop == self.depth and not self.se and not capture  # SE reads every token
+        scanned = jax.tree.map(lambda x: x[:-1], of_blocks) if stands_apart else of_blocks
+        tokens, sown = jax.lax.scan(body, (words, sentences), scanned)
+        if capture:
+            self.put_variable("intermediates", name, sown["intermediates"])
+        if stands_apart:
+            last = jax.tree.map(lambda x: x[-1], of_blocks)
+            tokens = run(tokens, last, class_token_only=True)
+        return tokens
 
     def groups(self) -> Iterator[tuple[int, int, bool]]:
         """Yields (first block, end, vanilla) for every run of equal blocks."""
@@ -247,8 +275,13 @@ class TNT(nn.Module):
     def check_fields(self) -> None:
         if self.gelu not in GELU:
             raise InputError(f"gelu={self.gelu!r} is none of {sorted(GELU)}")
-        if self.remat not in ("none", "block"):
-            raise InputError(f"remat={self.remat!r} is neither 'none' nor 'block'")
+        for field, known in {
+            "remat": REMAT,
+            "inner": INNER,
+            "outer": OUTER,
+        }.items():
+            if getattr(self, field) not in known:
+                raise InputError(f"{field}={getattr(self, field)!r} is none of {known}")
         if self.conv_first and self.patch_size % self.inner_stride:
             raise InputError(
                 f"conv_first needs a patch size ({self.patch_size}) divisible by the inner stride "

@@ -25,6 +25,46 @@ def torch_conv_init(fan_in: int) -> Callable[..., Array]:
     return init
 
 
+class PatchConv(nn.Module):
+    """nn.Conv of every patch alone, zeros around it: (B, N, size, size, channels) to (B, N, M, C).
+
+    Computed as one product with the kernel unfolded over a patch, several times faster than the
+    convolution of thousands of small images; its parameters are those of nn.Conv.
+    """
+
+    features: int
+    stride: int
+    use_bias: bool
+    init: Callable[..., Array]
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, patches: Float[Array, "B N size size channels"]) -> Words:
+        batch, sentences, size, _, channels = patches.shape
+        kernel = self.param("kernel", self.init, (*KERNEL, channels, self.features))
+        kernel = unfold(jnp.asarray(kernel, self.dtype), size, self.stride)
+        num_words = kernel.shape[1]
+        x = patches.reshape(batch * sentences, size * size * channels)
+        x = x @ kernel.reshape(x.shape[1], num_words * self.features)
+        x = x.reshape(batch, sentences, num_words, self.features)
+        if not self.use_bias:
+            return x
+        bias = self.param("bias", self.init, (self.features,))
+        return x + jnp.asarray(bias, self.dtype)[None, None, None]
+
+
+def unfold(kernel: Float[Array, "7 7 channels C"], size: int, stride: int) -> Array:
+    """What every pixel of a patch adds to every word: (size * size * channels, M, C)."""
+    (before, _), _ = PADDING
+    starts = [i * stride - before for i in range(-(-size // stride))]
+    around = {start: (start, size - start - KERNEL[0], 0) for start in starts}  # less than 0 cuts
+    zero, rest = jnp.zeros((), kernel.dtype), [(0, 0, 0)] * 2
+    windows = [
+        jax.lax.pad(kernel, zero, [around[y], around[x], *rest]) for y in starts for x in starts
+    ]
+    return jnp.stack(windows, axis=3).reshape(-1, len(windows), kernel.shape[-1])
+
+
 class WordEmbedding(nn.Module):
     """Reads the visual words of every patch: images (B, H, W, channels) to words (B, N, M, C)."""
 
@@ -38,7 +78,12 @@ class WordEmbedding(nn.Module):
     @nn.compact
     def __call__(self, images: Images) -> Words:
         init = torch_conv_init(images.shape[-1] * KERNEL[0] * KERNEL[1])
-        conv = nn.Conv(
+        if not self.conv_first:  # every patch alone, with zeros around it
+            conv = PatchConv(
+                self.inner_dim, self.stride, self.use_bias, init, self.dtype, name="conv"
+            )
+            return conv(cut_patches(images, self.patch_size))
+        conv = nn.Conv(  # over the whole image, so that words see across patch borders
             self.inner_dim,
             KERNEL,
             (self.stride, self.stride),
@@ -49,13 +94,7 @@ class WordEmbedding(nn.Module):
             dtype=self.dtype,
             name="conv",
         )
-        if self.conv_first:  # over the whole image, so that words see across patch borders
-            words = cut_patches(conv(images), self.patch_size // self.stride)
-        else:  # every patch alone, with zeros around it
-            patches = cut_patches(images, self.patch_size)
-            batch, sentences = patches.shape[:2]
-            words = conv(patches.reshape(batch * sentences, *patches.shape[2:]))
-            words = words.reshape(batch, sentences, *words.shape[1:])
+        words = cut_patches(conv(images), self.patch_size // self.stride)
         return words.reshape(*words.shape[:2], words.shape[2] * words.shape[3], self.inner_dim)
 
 

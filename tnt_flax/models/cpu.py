@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dense products and attention whose gradients XLA computes fast on a CPU.
+
+They compute what `models.layers` computes; only the form in which XLA gets the backward pass
+differs. Three things make that pass slow as JAX derives it:
+
+- XLA fuses the sum of all later blocks' residual gradients into a strided transpose, once in every
+  block. A barrier on the incoming gradient keeps it from that.
+- The gradient of a kernel with more inputs than outputs is faster when computed transposed.
+- A sentence has few words. Over so few, multiply and sum beats batched products that contract rows.
+
+`jax.custom_vjp` has no forward mode: `jax.jvp`, `jax.hessian` and the like need the plain layers.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Heads = Float[Array, "*batch T heads d"]
+
+barrier = jax.lax.optimization_barrier
+FEW_TOKENS = 16  # up to which sums beat products
+
+
+@jax.custom_vjp
+def matmul(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]) -> Float[Array, "*batch o"]:
+    return x @ kernel
+
+
+def _matmul_forward(x, kernel):
+    return x @ kernel, (x, kernel)
+
+
+def _matmul_backward(saved, d_out):
+    x, kernel = saved
+    d_out = barrier(d_out)
+    rows, d_rows = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
+    more_inputs = rows.shape[-1] > d_rows.shape[-1]
+    d_kernel = barrier(d_rows.T @ rows).T if more_inputs else rows.T @ d_rows
+    return d_out @ kernel.T, d_kernel
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def dot_general(x: Array, kernel: Array, dimension_numbers: tuple, precision=None) -> Array:
+    """`jax.lax.dot_general` as `nn.Dense` calls it: last axis of `x` by first of `kernel`."""
+    assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ())) and precision is None
+    return matmul(x, kernel)
+
+
+@jax.custom_vjp
+def attend(query: Heads, key: Heads, value: Heads) -> Heads:
+    """softmax(q k^T / sqrt(d)) v, the softmax in float32."""
+    return jnp.einsum("...hqk,...khd->...qhd", _weights(query, key), value)
+
+
+def _weights(query, key):
+    logits = jnp.einsum("...qhd,...khd->...hqk", query, key) * query.shape[-1] ** -0.5
+    return jax.nn.softmax(logits.astype(jnp.float32)).astype(query.dtype)
+
+
+def _attend_forward(query, key, value):
+    return attend(query, key, value), (query, key, value)
+
+
+def _attend_backward(saved, d_out):
+    query, key, value = saved
+    d_out = barrier(d_out)
+    weights = _weights(query, key)
+    d_weights = jnp.einsum("...qhd,...khd->...hqk", d_out, value)
+    d_logits = weights * (d_weights - (d_weights * weights).sum(-1, keepdims=True))
+    d_logits = barrier(d_logits * query.shape[-1] ** -0.5)
+    d_query = jnp.einsum("...hqk,...khd->...qhd", d_logits, key)
+    return d_query, _sum_over_queries(d_logits, query), _sum_over_queries(weights, d_out)
+
+
+def _sum_over_queries(weights, x):
+    """Weights (*batch, heads, queries, keys) and x (*batch, queries, heads, d) to one like x."""
+    if weights.shape[-2] > FEW_TOKENS:
+        return jnp.einsum("...hqk,...qhd->...khd", weights, x)
+    x = x.swapaxes(-3, -2)  # heads before queries
+    return (weights[..., None] * x[..., None, :]).sum(-3).swapaxes(-3, -2)
+
+
+attend.defvjp(_attend_forward, _attend_backward)

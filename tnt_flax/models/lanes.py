@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inner transformer with sentences on the vector lanes: words as [C, M, P], P = B * N last.
+
+A word has few channels and a sentence few words, so rows of either leave a wide machine idle;
+sentences there are thousands. Same parameters as `tnt_flax.models.layers` makes, same results.
+"""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from tnt_flax.models.layers import GELU, DropPath
+
+Lanes = Float[Array, "C M P"]
+Weights = tuple[Array, Array, Array, Array]
+
+
+def to_lanes(words: Float[Array, "B N M C"]) -> Lanes:
+    batch, sentences, num_words, width = words.shape
+    return words.reshape(batch * sentences, num_words, width).transpose(2, 1, 0)
+
+
+def fold(params: dict, heads: int) -> Weights:
+    """The weights of `layers.TransformerBlock` as four matrices [inputs + 1, outputs], bias last.
+
+    Of query, key and value side by side, out, fc1, fc2. The affine of each LayerNorm is in the
+    matrix behind it, head_dim**-0.5 and log2(e) are in the query: softmax is then 2**s / sum.
+    """
+    attention = params["attention"]
+    scale = (attention["query"]["kernel"].shape[1] // heads) ** -0.5 * math.log2(math.e)
+    parts = [with_bias(attention[name]) for name in ("query", "key", "value")]
+    qkv = jnp.concatenate([parts[0] * scale, *parts[1:]], axis=1)
+    return (
+        behind_norm(params["norm1"], qkv),
+        with_bias(attention["out"]),
+        behind_norm(params["norm2"], with_bias(params["fc1"])),
+        with_bias(params["fc2"]),
+    )
+
+
+def with_bias(dense: dict) -> Array:
+    kernel = jnp.asarray(dense["kernel"])
+    bias = dense.get("bias", jnp.zeros_like(kernel[0]))
+    return jnp.concatenate([kernel, bias[None]])
+
+
+def behind_norm(norm: dict, weight: Array) -> Array:
+    kernel, bias = weight[:-1], weight[-1]
+    return jnp.concatenate([norm["scale"][:, None] * kernel, (norm["bias"] @ kernel + bias)[None]])
+
+
+def normalize(x: Array, axes: int | tuple[int, ...], norm_eps: float) -> Array:
+    """LayerNorm without its affine, in float32: the result, too."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(axis=axes, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(axis=axes, keepdims=True) + norm_eps)
+
+
+def dense(weight: Array, x: Lanes) -> Float[Array, "O M P"]:
+    weight = weight.astype(x.dtype)
+    return jnp.einsum("io,imp->omp", weight[:-1], x) + weight[-1][:, None, None]
+
+
+def block(
+    x: Lanes,
+    weights: Weights,
+    scales: Float[Array, "2 P"] | None,
+    *,
+    heads: int,
+    norm_eps: float,
+    gelu: str,
+) -> Lanes:
+    """Pre-norm attention and MLP, each added to its input; `weights` are those of `fold`.
+
+    `scales` multiply what attention and the MLP add to the words of a sentence: stochastic depth.
+    Attention is products and sums of vectors of sentences, without a single small matrix product.
+    """
+    qkv, out, fc1, fc2 = weights
+    dtype = x.dtype
+    scale = [1, 1] if scales is None else scales.astype(dtype)[:, None, None]
+
+    split = (3, heads, x.shape[0] // heads, *x.shape[1:])
+    query, key, value = dense(qkv, normalize(x, 0, norm_eps).astype(dtype)).reshape(split)
+    scores = (query[:, :, :, None] * key[:, :, None]).astype(jnp.float32).sum(axis=1)
+    odds = jnp.exp2(scores - jax.lax.stop_gradient(scores.max(axis=2, keepdims=True)))
+    shares = (odds / odds.sum(axis=2, keepdims=True)).astype(dtype)  # [heads, M, M, P]
+    mixed = (shares[:, None] * value[:, :, None]).astype(jnp.float32).sum(axis=3)
+    x = x + dense(out, mixed.reshape(x.shape).astype(dtype)) * scale[0]
+
+    hidden = GELU[gelu](dense(fc1, normalize(x, 0, norm_eps).astype(dtype)))
+    return x + dense(fc2, hidden) * scale[1]
+
+
+class LanesTransformer(nn.Module):
+    """`layers.TransformerBlock` for words on lanes; it has no dropout.
+
+    `block` is the function that computes it: `lanes.block` or `inner_pallas.block`.
+    """
+
+    num_heads: int
+    block: Callable[..., Array]
+    norm_eps: float = 1e-5
+    gelu: str = "erf"
+
+    @nn.compact
+    def __call__(self, x: Lanes, drop_path_rate: Float[Array, ""] | None, *, train: bool) -> Lanes:
+        del train
+        scales = None
+        if drop_path_rate is not None:  # of attention, of the MLP: drawn as the reference draws
+            kept = jnp.ones((x.shape[2], 1, 1), x.dtype)
+            scales = [DropPath()(kept, drop_path_rate)[:, 0, 0] for _ in range(2)]
+            scales = jnp.stack(scales).astype(jnp.float32)
+        weights = fold(self.variables["params"], self.num_heads)
+        fields = dict(heads=self.num_heads, norm_eps=self.norm_eps, gelu=self.gelu)
+        return self.block(x, weights, scales, **fields)
+
+
+class LanesToSentences(nn.Module):
+    """`tnt.WordsToSentences` for words on lanes: [C, M, P] to (P, D)."""
+
+    norm_each_word: bool = False
+    norm_eps: float = 1e-5
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, words: Lanes) -> Float[Array, "P D"]:
+        params = self.variables["params"]
+        width, num_words, _ = words.shape
+        affine = [params["norm1"][name] for name in ("scale", "bias")]
+        if self.norm_each_word:
+            scale, bias = (x[:, None, None] for x in affine)
+        else:
+            scale, bias = (x.reshape(num_words, width).T[:, :, None] for x in affine)
+        axes = 0 if self.norm_each_word else (0, 1)
+        x = (normalize(words, axes, self.norm_eps) * scale + bias).astype(self.dtype)
+        kernel = params["dense"]["kernel"].astype(self.dtype)
+        x = jnp.einsum("cmp,mcd->pd", x, kernel.reshape(num_words, width, -1))
+        if "bias" in params["dense"]:
+            x = x + params["dense"]["bias"].astype(self.dtype)[None]
+        if "norm2" in params:
+            scale, bias = (params["norm2"][name][None] for name in ("scale", "bias"))
+            x = normalize(x, 1, self.norm_eps) * scale + bias
+        return x.astype(self.dtype)
