@@ -13,7 +13,7 @@ import pathlib
 
 from absl import app, flags, logging
 
-from tnt_flax import command
+from tnt_flax import command, host
 from tnt_flax.command import CONFIG
 from tnt_flax.errors import InputError
 
@@ -33,6 +33,8 @@ CHECKPOINT = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.ERROR)  # Orbax's warnings are for its developers
+    host.keep_memory()
+    host.cache_compilations()
     workdir = pathlib.Path(WORKDIR.value).resolve() if WORKDIR.value else None
     with command.exit_on_error("the same command goes on from the last checkpoint"):
         if MODE.value == "eval":

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command does to its own process before JAX starts, for speed."""
+
+import ctypes
+import importlib.util
+import os
+
+import jax
+
+# Of mallopt(3), from glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+
+
+def runs_on_cpu() -> bool:
+    """Will JAX compute on the CPU? Told by what is installed: asking JAX would start it."""
+    asked = os.environ.get("JAX_PLATFORMS")
+    if asked:
+        return asked == "cpu"
+    return not any(importlib.util.find_spec(name) for name in ("libtpu", "jax_plugins"))
+
+
+def keep_memory() -> bool:
+    """Keeps freed memory in this process for its next allocations, where JAX computes on the CPU.
+
+    XLA allocates the intermediates of a step anew in every step, and glibc gives so large a piece
+    back to the system each time; to get it again, page by page, took a third of a training step of
+    TNT-S. The price: the process holds on to the most that it ever needed. One arena, because the
+    others, of threads, cannot hold such pieces; which is why JAX must not have started its threads.
+    Returns whether it could be done: with glibc it can.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or not runs_on_cpu():
+        return False
+    settings = {M_ARENA_MAX: 1, M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}
+    return all([mallopt(name, value) for name, value in settings.items()])
+
+
+def cache_compilations() -> None:
+    """Keeps compiled programs in ~/.cache/tnt_flax/compiled, or in $JAX_COMPILATION_CACHE_DIR.
+
+    JAX finds a program again by what it computes, versions, flags and kind of device.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", f"{cache}/tnt_flax/compiled")

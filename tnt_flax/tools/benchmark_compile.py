@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the TPU compiler says of TNT-S's training step, with each implementation of its blocks.
+
+    python -m tnt_flax.tools.benchmark compile --topology=v5e:2x2
+
+Nothing runs: these are estimates, of two kinds that must not be mixed. `estimated_cycles` are the
+whole step's and have nothing for kernels written in Pallas, so `kernel_calls` says how often a step
+starts one. `inner_bundles` are the instructions that one chip issues for the forward pass of one
+inner block, in whatever it is written, without waits. See `tnt_flax.tools.tpu_compiler`.
+"""
+
+import argparse
+import functools
+import runpy
+import sys
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tnt_flax.errors import InputError, one_line
+
+IMAGES, MANY = 128, 512  # on each chip
+CLASSES = 1000
+# Fields of TNT. Of them "auto" is what a TPU gets by itself.
+IMPLEMENTATIONS = {
+    "reference": {"inner": "reference", "outer": "reference"},
+    "lanes": {"inner": "lanes", "outer": "auto"},
+    "pallas": {"inner": "pallas", "outer": "auto"},
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--topology", default="v5e:2x2", help="TPU kind and chips, as v5e:2x2")
+    parser.add_argument("--config", default="configs/tnt_s.py", help="whose step is compiled")
+
+
+def measure_compile(args: argparse.Namespace) -> dict[str, Any]:
+    """Compiles the step with every implementation; returns what the JSON line says.
+
+    Raises:
+        InputError: no such config or topology, or libtpu is not installed.
+    """
+    from tnt_flax.tools import tpu_compiler
+
+    chips = len(tpu_compiler.devices(args.topology)[1])
+    found = {}
+    for name, fields in implementations().items():
+        step = compile_step(args, fields, IMAGES * chips)
+        make = functools.partial(make_forward, args.config, fields)
+        bundles = tpu_compiler.count_bundles(make, args.topology, within="/inner/")
+        found[name] = step | {"inner_bundles": bundles}
+        print(f"{name}: {found[name]}", file=sys.stderr)
+    many = compile_step(args, fields, MANY * chips)  # with the last, which is the best one
+    print(f"{name} with {MANY} images a chip: {many}", file=sys.stderr)
+    return {
+        **found,
+        f"fits_{MANY}": many["fits"],
+        "topology": args.topology,
+        "images_per_chip": IMAGES,
+    }
+
+
+def implementations() -> dict[str, dict[str, str]]:
+    """Those that this version has."""
+    from tnt_flax.models import TNT
+
+    known = TNT.__dataclass_fields__
+    return {
+        name: {field: value for field, value in fields.items() if field in known}
+        for name, fields in IMPLEMENTATIONS.items()
+        if name == "reference" or "inner" in known
+    }
+
+
+def compile_step(args: argparse.Namespace, fields: dict[str, str], images: int) -> dict[str, Any]:
+    from tnt_flax.tools import hlo, tpu_compiler
+
+    config = read_config(args.config, fields, images)
+    compiled = tpu_compiler.compile_train_step(config, CLASSES, args.topology)
+    return {
+        "fits": compiled.fits,
+        "temporaries_gib": round(compiled.temporaries_gib, 3),
+        "estimated_cycles": compiled.hlo and hlo.estimated_cycles(compiled.hlo),
+        "kernel_calls": compiled.hlo and hlo.kernel_calls(compiled.hlo),
+        "compile_s": round(compiled.compile_s, 1),
+    }
+
+
+def make_forward(path: str, fields: dict[str, str]):
+    """The forward pass of a network of one block, and the shapes of its arguments."""
+    import jax
+    import jax.numpy as jnp
+
+    from tnt_flax import build
+
+    config = read_config(path, fields | {"depth": 1}, IMAGES)
+    model = build.build_model(config, CLASSES)
+    params = jax.eval_shape(build.init_params(model, config), jax.random.key(0))
+    size = config.data.image_size
+    images = jax.ShapeDtypeStruct((IMAGES, size, size, 3), jnp.float32)
+    return (lambda params, images: model.apply({"params": params}, images)), (params, images)
+
+
+def read_config(path: str, fields: dict[str, Any], images: int) -> ConfigDict:
+    """The config of the file at `path` with other fields of the network and another batch."""
+    try:
+        config = runpy.run_path(path)["get_config"]()
+    except (OSError, ImportError, KeyError) as error:
+        raise InputError(f"--config={path} is no config to read: {one_line(error)}") from None
+    config.batch_size = images
+    with config.unlocked():
+        config.model.update(fields)
+    return config

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a network is made of: every layer, its parameters, its operations, the bytes that it moves.
+
+    python -m tnt_flax.tools.describe tnt_s_patch16_224
+    python -m tnt_flax.tools.describe tnt_b_patch16_224 --image-size=384 --batch-size=128 \\
+        --set dtype=bfloat16 vanilla_blocks=1,2,3
+
+It is the published network, all of it. Computing logits spares most of the last block, as only its
+class token is read: `computed_macs` in the JSON object.
+
+Multiply-adds (MACs) are those of matrix products and convolutions, which is what the paper calls
+FLOPs; one is two FLOPs. Those of norms, softmax and biases, 0.2 %, are not counted.
+
+The second table says for each part where the time must go on an ideal machine. Bytes are those of
+all operands and results of the products, each read or written once: what lies between two products
+costs nothing, what goes from one to the next is written and read. So few FLOPs per byte mean that a
+part waits for memory, unless its products are merged in one kernel. A training step is forward,
+backward, and what `remat` computes twice.
+
+The last line on stdout is one JSON object. Exit code 2 is bad input.
+"""
+
+import ast
+import functools
+import itertools
+import json
+import math
+import re
+import sys
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tnt_flax.command import Parser
+from tnt_flax.errors import InputError
+from tnt_flax.models import TNT, create_model
+from tnt_flax.models.block import TNTBlock
+from tnt_flax.models.word_embedding import KERNEL
+from tnt_flax.state import flat_names
+from tnt_flax.tools.contractions import Contraction, contractions
+
+# Of the cost model: the first one whose expression matches the beginning of a layer's path.
+PARTS = {
+    "inner attention": "block/inner/(attention|norm1)",
+    "inner MLP": "block/inner/",
+    "words to sentences": "block/proj/",
+    "outer attention": "block/outer/(attention|norm1)",
+    "outer MLP": "block/outer/",
+    "head": "norm|head",
+    "stem": "",
+}
+# The definition, not what is faster on some machine.
+PLAIN = {"inner": "reference", "outer": "reference"}
+# What makes the network compute all of its last block, of which only the class token is read.
+WHOLE = ["intermediates"]
+
+
+class Layer(NamedTuple):
+    """A row of the first table."""
+
+    path: str
+    shape: tuple[int, ...] | None  # of the output, for one image; None of an array by itself
+    parameters: int
+    macs: int  # for one image
+    weight_bytes: int
+    activation_bytes: int  # read and written by its products, for the whole batch
+
+
+class Group(NamedTuple):
+    """Layers, or equal blocks, of which `layers` are those of one."""
+
+    blocks: tuple[int, ...]  # their numbers; none for layers outside of the blocks
+    layers: tuple[Layer, ...]
+
+    def sum(self, field: str) -> int:
+        return max(1, len(self.blocks)) * sum(getattr(layer, field) for layer in self.layers)
+
+
+def make_parser() -> Parser:
+    parser = Parser("python -m tnt_flax.tools.describe", __doc__)
+    add = parser.add_argument
+    add("model", help="one of tnt_flax.list_models()")
+    add("--image-size", type=int, help="pixels, each side; default: that of the name")
+    add("--batch-size", type=int, default=1, help="images, for the bytes of activations")
+    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of tnt_flax.TNT")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    try:
+        args = make_parser().parse_args(argv)
+        result = describe(args.model, args.image_size, args.batch_size, parse_fields(args.set))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result))
+    return 0
+
+
+def parse_fields(settings: list[str]) -> dict[str, Any]:
+    """["depth=4", "dtype=bfloat16"] as fields of `TNT`."""
+    fields = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set {setting}: write FIELD=VALUE")
+        try:
+            fields[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            fields[name] = value  # a word
+    if isinstance(blocks := fields.get("vanilla_blocks"), int):
+        fields["vanilla_blocks"] = (blocks,)
+    return fields
+
+
+def describe(
+    name: str, image_size: int | None, batch_size: int, fields: dict[str, Any]
+) -> dict[str, Any]:
+    """Prints both tables; returns what the JSON line says.
+
+    Raises:
+        InputError: an unknown model or field, or a size that the patches do not divide.
+    """
+    known = TNT.__dataclass_fields__
+    plain = {field: value for field, value in PLAIN.items() if field in known}
+    model = create_model(name, **plain | fields)
+    size = int(name.rpartition("_")[2]) if image_size is None else image_size
+    if batch_size < 1 or size < 1:
+        raise InputError(f"--batch-size={batch_size} --image-size={size}: both must be at least 1")
+    images = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    forward, step = traced_products(model, params, images)
+    shapes = output_shapes(model, params, images)
+    groups = fold(model, list_layers(model, params, shapes, forward, batch_size))
+    print_layers(groups, f"{batch_size} images, {jnp.dtype(model.dtype).name}")
+    parts = sum_parts(groups)
+    add_products(parts, "forward", forward, shapes)
+    add_products(parts, "step", step, shapes)
+    print_parts(parts)
+    parameters = sum(group.sum("parameters") for group in groups)
+    macs = sum(group.sum("macs") for group in groups)
+    print(f"{name} at {size} pixels: {parameters:,} parameters, {macs / 1e9:.4f} GMACs an image")
+    computed = computed_macs(model, params, images)
+    return dict(parameters=parameters, macs=macs, computed_macs=computed, parts=parts)
+
+
+def computed_macs(model: TNT, params, images) -> int:
+    """Multiply-adds of the logits of one image."""
+    jaxpr = jax.make_jaxpr(model.apply)({"params": params}, images)
+    found = contractions(jaxpr, [True] * len(jaxpr.jaxpr.invars))
+    return sum(product.macs for product in found) // images.shape[0]
+
+
+def traced_products(model: TNT, params, images) -> tuple[list[Contraction], list[Contraction]]:
+    """Those of a forward pass, and of loss and gradient in training."""
+    rngs = {"dropout": jax.random.key(0)}
+
+    def predict(params, images):
+        return model.apply({"params": params}, images, mutable=WHOLE)
+
+    def train(params, images):
+        def loss(params):
+            whole = dict(train=True, rngs=rngs, mutable=WHOLE)
+            return model.apply({"params": params}, images, **whole)[0].sum()
+
+        return jax.value_and_grad(loss)(params)
+
+    def as_published(product):
+        """The convolution of patches has 7 x 7 windows; unfolded, it multiplies by zeros too."""
+        if model.conv_first or "word_embed" not in product.scope:
+            return product
+        return product._replace(macs=product.macs * math.prod(KERNEL) // model.patch_size**2)
+
+    data = [False] * len(jax.tree.leaves(params)) + [True]
+    return tuple(
+        list(map(as_published, contractions(jax.make_jaxpr(function)(params, images), data)))
+        for function in (predict, train)
+    )
+
+
+def output_shapes(model: TNT, params, images) -> dict[str, tuple[int, ...] | None]:
+    """Of every module for one image, by its path, in the order in which they are called.
+
+    None where the output is not one array. The network itself is "".
+    """
+    shapes, group = {}, ()
+
+    def watch(call, args, kwargs, context):
+        nonlocal group
+        outside, module = group, context.module
+        if isinstance(module, TNTBlock):  # a network of its own, whose paths begin anew
+            group = (module.name,)
+        path = "/".join((*group, *module.path))
+        shapes.setdefault(path, None)  # its place is before what it calls
+        output = call(*args, **kwargs)
+        group = outside
+        if context.method_name == "__call__" and not isinstance(output, tuple):
+            per_image = output.shape[0] // images.shape[0]  # patches may be on the batch axis
+            shapes[path] = (per_image,) * (per_image > 1) + output.shape[1:]
+        return output
+
+    with nn.intercept_methods(watch):
+        apply = functools.partial(model.apply, mutable=WHOLE)
+        jax.eval_shape(apply, {"params": params}, images)
+    return shapes
+
+
+def list_layers(
+    model: TNT, params, shapes, products: list[Contraction], batch_size: int
+) -> list[Layer]:
+    """Whatever has parameters or products of its own; of blocks the sum over their group."""
+    arrays = flat_names(params)
+    own = [path for path in arrays if "/" not in path]  # of the network itself
+    costs = {path: [0, 0, 0] for path in [*own, *shapes]}
+    for path, x in arrays.items():
+        costs[path.rpartition("/")[0] or path][0] += x.size
+    for product in products:
+        row = costs[path_of(product, shapes)]
+        row[1] += product.macs // batch_size
+        row[2] += product.activation_bytes
+    itemsize = jnp.dtype(model.dtype).itemsize
+    return [
+        Layer(path, shapes.get(path), size, macs, size * itemsize, activations)
+        for path, (size, macs, activations) in costs.items()
+        if size or macs
+    ]
+
+
+def path_of(product: Contraction, shapes) -> str:
+    """The deepest module that the names of its scope lead to; transformations add names to it."""
+    path = ""
+    for name in product.scope:
+        longer = f"{path}/{name}".lstrip("/")
+        path = longer if longer in shapes else path
+    return path
+
+
+def fold(model: TNT, layers: list[Layer]) -> list[Group]:
+    """Runs of layers outside of the blocks, and every kind of block once."""
+    numbers = {f"blocks_{start}": tuple(range(start, stop)) for start, stop, _ in model.groups()}
+    folded = {}
+    of_group = lambda layer: numbers.get(layer.path.partition("/")[0], ())
+    for blocks, rows in itertools.groupby(layers, of_group):
+        each = max(1, len(blocks))
+        kind = tuple(
+            Layer(within(path), shape, *(n // each for n in counts))
+            for path, shape, *counts in rows
+        )
+        folded[kind] = folded.get(kind, ()) + blocks
+    return [Group(blocks, kind) for kind, blocks in folded.items()]
+
+
+def within(path: str) -> str:
+    """ "blocks_3/outer/fc1" as "block/outer/fc1"."""
+    return re.sub(r"^blocks_\d+\b", "block", path)
+
+
+def part_of(path: str) -> str:
+    return next(name for name, start in PARTS.items() if re.match(start, within(path)))
+
+
+def sum_parts(groups: list[Group]) -> dict[str, dict[str, Any]]:
+    parts = {name: {"parameters": 0, "macs": 0} for name in PARTS}
+    for group in groups:
+        for layer in group.layers:
+            one = Group(group.blocks, (layer,))
+            for field, value in parts[part_of(layer.path)].items():
+                parts[part_of(layer.path)][field] = value + one.sum(field)
+    return parts
+
+
+def add_products(parts, name: str, products: list[Contraction], shapes) -> None:
+    """Adds FLOPs and bytes of `products`, for the whole batch, under `name` to their parts."""
+    for part in parts.values():
+        part[name] = {"flops": 0, "bytes": 0}
+    for product in products:
+        cost = parts[part_of(path_of(product, shapes))][name]
+        cost["flops"] += 2 * product.macs
+        cost["bytes"] += product.weight_bytes + product.activation_bytes
+
+
+def print_layers(groups: list[Group], what: str) -> None:
+    print(f"{'layer':<28}{'output':>16}{'parameters':>13}{'MMACs':>10}{'weights':>10}{'data':>12}")
+    print(f"{what:<44}{'':>13}{'an image':>10}{'MB':>10}{'MB':>12}")
+    for group in groups:
+        indent = ""
+        if group.blocks:
+            indent = "  "
+            print_row(f"{blocks_text(group.blocks)}, of which each:", None, group)
+        for layer in group.layers:
+            shape = None if layer.shape is None else "x".join(map(str, layer.shape))
+            path = layer.path.removeprefix("block/")
+            print_row(indent + path, shape, Group((), (layer,)))
+    print()
+
+
+def print_row(title: str, shape: str | None, group: Group) -> None:
+    megabytes = (group.sum(field) / 1e6 for field in ("weight_bytes", "activation_bytes"))
+    counts = f"{group.sum('parameters'):>13,}{group.sum('macs') / 1e6:>10.2f}"
+    print(f"{title:<28}{shape or '':>16}{counts}" + "{:>10.3f}{:>12.3f}".format(*megabytes))
+
+
+def blocks_text(blocks: tuple[int, ...]) -> str:
+    """ "12 blocks 0-11" or "2 blocks 0,4"."""
+    ends = (
+        sorted(n for n in blocks if n - 1 not in blocks),
+        sorted(n for n in blocks if n + 1 not in blocks),
+    )
+    runs = [f"{a}-{b}" if a < b else f"{a}" for a, b in zip(*ends, strict=True)]
+    return f"x{len(blocks)} block {','.join(runs)}"
+
+
+def print_parts(parts: dict[str, dict[str, Any]]) -> None:
+    print(f"{'part':<20}{'forward GFLOP':>15}{'GB':>9}{'FLOP/B':>8}", end="")
+    print(f"{'step GFLOP':>14}{'GB':>9}{'FLOP/B':>8}{'of step':>9}")
+    total = sum(part["step"]["flops"] for part in parts.values())
+    for name, part in parts.items():
+        line = f"{name:<20}"
+        for kind, widths in (("forward", 15), ("step", 14)):
+            flops, size = part[kind]["flops"], part[kind]["bytes"]
+            line += f"{flops / 1e9:>{widths}.3f}{size / 1e9:>9.3f}{flops / max(1, size):>8.1f}"
+        print(f"{line}{part['step']['flops'] / total:>9.1%}")
+    print()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
