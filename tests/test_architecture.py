@@ -15,7 +15,8 @@ ROWS = """
     models.layers models.word_embedding models.inner_kernels models.outer_attention models.cpu
     data.plan data.storage data.transforms data.randaugment
     losses augment optimizer sharding state workdir figures metrics command host tools.findings
-    tools.contractions tools.hlo convert.tables convert.inert convert.mindspore_files convert.hub
+    tools.contractions tools.hlo tools.rounds convert.tables convert.inert convert.mindspore_files
+    convert.hub
     --
     models.inner_pallas models.lanes data.index data.names data.opencv weights checkpoint
     convert.mapping convert.pickles
@@ -36,7 +37,9 @@ ROWS = """
     --
     evaluate convert.__main__ tools.check_data tools.preview tools.describe tools.tpu_compiler
     --
-    train tools.compile_check tools.benchmark_compile tools.benchmark
+    train tools.compile_check tools.benchmark_compile tools.benchmark_input tools.benchmark_model
+    --
+    tools.benchmark
 """
 ROW = {name: i for i, row in enumerate(ROWS.split("--")) for name in row.split()}
 BANNED = {  # third-party packages that a folder must not import; "" is every other file
@@ -45,7 +48,8 @@ BANNED = {  # third-party packages that a folder must not import; "" is every ot
     "": set(),
 }
 BANNED_EVERYWHERE = {"tensorflow", "torch", "timm"}
-ORACLES = {"convert.against", "tools.benchmark"}  # run timm beside ours; inside a function
+# These run timm beside ours; inside a function.
+ORACLES = {"convert.against", "tools.benchmark_input", "tools.benchmark_model"}
 FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p.read_text()]
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs weights in timm and here, on the same images, and compares after every part.
 
-The only file of the package that imports torch and timm, and only when it is asked to.
+Imports torch and timm, but only when it is asked to.
 """
 
 from typing import Any
