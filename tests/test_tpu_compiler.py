@@ -138,7 +138,7 @@ def test_the_benchmark_changes_the_fields_that_it_compares(root, monkeypatch):
     assert (config.model.depth, config.batch_size) == (1, 8)
     function, shapes = benchmark_compile.make_forward(str(root / "configs" / "tnt_s.py"), {})
     assert jax.eval_shape(function, *shapes).shape == (128, 1000)
-    assert "reference" in benchmark_compile.implementations()
+    assert "reference" in benchmark_compile.IMPLEMENTATIONS
 
 
 # ----------------------------------------------------------------------------------- with libtpu

@@ -44,7 +44,7 @@ def measure_compile(args: argparse.Namespace) -> dict[str, Any]:
 
     chips = len(tpu_compiler.devices(args.topology)[1])
     found = {}
-    for name, fields in implementations().items():
+    for name, fields in IMPLEMENTATIONS.items():
         step = compile_step(args, fields, IMAGES * chips)
         make = functools.partial(make_forward, args.config, fields)
         bundles = tpu_compiler.count_bundles(make, args.topology, within="/inner/")
@@ -57,18 +57,6 @@ def measure_compile(args: argparse.Namespace) -> dict[str, Any]:
         f"fits_{MANY}": many["fits"],
         "topology": args.topology,
         "images_per_chip": IMAGES,
-    }
-
-
-def implementations() -> dict[str, dict[str, str]]:
-    """Those that this version has."""
-    from tnt_flax.models import TNT
-
-    known = TNT.__dataclass_fields__
-    return {
-        name: {field: value for field, value in fields.items() if field in known}
-        for name, fields in IMPLEMENTATIONS.items()
-        if name == "reference" or "inner" in known
     }
 
 

@@ -40,8 +40,7 @@ from tnt_flax.errors import InputError
 from tnt_flax.models import TNT, create_model
 from tnt_flax.optimizer import make_optimizer
 from tnt_flax.state import TrainState
-from tnt_flax.tools import rounds
-from tnt_flax.tools.contractions import contractions
+from tnt_flax.tools import contractions, rounds
 
 BATCHES = {"forward": 4, "step": 2}  # in a round
 FLOPS_PER_MAC = {"forward": 2, "step": 6}
@@ -144,9 +143,7 @@ def count_macs(model: TNT, image_size: int) -> int:
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     watched = functools.partial(model.apply, mutable=["intermediates"])
-    data = [False] * len(jax.tree.leaves(variables)) + [True]
-    found = contractions(jax.make_jaxpr(watched)(variables, images), data)
-    return sum(product.macs for product in found)
+    return contractions.count_macs(watched, variables, images)
 
 
 # -------------------------------------------------------------------------------------- the sides

@@ -5,8 +5,8 @@ Read off the jaxpr, through scans, remats and calls, so that no formula has to k
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
@@ -27,6 +27,12 @@ def contractions(jaxpr: ClosedJaxpr, data: Sequence[bool]) -> Iterator[Contracti
     The body of a scan counts as often as it turns, that of a `while_loop` once.
     """
     yield from _walk(jaxpr.jaxpr, data, (), 1)
+
+
+def count_macs(function: Callable[..., Any], *args: Any) -> int:
+    """All multiply-adds of `function`, whose arguments may be shapes alone."""
+    jaxpr = jax.make_jaxpr(function)(*args)
+    return sum(found.macs for found in contractions(jaxpr, [True] * len(jaxpr.in_avals)))
 
 
 def _walk(jaxpr: Jaxpr, data, scope, times):

@@ -39,7 +39,7 @@ from tnt_flax.models import TNT, create_model
 from tnt_flax.models.block import TNTBlock
 from tnt_flax.models.word_embedding import KERNEL
 from tnt_flax.state import flat_names
-from tnt_flax.tools.contractions import Contraction, contractions
+from tnt_flax.tools.contractions import Contraction, contractions, count_macs
 
 # Of the cost model: the first one whose expression matches the beginning of a layer's path.
 PARTS = {
@@ -124,9 +124,7 @@ def describe(
     Raises:
         InputError: an unknown model or field, or a size that the patches do not divide.
     """
-    known = TNT.__dataclass_fields__
-    plain = {field: value for field, value in PLAIN.items() if field in known}
-    model = create_model(name, **plain | fields)
+    model = create_model(name, **PLAIN | fields)
     size = int(name.rpartition("_")[2]) if image_size is None else image_size
     if batch_size < 1 or size < 1:
         raise InputError(f"--batch-size={batch_size} --image-size={size}: both must be at least 1")
@@ -143,15 +141,8 @@ def describe(
     parameters = sum(group.sum("parameters") for group in groups)
     macs = sum(group.sum("macs") for group in groups)
     print(f"{name} at {size} pixels: {parameters:,} parameters, {macs / 1e9:.4f} GMACs an image")
-    computed = computed_macs(model, params, images)
+    computed = count_macs(model.apply, {"params": params}, images) // batch_size
     return dict(parameters=parameters, macs=macs, computed_macs=computed, parts=parts)
-
-
-def computed_macs(model: TNT, params, images) -> int:
-    """Multiply-adds of the logits of one image."""
-    jaxpr = jax.make_jaxpr(model.apply)({"params": params}, images)
-    found = contractions(jaxpr, [True] * len(jaxpr.jaxpr.invars))
-    return sum(product.macs for product in found) // images.shape[0]
 
 
 def traced_products(model: TNT, params, images) -> tuple[list[Contraction], list[Contraction]]:
