@@ -1,30 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """What commands do to their own process; in processes of their own, because it stays done."""
 
+import fnmatch
 import json
 import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from tnt_flax import host
 
 
 @pytest.mark.parametrize(
-    "asked, installed, expected",
+    "asked, device, expected",
     [
-        ("cpu", "libtpu", True),
-        ("tpu", "", False),
-        ("", "", True),
-        ("", "libtpu", False),
-        ("", "jax_plugins", False),
+        ("cpu", "/dev/accel0", True),
+        ("tpu", "/dev/null", False),
+        (None, "/dev/null", True),
+        (None, "/dev/accel0", False),
+        (None, "/dev/vfio/3", False),
+        (None, "/dev/vfio/vfio", True),
+        (None, "/dev/nvidia1", False),
+        (None, "/dev/nvidiactl", True),
     ],
 )
-def test_runs_on_cpu(asked, installed, expected, monkeypatch):
-    monkeypatch.setenv("JAX_PLATFORMS", asked)
-    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: name == installed or None)
-    assert host.runs_on_cpu() == expected
+def test_runs_on_cpu(asked, device, expected, monkeypatch):
+    monkeypatch.setattr(host.glob, "glob", lambda pattern: fnmatch.filter([device], pattern))
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", asked)
+    try:
+        assert host.runs_on_cpu() == expected
+    finally:
+        jax.config.update("jax_platforms", before)
 
 
 FAULTS = """

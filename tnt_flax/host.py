@@ -2,21 +2,24 @@
 """What a command does to its own process before JAX starts, for speed."""
 
 import ctypes
-import importlib.util
+import glob
 import os
 
 import jax
 
+# Devices of TPUs, and of GPUs by NVIDIA and AMD.
+ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
 # Of mallopt(3), from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def runs_on_cpu() -> bool:
-    """Will JAX compute on the CPU? Told by what is installed: asking JAX would start it."""
-    asked = os.environ.get("JAX_PLATFORMS")
-    if asked:
-        return asked == "cpu"
-    return not any(importlib.util.find_spec(name) for name in ("libtpu", "jax_plugins"))
+    """Will JAX compute on the CPU? Told by what there is: asking JAX would start it.
+
+    Not by what is installed: `tools.compile_check` has use for libtpu on machines without a TPU.
+    """
+    asked = jax.config.jax_platforms
+    return asked == "cpu" if asked else not any(glob.glob(device) for device in ACCELERATORS)
 
 
 def keep_memory() -> bool:
