@@ -37,7 +37,7 @@ def test_matmul(inputs, outputs):
     )
 
 
-@pytest.mark.parametrize("tokens", [1, cpu.FEW_TOKENS, cpu.FEW_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [1, 16, 17])
 def test_attend_equals_the_attention_of_the_layers(tokens):
     x = normal(2, 3, tokens, 8)
     plain = Attention(num_heads=2)
@@ -73,16 +73,7 @@ def test_the_softmax_is_float32():
 
 def test_barriers_cut_the_gradients_apart():
     x, kernel, heads = normal(3, 6), normal(6, 4), normal(1, 4, 2, 8)
-    for function, args, barriers in [(cpu.matmul, (x, kernel), 2), (cpu.attend, (heads,) * 3, 2)]:
+    for function, args, barriers in [(cpu.matmul, (x, kernel), 2), (cpu.attend, (heads,) * 3, 3)]:
         jaxpr = jax.make_jaxpr(functools.partial(gradients, function))(*args)
         names = [e.primitive.name for e in equations(jaxpr)]
         assert names.count("optimization_barrier") == barriers, function
-
-
-def test_few_tokens_use_no_batched_product_over_rows():
-    def products(tokens):
-        heads = normal(1, tokens, 2, 8)
-        jaxpr = jax.make_jaxpr(functools.partial(gradients, cpu.attend))(*[heads] * 3)
-        return sum(e.primitive.name == "dot_general" for e in equations(jaxpr))
-
-    assert products(cpu.FEW_TOKENS + 1) - products(cpu.FEW_TOKENS) == 2  # of keys and of values

@@ -18,6 +18,7 @@ import timm_weights
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxprs import equations
 
+from tnt_flax.errors import InputError
 from tnt_flax.models import LINEAGES, TNT, block_outputs
 from tnt_flax.models.block import TNTBlock, WordsToSentences
 from tnt_flax.models.layers import TransformerBlock
@@ -418,7 +419,7 @@ def test_the_last_block_computes_its_mlp_for_the_class_token_alone(se):
     shapes = {
         e.outvars[0].aval.shape for e in equations(jaxpr) if e.primitive.name == "dot_general"
     }
-    assert ((2, 1, 96) in shapes) == (not se)  # squeeze-excite reads the mean over all tokens
+    assert ((2, 96) in shapes) == (not se)  # squeeze-excite reads the mean over all tokens
 
 
 # -- Scanned groups and what comes out of them
@@ -437,6 +438,12 @@ def test_groups_are_runs_of_equal_blocks():
     ]
     names = {name for name in build(depth=6, vanilla_blocks=(0, 3, 4))[1] if "blocks" in name}
     assert names == {"blocks_0", "blocks_1", "blocks_3", "blocks_5"}
+
+
+def test_weights_of_another_depth_are_refused():
+    params, images = build(depth=3)[1:]
+    with pytest.raises(InputError, match=r"the weights' blocks_0 has \[3\] blocks, not 2"):
+        build(depth=2)[0].apply({"params": params}, images)
 
 
 def test_a_scanned_group_is_its_blocks_one_after_the_other():
@@ -496,10 +503,10 @@ def test_block_outputs_without_any_inner_branch():
 
 
 def scan_outputs(function, *args):
-    """How many stacked arrays the scans of `function` return besides the words and sentences."""
+    """How many stacked arrays the scans of `function` return besides what they carry."""
     scans = [e for e in equations(jax.make_jaxpr(function)(*args)) if e.primitive.name == "scan"]
     assert scans
-    return sum(len(e.outvars) - 2 for e in scans)
+    return sum(len(e.outvars) - e.params["num_carry"] for e in scans)
 
 
 def test_nothing_is_kept_from_the_blocks_when_nobody_asks():

@@ -2,12 +2,15 @@
 """Dense products and attention whose gradients XLA computes fast on a CPU.
 
 They compute what `models.layers` computes; only the form in which XLA gets the backward pass
-differs. Three things make that pass slow as JAX derives it:
+differs. Four things make it slow as JAX and XLA derive it:
 
 - XLA fuses the sum of all later blocks' residual gradients into a strided transpose, once in every
   block. A barrier on the incoming gradient keeps it from that.
 - The gradient of a kernel with more inputs than outputs is faster when computed transposed.
-- A sentence has few words. Over so few, multiply and sum beats batched products that contract rows.
+- The attention weights, which the backward pass computes again, would be computed for each use.
+- With several batch axes the GELU's result is a second array as wide as the MLP beside its input;
+  of rows of one matrix it takes the input's place (`flat_mlp` of `models.layers.Primitives`). A
+  program that holds less than 32 MiB gets them from glibc without a system call.
 
 `jax.custom_vjp` has no forward mode: `jax.jvp`, `jax.hessian` and the like need the plain layers.
 """
@@ -19,7 +22,6 @@ from jaxtyping import Array, Float
 Heads = Float[Array, "*batch T heads d"]
 
 barrier = jax.lax.optimization_barrier
-FEW_TOKENS = 16  # up to which sums beat products
 
 
 @jax.custom_vjp
@@ -67,20 +69,14 @@ def _attend_forward(query, key, value):
 def _attend_backward(saved, d_out):
     query, key, value = saved
     d_out = barrier(d_out)
-    weights = _weights(query, key)
+    weights = barrier(_weights(query, key))  # computed once for both of its uses
     d_weights = jnp.einsum("...qhd,...khd->...hqk", d_out, value)
     d_logits = weights * (d_weights - (d_weights * weights).sum(-1, keepdims=True))
     d_logits = barrier(d_logits * query.shape[-1] ** -0.5)
     d_query = jnp.einsum("...hqk,...khd->...qhd", d_logits, key)
-    return d_query, _sum_over_queries(d_logits, query), _sum_over_queries(weights, d_out)
-
-
-def _sum_over_queries(weights, x):
-    """Weights (*batch, heads, queries, keys) and x (*batch, queries, heads, d) to one like x."""
-    if weights.shape[-2] > FEW_TOKENS:
-        return jnp.einsum("...hqk,...qhd->...khd", weights, x)
-    x = x.swapaxes(-3, -2)  # heads before queries
-    return (weights[..., None] * x[..., None, :]).sum(-3).swapaxes(-3, -2)
+    d_key = jnp.einsum("...hqk,...qhd->...khd", d_logits, query)
+    d_value = jnp.einsum("...hqk,...qhd->...khd", weights, d_out)
+    return d_query, d_key, d_value
 
 
 attend.defvjp(_attend_forward, _attend_backward)

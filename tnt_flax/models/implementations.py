@@ -16,7 +16,7 @@ OUTER = ("auto", "reference", "cpu", "pallas")  # of sentences
 
 PRIMITIVES = {
     "reference": Primitives(),
-    "cpu": Primitives(cpu.dot_general, cpu.attend),
+    "cpu": Primitives(cpu.dot_general, cpu.attend, flat_mlp=True),
     "pallas": Primitives(attend=outer_attention.attend),
 }
 LANES_FORMS = {"lanes": lanes.block, "pallas": inner_pallas.block}  # with words as [C, M, P]

@@ -205,12 +205,19 @@ class TNT(nn.Module):
         # Weights that do not fit are refused in `block`, by their own names.
         known = self.has_variable("params", name)
         params = self.get_variable("params", name) if known else self.param(name, init)
+        found = {x.shape[0] for x in jax.tree.leaves(params)}
+        if found != {stop - start}:
+            raise InputError(f"the weights' {name} has {sorted(found)} blocks, not {stop - start}")
         rates = keys = None
         if train and self.drop_path:
             rates = jnp.linspace(0, self.drop_path, self.depth)[start:stop]
         if train and (self.dropout or self.attention_dropout or self.drop_path):
             keys = jax.random.split(self.make_rng("dropout"), stop - start)
         capture = self.is_mutable_collection("intermediates") and not self.is_initializing()
+
+        def pick(i):
+            pick_one = lambda x: jax.lax.dynamic_index_in_dim(x, i.astype(int), keepdims=False)
+            return jax.tree.map(pick_one, (params, rates, keys))
 
         def run(tokens, own, **options):
             params, rate, key = own
@@ -224,21 +231,24 @@ class TNT(nn.Module):
                 **options,
             )
 
-        def body(tokens, own):
-            tokens, sown = run(tokens, own) if capture else (run(tokens, own), None)
-            return tokens, sown
+        def body(carry, _):
+            tokens, i = carry
+            out = run(tokens, pick(i))
+            tokens, sown = out if capture else (out, None)
+            return (tokens, i + 1), sown
 
         if choose_remat(self.remat) == "block":
             body = jax.checkpoint(body, prevent_cse=False)  # scan keeps XLA from merging the two
-        of_blocks = (params, rates, keys)
         stands_apart = stop == self.depth and not self.se and not capture  # SE reads every token
-        scanned = jax.tree.map(lambda x: x[:-1], of_blocks) if stands_apart else of_blocks
-        tokens, sown = jax.lax.scan(body, (words, sentences), scanned)
+        turns = stop - start - stands_apart
+        # The weights are picked out by a number that XLA cannot foresee, as it could an integer:
+        # it would copy the last block's at the beginning, and all others to scan over them.
+        start_carry = (words, sentences), jnp.float32(0)
+        (tokens, i), sown = jax.lax.scan(body, start_carry, length=turns)
         if capture:
             self.put_variable("intermediates", name, sown["intermediates"])
         if stands_apart:
-            last = jax.tree.map(lambda x: x[-1], of_blocks)
-            tokens = run(tokens, last, class_token_only=True)
+            tokens = run(tokens, pick(i), class_token_only=True)
         return tokens
 
     def groups(self) -> Iterator[tuple[int, int, bool]]:
