@@ -11,13 +11,12 @@ inner block, in whatever it is written, without waits. See `tnt_flax.tools.tpu_c
 
 import argparse
 import functools
-import runpy
 import sys
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from tnt_flax.errors import InputError, one_line
+from tnt_flax.tools.short_run import read_config
 
 IMAGES, MANY = 128, 512  # on each chip
 CLASSES = 1000
@@ -63,7 +62,7 @@ def measure_compile(args: argparse.Namespace) -> dict[str, Any]:
 def compile_step(args: argparse.Namespace, fields: dict[str, str], images: int) -> dict[str, Any]:
     from tnt_flax.tools import hlo, tpu_compiler
 
-    config = read_config(args.config, fields, images)
+    config = make_config(args.config, fields, images)
     compiled = tpu_compiler.compile_train_step(config, CLASSES, args.topology)
     return {
         "fits": compiled.fits,
@@ -81,7 +80,7 @@ def make_forward(path: str, fields: dict[str, str]):
 
     from tnt_flax import build
 
-    config = read_config(path, fields | {"depth": 1}, IMAGES)
+    config = make_config(path, fields | {"depth": 1}, IMAGES)
     model = build.build_model(config, CLASSES)
     params = jax.eval_shape(build.init_params(model, config), jax.random.key(0))
     size = config.data.image_size
@@ -89,12 +88,9 @@ def make_forward(path: str, fields: dict[str, str]):
     return (lambda params, images: model.apply({"params": params}, images)), (params, images)
 
 
-def read_config(path: str, fields: dict[str, Any], images: int) -> ConfigDict:
+def make_config(path: str, fields: dict[str, Any], images: int) -> ConfigDict:
     """The config of the file at `path` with other fields of the network and another batch."""
-    try:
-        config = runpy.run_path(path)["get_config"]()
-    except (OSError, ImportError, KeyError) as error:
-        raise InputError(f"--config={path} is no config to read: {one_line(error)}") from None
+    config = read_config(path)
     config.batch_size = images
     with config.unlocked():
         config.model.update(fields)
