@@ -10,6 +10,8 @@ compilation cache, `warm` with what the first start left there. Each is ended af
     seconds     from the start of the process until it has printed the metrics of step 1
     compile_s   of these, in XLA's compiler, or in reading from the cache what it made before
     trace_s     of these, in Python: tracing functions, and lowering them to what XLA compiles
+    cpu_s       what it computed in that time, by its own account: less than `seconds` if it had to
+                share its cores, more if it had several
     programs    how many were compiled or read
     peak_gib    the most memory that the process held
 
@@ -122,14 +124,16 @@ def start(flags: list[str], cache: pathlib.Path, cores: list[int]) -> dict[str, 
 
 
 def summarize(seconds: float, pid: int, events: list[dict[str, Any]]) -> dict[str, Any]:
-    status = pathlib.Path(f"/proc/{pid}/status").read_text()
-    peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+    process = pathlib.Path(f"/proc/{pid}")
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", (process / "status").read_text())[1])
+    ticks = (process / "stat").read_text().rpartition(")")[2].split()[11:13]  # user, system
     compiled = [event for event in events if event["event"] == COMPILE]
     slowest = sorted(compiled, key=lambda event: -event["seconds"])[:SLOWEST]
     return {
         "seconds": round(seconds, 3),
         "compile_s": round(covered(compiled), 3),
         "trace_s": round(covered(event for event in events if event["event"] in TRACE), 3),
+        "cpu_s": sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"),
         "programs": len(compiled),
         "peak_gib": round(peak / 2**20, 3),
         "slowest": {event["name"]: round(event["seconds"], 3) for event in slowest},

@@ -45,7 +45,11 @@ def pick_cores(count: int) -> list[int]:
 
 
 def has_timm() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("torch", "timm"))
+    """Does timm take part? Says so on stderr where it does not."""
+    found = all(importlib.util.find_spec(name) for name in ("torch", "timm"))
+    if not found:
+        print("torch or timm is not installed: our figures alone", file=sys.stderr)
+    return found
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -53,11 +57,9 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
-    """To stderr; `facts["versions"]` says whether timm takes part."""
+    """To stderr."""
     for name, fact in facts.items():
         print(f"{name:<11} {fact}", file=sys.stderr)
-    if "timm" not in facts["versions"]:
-        print("torch or timm is not installed: our figures alone", file=sys.stderr)
 
 
 @contextlib.contextmanager
