@@ -2,11 +2,13 @@
 """What the TPU compiler says of TNT-S's training step, with each implementation of its blocks.
 
     python -m tnt_flax.tools.benchmark compile --topology=v5e:2x2
+    python -m tnt_flax.tools.benchmark compile --implementations pallas
 
-Nothing runs: these are estimates, of two kinds that must not be mixed. `estimated_cycles` are the
-whole step's and have nothing for kernels written in Pallas, so `kernel_calls` says how often a step
-starts one. `inner_bundles` are the instructions that one chip issues for the forward pass of one
-inner block, in whatever it is written, without waits. See `tnt_flax.tools.tpu_compiler`.
+A whole step takes the compiler some minutes, that of the plain form the most. Nothing runs: these
+are estimates, of two kinds that must not be mixed. `estimated_cycles` are the whole step's and have
+nothing for kernels written in Pallas, so `kernel_calls` says how often a step starts one.
+`inner_bundles` are the instructions that one chip issues for the forward pass of one inner block, in
+whatever it is written, without waits. See `tnt_flax.tools.tpu_compiler`.
 """
 
 import argparse
@@ -31,10 +33,12 @@ IMPLEMENTATIONS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", default="v5e:2x2", help="TPU kind and chips, as v5e:2x2")
     parser.add_argument("--config", default="configs/tnt_s.py", help="whose step is compiled")
+    names = list(IMPLEMENTATIONS)
+    parser.add_argument("--implementations", nargs="+", choices=names, default=names)
 
 
 def measure_compile(args: argparse.Namespace) -> dict[str, Any]:
-    """Compiles the step with every implementation; returns what the JSON line says.
+    """Compiles the step with these implementations; returns what the JSON line says.
 
     Raises:
         InputError: no such config or topology, or libtpu is not installed.
@@ -43,13 +47,15 @@ def measure_compile(args: argparse.Namespace) -> dict[str, Any]:
 
     chips = len(tpu_compiler.devices(args.topology)[1])
     found = {}
-    for name, fields in IMPLEMENTATIONS.items():
+    for name in args.implementations:
+        fields = IMPLEMENTATIONS[name]
         step = compile_step(args, fields, IMAGES * chips)
+        print(f"{name}: {step}", file=sys.stderr)
         make = functools.partial(make_forward, args.config, fields)
         bundles = tpu_compiler.count_bundles(make, args.topology, within="/inner/")
         found[name] = step | {"inner_bundles": bundles}
-        print(f"{name}: {found[name]}", file=sys.stderr)
-    many = compile_step(args, fields, MANY * chips)  # with the last, which is the best one
+        print(f"{name}: {bundles} inner bundles", file=sys.stderr)
+    many = compile_step(args, fields, MANY * chips)  # with the last, by default the best one
     print(f"{name} with {MANY} images a chip: {many}", file=sys.stderr)
     return {
         **found,
