@@ -119,7 +119,7 @@ def test_the_scanned_blocks_transpose_no_words():
 
 @pytest.mark.tpu_compiler
 def test_on_a_tpu_sentences_stay_on_the_lanes(monkeypatch):
-    """What the compiler copies within the loop over the blocks keeps them its last, fastest axis."""
+    """Whatever the compiler copies in the loop over the blocks: they stay its fastest axis."""
     pytest.importorskip("libtpu")
     model = TNT(**(SMALL | dict(outer_heads=1, depth=3)), inner="lanes", dtype=jnp.bfloat16)
     images = jax.ShapeDtypeStruct((2, 128, 128, 3), jnp.float32)

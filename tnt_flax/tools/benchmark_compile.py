@@ -7,8 +7,8 @@
 A whole step takes the compiler some minutes, that of the plain form the most. Nothing runs: these
 are estimates, of two kinds that must not be mixed. `estimated_cycles` are the whole step's and have
 nothing for kernels written in Pallas, so `kernel_calls` says how often a step starts one.
-`inner_bundles` are the instructions that one chip issues for the forward pass of one inner block, in
-whatever it is written, without waits. See `tnt_flax.tools.tpu_compiler`.
+`inner_bundles` are the instructions that one chip issues for the forward pass of one inner block,
+in whatever it is written, without waits. See `tnt_flax.tools.tpu_compiler`.
 """
 
 import argparse
