@@ -13,11 +13,15 @@ the output. Of the three only the query keeps its bias. Nothing else can be fold
 the words' projection and that of squeeze-excite are followed by a sum and by a ReLU's own layer.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from tnt_flax.errors import InputError
 from tnt_flax.models.tnt import TNT
+
+matmul = functools.partial(jnp.matmul, precision="highest")  # TPUs would round to bfloat16
 
 
 def fold(model: TNT, variables: dict) -> tuple[TNT, dict]:
@@ -65,7 +69,7 @@ def _fold_transformer(params: dict, heads: int) -> dict:
     attention["key"] = {"kernel": key["kernel"]}
     attention["value"] = {"kernel": value["kernel"]}
     out = attention["out"]
-    bias = value["bias"] @ out["kernel"] + out.get("bias", 0)
+    bias = matmul(value["bias"], out["kernel"]) + out.get("bias", 0)
     attention["out"] = {"kernel": out["kernel"], "bias": bias}
     return params | {"attention": attention, "fc1": _behind(params.pop("norm2"), params["fc1"])}
 
@@ -81,5 +85,5 @@ def _fold_projection(params: dict) -> dict:
 def _behind(norm: dict, dense: dict) -> dict:
     """The dense layer behind a norm with the norm's scale and bias inside of it."""
     kernel = jnp.asarray(dense["kernel"])
-    bias = norm["bias"] @ kernel + dense.get("bias", 0)
+    bias = matmul(norm["bias"], kernel) + dense.get("bias", 0)
     return {"kernel": norm["scale"][:, None] * kernel, "bias": bias}
