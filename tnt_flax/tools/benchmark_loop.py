@@ -87,6 +87,7 @@ def _passes(
     from tnt_flax import host
 
     host.keep_memory()
+    host.cache_compilations()  # every pass makes its functions anew
     import jax
 
     from tnt_flax import build, sharding
@@ -94,7 +95,6 @@ def _passes(
     from tnt_flax.state import TrainState
     from tnt_flax.train import train_and_evaluate
 
-    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     config = short_run.read_config(path)
     try:
         config.update_from_flattened_dict(changes)
