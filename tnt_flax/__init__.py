@@ -10,6 +10,7 @@ _PUBLIC = {
     "TNT": "tnt_flax.models",
     "block_outputs": "tnt_flax.models",
     "create_model": "tnt_flax.models",
+    "fold": "tnt_flax.models",
     "list_models": "tnt_flax.models",
     "load": "tnt_flax.convert.load",
 }

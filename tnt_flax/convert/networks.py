@@ -25,7 +25,7 @@ LINEAGES_OF = {
 
 # Fields of TNT that say how it is computed or trained, not which function it is.
 FREE_FIELDS = {"dtype", "remat", "inner", "outer", "dropout", "attention_dropout", "drop_path"}
-FREE_FIELDS |= {"parent", "name"}
+FREE_FIELDS |= {"folded", "parent", "name"}
 FUNCTION_FIELDS = [f.name for f in dataclasses.fields(TNT) if f.name not in FREE_FIELDS]
 LINEAGE_FIELDS = sorted({field for fields in LINEAGES.values() for field in fields} - {"qkv_bias"})
 

@@ -8,9 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from tnt_flax.errors import InputError
+from tnt_flax.models.folded import fold
 from tnt_flax.models.tnt import TNT, block_outputs
 
-__all__ = ["LINEAGES", "MODELS", "TNT", "block_outputs", "create_model", "list_models"]
+__all__ = ["LINEAGES", "MODELS", "TNT", "block_outputs", "create_model", "fold", "list_models"]
 
 # Sizes: paper Table 1. Note that TNT-Ti has 2 inner heads, not 4.
 _TI = dict(outer_dim=192, inner_dim=12, outer_heads=3, inner_heads=2)
