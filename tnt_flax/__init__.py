@@ -12,6 +12,7 @@ _PUBLIC = {
     "create_model": "tnt_flax.models",
     "list_models": "tnt_flax.models",
     "load": "tnt_flax.convert.load",
+    "load_classifier": "tnt_flax.classifier",
 }
 __all__ = list(_PUBLIC)
 
