@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What fine-tuning is good for: new classes from a few images each, in a quarter of an hour.
+
+    python docs/few_digits.py --workdir=runs/few_digits --out=docs/few_digits.png
+
+Trains a small TNT on the handwritten digits 0 to 4; then, on a few images of each digit from 5 to 9,
+the same network from scratch, that network's head alone, and all of it with `configs/finetune.py`.
+All three see the same images in equally many steps, and are evaluated on the same held-out images.
+Every training is one of `main.py`'s; stopped, the same command goes on. The last line on stdout is
+one JSON object: for each way the top-1 per number of images, one value per choice of them.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # for `configs`
+
+import matplotlib
+import numpy as np
+from absl import logging
+from matplotlib import pyplot as plt
+from PIL import Image
+
+from configs import digits, finetune
+from tnt_flax import host
+from tnt_flax.command import Parser, exit_on_error
+from tnt_flax.data.sources import Digits
+from tnt_flax.train import train_and_evaluate
+
+KNOWN, NEW = range(0, 5), range(5, 10)
+COUNTS = (2, 5, 10, 20, 50)  # images of each new digit
+CHOICES = 3  # of those images
+STEPS, BATCH = 400, 10
+WAYS = {"scratch": "from scratch", "probe": "linear probe", "all": "fine-tuned"}
+
+
+def main(argv: list[str]) -> None:
+    matplotlib.use("Agg")
+    logging.set_verbosity(logging.ERROR)
+    host.keep_memory()
+    host.cache_compilations()
+    with exit_on_error("the same command goes on from here"):
+        parser = Parser("python docs/few_digits.py", __doc__)
+        parser.add_argument("--workdir", type=pathlib.Path, default="runs/few_digits")
+        parser.add_argument("--out", type=pathlib.Path, default="docs/few_digits.png")
+        args = parser.parse_args(argv)
+        top1 = measure(args.workdir.resolve())
+        plot(top1, args.out)
+    print(json.dumps({WAYS[way]: values for way, values in top1.items()} | {"out": str(args.out)}))
+
+
+def measure(workdir: pathlib.Path) -> dict[str, dict[int, list[float]]]:
+    """Returns top-1 by way and number of images."""
+    root = workdir / "data"
+    write_digits(root / "known", Digits("train"), KNOWN)
+    write_digits(root / "known_test", Digits("test"), KNOWN)
+    write_digits(root / "new_test", Digits("test"), NEW)
+    config = digits.get_config()
+    run(workdir / "known", from_folder(config, root, "known", "known_test"))
+    top1 = {way: {count: [] for count in COUNTS} for way in WAYS}
+    for choice in range(CHOICES):
+        for count in COUNTS:
+            split = f"new_{count}_{choice}"
+            write_digits(root / split, Digits("train"), NEW, count, choice)
+            for way in WAYS:
+                config = small(way, workdir / "known", count)
+                result = run(
+                    workdir / f"{split}_{way}", from_folder(config, root, split, "new_test")
+                )
+                top1[way][count].append(result["top1"])
+                print(f"{count} images, {WAYS[way]}: {result['top1']:.1%}", file=sys.stderr)
+    return top1
+
+
+def write_digits(folder, source, wanted, count=None, choice=0):
+    """`count` digits of each class, drawn by `choice`, or all, as folder/CLASS/NUMBER.png."""
+    for label in wanted:
+        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+        rows = [i for i in range(len(source)) if source[i][1] == label]
+        if count:
+            rows = np.random.default_rng(choice).permutation(rows)[:count]
+        for i in rows:
+            Image.fromarray(source[i][0]).save(folder / str(label) / f"{i}.png")
+
+
+def small(way, weights, count):
+    """The config of one way of learning from `count` images of each new digit."""
+    config = digits.get_config() if way == "scratch" else finetune.get_config(way)
+    if way != "scratch":
+        config.init_from = str(weights)
+        config.data.update(image_size=32, crop_fraction=1.0)
+        config.augment.update(digits.get_config().augment)
+        config.model.update(drop_path=0.0, dtype="float32")
+    config.batch_size = BATCH
+    config.epochs = STEPS // (count * len(NEW) // BATCH)
+    config.optimizer.warmup_epochs = config.epochs // 20
+    config.optimizer.cooldown_epochs = 0
+    return config
+
+
+def from_folder(config, root, train, test):
+    config.data.update(source="folder", root=str(root), train_split=train, eval_split=test)
+    config.data.threads = 2
+    config.eval.update(every=f"{config.epochs + 5} epochs", batch_size=180)
+    config.checkpoint.every = config.eval.every
+    return config
+
+
+def run(workdir, config):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        return train_and_evaluate(config, workdir)
+
+
+def plot(top1, path):
+    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    for (way, label), color in zip(WAYS.items(), ("#7f7f7f", "#4393c3", "#1b7837"), strict=True):
+        values = 100 * np.array([top1[way][count] for count in COUNTS])  # [counts, choices]
+        axes.plot(COUNTS, values.mean(axis=1), "o-", color=color, label=label)
+        axes.fill_between(COUNTS, values.min(axis=1), values.max(axis=1), color=color, alpha=0.15)
+    axes.set(xscale="log", xlabel="images of each new digit (5 to 9)", ylabel="top-1, %")
+    axes.set_xticks(COUNTS, [str(count) for count in COUNTS])
+    axes.minorticks_off()
+    axes.set_title(f"After {STEPS} steps; mean, least and most of {CHOICES} choices", fontsize=10)
+    axes.legend(frameon=False, loc="lower right")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
