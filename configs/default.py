@@ -96,6 +96,10 @@ def get_config() -> ConfigDict:
     config.eval.batch_size = 1024
     config.eval.weights = "ema"  # or "raw"; also decides which checkpoint is the best
 
+    # Of --mode=eval alone:
+    config.eval.classes = ""  # the only answers: "imagenet-a", "imagenet-r", a file of names; all
+    config.eval.real_labels = ""  # ReaL's real.json, beside the data, in place of the labels
+
     config.checkpoint = ConfigDict()
     config.checkpoint.every = "1 epochs"  # besides one with every evaluation
     config.checkpoint.keep = 3  # the latest ones; the best one is always kept

@@ -3,8 +3,8 @@
 
     python docs/few_digits.py --workdir=runs/few_digits --out=docs/few_digits.png
 
-Trains a small TNT on the handwritten digits 0 to 4; then, on a few images of each digit from 5 to 9,
-the same network from scratch, that network's head alone, and all of it with `configs/finetune.py`.
+Trains a small TNT on the handwritten digits 0 to 4; then, on a few images of each digit 5 to 9, the
+same network from scratch, that network's head alone, and all of it by `configs/finetune.py`.
 All three see the same images in equally many steps, and are evaluated on the same held-out images.
 Every training is one of `main.py`'s; stopped, the same command goes on. The last line on stdout is
 one JSON object: for each way the top-1 per number of images, one value per choice of them.

@@ -15,7 +15,7 @@ ROWS = """
     models.layers models.word_embedding models.inner_kernels models.outer_attention models.cpu
     data.plan data.storage data.transforms data.randaugment
     losses augment sharding state workdir figures metrics command host tools.findings
-    tools.tables tools.contractions tools.hlo tools.rounds convert.tables convert.inert
+    tables tools.contractions tools.hlo tools.rounds convert.tables convert.inert
     convert.mindspore_files convert.hub data.imagenet_classes
     --
     models.inner_pallas models.lanes data.index data.names data.opencv weights checkpoint
@@ -33,6 +33,7 @@ ROWS = """
     convert.checkpoints data.sources
     --
     convert.load convert.targets convert.described data.pipeline
+    data.class_maps
     --
     build convert.against classifier
     --

@@ -17,7 +17,7 @@ import optax
 from ml_collections import ConfigDict
 
 from tnt_flax import augment, fine_tuning, steps
-from tnt_flax.convert.checkpoints import read_checkpoint
+from tnt_flax.convert.checkpoints import Checkpoint, read_checkpoint
 from tnt_flax.convert.described import with_network
 from tnt_flax.convert.load import adapt
 from tnt_flax.convert.networks import check_same
@@ -54,45 +54,38 @@ def load_params(
     config: ConfigDict,
     model: TNT,
     path: str,
-    class_names: tuple[str, ...],
+    class_names: tuple[str, ...] | None = None,
     *,
     checkpoint: str = "best",
-    fine_tune: bool = False,
-) -> tuple[Any, str]:
-    """The weights at `path`, of any system, for `model`; returns (params, where they were).
+) -> tuple[Any, Checkpoint]:
+    """The weights at `path`, of any system, for `model`; returns (params, what they came from).
 
-    Their positions are resampled where `config.data.image_size` is another. With `fine_tune` other
-    classes get a new head; without, other classes are an error.
+    Their positions are resampled where `config.data.image_size` is another. With `class_names`, to
+    fine-tune, other classes get a new head; without, to evaluate, the head is what it is.
 
     Raises:
         InputError: see `convert.checkpoints.read_checkpoint`; or they are of another network.
     """
     found = read_checkpoint(
         path,
-        weights="ema" if fine_tune else config.eval.weights,
+        weights="ema" if class_names else config.eval.weights,
         checkpoint=checkpoint,
         inner_heads=model.inner_heads,
         outer_heads=model.outer_heads,
         patch_size=model.patch_size,
     )
-    same_classes = found.network.model.num_classes == len(class_names) and (
-        found.class_names in (None, class_names)
-    )
-    if not same_classes and not fine_tune:
-        theirs = f"{found.class_names[:3]}..." if found.class_names else "of unknown names"
-        raise InputError(
-            f"{found.path} has {found.network.model.num_classes} classes {theirs}, "
-            f"the data has {len(class_names)} {class_names[:3]}..."
-        )
     for key in ("mean", "std"):
         made, given = tuple(found.preprocessing[key]), tuple(config.data[key])
         if made != given:
             found.notes.append(f"warning: made with data.{key}={made}, used with {given}")
-    summary, size = found.summary(), config.data.image_size
-    adapted = adapt(found, len(class_names), size, 3, new_head=not same_classes)
-    check_same(found.path, adapted, model, f"the {config.model.name} that the config describes")
+    summary, size, theirs = found.summary(), config.data.image_size, found.network.model.num_classes
+    classes = len(class_names) if class_names else theirs
+    new_head = classes != theirs or class_names and found.class_names not in (None, class_names)
+    adapted = adapt(found, classes, size, 3, new_head=bool(new_head))
+    wanted = model.clone(num_classes=classes)
+    check_same(found.path, adapted, wanted, f"the {config.model.name} that the config describes")
     print("; ".join([f"loaded {summary}", *found.notes]), file=sys.stderr)
-    return found.params, found.path
+    return found.params, found
 
 
 def build_optimizer(
@@ -165,8 +158,8 @@ def mixes(config: ConfigDict) -> bool:
     return bool(config.augment.mixup_alpha or config.augment.cutmix_alpha)
 
 
-def build_eval_step(config: ConfigDict, model: TNT):
-    return steps.make_eval_step(model, mean=config.data.mean, std=config.data.std)
+def build_eval_step(config: ConfigDict, model: TNT, classes: tuple[int, ...] | None = None):
+    return steps.make_eval_step(model, mean=config.data.mean, std=config.data.std, classes=classes)
 
 
 def build_predict_step(config: ConfigDict, model: TNT):

@@ -106,26 +106,54 @@ def make_train_step(
     return train_step
 
 
+CALIBRATION_BINS = 15  # of equal width, as in Guo et al. (arXiv 1706.04599)
+
+
 def make_eval_step(
-    model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...]
+    model: nn.Module,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    classes: tuple[int, ...] | None = None,
 ) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-    """Returns `eval_step(params, batch) -> sums` of top1, top5, loss and images over a batch.
+    """Returns `eval_step(params, batch) -> sums` over a batch: of top1, top5, loss and images.
 
     `batch` also holds `mask` bool [B]; rows where it is False pad the batch and count nowhere.
-    With fewer than five classes top5 counts every image.
+    With fewer than five classes top5 counts every image. `label` may be [B, K], the classes that
+    are right for each image, padded with -1; the loss is that of their probabilities' sum. With
+    `classes` an image can only be taken for one of these.
+
+    `per_class` [3, classes] are images, top1 and top5 of each (first) label; `calibration`
+    [3, bins] are images, top1 and the probability of the answer, by this probability.
     """
+    among = None if classes is None else jnp.isin(jnp.arange(model.num_classes), jnp.array(classes))
 
     def eval_step(params, batch):
         logits = model.apply({"params": params}, normalize(batch["image"], mean, std), train=False)
         labels, mask = batch["label"], batch["mask"]
+        labels = labels[:, None] if labels.ndim == 1 else labels
+        logits = logits if among is None else jnp.where(among[None], logits, -jnp.inf)
         _, best = jax.lax.top_k(logits, min(5, model.num_classes))
-        hits = best == labels[:, None]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        hits = (best[:, :, None] == labels[:, None, :]).any(axis=2)
+        log_probabilities = jax.nn.log_softmax(logits)
+        right = jnp.take_along_axis(log_probabilities, jnp.maximum(labels, 0), axis=1)
+        losses = -jax.nn.logsumexp(jnp.where(labels < 0, -jnp.inf, right), axis=1)
+        top1, top5 = hits[:, 0], hits.any(axis=1)
+        confidence = jnp.exp(log_probabilities.max(axis=1))
+        bins = jnp.clip(jnp.ceil(confidence * CALIBRATION_BINS) - 1, 0, CALIBRATION_BINS - 1)
+
+        def sums_by(keys, count, *columns):
+            values = jnp.where(mask[:, None], jnp.stack(columns, axis=1), 0.0)
+            return jax.ops.segment_sum(values, keys.astype(jnp.int32), count).T
+
+        ones = jnp.ones_like(confidence)
         return {
-            "top1": jnp.sum(hits[:, 0], where=mask),
-            "top5": jnp.sum(hits.any(axis=1), where=mask),
+            "top1": jnp.sum(top1, where=mask),
+            "top5": jnp.sum(top5, where=mask),
             "loss": jnp.sum(losses, where=mask),
             "images": jnp.sum(mask),
+            "per_class": sums_by(labels[:, 0], model.num_classes, ones, top1, top5),
+            "calibration": sums_by(bins, CALIBRATION_BINS, ones, top1, confidence),
         }
 
     return eval_step

@@ -85,9 +85,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     state = checkpoints.restore_latest(layout)
     if state is None:
         if config.init_from:
-            params, _ = build.load_params(
-                config, model, config.init_from, tuple(class_names), fine_tune=True
-            )
+            params, _ = build.load_params(config, model, config.init_from, tuple(class_names))
             state = jax.jit(new_state, out_shardings=replicated)(params)
         else:
             state = jax.jit(init_state, out_shardings=replicated)(init_key)

@@ -25,7 +25,7 @@ from tnt_flax import host
 from tnt_flax.command import Parser, exit_on_error
 from tnt_flax.data.names import is_image, natural_key
 from tnt_flax.errors import InputError, RunError
-from tnt_flax.tools.tables import open_table
+from tnt_flax.tables import open_table
 
 STDIN = "-"
 
