@@ -18,7 +18,17 @@ from tnt_flax.data.sources import Digits
 from tnt_flax.errors import InputError
 
 PUBLISHED = "rand-m9-mstd0.5-inc1"
-NAMES = ["default", "digits", "finetune", "pets_mindspore", "tnt_b", "tnt_s", "tnt_ti", "transfer"]
+NAMES = [
+    "default",
+    "digits",
+    "finetune",
+    "imagenet_variants",
+    "pets_mindspore",
+    "tnt_b",
+    "tnt_s",
+    "tnt_ti",
+    "transfer",
+]
 PARAMETERS = {
     "tnt_ti": 6_076_408,
     "tnt_s": 23_768_584,
