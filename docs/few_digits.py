@@ -33,7 +33,8 @@ from tnt_flax.train import train_and_evaluate
 KNOWN, NEW = range(0, 5), range(5, 10)
 COUNTS = (2, 10, 50)  # images of each new digit
 CHOICES = 2  # of those images
-STEPS, BATCH = 300, 10
+STEPS, BATCH = 100, 10
+RATES = {"scratch": 1e-3, "probe": 1e-2, "all": 1e-3}  # learning rates
 WAYS = {"scratch": "from scratch", "probe": "linear probe", "all": "fine-tuned"}
 
 
@@ -94,6 +95,7 @@ def small(way, weights, count):
         config.data.update(image_size=32, crop_fraction=1.0)
         config.augment.update(digits.get_config().augment)
         config.model.update(drop_path=0.0, dtype="float32")
+    config.optimizer.learning_rate = RATES[way]
     config.batch_size = BATCH
     config.epochs = STEPS // (count * len(NEW) // BATCH)
     config.optimizer.warmup_epochs = config.epochs // 20

@@ -48,6 +48,8 @@ def test_every_layer_has_its_factor():
     assert scales["norm/scale"] == [0.5] and scales["head/bias"] == [1.0]
     headless = layer_scales({k: x for k, x in params.items() if k != "head"}, 0.5)
     assert headless["norm"]["scale"] == 1
+    with pytest.raises(InputError, match="is for TNT, which has no tail/kernel"):
+        layer_scales(params | {"tail": {"kernel": jnp.zeros(1)}}, 0.5)
 
 
 def test_a_step_of_each_layer_is_shorter_by_its_factor_decay_included():
@@ -243,7 +245,7 @@ def test_an_unknown_way_of_fine_tuning():
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("name", ["tnt_s_patch16_224", "tnt_b_legacy_patch16_224"])
+@pytest.mark.parametrize("name", ["tnt_s_patch16_224", "tnt_s_legacy_patch16_224"])
 def test_factors_are_timms(name):
     import timm
     import timm.models.tnt

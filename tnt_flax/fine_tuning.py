@@ -18,14 +18,16 @@ import optax
 from tnt_flax.errors import InputError
 from tnt_flax.state import flat_names
 
+STEM = ("word_embed", "word_pos", "proj", "cls_token", "sentence_pos")
+
 
 def names_of(name: str, leaf: Any) -> list[str]:
     """The names of a parameter: one, or one per block where it is stacked."""
-    group, _, rest = name.partition("/")
-    if not group.startswith("blocks_"):
+    stacked = re.fullmatch(r"(|.*/)blocks_(\d+)/(.*)", name)
+    if not stacked:
         return [name]
-    first = int(group.removeprefix("blocks_"))
-    return [f"blocks/{first + i}/{rest}" for i in range(leaf.shape[0])]
+    before, first, rest = stacked.groups()
+    return [f"{before}blocks/{int(first) + i}/{rest}" for i in range(leaf.shape[0])]
 
 
 def per_block(params: Any, value_of: Callable[[str], Any]) -> Any:
@@ -46,12 +48,16 @@ def per_block(params: Any, value_of: Callable[[str], Any]) -> Any:
 def layer_of(name: str, depth: int) -> int:
     """0 for the stem, positions and class token, 1 to `depth` for the blocks, above for the head.
 
-    The last norm goes with the last block. Source: `group_matcher` of timm's TNT.
+    The last norm goes with the last block. Source: `group_matcher` of timm's TNT. Raises InputError
+    for a part that no TNT has.
     """
     part, _, rest = name.partition("/")
     if part == "blocks":
         return 1 + int(rest.partition("/")[0])
-    return {"norm": depth, "head": depth + 1}.get(part, 0)
+    layers = dict.fromkeys(STEM, 0) | {"norm": depth, "head": depth + 1}
+    if part not in layers:
+        raise InputError(f"optimizer.layer_decay is for TNT, which has no {name}: leave it at 1")
+    return layers[part]
 
 
 def layer_scales(params: Any, decay: float) -> Any:
