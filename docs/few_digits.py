@@ -7,7 +7,7 @@ Trains a small TNT on the handwritten digits 0 to 4; then, on a few images of ea
 same network from scratch, that network's head alone, and all of it by `configs/finetune.py`.
 All three see the same images in equally many steps, and are evaluated on the same held-out images.
 Every training is one of `main.py`'s; stopped, the same command goes on. The last line on stdout is
-one JSON object: for each way the top-1 per number of images, one value per choice of them.
+one JSON object: for each way the top-1 per number of images.
 """
 
 import contextlib
@@ -32,7 +32,6 @@ from tnt_flax.train import train_and_evaluate
 
 KNOWN, NEW = range(0, 5), range(5, 10)
 COUNTS = (2, 10, 50)  # images of each new digit
-CHOICES = 2  # of those images
 STEPS, BATCH = 100, 10
 RATES = {"scratch": 1e-3, "probe": 1e-2, "all": 1e-3}  # learning rates
 WAYS = {"scratch": "from scratch", "probe": "linear probe", "all": "fine-tuned"}
@@ -53,36 +52,32 @@ def main(argv: list[str]) -> None:
     print(json.dumps({WAYS[way]: values for way, values in top1.items()} | {"out": str(args.out)}))
 
 
-def measure(workdir: pathlib.Path) -> dict[str, dict[int, list[float]]]:
+def measure(workdir: pathlib.Path) -> dict[str, dict[int, float]]:
     """Returns top-1 by way and number of images."""
     root = workdir / "data"
     write_digits(root / "known", Digits("train"), KNOWN)
     write_digits(root / "known_test", Digits("test"), KNOWN)
     write_digits(root / "new_test", Digits("test"), NEW)
-    config = digits.get_config()
-    run(workdir / "known", from_folder(config, root, "known", "known_test"))
-    top1 = {way: {count: [] for count in COUNTS} for way in WAYS}
-    for choice in range(CHOICES):
-        for count in COUNTS:
-            split = f"new_{count}_{choice}"
-            write_digits(root / split, Digits("train"), NEW, count, choice)
-            for way in WAYS:
-                config = small(way, workdir / "known", count)
-                result = run(
-                    workdir / f"{split}_{way}", from_folder(config, root, split, "new_test")
-                )
-                top1[way][count].append(result["top1"])
-                print(f"{count} images, {WAYS[way]}: {result['top1']:.1%}", file=sys.stderr)
+    run(workdir / "known", from_folder(digits.get_config(), root, "known", "known_test"))
+    top1 = {way: {} for way in WAYS}
+    for count in COUNTS:
+        train = f"new_{count}"
+        write_digits(root / train, Digits("train"), NEW, count)
+        for way in WAYS:
+            config = small(way, workdir / "known", count)
+            result = run(workdir / f"{train}_{way}", from_folder(config, root, train, "new_test"))
+            top1[way][count] = result["top1"]
+            print(f"{count} images, {WAYS[way]}: {result['top1']:.1%}", file=sys.stderr)
     return top1
 
 
-def write_digits(folder, source, wanted, count=None, choice=0):
-    """`count` digits of each class, drawn by `choice`, or all, as folder/CLASS/NUMBER.png."""
+def write_digits(folder, source, wanted, count=None):
+    """`count` digits of each class, or all, as folder/CLASS/NUMBER.png."""
     for label in wanted:
         (folder / str(label)).mkdir(parents=True, exist_ok=True)
         rows = [i for i in range(len(source)) if source[i][1] == label]
         if count:
-            rows = np.random.default_rng(choice).permutation(rows)[:count]
+            rows = np.random.default_rng(0).permutation(rows)[:count]
         for i in rows:
             Image.fromarray(source[i][0]).save(folder / str(label) / f"{i}.png")
 
@@ -117,15 +112,19 @@ def run(workdir, config):
 
 
 def plot(top1, path):
+    images = sum(Digits("test")[i][1] in NEW for i in range(len(Digits("test"))))
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     for (way, label), color in zip(WAYS.items(), ("#7f7f7f", "#4393c3", "#1b7837"), strict=True):
-        values = 100 * np.array([top1[way][count] for count in COUNTS])  # [counts, choices]
-        axes.plot(COUNTS, values.mean(axis=1), "o-", color=color, label=label)
-        axes.fill_between(COUNTS, values.min(axis=1), values.max(axis=1), color=color, alpha=0.15)
+        share = np.array([top1[way][count] for count in COUNTS])
+        error = np.sqrt(share * (1 - share) / images)
+        options = dict(fmt="o-", color=color, label=label, capsize=3)
+        axes.errorbar(COUNTS, 100 * share, 100 * error, **options)
     axes.set(xscale="log", xlabel="images of each new digit (5 to 9)", ylabel="top-1, %")
     axes.set_xticks(COUNTS, [str(count) for count in COUNTS])
     axes.minorticks_off()
-    axes.set_title(f"After {STEPS} steps; mean, least and most of {CHOICES} choices", fontsize=10)
+    axes.set_title(
+        f"After {STEPS} steps, on {images} images; bars: one standard error", fontsize=10
+    )
     axes.legend(frameon=False, loc="lower right")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
