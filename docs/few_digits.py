@@ -125,7 +125,7 @@ def plot(top1, path):
     axes.set_title(
         f"After {STEPS} steps, on {images} images; bars: one standard error", fontsize=10
     )
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper left")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
