@@ -29,6 +29,10 @@ CHECKPOINT = flags.DEFINE_string(
     "workdir, the folder of one checkpoint, hf://OWNER/NAME.",
 )
 
+PER_CLASS = flags.DEFINE_string(
+    "per_class", None, "With --mode=eval, a table to write: .csv, .jsonl or .parquet."
+)
+
 
 def main(argv: list[str]) -> None:
     del argv
@@ -40,7 +44,7 @@ def main(argv: list[str]) -> None:
         if MODE.value == "eval":
             from tnt_flax.evaluate import evaluate_checkpoint
 
-            result = evaluate_checkpoint(CONFIG.value, workdir, CHECKPOINT.value)
+            result = evaluate_checkpoint(CONFIG.value, workdir, CHECKPOINT.value, PER_CLASS.value)
         else:
             from tnt_flax.train import train_and_evaluate
 

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.init_from = ""  # weights of any system to begin with: a file, workdir, or hf:// address
 
     config.model = ConfigDict()
-    config.model.name = "tnt_s_patch16_224"  # one of tnt_flax.list_models()
+    config.model.name = "tnt_s_patch16_224"  # of tnt_flax.list_models(); "" is that of the weights
     config.model.drop_path = 0.1  # of the last block, linear from 0 in the first
     config.model.dropout = 0.0  # of positions, attention outputs and MLPs
     config.model.attention_dropout = 0.0
@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
     config.data.name = ""  # of the tfds data set, such as "cifar10" or "imagenet2012:5.1.0"
     config.data.train_split = "train"  # of webdataset also "PREFIX-{000000..000146}.tar", "*.tar"
     config.data.eval_split = "validation"  # folders and shards may also call it "val"
+    config.data.holdout = 0.0  # share of a folder to evaluate on where it has no eval_split
     config.data.class_list = ""  # file with one class a line; "" sorts what is found naturally
     config.data.eval_labels = ""  # of imagenet_tars; "" finds the devkit or a list beside the tars
     config.data.image_size = 224  # pixels, each side
@@ -84,6 +85,8 @@ def get_config() -> ConfigDict:
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.05  # of kernels; multiplied by the learning rate
     config.optimizer.clip_norm = 0.0  # of the whole gradient; 0 does not clip
+    config.optimizer.layer_decay = 1.0  # learning rate of each layer to that of the next; 1 is off
+    config.optimizer.freeze = ""  # regular expression: parameters with such a name do not learn
 
     config.ema = ConfigDict()
     config.ema.decay = 0.99996  # per step, from the first step on; 0 tracks the weights themselves
@@ -92,6 +95,10 @@ def get_config() -> ConfigDict:
     config.eval.every = "1 epochs"  # during training, and after the last step
     config.eval.batch_size = 1024
     config.eval.weights = "ema"  # or "raw"; also decides which checkpoint is the best
+
+    # Of --mode=eval alone:
+    config.eval.classes = ""  # the only answers: "imagenet-a", "imagenet-r", a file of names; all
+    config.eval.real_labels = ""  # ReaL's real.json, beside the data, in place of the labels
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = "1 epochs"  # besides one with every evaluation

@@ -14,14 +14,15 @@ ROWS = """
     --
     models.layers models.word_embedding models.inner_kernels models.outer_attention models.cpu
     data.plan data.storage data.transforms data.randaugment
-    losses augment optimizer sharding state workdir figures metrics command host tools.findings
-    tools.contractions tools.hlo tools.rounds convert.tables convert.inert convert.mindspore_files
-    convert.hub
+    losses augment sharding state workdir figures metrics command host tools.findings
+    tables tools.contractions tools.hlo tools.rounds convert.tables convert.inert
+    convert.mindspore_files convert.hub data.imagenet_classes
     --
     models.inner_pallas models.lanes data.index data.names data.opencv weights checkpoint
-    convert.mapping convert.pickles tools.short_run
+    convert.mapping convert.pickles tools.short_run fine_tuning
     --
     models.implementations models.block convert.torch_files data.tar data.tfds_records
+    optimizer
     --
     models.tnt
     --
@@ -33,11 +34,13 @@ ROWS = """
     --
     convert.checkpoints data.sources
     --
-    convert.load convert.targets data.pipeline
+    convert.load convert.targets convert.described data.pipeline
+    data.class_maps
     --
-    build convert.against
+    build convert.against classifier
     --
-    evaluate convert.__main__ tools.check_data tools.preview tools.describe tools.tpu_compiler
+    evaluate convert.__main__ tools.predict tools.check_data tools.preview tools.describe
+    tools.tpu_compiler
     --
     train tools.compile_check tools.benchmark_compile tools.benchmark_input tools.benchmark_model
     --

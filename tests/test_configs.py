@@ -18,7 +18,17 @@ from tnt_flax.data.sources import Digits
 from tnt_flax.errors import InputError
 
 PUBLISHED = "rand-m9-mstd0.5-inc1"
-NAMES = ["default", "digits", "pets_mindspore", "tnt_b", "tnt_s", "tnt_ti", "transfer"]
+NAMES = [
+    "default",
+    "digits",
+    "finetune",
+    "imagenet_variants",
+    "pets_mindspore",
+    "tnt_b",
+    "tnt_s",
+    "tnt_ti",
+    "transfer",
+]
 PARAMETERS = {
     "tnt_ti": 6_076_408,
     "tnt_s": 23_768_584,
@@ -44,6 +54,10 @@ def test_every_file_is_tested(root):
 def test_config_builds(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     assert set(flat(config)) == set(flat(default.get_config()))
+    if not config.model.name:  # that of the weights
+        with pytest.raises(InputError, match="model.name is empty.*: set init_from=FILE"):
+            build.build_model(config, 10)
+        config.model.name = "tnt_s_patch16_224"
     build.check(config)
     classes = 10 if name == "digits" else 1000
     model = build.build_model(config, classes)
@@ -167,7 +181,9 @@ def test_without_mixing_any_batch_size_does():
 def test_a_step_mixes_and_erases_as_configured(monkeypatch):
     monkeypatch.setattr(build.steps, "make_prepare", lambda num_classes, **options: options)
     monkeypatch.setattr(
-        build.steps, "make_train_step", lambda *args, ema_decay: args[-1] | {"ema_decay": ema_decay}
+        build.steps,
+        "make_train_step",
+        lambda *args, ema_decay, freeze: args[-1] | {"ema_decay": ema_decay},
     )
     model = types.SimpleNamespace(num_classes=1000)
     options = build.build_train_step(default.get_config(), model, None, None)

@@ -8,7 +8,7 @@ import pytest
 
 from tnt_flax import build, sharding
 from tnt_flax.errors import InputError, RunError
-from tnt_flax.evaluate import evaluate, evaluate_checkpoint
+from tnt_flax.evaluate import evaluate, evaluate_checkpoint, sums_and_means
 from tnt_flax.weights import save_weights
 from tnt_flax.workdir import as_json
 
@@ -30,7 +30,11 @@ def test_exact_for_any_batch_size(setting):
     results = []
     for batch_size in (8, 56, 360, 368):
         config.eval.batch_size = batch_size
-        results.append(evaluate(step, params, build.eval_batches(config, source), mesh))
+        result, sums = sums_and_means(step, params, build.eval_batches(config, source), mesh)
+        results.append(result)
+        for name in ("per_class", "calibration"):  # images, hits, ...
+            assert sums[name][0].sum() == 360
+            assert sums[name][1].sum() == pytest.approx(360 * result["top1"])
     for result in results:
         assert (result["images"], result["skipped"]) == (360, 0)
         assert result["top1"] == results[0]["top1"] and result["top5"] == results[0]["top5"]
@@ -63,8 +67,10 @@ def test_a_weights_file(setting, tmp_path):
     config.model.dtype = "bfloat16"  # how it is computed is free
     assert evaluate_checkpoint(config, None, str(path))["images"] == 360
 
-    save_weights(path, params, {"config": as_json(config), "class_names": names[::-1]})
-    with pytest.raises(InputError, match=r"has 10 classes \('9', '8', '7'\)..., the data has 10"):
+    save_weights(path, params, {"config": as_json(config), "class_names": [*"abcdefghi0"]})
+    with pytest.raises(
+        InputError, match=r"10 classes \(a, b, c, d, e, ... \(10 in all\)\), none of"
+    ):
         evaluate_checkpoint(config, None, str(path))
 
 

@@ -13,6 +13,7 @@ _PUBLIC = {
     "fold": "tnt_flax.models",
     "list_models": "tnt_flax.models",
     "load": "tnt_flax.convert.load",
+    "load_classifier": "tnt_flax.classifier",
 }
 __all__ = list(_PUBLIC)
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a config to what it describes. Only this file, `train`, `evaluate` and `tools` read one."""
+"""From a config to what it describes.
+
+Only this file, `convert.described`, `train`, `evaluate` and `tools` read one.
+"""
 
 import functools
 import re
@@ -13,8 +16,9 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from tnt_flax import augment, steps
-from tnt_flax.convert.checkpoints import read_checkpoint
+from tnt_flax import augment, fine_tuning, steps
+from tnt_flax.convert.checkpoints import Checkpoint, read_checkpoint
+from tnt_flax.convert.described import with_network
 from tnt_flax.convert.load import adapt
 from tnt_flax.convert.networks import check_same
 from tnt_flax.data import pipeline, randaugment, sources, transforms
@@ -28,6 +32,7 @@ Batches = Iterator[dict[str, np.ndarray]]
 
 def build_model(config: ConfigDict, num_classes: int) -> TNT:
     """The network that `config.model` names, with the fields that it sets."""
+    config = with_network(config)
     fields = {k: v for k, v in config.model.items() if k != "name" and v is not None}
     model = create_model(config.model.name, num_classes=num_classes, **fields)
     size = config.data.image_size
@@ -49,41 +54,38 @@ def load_params(
     config: ConfigDict,
     model: TNT,
     path: str,
-    class_names: tuple[str, ...],
+    class_names: tuple[str, ...] | None = None,
     *,
     checkpoint: str = "best",
-    fine_tune: bool = False,
-) -> tuple[Any, str]:
-    """The weights at `path`, of any system, for `model`; returns (params, where they were).
+) -> tuple[Any, Checkpoint]:
+    """The weights at `path`, of any system, for `model`; returns (params, what they came from).
 
-    Their positions are resampled where `config.data.image_size` is another. With `fine_tune` other
-    classes get a new head; without, other classes are an error.
+    Their positions are resampled where `config.data.image_size` is another. With `class_names`, to
+    fine-tune, other classes get a new head; without, to evaluate, the head is what it is.
 
     Raises:
         InputError: see `convert.checkpoints.read_checkpoint`; or they are of another network.
     """
     found = read_checkpoint(
         path,
-        weights="ema" if fine_tune else config.eval.weights,
+        weights="ema" if class_names else config.eval.weights,
         checkpoint=checkpoint,
         inner_heads=model.inner_heads,
         outer_heads=model.outer_heads,
         patch_size=model.patch_size,
     )
-    same_classes = found.network.model.num_classes == len(class_names) and (
-        found.class_names in (None, class_names)
-    )
-    if not same_classes and not fine_tune:
-        theirs = f"{found.class_names[:3]}..." if found.class_names else "of unknown names"
-        raise InputError(
-            f"{found.path} has {found.network.model.num_classes} classes {theirs}, "
-            f"the data has {len(class_names)} {class_names[:3]}..."
-        )
-    summary, size = found.summary(), config.data.image_size
-    adapted = adapt(found, len(class_names), size, 3, new_head=not same_classes)
-    check_same(found.path, adapted, model, f"the {config.model.name} that the config describes")
+    for key in ("mean", "std"):
+        made, given = tuple(found.preprocessing[key]), tuple(config.data[key])
+        if made != given:
+            found.notes.append(f"warning: made with data.{key}={made}, used with {given}")
+    summary, size, theirs = found.summary(), config.data.image_size, found.network.model.num_classes
+    classes = len(class_names) if class_names else theirs
+    new_head = classes != theirs or class_names and found.class_names not in (None, class_names)
+    adapted = adapt(found, classes, size, 3, new_head=bool(new_head))
+    wanted = model.clone(num_classes=classes)
+    check_same(found.path, adapted, wanted, f"the {config.model.name} that the config describes")
     print("; ".join([f"loaded {summary}", *found.notes]), file=sys.stderr)
-    return found.params, found.path
+    return found.params, found
 
 
 def build_optimizer(
@@ -106,6 +108,8 @@ def build_optimizer(
         eps=optimizer.eps,
         weight_decay=optimizer.weight_decay,
         clip_norm=optimizer.clip_norm,
+        layer_decay=optimizer.layer_decay,
+        freeze=optimizer.freeze,
     )
     return tx, schedule
 
@@ -118,7 +122,8 @@ def run_keys(config: ConfigDict) -> tuple[jax.Array, jax.Array]:
 
 def build_train_step(config: ConfigDict, model: TNT, tx, schedule):
     prepare = build_prepare(config, model.num_classes)
-    return steps.make_train_step(model, tx, schedule, prepare, ema_decay=config.ema.decay)
+    options = dict(ema_decay=config.ema.decay, freeze=config.optimizer.freeze)
+    return steps.make_train_step(model, tx, schedule, prepare, **options)
 
 
 def build_prepare(config: ConfigDict, num_classes: int):
@@ -153,8 +158,8 @@ def mixes(config: ConfigDict) -> bool:
     return bool(config.augment.mixup_alpha or config.augment.cutmix_alpha)
 
 
-def build_eval_step(config: ConfigDict, model: TNT):
-    return steps.make_eval_step(model, mean=config.data.mean, std=config.data.std)
+def build_eval_step(config: ConfigDict, model: TNT, classes: tuple[int, ...] | None = None):
+    return steps.make_eval_step(model, mean=config.data.mean, std=config.data.std, classes=classes)
 
 
 def build_predict_step(config: ConfigDict, model: TNT):
@@ -171,6 +176,7 @@ def open_source(config: ConfigDict, split: str):
         name=data.name,
         class_list=data.class_list,
         eval_labels=data.eval_labels,
+        holdout=sources.Holdout(data.holdout, data.train_split, data.eval_split),
     )
 
 
@@ -280,6 +286,13 @@ def check(config: ConfigDict) -> None:
         value = functools.reduce(lambda c, k: c[k], key.split("."), config)
         if value < least:
             raise InputError(f"{key}={value} is less than {least}")
+    if not 0 <= config.data.holdout < 1:
+        raise InputError(f"data.holdout={config.data.holdout} is outside [0, 1)")
+    if not 0 < config.optimizer.layer_decay <= 1:
+        raise InputError(f"optimizer.layer_decay={config.optimizer.layer_decay} is outside (0, 1]")
+    if config.optimizer.freeze:  # is it any parameter's name?
+        shapes = jax.eval_shape(init_params(build_model(config, 1), config), jax.random.key(0))
+        fine_tuning.trained(shapes, config.optimizer.freeze)
     for key in ("mean", "std"):
         if len(config.data[key]) != 3:
             raise InputError(f"data.{key}={config.data[key]} must have three values, one a channel")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact evaluation: every image counts once, for any batch size and number of devices."""
 
+import contextlib
 import math
 import pathlib
 import sys
@@ -8,26 +9,42 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tnt_flax import build, sharding
+from tnt_flax.convert.described import with_network
+from tnt_flax.data import class_maps, imagenet_classes, storage
 from tnt_flax.errors import InputError, RunError
+from tnt_flax.tables import open_table
+
+EvalStep = Callable[..., dict[str, jax.Array]]
+PER_CLASS = {"class": str, "name": str, "images": int, "top1": float, "top5": float}
 
 
 def evaluate(
-    eval_step: Callable[..., dict[str, jax.Array]], params: Any, batches: build.Batches, mesh: Mesh
+    eval_step: EvalStep, params: Any, batches: build.Batches, mesh: Mesh
 ) -> dict[str, float]:
     """Returns top1 and top5 (shares of 1), loss (mean), images, and skipped (unreadable images).
 
     Raises:
         RunError: there is no image, or the loss is not finite.
     """
-    totals, skipped = {"top1": 0.0, "top5": 0.0, "loss": 0.0, "images": 0}, 0
+    metrics, _ = sums_and_means(eval_step, params, batches, mesh)
+    return metrics
+
+
+def sums_and_means(
+    eval_step: EvalStep, params: Any, batches: build.Batches, mesh: Mesh
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """What `evaluate` returns, and the sums of `steps.make_eval_step` over all batches."""
+    totals: dict[str, np.ndarray] = {}
+    skipped = 0
 
     def add(sums):  # in double precision, in the order of the data
-        for name, value in jax.device_get(sums).items():
-            totals[name] += value.item()
+        for name, x in jax.device_get(sums).items():
+            totals[name] = totals.get(name, 0) + np.asarray(x, np.float64)
 
     pending = {}  # added one batch late: the device never waits, nor do batches pile up on it
     for batch in batches:
@@ -36,40 +53,107 @@ def evaluate(
         add(pending)
         pending = sums
     add(pending)
-    images = totals.pop("images")
+    images = int(totals.get("images", 0))
     if not images:
         raise RunError("no image could be evaluated")
-    metrics = {name: total / images for name, total in totals.items()}
+    metrics = {name: totals[name].item() / images for name in ("top1", "top5", "loss")}
     if not math.isfinite(metrics["loss"]):
         raise RunError(f"the evaluation loss is {metrics['loss']}: these weights are not usable")
-    return {**metrics, "images": images, "skipped": skipped}
+    return {**metrics, "images": images, "skipped": skipped}, totals
+
+
+def calibration_error(calibration: np.ndarray) -> float:
+    """The expected calibration error (arXiv 1706.04599) of the sums [3, bins] of an eval step."""
+    images, hits, confidence = calibration
+    return float(np.abs(hits - confidence).sum() / images.sum())
+
+
+def mean_per_class(per_class: np.ndarray) -> float:
+    """The mean of the top1 of all classes that have images, of sums [3, classes]."""
+    images, top1, _ = per_class[:, per_class[0] > 0]
+    return float((top1 / images).mean())
 
 
 def evaluate_checkpoint(
-    config: ConfigDict, run: pathlib.Path | None, which: str
+    config: ConfigDict, run: pathlib.Path | None, which: str, per_class: str | None = None
 ) -> dict[str, float | str]:
-    """Evaluates weights on the evaluation split of `config`.
+    """Evaluates weights on the evaluation split of `config`, of which they need not know the names.
 
     `which` is "best" or "last" of the run in `run`, or weights of any system that are of the
-    config's network: a file, a workdir, an address. Returns the metrics of `evaluate`, and as
+    config's network: a file, a workdir, an address. `per_class` is a table to write, a row for each
+    class that has images. Returns the metrics of `evaluate`; ece, the expected calibration error;
+    mean_per_class, the mean of the classes' top1; classes, how many could be the answer; and as
     `checkpoint` where the weights were.
+
+    Raises:
+        InputError: also where labels and classes do not fit together, see `data.class_maps`.
     """
-    build.check(config)
-    mesh = sharding.make_mesh()
-    sharding.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
     path, checkpoint = which, "best"
     if which in ("best", "last"):
         if run is None:
             raise InputError(f"--checkpoint={which} needs the --workdir of a run")
         path, checkpoint = str(run), which
+    config = with_network(config, path, checkpoint)
+    build.check(config)
+    mesh = sharding.make_mesh()
+    sharding.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
+    real = config.eval.real_labels
+    if real and per_class:
+        raise InputError("with eval.real_labels an image may be of several classes: no --per_class")
 
-    source = build.open_source(config, config.data.eval_split)
-    class_names = tuple(source.class_names)
-    model = build.build_model(config, len(class_names))
-    params, path = build.load_params(config, model, path, class_names, checkpoint=checkpoint)
-    params = jax.device_put(params, sharding.replicated(mesh))
+    with contextlib.ExitStack() as stack:
+        table = None
+        if per_class and jax.process_index() == 0:
+            table = stack.enter_context(open_table(pathlib.Path(per_class), PER_CLASS))
+        source = build.open_source(config, config.data.eval_split)
+        params, found = build.load_params(
+            config, build.build_model(config, 0), path, checkpoint=checkpoint
+        )
+        params = jax.device_put(params, sharding.replicated(mesh))
+        named = (found.class_names, found.network.model.num_classes)
+        model = build.build_model(config, named[1])
+        classes = class_maps.chosen(config.eval.classes, *named)
+        if real:
+            labels = class_maps.real_labels(storage.join(config.data.root, real), source)
+            to_network = class_maps.to_network(imagenet_classes.synsets(), *named)
+            labels = np.where(labels < 0, labels, to_network[labels])
+            source = class_maps.Numbered(source)
+        else:
+            labels = class_maps.to_network(source.class_names, *named)[:, None]
 
-    print(f"evaluating on {len(source)} images", file=sys.stderr)
-    eval_step = jax.jit(sharding.on_mesh(build.build_eval_step(config, model), mesh))
-    metrics = evaluate(eval_step, params, build.eval_batches(config, source), mesh)
-    return {**metrics, "checkpoint": path}
+        print(f"evaluating on {len(source)} images", file=sys.stderr)
+        eval_step = jax.jit(sharding.on_mesh(build.build_eval_step(config, model, classes), mesh))
+        batches = relabeled(build.eval_batches(config, source), labels, classes)
+        metrics, sums = sums_and_means(eval_step, params, batches, mesh)
+        metrics["ece"] = calibration_error(sums["calibration"])
+        if not real:
+            metrics["mean_per_class"] = mean_per_class(sums["per_class"])
+        metrics["classes"] = len(classes) if classes else model.num_classes
+        if table:
+            names = imagenet_classes.known_names(*named) or tuple(map(str, range(named[1])))
+            write_per_class(table, sums["per_class"], names)
+            metrics["per_class"] = per_class
+    return {**metrics, "checkpoint": found.path}
+
+
+def relabeled(
+    batches: build.Batches, labels: np.ndarray, classes: tuple[int, ...] | None
+) -> build.Batches:
+    """`batches` with rows of `labels`, int32 [labels, K], in place of their labels.
+
+    Images of none of the `classes` do not count.
+    """
+    for batch in batches:
+        batch["label"] = labels[batch["label"]]
+        if classes is not None:
+            batch["label"] = np.where(np.isin(batch["label"], classes), batch["label"], -1)
+        batch["mask"] &= (batch["label"] >= 0).any(axis=1)
+        yield batch
+
+
+def write_per_class(table: Any, per_class: np.ndarray, names: tuple[str, ...]) -> None:
+    rows = zip(names, imagenet_classes.readable(names), per_class.T, strict=True)
+    for synset, name, (images, top1, top5) in rows:
+        if images:
+            shares = {"top1": top1 / images, "top5": top5 / images}
+            table.write({"class": synset, "name": name, "images": int(images), **shares})

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from tnt_flax import fine_tuning
+
 
 def epoch_learning_rates(
     *, base: float, warmup: float, minimum: float, epochs: int, warmup_epochs: int, cooldown: int
@@ -52,7 +54,15 @@ def make_optimizer(
     eps: float,
     weight_decay: float,
     clip_norm: float,
+    layer_decay: float = 1.0,
+    freeze: str = "",
 ) -> optax.GradientTransformation:
-    """torch.optim.AdamW; `clip_norm` > 0 first clips the global norm of the gradient to it."""
-    adamw = optax.adamw(schedule, beta1, beta2, eps, weight_decay=weight_decay, mask=decay_mask)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
+    """torch.optim.AdamW; `clip_norm` > 0 first clips the global norm of the gradient to it.
+
+    `layer_decay` below 1 slows the layers down as `fine_tuning.layer_scales` says; what `freeze`
+    matches gets no moments, and its updates must not be applied.
+    """
+    tx = optax.adamw(schedule, beta1, beta2, eps, weight_decay=weight_decay, mask=decay_mask)
+    tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx) if clip_norm else tx
+    tx = fine_tuning.only_trained(tx, freeze) if freeze else tx
+    return optax.chain(tx, fine_tuning.scale_by_layer(layer_decay)) if layer_decay < 1 else tx

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tnt_flax import fine_tuning
 from tnt_flax.augment import normalize
 from tnt_flax.losses import smooth_one_hot, soft_target_cross_entropy
 from tnt_flax.state import TrainState
@@ -64,6 +65,7 @@ def make_train_step(
     prepare: Callable[[Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
     *,
     ema_decay: float,
+    freeze: str = "",
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]]:
     """Returns `train_step(state, batch, key) -> (state, metrics)`.
 
@@ -71,15 +73,18 @@ def make_train_step(
     a resumed run draws what an unbroken one would, and any number of devices draw the same.
     `metrics` are scalars (loss, learning_rate, grad_norm) and `finite` bool [2 P]: a flag for each
     of the P gradients, then for each parameter as it came in, which tell where a NaN began. One
-    array, because fetching many small ones would slow the loop down.
+    array, because fetching many small ones would slow the loop down. What `freeze` matches (see
+    `fine_tuning.trained`) stays as it is.
     """
 
     def train_step(state, batch, key):
         dropout_key, mix_key, erase_key = step_keys(key, state.step)
         images, targets = prepare(batch, mix_key, erase_key)
         rngs = {"dropout": dropout_key}
+        learns = fine_tuning.trained(state.params, freeze) if freeze else None
 
         def loss_fn(params):
+            params = fine_tuning.without_gradients(params, learns) if freeze else params
             logits = model.apply({"params": params}, images, train=True, rngs=rngs)
             return soft_target_cross_entropy(logits, targets).mean()
 
@@ -87,6 +92,9 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
+        if freeze:
+            params = fine_tuning.keep_frozen(params, state.params, learns)
+            ema = fine_tuning.keep_frozen(ema, state.ema, learns)
         metrics = {
             "loss": loss,
             "learning_rate": schedule(state.step),
@@ -98,26 +106,54 @@ def make_train_step(
     return train_step
 
 
+CALIBRATION_BINS = 15  # of equal width, as in Guo et al. (arXiv 1706.04599)
+
+
 def make_eval_step(
-    model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...]
+    model: nn.Module,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    classes: tuple[int, ...] | None = None,
 ) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-    """Returns `eval_step(params, batch) -> sums` of top1, top5, loss and images over a batch.
+    """Returns `eval_step(params, batch) -> sums` over a batch: of top1, top5, loss and images.
 
     `batch` also holds `mask` bool [B]; rows where it is False pad the batch and count nowhere.
-    With fewer than five classes top5 counts every image.
+    With fewer than five classes top5 counts every image. `label` may be [B, K], the classes that
+    are right for each image, padded with -1; the loss is that of their probabilities' sum. With
+    `classes` an image can only be taken for one of these.
+
+    `per_class` [3, classes] are images, top1 and top5 of each (first) label; `calibration`
+    [3, bins] are images, top1 and the probability of the answer, by this probability.
     """
+    among = None if classes is None else jnp.isin(jnp.arange(model.num_classes), jnp.array(classes))
 
     def eval_step(params, batch):
         logits = model.apply({"params": params}, normalize(batch["image"], mean, std), train=False)
         labels, mask = batch["label"], batch["mask"]
+        labels = labels[:, None] if labels.ndim == 1 else labels
+        logits = logits if among is None else jnp.where(among[None], logits, -jnp.inf)
         _, best = jax.lax.top_k(logits, min(5, model.num_classes))
-        hits = best == labels[:, None]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        hits = (best[:, :, None] == labels[:, None, :]).any(axis=2)
+        log_probabilities = jax.nn.log_softmax(logits)
+        right = jnp.take_along_axis(log_probabilities, jnp.maximum(labels, 0), axis=1)
+        losses = -jax.nn.logsumexp(jnp.where(labels < 0, -jnp.inf, right), axis=1)
+        top1, top5 = hits[:, 0], hits.any(axis=1)
+        confidence = jnp.exp(log_probabilities.max(axis=1))
+        bins = jnp.clip(jnp.ceil(confidence * CALIBRATION_BINS) - 1, 0, CALIBRATION_BINS - 1)
+
+        def sums_by(keys, count, *columns):
+            values = jnp.where(mask[:, None], jnp.stack(columns, axis=1), 0.0)
+            return jax.ops.segment_sum(values, keys.astype(jnp.int32), count).T
+
+        ones = jnp.ones_like(confidence)
         return {
-            "top1": jnp.sum(hits[:, 0], where=mask),
-            "top5": jnp.sum(hits.any(axis=1), where=mask),
+            "top1": jnp.sum(top1, where=mask),
+            "top5": jnp.sum(top5, where=mask),
             "loss": jnp.sum(losses, where=mask),
             "images": jnp.sum(mask),
+            "per_class": sums_by(labels[:, 0], model.num_classes, ones, top1, top5),
+            "calibration": sums_by(bins, CALIBRATION_BINS, ones, top1, confidence),
         }
 
     return eval_step

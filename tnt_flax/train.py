@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from tnt_flax import build, figures, sharding, weights
 from tnt_flax.checkpoint import Checkpoints, abstract
+from tnt_flax.convert.described import with_network
 from tnt_flax.data.sources import check_same_classes
 from tnt_flax.errors import RunError
 from tnt_flax.evaluate import evaluate
@@ -32,6 +33,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
         InputError: something in the config, the data or the workdir is wrong.
         RunError: the loss became NaN or infinite, or a checkpoint could not be saved.
     """
+    config = with_network(config)
     build.check(config)
     build.build_train_transform(config)  # not after the workdir has got this config
     with open_workdir(workdir, as_json(config)):
@@ -83,9 +85,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     state = checkpoints.restore_latest(layout)
     if state is None:
         if config.init_from:
-            params, _ = build.load_params(
-                config, model, config.init_from, tuple(class_names), fine_tune=True
-            )
+            params, _ = build.load_params(config, model, config.init_from, tuple(class_names))
             state = jax.jit(new_state, out_shardings=replicated)(params)
         else:
             state = jax.jit(init_state, out_shardings=replicated)(init_key)

@@ -8,9 +8,11 @@ Reading a record may raise OSError. Sources pickle, because worker processes get
 """
 
 import difflib
+import hashlib
 import os
 import pathlib
-from typing import Protocol
+import sys
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,7 +24,17 @@ from tnt_flax.data.webdataset import webdataset
 from tnt_flax.errors import InputError
 
 KINDS = ("folder", "imagenet_tars", "webdataset", "tfds", "digits")
+# Names of folders that are splits rather than classes.
+LIKE_SPLITS = {"train", "training", "val", "valid", "validation", "eval", "test", "testing"}
 NUM_DIGITS_TEST = 360  # a fifth of the 1,797 digits
+
+
+class Holdout(NamedTuple):
+    """Which share of a folder's training images to evaluate on where it has no others."""
+
+    share: float  # of each class
+    train_split: str
+    eval_split: str
 
 
 class Source(Protocol):
@@ -45,13 +57,15 @@ def open_source(
     name: str = "",
     class_list: str = "",
     eval_labels: str = "",
+    holdout: Holdout | None = None,
 ) -> Source:
     """Opens the `split` of a data set.
 
     `kind` is "folder", "imagenet_tars" or "webdataset" (all below `root`, and optionally with a
     `class_list`; the tars with `eval_labels`), "tfds" (`name`, and `root` as its data_dir; empty
-    means tfds' default) or "digits". Raises InputError for an unknown kind, for an argument that
-    the kind needs but did not get, and for whatever the source itself finds wrong.
+    means tfds' default) or "digits". A folder without the split to evaluate on is divided as
+    `holdout` says; other kinds pass over it. Raises InputError for an unknown kind, for an argument
+    that the kind needs but did not get, and for whatever the source itself finds wrong.
     """
     if kind not in KINDS:
         guess = difflib.get_close_matches(kind.lower(), KINDS, n=1, cutoff=0.0)[0]
@@ -65,7 +79,7 @@ def open_source(
     if eval_labels and kind != "imagenet_tars":
         raise InputError(f"data.eval_labels is for kind 'imagenet_tars', not {kind!r}: unset it")
     if kind == "folder":
-        return ImageFolder(root, split, class_list)
+        return ImageFolder(root, split, class_list, holdout)
     if kind == "imagenet_tars":
         return imagenet_tars(root, split, eval_labels, class_list)
     if kind == "webdataset":
@@ -104,10 +118,13 @@ class ImageFolder:
     order of `class_list`, a text file with one class folder's name per line. Below a class folder
     images are found at any depth and sorted in natural order; names beginning with a dot are
     skipped. The split "validation" (or "val") is the folder `validation` or else `val`.
+
+    With a `holdout`, a root that lacks the split to evaluate on, or lacks both and holds the class
+    folders itself, is divided: a share of each class, the same each time, is evaluated on.
     """
 
-    def __init__(self, root: str, split: str, class_list: str = ""):
-        folder = _find_split(root, split)
+    def __init__(self, root: str, split: str, class_list: str = "", holdout: Holdout | None = None):
+        folder, part = _find_split(root, split, holdout)
         self.folder = str(folder)
         self.class_names = order_classes(_class_folders(folder), class_list, self.folder)
         self._files = []  # paths relative to the folder, as text: an ImageNet has 1.3 million
@@ -118,8 +135,18 @@ class ImageFolder:
                 raise InputError(
                     f"class folder {folder / class_name} has no images: add some, or remove it"
                 )
+            if part:
+                files = _part_of(files, class_name, part, holdout.share)
             self._files += [os.path.join(class_name, file) for file in files]
             self._labels += [label] * len(files)
+        if part == "held out":
+            if not self._files:
+                raise InputError(f"no class in {folder} has two images, so none can be held out")
+            print(
+                f"{root} has no split {split!r}: holding out {len(self)} of the images in "
+                f"{folder}, the same each time",
+                file=sys.stderr,
+            )
 
     def __len__(self) -> int:
         return len(self._files)
@@ -132,21 +159,47 @@ class ImageFolder:
         return os.path.join(self.folder, self._files[index])
 
 
-def _find_split(root, split):
+def _find_split(root, split, holdout):
+    """The folder with the class folders, and whether it is to be divided: which part is meant."""
     if not root:
         raise InputError("an image folder needs its root directory: set data.root")
     if storage.is_remote(str(root)):
         raise InputError(f"an image folder is read from a disk, not {root}: pack it as webdataset")
     root = pathlib.Path(root).expanduser()
     existing = _folders_in(root, "data set root")
+
+    def folder_of(split):
+        return next((root / name for name in split_names(split) if name in existing), None)
+
+    if holdout and holdout.share and folder_of(holdout.eval_split) is None:
+        part = {holdout.train_split: "rest", holdout.eval_split: "held out"}.get(split)
+        if folder := folder_of(holdout.train_split):
+            return folder, part
+        if part and not {name.lower() for name in existing} & LIKE_SPLITS:
+            return root, part
+    if folder := folder_of(split):
+        return folder, None
     wanted = split_names(split)
-    for name in wanted:
-        if name in existing:
-            return root / name
     raise InputError(
         f"no folder {' or '.join(repr(name) for name in wanted)} in {root}: it holds "
-        f"{some(existing)}; expected {root / wanted[0]}/CLASS/IMAGE"
+        f"{some(existing)}; expected {root / wanted[0]}/CLASS/IMAGE, or set data.train_split and "
+        "data.eval_split to its folders, or data.holdout=0.2 to evaluate on a fifth of its images"
     )
+
+
+def _part_of(files, class_name, part, share):
+    """The held-out files of a class, or the rest; each of them has one at least, if there are two.
+
+    By a hash of the name: a further image does not move those that are there between the parts,
+    but for one or two at the border.
+    """
+
+    def key(file):
+        return hashlib.sha256(f"{class_name}/{file}".encode("utf-8", "surrogateescape")).digest()
+
+    count = min(max(round(share * len(files)), 1), len(files) - 1)
+    held_out = set(sorted(files, key=key)[:count])
+    return [file for file in files if (file in held_out) == (part == "held out")]
 
 
 def _class_folders(folder):

@@ -34,16 +34,16 @@ class CorruptImageError(ValueError):
 def decode(image: Encoded) -> Image.Image:
     """An encoded file, or uint8 pixels [H, W] or [H, W, C], as a PIL image in RGB.
 
-    What was decoded before is returned as it is.
+    What was decoded to RGB before is returned as it is.
 
     As timm decodes: `convert("RGB")` whatever the mode (grey is repeated, CMYK converted, alpha
     dropped, 16 bits clipped to 255), and an EXIF orientation is not applied.
     Raises CorruptImageError for anything that cannot be shown: truncated or empty data, a format
     that PIL does not read, no pixels, or more than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
-    if isinstance(image, Image.Image):
-        return image
     try:
+        if isinstance(image, Image.Image):
+            return _in_rgb(image)
         if isinstance(image, np.ndarray):
             return _from_pixels(image)
         return _from_file(image)
@@ -61,11 +61,16 @@ def _from_file(encoded):
     image = Image.open(io.BytesIO(encoded))
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # where the user's filters say ignore
         raise CorruptImageError(f"{image.width} x {image.height} pixels are too many")
-    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        del image.info["transparency"]  # dropped by convert() anyway, but with a warning
+    return _in_rgb(image)
+
+
+def _in_rgb(image):
     if image.mode == "RGB":  # `convert` would copy it
         image.load()
         return image
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.copy()  # it may be the user's
+        del image.info["transparency"]  # dropped by convert() anyway, but with a warning
     return image.convert("RGB")
 
 
