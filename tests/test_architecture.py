@@ -18,6 +18,8 @@ ROWS = """
     tools.contractions tools.hlo tools.rounds convert.tables convert.inert convert.mindspore_files
     convert.hub
     --
+    distributed
+    --
     models.inner_pallas models.lanes data.index data.names data.opencv weights checkpoint
     convert.mapping convert.pickles
     --
