@@ -12,13 +12,15 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "tnt_flax"
 ROWS = """
     errors models.platform
     --
+    models.draws
+    --
     models.layers models.word_embedding models.inner_kernels models.outer_attention models.cpu
     data.plan data.storage data.transforms data.randaugment
-    losses augment optimizer sharding state workdir figures metrics command host tools.findings
+    losses augment optimizer sharding workdir figures metrics command host tools.findings
     tools.contractions tools.hlo tools.rounds convert.tables convert.inert convert.mindspore_files
     convert.hub
     --
-    distributed
+    distributed state
     --
     models.inner_pallas models.lanes data.index data.names data.opencv weights checkpoint
     convert.mapping convert.pickles

@@ -13,7 +13,7 @@ COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "collective-permute"}
 
 def test_the_batch_is_split_not_copied():
     mesh = sharding.make_mesh()
-    assert mesh.shape == {"data": 8}
+    assert mesh.shape == {"data": 8, "fsdp": 1, "tensor": 1}
     images = np.arange(16 * 2, dtype=np.uint8).reshape(16, 2)
     array = sharding.to_global({"image": images}, mesh)["image"]
     assert array.shape == (16, 2)
@@ -36,10 +36,10 @@ def test_a_training_step_sees_the_mesh_that_it_runs_on():
         seen.append(jax.sharding.get_abstract_mesh())
         return state + batch.sum(), {"mean": batch.mean()}
 
-    step = sharding.jit_train_step(train_step, mesh)
+    step = sharding.jit_train_step(train_step, mesh, jnp.zeros(4))
     before = jax.device_put(jnp.zeros(4), sharding.replicated(mesh))
     after, metrics = step(before, np.arange(8.0), jax.random.key(0))
-    assert seen[0] == mesh.abstract_mesh and seen[0].shape == {"data": 4}
+    assert seen[0] == mesh.abstract_mesh and seen[0].shape["data"] == 4
     assert before.is_deleted() and after.devices() == set(jax.devices()[2:6])
     assert (after[0], metrics["mean"]) == (28, 3.5)
 
@@ -94,19 +94,14 @@ def test_eight_devices_train_as_one_does(smoke_config):
     step = build.build_train_step(config, model, tx, schedule)
 
     mesh = sharding.make_mesh()
-    everywhere = sharding.replicated(mesh)
-    split = jax.jit(
-        step,
-        in_shardings=(everywhere, sharding.batch_sharding(mesh), everywhere),
-        out_shardings=everywhere,
-    )
+    split = sharding.jit_train_step(step, mesh, state)
     with jax.default_matmul_precision("highest"):
-        spread = sharding.to_global(batch, mesh)
-        compiled = split.lower(state, spread, jax.random.key(1)).compile()
-        new, metrics = compiled(state, spread, jax.random.key(1))
         alone, alone_metrics = jax.jit(step)(
             state, jax.tree.map(jnp.asarray, batch), jax.random.key(1)
         )
+        spread = sharding.to_global(batch, mesh)
+        compiled = split.lower(state, spread, jax.random.key(1)).compile()
+        new, metrics = split(state, spread, jax.random.key(1))
     assert new.params["head"]["kernel"].sharding.is_fully_replicated
     np.testing.assert_allclose(metrics["loss"], alone_metrics["loss"], rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], alone_metrics["grad_norm"], rtol=1e-4)

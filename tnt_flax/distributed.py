@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -243,6 +243,35 @@ def _gather(value):
 
 def _name(process: int) -> str:
     return f"{process} ({hosts()[process]})"
+
+
+def total(count: int) -> int:
+    """The sum of what all processes have counted; all must ask."""
+    if jax.process_count() == 1:
+        return count
+    return int(multihost_utils.process_allgather(np.int32(count)).sum())
+
+
+def on_main(what: str, function: Callable[[], Any], timeout: float = PATIENCE) -> Any:
+    """Runs `function` in process 0; the others wait, and get None.
+
+    Raises:
+        InputError, RunError: on every process alike, what process 0 has raised.
+    """
+    result, error = None, None
+    if is_main():
+        try:
+            result = function()
+        except (InputError, RunError) as caught:
+            error = caught
+    said = json.dumps([type(error).__name__, str(error)] if error else None)
+    kind_and_message = json.loads(exchange(what, said, timeout)[0])
+    if error:
+        raise error
+    if kind_and_message:
+        kind, message = kind_and_message
+        raise (InputError if kind == "InputError" else RunError)(message)
+    return result
 
 
 def agree(what: str, values: dict[str, Any], timeout: float = PATIENCE) -> None:

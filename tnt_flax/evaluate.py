@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tnt_flax import build, sharding
+from tnt_flax import build, distributed, sharding
 from tnt_flax.errors import InputError, RunError
 
 
@@ -29,6 +29,7 @@ def evaluate(
         for name in totals if sums else ():
             totals[name] += sums[name].item()
 
+    params = sharding.whole(params, mesh)
     pending = None  # added one batch late: the device never waits, nor do batches pile up on it
     for batch in batches:
         skipped += int(batch.pop("corrupt").sum())
@@ -42,7 +43,7 @@ def evaluate(
     metrics = {name: total / images for name, total in totals.items()}
     if not math.isfinite(metrics["loss"]):
         raise RunError(f"the evaluation loss is {metrics['loss']}: these weights are not usable")
-    return {**metrics, "images": images, "skipped": skipped}
+    return {**metrics, "images": images, "skipped": distributed.total(skipped)}
 
 
 def evaluate_checkpoint(
@@ -55,8 +56,7 @@ def evaluate_checkpoint(
     `checkpoint` where the weights were.
     """
     build.check(config)
-    mesh = sharding.make_mesh()
-    sharding.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
+    mesh = build.build_mesh(config)
     path, checkpoint = which, "best"
     if which in ("best", "last"):
         if run is None:
@@ -67,9 +67,9 @@ def evaluate_checkpoint(
     class_names = tuple(source.class_names)
     model = build.build_model(config, len(class_names))
     params, path = build.load_params(config, model, path, class_names, checkpoint=checkpoint)
-    params = jax.device_put(params, sharding.replicated(mesh))
+    params = sharding.place(params, sharding.shardings(params, mesh, (sharding.TENSOR,)))
 
     print(f"evaluating on {len(source)} images", file=sys.stderr)
-    eval_step = jax.jit(sharding.on_mesh(build.build_eval_step(config, model), mesh))
+    eval_step = sharding.jit_eval_step(build.build_eval_step(config, model), mesh)
     metrics = evaluate(eval_step, params, build.eval_batches(config, source), mesh)
     return {**metrics, "checkpoint": path}
