@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
 
     config.init_from = ""  # weights of any system to begin with: a file, workdir, or hf:// address
 
-    # The axes along which all devices of all hosts stand; another mesh changes a run's rounding alone.
+    # The axes along which all devices stand; a resumed run may have others, and rounds otherwise.
     config.mesh = ConfigDict()
     config.mesh.data = -1  # splits the batch; -1 takes all devices that the others leave
     config.mesh.fsdp = 1  # splits the batch, and weights, average and optimizer state (ZeRO)

@@ -28,8 +28,7 @@ Batches = Iterator[dict[str, np.ndarray]]
 
 def build_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """The mesh of all devices of all hosts, or of `devices`."""
-    sizes = {axis: config.mesh[axis] for axis in sharding.AXES}
-    mesh = sharding.make_mesh(devices, **sizes)
+    mesh = sharding.make_mesh(devices, **{axis: config.mesh[axis] for axis in sharding.AXES})
     sharding.check_batch_size("batch_size", config.batch_size, mesh)
     sharding.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
     return mesh
@@ -131,14 +130,9 @@ def run_keys(config: ConfigDict) -> tuple[jax.Array, jax.Array]:
 
 
 def build_train_step(config: ConfigDict, model: TNT, tx, schedule):
-    return steps.make_train_step(
-        model,
-        tx,
-        schedule,
-        build_prepare(config, model.num_classes),
-        ema_decay=config.ema.decay,
-        gradient_dtype=config.mesh.gradient_dtype,
-    )
+    prepare = build_prepare(config, model.num_classes)
+    options = dict(ema_decay=config.ema.decay, gradient_dtype=config.mesh.gradient_dtype)
+    return steps.make_train_step(model, tx, schedule, prepare, **options)
 
 
 def build_prepare(config: ConfigDict, num_classes: int):

@@ -189,9 +189,8 @@ def jit_train_step(train_step: Callable, mesh: Mesh, state: Any) -> Callable:
 
 
 def jit_eval_step(eval_step: Callable, mesh: Mesh) -> Callable:
-    """The function of `steps.make_eval_step` as it runs on `mesh`, with weights as `whole` gives."""
-    everywhere = replicated(mesh)
-    return jax.jit(on_mesh(eval_step, mesh), out_shardings=everywhere)
+    """The function of `steps.make_eval_step` as it runs on `mesh`, on weights made `whole`."""
+    return jax.jit(on_mesh(eval_step, mesh), out_shardings=replicated(mesh))
 
 
 def value_and_grad(loss: Callable, dtype: Any = jnp.float32) -> Callable:
