@@ -22,7 +22,7 @@ ROWS = """
     --
     distributed state
     --
-    models.inner_pallas models.lanes data.index data.names data.opencv weights checkpoint
+    agreement models.inner_pallas models.lanes data.index data.names data.opencv weights checkpoint
     convert.mapping convert.pickles
     --
     models.implementations models.block convert.torch_files data.tar data.tfds_records

@@ -42,7 +42,7 @@ class Checkpoints:
 
     def __init__(self, folder: pathlib.Path, *, keep: int, info: dict[str, Any]):
         self.folder, self.info = folder, info
-        found = distributed.on_main("damaged checkpoints", lambda: _quarantine(folder))
+        found = distributed.on_main("damaged checkpoints", lambda: _quarantine(folder), 600)
         self.damaged = bool(distributed.total(len(found or ())))
         self._saving_step = None
         policy = checkpoint_managers.AnyPreservationPolicy(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many processes as one run: how they find each other, and what they must agree on.
+"""Many processes as one run: how they find each other, and talk outside of the devices.
 
 JAX's own runtime does the work. Its coordinator, in process 0, is the only service that is opened
 here; in runs on one host it listens on the loopback interface alone.
@@ -7,7 +7,6 @@ here; in runs on one host it listens on the loopback interface alone.
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -15,7 +14,6 @@ import socket
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -24,7 +22,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tnt_flax.errors import InputError, RunError, listed, one_line
-from tnt_flax.workdir import differences
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
 PATIENCE = 60  # seconds that an answer of a process that runs may take
@@ -226,7 +223,7 @@ def exchange(name: str, value: str, timeout: float) -> list[str]:
                 raise RunError(f"the run's coordinator failed: {one_line(error)}") from error
             silent.append(process)
     if silent:
-        names = [str(process) if name == "host" else _name(process) for process in silent]
+        names = [str(process) if name == "host" else name_of(process) for process in silent]
         raise RunError(f"process {listed(names)} did not tell its {name} within {timeout:g} s")
     return answers
 
@@ -241,7 +238,8 @@ def _gather(value):
     return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
-def _name(process: int) -> str:
+def name_of(process: int) -> str:
+    """Such as "3 (tpu-host-3)"."""
     return f"{process} ({hosts()[process]})"
 
 
@@ -272,73 +270,3 @@ def on_main(what: str, function: Callable[[], Any], timeout: float = PATIENCE) -
         kind, message = kind_and_message
         raise (InputError if kind == "InputError" else RunError)(message)
     return result
-
-
-def agree(what: str, values: dict[str, Any], timeout: float = PATIENCE) -> None:
-    """Every process must say the same `values`, which are nested dictionaries of JSON values.
-
-    Raises:
-        InputError: on every process alike, with who differs from process 0, and in what.
-        RunError: see `exchange`.
-    """
-    answers = [json.loads(answer) for answer in exchange(what, json.dumps(values), timeout)]
-    for process, answer in enumerate(answers):
-        if found := differences(answers[0], answer):
-            raise InputError(
-                f"process {_name(process)} differs from process {_name(0)} in its {what}: "
-                f"{listed(found, separator='; ')}"
-            )
-
-
-def agree_on_program(timeout: float = PATIENCE) -> None:
-    """All processes run the same code on as many devices of the same kind. Raises as `agree`."""
-    devices = jax.local_devices()
-    program = {
-        "tnt_flax": _source_digest(),
-        "jax": jax.__version__,
-        "devices": f"{len(devices)} {devices[0].device_kind}",
-    }
-    agree("program", program, timeout)
-
-
-def _source_digest() -> str:
-    package = pathlib.Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def check_shared(workdir: pathlib.Path, timeout: float = PATIENCE) -> None:
-    """All hosts see the same folder `workdir`, which process 0 has made.
-
-    Raises:
-        InputError: on every process alike, naming who does not see it.
-        RunError: see `exchange`.
-    """
-    token = workdir / ".token"
-    if is_main():
-        temporary = token.with_name(".token.tmp")
-        temporary.write_text(uuid.uuid4().hex)
-        os.replace(temporary, token)
-    mine = token.read_text() if is_main() else ""
-    expected = exchange("workdir token", mine, timeout)[0]
-    seen = _wait_for(token, expected, timeout)
-    answers = exchange("view of the workdir", "yes" if seen else "no", 2 * timeout)
-    blind = [_name(process) for process, answer in enumerate(answers) if answer == "no"]
-    if blind:
-        raise InputError(
-            f"process {listed(blind)} does not see the workdir {workdir} of process {_name(0)}: "
-            "it must be a folder that all hosts share"
-        )
-
-
-def _wait_for(path: pathlib.Path, text: str, timeout: float) -> bool:
-    """Does a file come to hold `text`? Network file systems show what others write with delay."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            if path.read_text() == text:
-                return True
-        time.sleep(0.1)
-    return False

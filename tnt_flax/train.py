@@ -13,7 +13,7 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from tnt_flax import build, distributed, figures, sharding, weights
+from tnt_flax import agreement, build, distributed, figures, sharding, weights
 from tnt_flax.checkpoint import Checkpoints, abstract
 from tnt_flax.data.sources import check_same_classes
 from tnt_flax.errors import RunError
@@ -38,9 +38,9 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     with contextlib.ExitStack() as stack:
         enter = lambda: stack.enter_context(open_workdir(workdir, as_json(config)))
         distributed.on_main("workdir", enter)
-        distributed.agree_on_program()
-        distributed.agree("config", as_json(config))
-        distributed.check_shared(workdir)
+        agreement.agree_on_program()
+        agreement.agree("config", as_json(config))
+        agreement.check_shared(workdir)
         return _train(config, workdir)
 
 
@@ -61,7 +61,8 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     check_same_classes(train_source, eval_source)
     class_names = train_source.class_names
     seen = {"train_images": len(train_source), "eval_images": len(eval_source)}
-    distributed.agree("data", {**seen, "classes": dict(enumerate(class_names))})
+    # One host may have found its index of the images ready, another has to make it.
+    agreement.agree("data", {**seen, "classes": dict(enumerate(class_names))}, timeout=3600)
     plan = build.build_plan(config, len(train_source))
     total_steps = plan.steps_per_epoch * (config.epochs + config.optimizer.cooldown_epochs)
     every = {
