@@ -12,30 +12,28 @@ from typing import Any
 
 import jax
 
-from tnt_flax import distributed
+from tnt_flax.distributed import PATIENCE, exchange, is_main, name_of
 from tnt_flax.errors import InputError, listed
 from tnt_flax.workdir import differences
 
 
-def agree(what: str, values: dict[str, Any], timeout: float = distributed.PATIENCE) -> None:
+def agree(what: str, values: dict[str, Any], timeout: float = PATIENCE) -> None:
     """Every process must say the same `values`, which are nested dictionaries of JSON values.
 
     Raises:
         InputError: on every process alike, with who differs from process 0, and in what.
         RunError: see `distributed.exchange`.
     """
-    answers = [
-        json.loads(answer) for answer in distributed.exchange(what, json.dumps(values), timeout)
-    ]
+    answers = [json.loads(answer) for answer in exchange(what, json.dumps(values), timeout)]
     for process, answer in enumerate(answers):
         if found := differences(answers[0], answer):
             raise InputError(
-                f"process {distributed.name_of(process)} differs from process {distributed.name_of(0)} in its {what}: "
+                f"process {name_of(process)} differs from process {name_of(0)} in its {what}: "
                 f"{listed(found, separator='; ')}"
             )
 
 
-def agree_on_program(timeout: float = distributed.PATIENCE) -> None:
+def agree_on_program(timeout: float = PATIENCE) -> None:
     """All processes run the same code on as many devices of the same kind. Raises as `agree`."""
     devices = jax.local_devices()
     program = {
@@ -54,7 +52,7 @@ def _source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def check_shared(workdir: pathlib.Path, timeout: float = distributed.PATIENCE) -> None:
+def check_shared(workdir: pathlib.Path, timeout: float = PATIENCE) -> None:
     """All hosts see the same folder `workdir`, which process 0 has made.
 
     Raises:
@@ -62,20 +60,18 @@ def check_shared(workdir: pathlib.Path, timeout: float = distributed.PATIENCE) -
         RunError: see `distributed.exchange`.
     """
     token = workdir / ".token"
-    if distributed.is_main():
+    if is_main():
         temporary = token.withname_of(".token.tmp")
         temporary.write_text(uuid.uuid4().hex)
         os.replace(temporary, token)
-    mine = token.read_text() if distributed.is_main() else ""
-    expected = distributed.exchange("workdir token", mine, timeout)[0]
+    mine = token.read_text() if is_main() else ""
+    expected = exchange("workdir token", mine, timeout)[0]
     seen = _wait_for(token, expected, timeout)
-    answers = distributed.exchange("view of the workdir", "yes" if seen else "no", 2 * timeout)
-    blind = [
-        distributed.name_of(process) for process, answer in enumerate(answers) if answer == "no"
-    ]
+    answers = exchange("view of the workdir", "yes" if seen else "no", 2 * timeout)
+    blind = [name_of(process) for process, answer in enumerate(answers) if answer == "no"]
     if blind:
         raise InputError(
-            f"process {listed(blind)} does not see the workdir {workdir} of process {distributed.name_of(0)}: "
+            f"process {listed(blind)} does not see the workdir {workdir} of process {name_of(0)}: "
             "it must be a folder that all hosts share"
         )
 
