@@ -61,7 +61,7 @@ def check_shared(workdir: pathlib.Path, timeout: float = PATIENCE) -> None:
     """
     token = workdir / ".token"
     if is_main():
-        temporary = token.withname_of(".token.tmp")
+        temporary = token.with_name(".token.tmp")
         temporary.write_text(uuid.uuid4().hex)
         os.replace(temporary, token)
     mine = token.read_text() if is_main() else ""

@@ -7,6 +7,7 @@ here; in runs on one host it listens on the loopback interface alone.
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -26,6 +27,8 @@ from tnt_flax.errors import InputError, RunError, listed, one_line
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
 PATIENCE = 60  # seconds that an answer of a process that runs may take
 SHUTDOWN = 30  # seconds that a process which has ended waits for the others
+
+_questions = itertools.count()  # a key of the store can be set once
 
 
 class Job(NamedTuple):
@@ -110,8 +113,10 @@ def _explicit(coordinator, num_processes, process_id) -> Job | None:
 def _launched(timeout: int) -> Job | None:
     """What JAX finds out about this process: Cloud TPU, Slurm, Open MPI, Kubernetes."""
     try:
-        from jax._src.clusters import ClusterEnv  # public is only to start at once
-    except ImportError:
+        from jax._src.clusters import ClusterEnv
+    except ImportError:  # it is not public; what is, starts at once, or says that it found nothing
+        with contextlib.suppress(ValueError):
+            jax.distributed.initialize(initialization_timeout=timeout)
         return None
     try:
         found = ClusterEnv.auto_detect_unset_distributed_params(
@@ -200,7 +205,7 @@ def hosts() -> list[str]:
 
 
 def exchange(name: str, value: str, timeout: float) -> list[str]:
-    """What every process says, in their order. All must ask; each `name` can be used once.
+    """What every process says, in their order. All must ask the same things in the same order.
 
     Raises:
         RunError: naming those who did not answer within `timeout` seconds.
@@ -210,14 +215,13 @@ def exchange(name: str, value: str, timeout: float) -> list[str]:
     store = client()
     if store is None or not hasattr(store, "blocking_key_value_get"):
         return _gather(value)
-    store.key_value_set(f"tnt_flax/{name}/{jax.process_index()}", value)
+    question = f"tnt_flax/{next(_questions)}/{name}"
+    store.key_value_set(f"{question}/{jax.process_index()}", value)
     deadline, answers, silent = time.monotonic() + timeout, [], []
     for process in range(jax.process_count()):
         left = max(deadline - time.monotonic(), 0.01)
         try:
-            answers.append(
-                store.blocking_key_value_get(f"tnt_flax/{name}/{process}", int(1000 * left))
-            )
+            answers.append(store.blocking_key_value_get(f"{question}/{process}", int(1000 * left)))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise RunError(f"the run's coordinator failed: {one_line(error)}") from error
