@@ -199,7 +199,7 @@ def value_and_grad(loss: Callable, dtype: Any = jnp.float32) -> Callable:
     On an ambient mesh (see `on_mesh`) each device computes the gradient of its own rows, and these
     are exchanged in `dtype` when they are all there. Left to itself, the compiler would exchange
     every block's as soon as it has it, in the body of the loop over the blocks. Inside of `loss`,
-    the axes in BATCH are manual: its random numbers must be those of `models.draws`.
+    the axes in BATCH are manual: so its random numbers must be those of `models.draws`.
     """
 
     def function(params, batch, key):
@@ -212,7 +212,9 @@ def value_and_grad(loss: Callable, dtype: Any = jnp.float32) -> Callable:
             value, gradients = jax.value_and_grad(loss)(params, batch, key)
             return jax.tree.map(lambda x: (x / shares).astype(x.dtype)[None], (value, gradients))
 
-        alone = functools.partial(jax.shard_map, axis_names=set(BATCH), check_vma=False)
+        # An axis of one device is taken apart, too: a kernel wants to run on nothing else.
+        manual = {axis for axis in AXES if axis in BATCH or mesh.shape[axis] == 1}
+        alone = functools.partial(jax.shard_map, axis_names=manual, check_vma=False)
         rows, everywhere = PartitionSpec(BATCH), PartitionSpec()
         own = alone(own, in_specs=(everywhere, rows, everywhere), out_specs=rows)
         value, gradients = own(_gather(params), batch, key)
