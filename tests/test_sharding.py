@@ -232,8 +232,6 @@ def trained_alone():
             "model.outer_dim": 16,
             "model.outer_heads": 2,
             "model.drop_path": 0.3,
-            "augment.mixup_alpha": 0.8,
-            "augment.erase_prob": 0.25,
         }
     )
     model = build.build_model(config, 10)
@@ -258,16 +256,16 @@ def test_eight_devices_train_as_one_does(trained_alone, name):
     mesh = sharding.make_mesh(**sizes)
     state = sharding.place(start, sharding.shardings(start, mesh))
     batch, key = sharding.to_global(random_batch(), mesh), jax.random.key(1)
-    lowered = sharding.jit_train_step(step, mesh, start).lower(state, batch, key)
-    compiled, metrics = lowered.compile(), []
+    compiled = sharding.jit_train_step(step, mesh, start).lower(state, batch, key).compile()
+    metrics = []
     key = jax.device_put(key, sharding.replicated(mesh))
     for _ in range(3):
         state, found = compiled(state, batch, key)
         metrics.append((found["loss"], found["grad_norm"]))
     assert found["finite"].all()
-    np.testing.assert_allclose(metrics, expected, rtol=2e-6)
+    np.testing.assert_allclose(metrics, expected, rtol=1e-5)
     for ours, alone in zip(jax.tree.leaves(state.ema), jax.tree.leaves(end.ema), strict=True):
-        np.testing.assert_allclose(ours, alone, atol=2e-6)
+        np.testing.assert_allclose(ours, alone, atol=1e-5)
 
     exchanges = {}
     for each in hlo.collectives(compiled.as_text()):
@@ -285,7 +283,14 @@ def test_the_type_of_the_exchange(dtype):
     def loss(params, batch, key):
         return (batch @ params["head"]["kernel"] + params["head"]["bias"][None]).mean()
 
-    both = jax.jit(sharding.on_mesh(sharding.value_and_grad(loss, dtype), mesh))
+    both = jax.jit(
+        sharding.on_mesh(sharding.value_and_grad(loss, dtype), mesh),
+        in_shardings=(
+            sharding.shardings(params, mesh),
+            sharding.batch_sharding(mesh),
+            sharding.replicated(mesh),
+        ),
+    )
     lowered = both.lower(params, np.ones((16, 4), np.float32), jax.random.key(0))
     exchange = r'"stablehlo.(?:all_reduce|reduce_scatter)".*?\}\) : \((.*?)\) ->'
     types = re.findall(exchange, lowered.as_text(), re.DOTALL)

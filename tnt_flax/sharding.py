@@ -253,12 +253,13 @@ def _exchange(value, gradients, dtype):
 
     def exchange(value, gradients):
         flat, tree = jax.tree.flatten(jax.tree.map(lambda x: x[0].astype(dtype), gradients))
-        own = jax.tree.leaves(split)
-        alone = mesh.shape[FSDP] == 1
-        parts = {i: tuple(s).index(FSDP) for i, s in enumerate(own) if FSDP in s and not alone}
-        for i, axis in parts.items():  # first each device gets the sum of its part ...
+        parts = {}  # which of them "fsdp" splits, and along which of their axes
+        if mesh.shape[FSDP] > 1:
+            leaves = enumerate(jax.tree.leaves(split))
+            parts = {i: tuple(spec).index(FSDP) for i, spec in leaves if FSDP in spec}
+        for i, axis in parts.items():
             flat[i] = jax.lax.psum_scatter(flat[i], FSDP, scatter_dimension=axis, tiled=True)
-        scattered = jax.lax.psum([flat[i] for i in parts], "data")  # ... of its column of the mesh
+        scattered = jax.lax.psum([flat[i] for i in parts], "data")
         rest = [i for i in range(len(flat)) if i not in parts]
         value, shared = jax.lax.psum((value[0], [flat[i] for i in rest]), BATCH)
         for i, x in zip([*parts, *rest], [*scattered, *shared], strict=True):
