@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from tnt_flax.models import inner_kernels as kernels
-from tnt_flax.models.platform import devices, free_axes, platform
+from tnt_flax.models.platform import devices, free_axes, heads_are_split, platform
 
 INTERPRET = False  # True, in tests, runs the kernels without a TPU
 SIZES = ((12, 2), (24, 4), (40, 4))  # published word widths and heads
@@ -39,6 +39,8 @@ def refusal(width: int, heads: int, words: int, hidden: int, images: int) -> str
     shares = devices(free_axes())
     if jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1 and not INTERPRET:
         return f"it must be told how {jax.device_count()} devices share it: use jax.set_mesh(mesh)"
+    if heads_are_split():
+        return "the mesh splits more than the batch: its axis 'tensor' has several devices"
     if images < 1 or images % shares:
         return f"{images} images do not split over {shares} devices"
     return ""

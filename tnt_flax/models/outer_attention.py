@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from tnt_flax.models.platform import TENSOR, devices, free_axes, platform
+from tnt_flax.models.platform import devices, free_axes, heads_are_split, platform
 
 Heads = Float[Array, "B N heads d"]
 
@@ -40,8 +40,7 @@ def suits(batch: int, length: int, width: int) -> bool:
     if jax.sharding.get_abstract_mesh().empty:
         shared = jax.device_count() == 1
     else:
-        split_heads = TENSOR in axes and devices((TENSOR,)) > 1
-        shared = batch % devices(axes) == 0 and not split_heads
+        shared = batch % devices(axes) == 0 and not heads_are_split()
     fits = length <= LONGEST and (LANES % width == 0 or width % LANES == 0)
     return shared and fits and platform() == "tpu"
 

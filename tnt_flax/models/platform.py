@@ -35,3 +35,8 @@ def devices(axes: tuple[str, ...]) -> int:
     """Along `axes` of the ambient mesh."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape[axis] for axis in axes)
+
+
+def heads_are_split() -> bool:
+    """Does the compiler divide the outer transformer among devices? It cannot divide kernels."""
+    return TENSOR in free_axes() and devices((TENSOR,)) > 1
