@@ -39,7 +39,7 @@ def start(
     return started
 
 
-def finish(started: Sequence[subprocess.Popen], timeout: float = 300) -> list[tuple[int, str, str]]:
+def finish(started: Sequence[subprocess.Popen], timeout: float = 900) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each; those that take longer are killed and fail the test."""
     results = []
     try:
