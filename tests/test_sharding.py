@@ -221,7 +221,7 @@ MESHES = {
 
 @pytest.fixture(scope="module")
 def trained_alone():
-    """Three steps on one device, of everything random."""
+    """Twenty steps on one device, with drop path."""
     from configs import digits
 
     config = digits.get_config()
@@ -240,7 +240,7 @@ def trained_alone():
     state = jax.jit(lambda key: TrainState.create(build.init_params(model, config)(key), tx))
     start, batch, metrics = state(jax.random.key(0)), random_batch(), []
     state, one = start, jax.jit(step)
-    for _ in range(3):
+    for _ in range(20):
         state, found = one(state, batch, jax.random.key(1))
         metrics.append((found["loss"], found["grad_norm"]))
     return config, start, metrics, state
@@ -259,13 +259,14 @@ def test_eight_devices_train_as_one_does(trained_alone, name):
     compiled = sharding.jit_train_step(step, mesh, start).lower(state, batch, key).compile()
     metrics = []
     key = jax.device_put(key, sharding.replicated(mesh))
-    for _ in range(3):
+    for _ in range(20):
         state, found = compiled(state, batch, key)
         metrics.append((found["loss"], found["grad_norm"]))
     assert found["finite"].all()
-    np.testing.assert_allclose(metrics, expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics, expected, rtol=1e-4)  # losses, norms of gradients
+    np.testing.assert_allclose(np.array(metrics)[:, 0], np.array(expected)[:, 0], rtol=1e-5)
     for ours, alone in zip(jax.tree.leaves(state.ema), jax.tree.leaves(end.ema), strict=True):
-        np.testing.assert_allclose(ours, alone, atol=1e-5)
+        np.testing.assert_allclose(ours, alone, atol=1e-4)
 
     exchanges = {}
     for each in hlo.collectives(compiled.as_text()):
