@@ -28,7 +28,8 @@ Batches = Iterator[dict[str, np.ndarray]]
 
 def build_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """The mesh of all devices of all hosts, or of `devices`."""
-    mesh = sharding.make_mesh(devices, **{axis: config.mesh[axis] for axis in sharding.AXES})
+    sizes = dict(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    mesh = sharding.make_mesh(devices, **sizes)
     sharding.check_batch_size("batch_size", config.batch_size, mesh)
     sharding.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
     return mesh
