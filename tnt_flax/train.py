@@ -203,6 +203,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
                 class_names,
                 workdir / "predictions.png",
             )
+        distributed.exchange("end", "", timeout=3600)  # JAX would not wait for process 0 so long
         return {**last_eval, "step": total_steps, "fingerprint": digest}
     finally:
         batches.close()
