@@ -4,8 +4,10 @@
     python main.py --config=configs/digits.py --workdir=runs/digits
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=eval
 
-Any key of the config can be set: --config.batch_size=96. The last line on stdout is one JSON
-object; progress goes to stderr. Exit code 1 is a run that failed, 2 is bad input.
+Any key of the config can be set: --config.batch_size=96. On many hosts the same command runs on
+each: a launcher that JAX knows tells them of each other, or --coordinator, --num_processes and
+--process_id do. The last line on stdout (of process 0) is one JSON object; progress goes to stderr.
+Exit code 1 is a run that failed, 2 is bad input.
 """
 
 import json
@@ -13,7 +15,7 @@ import pathlib
 
 from absl import app, flags, logging
 
-from tnt_flax import command, host
+from tnt_flax import command, distributed, host
 from tnt_flax.command import CONFIG
 from tnt_flax.errors import InputError
 
@@ -28,6 +30,13 @@ CHECKPOINT = flags.DEFINE_string(
     "What --mode=eval evaluates: best or last of the workdir, or weights of any system: a file, a "
     "workdir, the folder of one checkpoint, hf://OWNER/NAME.",
 )
+# Of a run of many processes that no launcher known to JAX has started.
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which this one is, from 0.", lower_bound=0)
+START_TIMEOUT = flags.DEFINE_integer(
+    "start_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1
+)
 
 PER_CLASS = flags.DEFINE_string(
     "per_class", None, "With --mode=eval, a table to write: .csv, .jsonl or .parquet."
@@ -41,6 +50,13 @@ def main(argv: list[str]) -> None:
     host.cache_compilations()
     workdir = pathlib.Path(WORKDIR.value).resolve() if WORKDIR.value else None
     with command.exit_on_error("the same command goes on from the last checkpoint"):
+        distributed.start(
+            COORDINATOR.value,
+            NUM_PROCESSES.value,
+            PROCESS_ID.value,
+            timeout=START_TIMEOUT.value,
+            meeting=workdir,
+        )
         if MODE.value == "eval":
             from tnt_flax.evaluate import evaluate_checkpoint
 
@@ -51,7 +67,8 @@ def main(argv: list[str]) -> None:
             if workdir is None:
                 raise InputError("training needs --workdir=FOLDER")
             result = train_and_evaluate(CONFIG.value, workdir)
-    print(json.dumps(result))
+    if distributed.is_main():
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,13 @@ def get_config() -> ConfigDict:
 
     config.init_from = ""  # weights of any system to begin with: a file, workdir, or hf:// address
 
+    # The axes along which all devices stand; a resumed run may have others, and rounds otherwise.
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # splits the batch; -1 takes all devices that the others leave
+    config.mesh.fsdp = 1  # splits the batch, and weights, average and optimizer state (ZeRO)
+    config.mesh.tensor = 1  # splits the heads and the MLP of the outer transformer
+    config.mesh.gradient_dtype = "float32"  # in which devices exchange gradients; or "bfloat16"
+
     config.model = ConfigDict()
     config.model.name = "tnt_s_patch16_224"  # of tnt_flax.list_models(); "" is that of the weights
     config.model.drop_path = 0.1  # of the last block, linear from 0 in the first

@@ -12,13 +12,17 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "tnt_flax"
 ROWS = """
     errors models.platform
     --
+    models.draws
+    --
     models.layers models.word_embedding models.inner_kernels models.outer_attention models.cpu
     data.plan data.storage data.transforms data.randaugment
-    losses augment sharding state workdir figures metrics command host tools.findings
+    losses augment sharding workdir figures metrics command host tools.findings
     tables tools.contractions tools.hlo tools.rounds convert.tables convert.inert
     convert.mindspore_files convert.hub data.imagenet_classes
     --
-    models.inner_pallas models.lanes data.index data.names data.opencv weights checkpoint
+    distributed state
+    --
+    agreement models.inner_pallas models.lanes data.index data.names data.opencv weights checkpoint
     convert.mapping convert.pickles tools.short_run fine_tuning
     --
     models.implementations models.block convert.torch_files data.tar data.tfds_records

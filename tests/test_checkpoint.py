@@ -12,7 +12,7 @@ import pytest
 from tnt_flax import checkpoint
 from tnt_flax.checkpoint import Checkpoints
 from tnt_flax.errors import InputError, RunError
-from tnt_flax.sharding import make_mesh, replicated
+from tnt_flax.sharding import make_mesh, shardings
 from tnt_flax.state import TrainState, fingerprint
 
 INFO = {"config": {"batch_size": 4}, "class_names": ["a", "b"]}
@@ -27,7 +27,7 @@ def make_state(step):
 
 def layout():
     shapes = jax.eval_shape(lambda: make_state(0))
-    return checkpoint.abstract(shapes, replicated(make_mesh()))
+    return checkpoint.abstract(shapes, shardings(shapes, make_mesh()))
 
 
 @pytest.fixture

@@ -180,11 +180,7 @@ def test_without_mixing_any_batch_size_does():
 
 def test_a_step_mixes_and_erases_as_configured(monkeypatch):
     monkeypatch.setattr(build.steps, "make_prepare", lambda num_classes, **options: options)
-    monkeypatch.setattr(
-        build.steps,
-        "make_train_step",
-        lambda *args, ema_decay, freeze: args[-1] | {"ema_decay": ema_decay},
-    )
+    monkeypatch.setattr(build.steps, "make_train_step", lambda *args, **options: args[-1] | options)
     model = types.SimpleNamespace(num_classes=1000)
     options = build.build_train_step(default.get_config(), model, None, None)
     assert options["mix"].func is augment.mix
@@ -194,5 +190,6 @@ def test_a_step_mixes_and_erases_as_configured(monkeypatch):
     assert options["erase"].func is augment.erase
     assert options["erase"].keywords == dict(prob=0.25, area=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
     assert options["label_smoothing"] == 0.1 and options["ema_decay"] == 0.99996
+    assert options["gradient_dtype"] == "float32"
     options = build.build_train_step(digits.get_config(), model, None, None)
     assert options["mix"] is None and options["erase"] is None

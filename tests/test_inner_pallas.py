@@ -103,6 +103,25 @@ def test_images_that_the_devices_cannot_share(interpreted):
     assert not inner_pallas.refusal(12, 2, 16, 48, 12)
 
 
+def test_devices_that_share_the_outer_transformer(interpreted):
+    """Only where the batch alone is split do the kernels run: so in the training step's region."""
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    seen = []
+
+    def look(x):
+        seen.append(inner_pallas.refusal(12, 2, 16, 48, 16))
+        return x
+
+    with jax.set_mesh(mesh):
+        seen.append(inner_pallas.refusal(12, 2, 16, 48, 16))
+        for manual in ({"data"}, {"data", "tensor"}):
+            spec = PartitionSpec("data")
+            split = jax.shard_map(look, in_specs=spec, out_specs=spec, axis_names=manual)
+            jax.eval_shape(jax.jit(split), jax.ShapeDtypeStruct((4,), "float32"))
+    said = "the mesh splits more than the batch: its axis 'tensor' has several devices"
+    assert seen == [said, said, ""]
+
+
 @pytest.mark.tpu_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -143,4 +143,6 @@ def test_a_batch_that_the_mesh_cannot_share_is_left_to_the_plain_attention(monke
     with jax.set_mesh(jax.make_mesh((8,), ("data",))):
         for batch, suits in ((16, True), (1, False)):
             assert suits_of((batch, 5, 1, 64)) == suits
+    with jax.set_mesh(jax.make_mesh((4, 2), ("data", "tensor"))):
+        assert not suits_of((16, 5, 2, 64))  # the heads are split, too
     assert not suits_of((16, 5, 1, 64))  # eight devices, and no mesh to say which

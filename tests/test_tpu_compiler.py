@@ -160,7 +160,24 @@ def test_the_command_compiles_the_real_step(root, smoke_flags):
     result = json.loads(run.stdout.splitlines()[-1])
     assert result["fits"] and (result["chip_gib"], result["chips"]) == (16, 4)
     assert 0 < result["temporaries_gib"] < 0.1
-    assert {each["kind"] for each in result["collectives"]} == {"all-reduce"}
+    (exchange,) = result["collectives"]
+    assert (exchange["kind"], exchange["dtype"]) == ("all-reduce", "f32")
+    assert (exchange["in_loops"], exchange["executed"]) == (0, 1)
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.slow
+@needs_libtpu
+def test_what_chips_exchange_under_a_mesh(tiny_config):
+    """Weights once before the loop over the blocks, gradients once after it, in bfloat16."""
+    tiny_config.update_from_flattened_dict(
+        {"model.depth": 4, "mesh.fsdp": 2, "mesh.gradient_dtype": "bfloat16"}
+    )
+    exchanges = compile_check.compile_check(tiny_config, "v5e:2x2", 10)["collectives"]
+    assert not any(each["in_loops"] for each in exchanges)
+    largest = max(exchanges, key=lambda each: each["bytes"] * (each["kind"] != "all-gather"))
+    assert largest["dtype"] == "bf16"
+    assert sum(each["executed"] for each in exchanges) < 40
 
 
 @pytest.mark.tpu_compiler

@@ -7,7 +7,7 @@ Only this file, `convert.described`, `train`, `evaluate` and `tools` read one.
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from tnt_flax import augment, fine_tuning, steps
+from tnt_flax import augment, fine_tuning, sharding, steps
 from tnt_flax.convert.checkpoints import Checkpoint, read_checkpoint
 from tnt_flax.convert.described import with_network
 from tnt_flax.convert.load import adapt
@@ -30,6 +30,15 @@ from tnt_flax.optimizer import epoch_learning_rates, make_optimizer, per_epoch_s
 Batches = Iterator[dict[str, np.ndarray]]
 
 
+def build_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The mesh of all devices of all hosts, or of `devices`."""
+    sizes = dict(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    mesh = sharding.make_mesh(devices, **sizes)
+    sharding.check_batch_size("batch_size", config.batch_size, mesh)
+    sharding.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
+    return mesh
+
+
 def build_model(config: ConfigDict, num_classes: int) -> TNT:
     """The network that `config.model` names, with the fields that it sets."""
     config = with_network(config)
@@ -40,6 +49,11 @@ def build_model(config: ConfigDict, num_classes: int) -> TNT:
         raise InputError(
             f"data.image_size={size} is not divisible by the patch size {model.patch_size}: "
             f"use a multiple of {model.patch_size}"
+        )
+    if model.outer_heads % config.mesh.tensor:
+        raise InputError(
+            f"mesh.tensor={config.mesh.tensor} does not divide the {model.outer_heads} heads of "
+            f"the outer transformer of {config.model.name}"
         )
     return model
 
@@ -122,7 +136,11 @@ def run_keys(config: ConfigDict) -> tuple[jax.Array, jax.Array]:
 
 def build_train_step(config: ConfigDict, model: TNT, tx, schedule):
     prepare = build_prepare(config, model.num_classes)
-    options = dict(ema_decay=config.ema.decay, freeze=config.optimizer.freeze)
+    options = dict(
+        ema_decay=config.ema.decay,
+        freeze=config.optimizer.freeze,
+        gradient_dtype=config.mesh.gradient_dtype,
+    )
     return steps.make_train_step(model, tx, schedule, prepare, **options)
 
 
@@ -242,10 +260,12 @@ def eval_batches(config: ConfigDict, source) -> Batches:
 
 
 def _reading(config: ConfigDict) -> dict[str, Any]:
+    alone = jax.process_count() == 1
+    host, num_hosts = (0, 1) if alone else sharding.host_rows(build_mesh(config))
     return dict(
         corrupt=config.data.corrupt,
-        host=jax.process_index(),
-        num_hosts=jax.process_count(),
+        host=host,
+        num_hosts=num_hosts,
         threads=config.data.threads,
         workers=config.data.workers,
     )
@@ -271,6 +291,7 @@ def check(config: ConfigDict) -> None:
         "data.corrupt": ("error", "skip"),
         "augment.resampling": ("pillow", "opencv"),
         "eval.weights": ("ema", "raw"),
+        "mesh.gradient_dtype": ("float32", "bfloat16"),
     }.items():
         group, name = key.split(".")
         if config[group][name] not in known:
@@ -282,6 +303,8 @@ def check(config: ConfigDict) -> None:
         "checkpoint.keep": 1,
         "data.threads": 1,
         "data.workers": 0,
+        "mesh.fsdp": 1,
+        "mesh.tensor": 1,
     }.items():
         value = functools.reduce(lambda c, k: c[k], key.split("."), config)
         if value < least:

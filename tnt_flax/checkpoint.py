@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
+from tnt_flax import distributed
 from tnt_flax.errors import InputError, RunError, one_line
 from tnt_flax.state import TrainState, check_fit
 
@@ -41,7 +42,8 @@ class Checkpoints:
 
     def __init__(self, folder: pathlib.Path, *, keep: int, info: dict[str, Any]):
         self.folder, self.info = folder, info
-        self.damaged = _quarantine(folder)
+        found = distributed.on_main("damaged checkpoints", lambda: _quarantine(folder), 600)
+        self.damaged = bool(distributed.total(len(found or ())))
         self._saving_step = None
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
@@ -217,9 +219,13 @@ def stored_params(step_folder: pathlib.Path) -> Any:
         raise InputError(f"cannot read {step_folder}: {one_line(error)}") from error
 
 
-def abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """Shapes and types of `tree`, to be laid out as `sharding` says."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def abstract(tree: Any, shardings: Any) -> Any:
+    """Shapes and types of `tree`, to be laid out as `shardings` say."""
+
+    def of_leaf(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(of_leaf, tree, shardings)
 
 
 def digest(path: pathlib.Path) -> str:

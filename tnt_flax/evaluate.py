@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tnt_flax import build, sharding
+from tnt_flax import build, distributed, sharding
 from tnt_flax.convert.described import with_network
 from tnt_flax.data import class_maps, imagenet_classes, storage
 from tnt_flax.errors import InputError, RunError
@@ -46,6 +46,7 @@ def sums_and_means(
         for name, x in jax.device_get(sums).items():
             totals[name] = totals.get(name, 0) + np.asarray(x, np.float64)
 
+    params = sharding.whole(params, mesh)
     pending = {}  # added one batch late: the device never waits, nor do batches pile up on it
     for batch in batches:
         skipped += int(batch.pop("corrupt").sum())
@@ -59,7 +60,7 @@ def sums_and_means(
     metrics = {name: totals[name].item() / images for name in ("top1", "top5", "loss")}
     if not math.isfinite(metrics["loss"]):
         raise RunError(f"the evaluation loss is {metrics['loss']}: these weights are not usable")
-    return {**metrics, "images": images, "skipped": skipped}, totals
+    return {**metrics, "images": images, "skipped": distributed.total(skipped)}, totals
 
 
 def calibration_error(calibration: np.ndarray) -> float:
@@ -95,8 +96,7 @@ def evaluate_checkpoint(
         path, checkpoint = str(run), which
     config = with_network(config, path, checkpoint)
     build.check(config)
-    mesh = sharding.make_mesh()
-    sharding.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
+    mesh = build.build_mesh(config)
     real = config.eval.real_labels
     if real and per_class:
         raise InputError("with eval.real_labels an image may be of several classes: no --per_class")
@@ -109,7 +109,7 @@ def evaluate_checkpoint(
         params, found = build.load_params(
             config, build.build_model(config, 0), path, checkpoint=checkpoint
         )
-        params = jax.device_put(params, sharding.replicated(mesh))
+        params = sharding.place(params, sharding.shardings(params, mesh, (sharding.TENSOR,)))
         named = (found.class_names, found.network.model.num_classes)
         model = build.build_model(config, named[1])
         classes = class_maps.chosen(config.eval.classes, *named)
@@ -122,7 +122,7 @@ def evaluate_checkpoint(
             labels = class_maps.to_network(source.class_names, *named)[:, None]
 
         print(f"evaluating on {len(source)} images", file=sys.stderr)
-        eval_step = jax.jit(sharding.on_mesh(build.build_eval_step(config, model, classes), mesh))
+        eval_step = sharding.jit_eval_step(build.build_eval_step(config, model, classes), mesh)
         batches = relabeled(build.eval_batches(config, source), labels, classes)
         metrics, sums = sums_and_means(eval_step, params, batches, mesh)
         metrics["ece"] = calibration_error(sums["calibration"])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from tnt_flax import sharding
 from tnt_flax.errors import InputError, listed
 
 
@@ -61,10 +62,13 @@ def _form(x: Any) -> str:
 
 
 def fingerprint(params) -> str:
-    """SHA-256 over names, types, shapes and bytes of all parameters: equal only if they all are."""
+    """SHA-256 over names, types, shapes and bytes of all parameters: equal only if they all are.
+
+    Of arrays on many hosts, which must all call it, one at a time is brought together.
+    """
     digest = hashlib.sha256()
     for name, leaf in flat_names(params).items():
-        array = np.asarray(jax.device_get(leaf))
+        array = sharding.fetch(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf)
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

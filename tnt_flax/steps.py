@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tnt_flax import fine_tuning
+from tnt_flax import fine_tuning, sharding
 from tnt_flax.augment import normalize
 from tnt_flax.losses import smooth_one_hot, soft_target_cross_entropy
 from tnt_flax.state import TrainState
@@ -66,35 +66,40 @@ def make_train_step(
     *,
     ema_decay: float,
     freeze: str = "",
+    gradient_dtype: Any = jnp.float32,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]]:
     """Returns `train_step(state, batch, key) -> (state, metrics)`.
 
     `prepare` is what `make_prepare` returns. Randomness depends on `key` and `state.step` alone, so
-    a resumed run draws what an unbroken one would, and any number of devices draw the same.
+    a resumed run draws what an unbroken one would, and any number of devices draw the same; these
+    exchange gradients in `gradient_dtype`, see `sharding.value_and_grad`.
     `metrics` are scalars (loss, learning_rate, grad_norm) and `finite` bool [2 P]: a flag for each
     of the P gradients, then for each parameter as it came in, which tell where a NaN began. One
     array, because fetching many small ones would slow the loop down. What `freeze` matches (see
     `fine_tuning.trained`) stays as it is.
     """
 
+    def learns(params):
+        return fine_tuning.trained(params, freeze)
+
+    def loss_fn(params, prepared, key):
+        images, targets = prepared
+        params = fine_tuning.without_gradients(params, learns(params)) if freeze else params
+        logits = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+        return soft_target_cross_entropy(logits, targets).mean()
+
+    loss_and_grads = sharding.value_and_grad(loss_fn, gradient_dtype)
+
     def train_step(state, batch, key):
         dropout_key, mix_key, erase_key = step_keys(key, state.step)
-        images, targets = prepare(batch, mix_key, erase_key)
-        rngs = {"dropout": dropout_key}
-        learns = fine_tuning.trained(state.params, freeze) if freeze else None
-
-        def loss_fn(params):
-            params = fine_tuning.without_gradients(params, learns) if freeze else params
-            logits = model.apply({"params": params}, images, train=True, rngs=rngs)
-            return soft_target_cross_entropy(logits, targets).mean()
-
-        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        prepared = prepare(batch, mix_key, erase_key)
+        loss, grads = loss_and_grads(state.params, prepared, dropout_key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
         if freeze:
-            params = fine_tuning.keep_frozen(params, state.params, learns)
-            ema = fine_tuning.keep_frozen(ema, state.ema, learns)
+            params = fine_tuning.keep_frozen(params, state.params, learns(params))
+            ema = fine_tuning.keep_frozen(ema, state.ema, learns(params))
         metrics = {
             "loss": loss,
             "learning_rate": schedule(state.step),

@@ -2,6 +2,7 @@
 """The training run: set-up from top to bottom, then one loop."""
 
 import contextlib
+import functools
 import pathlib
 import sys
 import time
@@ -12,13 +13,13 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from tnt_flax import build, figures, sharding, weights
+from tnt_flax import agreement, build, distributed, figures, sharding, weights
 from tnt_flax.checkpoint import Checkpoints, abstract
 from tnt_flax.convert.described import with_network
 from tnt_flax.data.sources import check_same_classes
 from tnt_flax.errors import RunError
 from tnt_flax.evaluate import evaluate
-from tnt_flax.metrics import MetricWriter, Progress, StepMeter, read_metrics_file
+from tnt_flax.metrics import MetricWriter, Progress, Silence, StepMeter, read_metrics_file
 from tnt_flax.state import TrainState, fingerprint, flat_names
 from tnt_flax.workdir import as_json, check_space, open_workdir
 
@@ -36,7 +37,12 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     config = with_network(config)
     build.check(config)
     build.build_train_transform(config)  # not after the workdir has got this config
-    with open_workdir(workdir, as_json(config)):
+    with contextlib.ExitStack() as stack:
+        enter = lambda: stack.enter_context(open_workdir(workdir, as_json(config)))
+        distributed.on_main("workdir", enter)
+        agreement.agree_on_program()
+        agreement.agree("config", as_json(config))
+        agreement.check_shared(workdir)
         return _train(config, workdir)
 
 
@@ -47,16 +53,18 @@ def due(step: int, every: int, total: int) -> bool:
 
 def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     # ---------------------------------------------------------------- mesh
-    mesh = sharding.make_mesh()
+    mesh = build.build_mesh(config)
     replicated = sharding.replicated(mesh)
-    sharding.check_batch_size("batch_size", config.batch_size, mesh)
-    sharding.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
+    main = distributed.is_main()  # writes what is written once
 
     # ---------------------------------------------------------------- data
     train_source = build.open_source(config, config.data.train_split)
     eval_source = build.open_source(config, config.data.eval_split)
     check_same_classes(train_source, eval_source)
     class_names = train_source.class_names
+    seen = {"train_images": len(train_source), "eval_images": len(eval_source)}
+    # One host may have found its index of the images ready, another has to make it.
+    agreement.agree("data", {**seen, "classes": dict(enumerate(class_names))}, timeout=3600)
     plan = build.build_plan(config, len(train_source))
     total_steps = plan.steps_per_epoch * (config.epochs + config.optimizer.cooldown_epochs)
     every = {
@@ -68,8 +76,8 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     model = build.build_model(config, len(class_names))
     tx, schedule = build.build_optimizer(config, plan.steps_per_epoch)
     init_params = build.init_params(model, config)
-    init_key, step_key = build.run_keys(config)
-    step_key = jax.device_put(step_key, replicated)
+    make_keys = jax.jit(functools.partial(build.run_keys, config), out_shardings=replicated)
+    init_key, step_key = make_keys()
 
     def new_state(params):
         return TrainState.create(params, tx)
@@ -78,41 +86,43 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         return new_state(init_params(key))
 
     # ---------------------------------------------------------------- state, new or restored
-    layout = abstract(jax.eval_shape(init_state, init_key), replicated)
-    check_space(workdir, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layout)))
+    shapes = jax.eval_shape(init_state, init_key)
+    shardings = sharding.shardings(shapes, mesh)
+    layout = abstract(shapes, shardings)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    distributed.on_main("space", lambda: check_space(workdir, size))
     info = {"config": as_json(config), "class_names": list(class_names)}
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, info=info)
     state = checkpoints.restore_latest(layout)
     if state is None:
         if config.init_from:
             params, _ = build.load_params(config, model, config.init_from, tuple(class_names))
-            state = jax.jit(new_state, out_shardings=replicated)(params)
+            params = sharding.place(params, shardings.params)
+            state = jax.jit(new_state, out_shardings=shardings)(params)
         else:
-            state = jax.jit(init_state, out_shardings=replicated)(init_key)
-        table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-        (workdir / "parameters.txt").write_text(table + "\n")
+            state = jax.jit(init_state, out_shardings=shardings)(init_key)
+        if main:
+            table = parameter_overview.get_parameter_overview(shapes.params, include_stats=False)
+            (workdir / "parameters.txt").write_text(table + "\n")
     names = list(flat_names(state.params))
     start_step = int(state.step)
-    print(
-        f"{config.model.name}: {len(train_source)} training and {len(eval_source)} evaluation "
-        f"images, {len(class_names)} classes, {jax.device_count()} {jax.default_backend()} "
-        f"device(s), {plan.steps_per_epoch} steps per epoch; from step {start_step} to "
-        f"{total_steps}; logs and checkpoints in {workdir}",
-        file=sys.stderr,
-    )
+    if main:
+        print(
+            f"{config.model.name}: {len(train_source)} training and {len(eval_source)} evaluation "
+            f"images, {len(class_names)} classes, {sharding.describe(mesh)}, "
+            f"{plan.steps_per_epoch} steps per epoch; from step {start_step} to {total_steps}; "
+            f"logs and checkpoints in {workdir}",
+            file=sys.stderr,
+        )
 
     # ---------------------------------------------------------------- compiled steps
-    batch_sharding = sharding.batch_sharding(mesh)
-    train_step = sharding.jit_train_step(build.build_train_step(config, model, tx, schedule), mesh)
-    eval_step = jax.jit(
-        sharding.on_mesh(build.build_eval_step(config, model), mesh),
-        in_shardings=(replicated, batch_sharding),
-        out_shardings=replicated,
-    )
+    train_step = build.build_train_step(config, model, tx, schedule)
+    train_step = sharding.jit_train_step(train_step, mesh, shapes)
+    eval_step = sharding.jit_eval_step(build.build_eval_step(config, model), mesh)
 
     # ---------------------------------------------------------------- loop
-    writer = MetricWriter(workdir, start_step)
-    progress = Progress(start_step, total_steps)
+    writer = MetricWriter(workdir, start_step) if main else Silence()
+    progress = Progress(start_step, total_steps) if main else Silence()
     meter = StepMeter(config.batch_size, plan.steps_per_epoch, total_steps)
     last_eval = {}
     pending = None  # (step, metrics) of the step that the device may still be working on
@@ -156,6 +166,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
             done = step + 1
             if due(done, every["log"], total_steps):
                 settle()
+                meter.replaced = distributed.total(meter.replaced)
                 values = meter.report(done)
                 writer.write(done, values)
                 progress.report(done, values)
@@ -172,22 +183,29 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         # ------------------------------------------------------------ what a run leaves behind
         digest = fingerprint(state.params)
         writer.write(total_steps, {"fingerprint": digest})
-        print(f"SHA-256 of the final parameters: {digest}", file=sys.stderr)
-        weights.save_weights(workdir / "weights.safetensors", state.ema, info)
-        figures.plot_curves(read_metrics_file(writer.path), workdir / "curves.png")
-        with contextlib.closing(build.eval_batches(config, eval_source)) as eval_batches:
-            batch = next(eval_batches)
-        predict_step = jax.jit(build.build_predict_step(config, model))
-        pixels = jax.device_put(batch["image"], replicated)
-        probabilities = jax.device_get(predict_step(evaluated_params(), pixels))
-        images, labels, mask = batch["image"], batch["label"], batch["mask"]
-        figures.plot_predictions(
-            images[mask],
-            labels[mask],
-            probabilities[mask],
-            class_names,
-            workdir / "predictions.png",
+        average = sharding.fetch_on_main(state.ema)
+        evaluated = (
+            average if config.eval.weights == "ema" else sharding.fetch_on_main(state.params)
         )
+        if main:
+            print(f"SHA-256 of the final parameters: {digest}", file=sys.stderr)
+            weights.save_weights(workdir / "weights.safetensors", average, info)
+            figures.plot_curves(read_metrics_file(writer.path), workdir / "curves.png")
+            with contextlib.closing(build.eval_batches(config, eval_source)) as eval_batches:
+                batch = next(eval_batches)
+            predict_step = jax.jit(build.build_predict_step(config, model))
+            probabilities = jax.device_get(
+                predict_step(*jax.device_put((evaluated, batch["image"])))
+            )
+            images, labels, mask = batch["image"], batch["label"], batch["mask"]
+            figures.plot_predictions(
+                images[mask],
+                labels[mask],
+                probabilities[mask],
+                class_names,
+                workdir / "predictions.png",
+            )
+        distributed.exchange("end", "", timeout=3600)  # JAX would not wait for process 0 so long
         return {**last_eval, "step": total_steps, "fingerprint": digest}
     finally:
         batches.close()

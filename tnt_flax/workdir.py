@@ -12,9 +12,9 @@ from typing import Any
 
 from tnt_flax.errors import InputError
 
-# A resumed run may change these: they do not touch what is computed.
+# A resumed run may change these: they do not touch what is computed, but for its rounding.
 FREE_GROUPS = ("log", "eval", "checkpoint")
-FREE_KEYS = ("data.root", "data.threads", "data.workers")
+FREE_KEYS = ("data.root", "data.threads", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor")
 
 
 @contextlib.contextmanager

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from tnt_flax.models import inner_kernels as kernels
-from tnt_flax.models.platform import platform
+from tnt_flax.models.platform import devices, free_axes, heads_are_split, platform
 
 INTERPRET = False  # True, in tests, runs the kernels without a TPU
 SIZES = ((12, 2), (24, 4), (40, 4))  # published word widths and heads
@@ -36,11 +36,13 @@ def refusal(width: int, heads: int, words: int, hidden: int, images: int) -> str
         return f"a sentence has {words} words, not {kernels.WORDS}"
     if hidden != 4 * width:
         return f"the MLP has {hidden / width:g} times the width, not 4"
-    devices = _devices()
+    shares = devices(free_axes())
     if jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1 and not INTERPRET:
         return f"it must be told how {jax.device_count()} devices share it: use jax.set_mesh(mesh)"
-    if images < 1 or images % devices:
-        return f"{images} images do not split over {devices} devices"
+    if heads_are_split():
+        return "the mesh splits more than the batch: its axis 'tensor' has several devices"
+    if images < 1 or images % shares:
+        return f"{images} images do not split over {shares} devices"
     return ""
 
 
@@ -79,28 +81,13 @@ def _block_backward(options, residuals, g):
 _block.defvjp(_block_forward, _block_backward)
 
 
-def _axes() -> tuple[str, ...]:
-    """The axes of the ambient mesh that are not yet taken apart: images are split over all."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, kind in kinds if kind != AxisType.Manual)
-
-
-def _devices() -> int:
-    shape = jax.sharding.get_abstract_mesh().shape
-    devices = 1
-    for axis in _axes():
-        devices *= shape[axis]
-    return devices
-
-
 def _on_every_device(function, inputs, outputs, *args):
     """Calls `function(*args, axes)`; "s" marks what is split by sentences, on its last axis.
 
     The last of `args`, the weights, is whole everywhere.
     """
-    axes = _axes()
-    if _devices() == 1:
+    axes = free_axes()
+    if devices(axes) == 1:
         return function(*args, ())
 
     def spec(kind, x):

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tnt_flax.errors import InputError
+from tnt_flax.models import draws
 
 Tokens = Float[Array, "*batch T W"]
 
@@ -78,9 +79,22 @@ class DropPath(nn.Module):
     def __call__(self, update: Tokens, rate: Float[Array, ""] | None) -> Tokens:
         if rate is None:
             return update
-        draw = jax.random.uniform(self.make_rng("dropout"), (*update.shape[:-2], 1, 1))
+        draw = draws.uniform(self.make_rng("dropout"), update.shape[:-2])[..., None, None]
         keep = 1 - rate
         return update * (jnp.floor(keep + draw) / keep).astype(update.dtype)
+
+
+class Dropout(nn.Module):
+    """Drops elements, and scales the others by 1 / (1 - rate)."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch T W"], *, train: bool) -> Float[Array, "*batch T W"]:
+        if not (train and self.rate):
+            return x
+        draw = draws.uniform(self.make_rng("dropout"), x.shape, axes=2)
+        return jnp.where(draw < 1 - self.rate, x / (1 - self.rate), jnp.zeros_like(x))
 
 
 class Attention(nn.Module):
@@ -128,12 +142,12 @@ class Attention(nn.Module):
             logits = jnp.einsum("...qhd,...khd->...hqk", query, key) * scale
             weights = nn.softmax(logits.astype(jnp.float32))
             self.sow("intermediates", "weights", weights)
-            weights = nn.Dropout(self.attention_dropout, deterministic=not train)(weights)
+            weights = Dropout(self.attention_dropout)(weights, train=train)
             x = jnp.einsum("...hqk,...khd->...qhd", weights.astype(self.dtype), value)
 
         x = x.reshape(*x.shape[:-2], width)
         x = dense(use_bias=self.out_bias or self.folded, name="out")(x)
-        return nn.Dropout(self.dropout, deterministic=not train)(x)
+        return Dropout(self.dropout)(x, train=train)
 
 
 class SqueezeExcite(nn.Module):
@@ -182,7 +196,6 @@ class TransformerBlock(nn.Module):
         affine = dict(use_scale=not self.folded, use_bias=not self.folded)
         norm = functools.partial(LayerNorm, epsilon=self.norm_eps, dtype=self.dtype, **affine)
         dense = functools.partial(Dense, dtype=self.dtype, dot_general=self.primitives.dot_general)
-        dropout = functools.partial(nn.Dropout, self.dropout, deterministic=not train)
 
         attention = Attention(
             self.num_heads,
@@ -201,10 +214,11 @@ class TransformerBlock(nn.Module):
         width = x.shape[-1]
         update = norm(name="norm2")(x)
         update = update.reshape(-1, width) if self.primitives.flat_mlp else update
-        update = dense(int(width * self.mlp_ratio), name="fc1")(update)
-        update = dropout()(GELU[self.gelu](update))
+        update = GELU[self.gelu](dense(int(width * self.mlp_ratio), name="fc1")(update))
+        hidden = update.reshape(*x.shape[:-1], -1)  # dropout draws sequence by sequence
+        update = Dropout(self.dropout)(hidden, train=train).reshape(update.shape)
         update = dense(width, use_bias=self.output_bias, name="fc2")(update)
-        update = dropout()(update.reshape(x.shape))
+        update = Dropout(self.dropout)(update.reshape(x.shape), train=train)
         if self.se:
             update = update + SqueezeExcite(self.norm_eps, self.dtype, name="se")(update)
         return x + DropPath()(update, drop_path_rate)

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from tnt_flax.models.platform import platform
+from tnt_flax.models.platform import devices, free_axes, heads_are_split, platform
 
 Heads = Float[Array, "B N heads d"]
 
@@ -33,10 +33,14 @@ IMAGES = 2
 def suits(batch: int, length: int, width: int) -> bool:
     """Is `attend` the faster way for [batch, length, heads, width]? On TPUs, where it fits.
 
-    With several devices that is only under a mesh: XLA cannot divide a kernel among them.
+    With several devices that is only under a mesh: XLA cannot divide a kernel among them. Heads
+    that a mesh splits are left to it.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    shared = jax.device_count() == 1 if mesh.empty else batch % mesh.size == 0
+    axes = free_axes()
+    if jax.sharding.get_abstract_mesh().empty:
+        shared = jax.device_count() == 1
+    else:
+        shared = batch % devices(axes) == 0 and not heads_are_split()
     fits = length <= LONGEST and (LANES % width == 0 or width % LANES == 0)
     return shared and fits and platform() == "tpu"
 
@@ -44,14 +48,14 @@ def suits(batch: int, length: int, width: int) -> bool:
 def attend(query: Heads, key: Heads, value: Heads, scale: float) -> Heads:
     """softmax(scale query key^T) value, for every head by itself.
 
-    Under a mesh (`jax.set_mesh`) each device does its share of the batch, which all its axes split.
+    Under a mesh (`jax.set_mesh`) each device does its share of the batch, which all its axes split
+    that are not yet taken apart.
     """
     flat = (*query.shape[:2], -1)
     run = functools.partial(_attend, width=query.shape[-1], scale=scale)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
-        split = PartitionSpec(mesh.axis_names)
-        run = jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
+    if devices(free_axes()) > 1:
+        split = PartitionSpec(free_axes())
+        run = jax.shard_map(run, in_specs=split, out_specs=split, check_vma=False)
     return run(query.reshape(flat), key.reshape(flat), value.reshape(flat)).reshape(query.shape)
 
 

@@ -34,7 +34,7 @@ from tnt_flax.models.implementations import (
     choose_outer,
     choose_remat,
 )
-from tnt_flax.models.layers import GELU, Dense, LayerNorm, TransformerBlock
+from tnt_flax.models.layers import GELU, Dense, Dropout, LayerNorm, TransformerBlock
 from tnt_flax.models.word_embedding import Images, WordEmbedding
 
 token_init = nn.initializers.normal(0.02)
@@ -123,7 +123,7 @@ class TNT(nn.Module):
         start = jnp.zeros_like(stem_sentences) if self.zero_sentences else stem_sentences
         sentences = jnp.concatenate([cls_token, start], axis=1)
         sentences = sentences + self.positions("sentence_pos", sentences)
-        sentences = nn.Dropout(self.dropout, deterministic=not train)(sentences)
+        sentences = Dropout(self.dropout)(sentences, train=train)
         if self.zero_sentences:
             sentences = sentences.at[:, 1:].add(stem_sentences)
 

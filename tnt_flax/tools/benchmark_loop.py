@@ -111,14 +111,17 @@ def _passes(
         rates = [line["train/images_per_second"] for line in reports[1:]]
         return len(rates) * steps, sum(steps * config.batch_size / rate for rate in rates)
 
-    mesh = sharding.make_mesh()
+    mesh = build.build_mesh(config)
     source = build.open_source(config, config.data.train_split)
     plan = build.build_plan(config, len(source))
     model = build.build_model(config, len(source.class_names))
     tx, schedule = build.build_optimizer(config, plan.steps_per_epoch)
     init_params, (init_key, step_key) = build.init_params(model, config), build.run_keys(config)
-    state = jax.jit(lambda key: TrainState.create(init_params(key), tx))(init_key)
-    train_step = sharding.jit_train_step(build.build_train_step(config, model, tx, schedule), mesh)
+    init_state = lambda key: TrainState.create(init_params(key), tx)
+    shapes = jax.eval_shape(init_state, init_key)
+    state = jax.jit(init_state, out_shardings=sharding.shardings(shapes, mesh))(init_key)
+    train_step = build.build_train_step(config, model, tx, schedule)
+    train_step = sharding.jit_train_step(train_step, mesh, shapes)
     with contextlib.closing(build.train_batches(config, source, plan, 0, 1)) as batches:
         batch = next(batches)
     batch.pop("replaced")

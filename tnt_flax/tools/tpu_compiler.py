@@ -92,10 +92,10 @@ def compile_train_step(config: ConfigDict, num_classes: int, topology: str) -> C
         InputError: see `devices`; or the config is wrong.
     """
     chip, chips = devices(topology)
-    mesh = sharding.make_mesh(chips)
-    sharding.check_batch_size("batch_size", config.batch_size, mesh)
+    mesh = build.build_mesh(config, chips)
     train_step, arguments = _train_step(config, num_classes)
-    return compile_for(chip, sharding.jit_train_step(train_step, mesh), arguments)
+    jitted = sharding.jit_train_step(train_step, mesh, arguments[0])
+    return compile_for(chip, jitted, arguments)
 
 
 def train_step_flops(config: ConfigDict, num_classes: int) -> int:
