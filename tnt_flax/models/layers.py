@@ -85,7 +85,8 @@ class DropPath(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention; sows its weights `(*batch, heads, T, T)` as an intermediate.
 
-    With `queries` only the first so many tokens attend, to all of them.
+    With `queries` only the first so many tokens attend, to all of them. With `context` they attend
+    to its K tokens instead of to each other. `bias` is added to the logits `(*batch, heads, T, K)`.
     """
 
     num_heads: int
@@ -98,7 +99,13 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Tokens, *, queries: int | None = None, train: bool
+        self,
+        x: Tokens,
+        *,
+        queries: int | None = None,
+        context: Float[Array, "*batch K W"] | None = None,
+        bias: Float[Array, "#B heads T K"] | None = None,
+        train: bool,
     ) -> Float[Array, "*batch Q W"]:
         width = x.shape[-1]
         if width % self.num_heads:
@@ -112,17 +119,20 @@ class Attention(nn.Module):
             return projected.reshape(*x.shape[:-1], self.num_heads, width // self.num_heads)
 
         query = project("query", x[..., :queries, :])
-        key = project("key", x)
-        value = project("value", x)
+        context = x if context is None else context
+        key = project("key", context)
+        value = project("value", context)
 
         weights_are_needed = (
             self.attention_dropout and train or self.is_mutable_collection("intermediates")
         )
-        if self.primitives.attend and queries is None and not weights_are_needed:
+        plain = queries is None and bias is None
+        if self.primitives.attend and plain and not weights_are_needed:
             x = self.primitives.attend(query, key, value)
         else:
             logits = jnp.einsum("...qhd,...khd->...hqk", query, key) * query.shape[-1] ** -0.5
-            weights = nn.softmax(logits.astype(jnp.float32))
+            logits = logits.astype(jnp.float32)
+            weights = nn.softmax(logits if bias is None else logits + bias)
             self.sow("intermediates", "weights", weights)
             weights = nn.Dropout(self.attention_dropout, deterministic=not train)(weights)
             x = jnp.einsum("...hqk,...khd->...qhd", weights.astype(self.dtype), value)
@@ -149,7 +159,8 @@ class SqueezeExcite(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm attention and MLP, each added to its input: the inner and the outer block alike.
 
-    With `queries` only the first so many tokens are updated and returned.
+    With `queries` only the first so many tokens are updated and returned. `reduce` makes of the
+    tokens those that they attend to, and `bias` is added to the attention's logits.
     """
 
     num_heads: int
@@ -163,6 +174,8 @@ class TransformerBlock(nn.Module):
     attention_dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
     primitives: Primitives = Primitives()
+    norm: Callable[..., nn.Module] = LayerNorm
+    reduce: Callable[..., nn.Module] | None = None
 
     @nn.compact
     def __call__(
@@ -171,9 +184,10 @@ class TransformerBlock(nn.Module):
         drop_path_rate: Float[Array, ""] | None,
         *,
         queries: int | None = None,
+        bias: Float[Array, "#B heads T K"] | None = None,
         train: bool,
     ) -> Float[Array, "*batch Q W"]:
-        norm = functools.partial(LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
+        norm = functools.partial(self.norm, epsilon=self.norm_eps, dtype=self.dtype)
         dense = functools.partial(Dense, dtype=self.dtype, dot_general=self.primitives.dot_general)
         dropout = functools.partial(nn.Dropout, self.dropout, deterministic=not train)
 
@@ -187,7 +201,9 @@ class TransformerBlock(nn.Module):
             self.primitives,
             name="attention",
         )
-        update = attention(norm(name="norm1")(x), queries=queries, train=train)
+        normal = norm(name="norm1")(x)
+        context = self.reduce(name="reduce")(normal) if self.reduce else None
+        update = attention(normal, queries=queries, context=context, bias=bias, train=train)
         x = x[..., :queries, :] + DropPath()(update, drop_path_rate)
 
         width = x.shape[-1]

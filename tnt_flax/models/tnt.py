@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from tnt_flax.errors import InputError
 from tnt_flax.models import lanes
 from tnt_flax.models.block import TNTBlock, WordsToSentences
+from tnt_flax.models.checks import check_images, check_known, check_rates, positions
 from tnt_flax.models.implementations import (
     INNER,
     LANES_FORMS,
@@ -87,7 +88,7 @@ class TNT(nn.Module):
     @nn.compact
     def __call__(self, images: Images, *, train: bool = False) -> Float[Array, "B out"]:
         self.check_fields()
-        self.check_images(images)
+        check_images(images, self.patch_size)
         images = images.astype(self.dtype)
 
         # Words, and the sentences they begin as.
@@ -251,6 +252,10 @@ class TNT(nn.Module):
             tokens = run(tokens, pick(i), class_token_only=True)
         return tokens
 
+    def positions(self, name: str, tokens: Array) -> Array:
+        """The position table `name`, one row per token, the same for every image."""
+        return positions(self, name, (1, *tokens.shape[-2:]), token_init, self.dtype)
+
     def groups(self) -> Iterator[tuple[int, int, bool]]:
         """Yields (first block, end, vanilla) for every run of equal blocks."""
         start = 0
@@ -259,47 +264,16 @@ class TNT(nn.Module):
             yield start, stop, vanilla
             start = stop
 
-    def positions(self, name: str, tokens: Array) -> Array:
-        """The position table `name`, one row per token, the same for every image."""
-        shape = (1, *tokens.shape[-2:])
-        if self.has_variable("params", name):
-            found = self.get_variable("params", name).shape
-            if found != shape:
-                raise InputError(
-                    f"the weights' {name} has shape {tuple(found)}, but these images and this "
-                    f"patch size need {shape}: give images of the size the weights were made for"
-                )
-        return jnp.asarray(self.param(name, token_init, shape), self.dtype)
-
-    def check_images(self, images: Array) -> None:
-        if images.ndim != 4:
-            raise InputError(f"images must be [B, H, W, channels], not {list(images.shape)}")
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise InputError(f"images must be normalized to floats first, these are {images.dtype}")
-        height, width = images.shape[1:3]
-        if not height or not width or height % self.patch_size or width % self.patch_size:
-            raise InputError(
-                f"image size {height}x{width} is not divisible by patch size {self.patch_size}"
-            )
-
     def check_fields(self) -> None:
         if self.gelu not in GELU:
             raise InputError(f"gelu={self.gelu!r} is none of {sorted(GELU)}")
-        for field, known in {
-            "remat": REMAT,
-            "inner": INNER,
-            "outer": OUTER,
-        }.items():
-            if getattr(self, field) not in known:
-                raise InputError(f"{field}={getattr(self, field)!r} is none of {known}")
+        check_known(self, remat=REMAT, inner=INNER, outer=OUTER)
+        check_rates(self)
         if self.conv_first and self.patch_size % self.inner_stride:
             raise InputError(
                 f"conv_first needs a patch size ({self.patch_size}) divisible by the inner stride "
                 f"({self.inner_stride})"
             )
-        for rate in ("dropout", "attention_dropout", "drop_path"):
-            if not 0 <= getattr(self, rate) < 1:
-                raise InputError(f"{rate}={getattr(self, rate)} is outside [0, 1)")
         unknown = [i for i in self.vanilla_blocks if not 0 <= i < self.depth]
         if unknown:
             raise InputError(f"vanilla_blocks {unknown} are outside the {self.depth} blocks")
