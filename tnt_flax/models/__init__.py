@@ -8,17 +8,20 @@ from typing import Any
 import jax.numpy as jnp
 
 from tnt_flax.errors import InputError
+from tnt_flax.models.backbone import FeatureMap, feature_maps
 from tnt_flax.models.pyramid_tnt import PyramidTNT
 from tnt_flax.models.tnt import TNT, block_outputs
 
 __all__ = [
     "LINEAGES",
     "MODELS",
+    "FeatureMap",
     "TNT",
     "Model",
     "PyramidTNT",
     "block_outputs",
     "create_model",
+    "feature_maps",
     "list_models",
 ]
 

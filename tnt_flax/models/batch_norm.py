@@ -17,7 +17,8 @@ class BatchNorm(nn.Module):
 
     In training and with the collection `batch_stats` mutable, they are those of this batch, and
     the running ones move towards them; else they are the running ones ("frozen"). As in torch, and
-    not as in flax's own, the running variance is the unbiased one of n / (n - 1).
+    not as in flax's own, the running variance is the unbiased one of n / (n - 1). `count` is of the
+    batches so far; nothing reads it, but torch's files have it (`num_batches_tracked`).
 
     Under `jax.jit` a batch is the whole one, wherever its rows lie: the statistics are those of all
     devices, which torch calls SyncBatchNorm. The official recipe takes each GPU's own.
@@ -32,15 +33,17 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, width)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, width)
         running_var = self.variable("batch_stats", "var", jnp.ones, width)
+        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
         x = x.astype(jnp.float32)
         if train and self.is_mutable_collection("batch_stats"):
             axes = tuple(range(x.ndim - 1))
             mean = x.mean(axes)
             var = jnp.square(x - mean).mean(axes)  # two passes: E[x^2] - E[x]^2 loses digits
-            count = math.prod(x.shape[:-1])
-            for running, new in ((running_mean, mean), (running_var, var * count / (count - 1))):
+            values = math.prod(x.shape[:-1])
+            for running, new in ((running_mean, mean), (running_var, var * values / (values - 1))):
                 new = jax.lax.stop_gradient(new)
                 running.value = (1 - MOMENTUM) * running.value + MOMENTUM * new
+            count.value = count.value + 1
         else:
             mean, var = running_mean.value, running_var.value
         x = (x - mean) * (jax.lax.rsqrt(var + EPSILON) * scale) + bias

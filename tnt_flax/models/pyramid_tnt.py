@@ -82,6 +82,14 @@ class Stem(nn.Module):
     inner_dim: int
     dtype: DTypeLike = jnp.float32
 
+    def stacks(self) -> list[tuple[tuple[str, ...], int]]:
+        """Where the parameters of each run of equal blocks are, and how many blocks it has."""
+        return [
+            ((f"stages_{i}", f"blocks_{start}"), stop - start)
+            for i, depth in enumerate(self.depths)
+            for start, stop in block_groups(depth)
+        ]
+
     @nn.compact
     def __call__(self, images: Images, *, train: bool) -> tuple[Words, Sentences]:
         conv = functools.partial(ConvNormReLU, dtype=self.dtype)
@@ -269,8 +277,21 @@ class PyramidTNT(nn.Module):
         return PATCH
 
     @property
+    def num_features(self) -> int:
+        """Width of what the head reads."""
+        return WIDENING[-1] * self.outer_dim
+
+    @property
     def depth(self) -> int:
         return sum(self.depths)
+
+    def stacks(self) -> list[tuple[tuple[str, ...], int]]:
+        """Where the parameters of each run of equal blocks are, and how many blocks it has."""
+        return [
+            ((f"stages_{i}", f"blocks_{start}"), stop - start)
+            for i, depth in enumerate(self.depths)
+            for start, stop in block_groups(depth)
+        ]
 
     @nn.compact
     def __call__(self, images: Images, *, train: bool = False) -> Float[Array, "B out"]:

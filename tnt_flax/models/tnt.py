@@ -214,7 +214,11 @@ class TNT(nn.Module):
             rates = jnp.linspace(0, self.drop_path, self.depth)[start:stop]
         if train and (self.dropout or self.attention_dropout or self.drop_path):
             keys = jax.random.split(self.make_rng("dropout"), stop - start)
-        capture = self.is_mutable_collection("intermediates") and not self.is_initializing()
+        capture = [
+            collection
+            for collection in ("intermediates", "maps")
+            if self.is_mutable_collection(collection) and not self.is_initializing()
+        ]
 
         def pick(i):
             pick_one = lambda x: jax.lax.dynamic_index_in_dim(x, i.astype(int), keepdims=False)
@@ -228,7 +232,7 @@ class TNT(nn.Module):
                 rate,
                 train=train,
                 rngs=None if key is None else {"dropout": key},
-                mutable=["intermediates"] if capture else False,
+                mutable=capture or False,
                 **options,
             )
 
@@ -246,11 +250,20 @@ class TNT(nn.Module):
         # it would copy the last block's at the beginning, and all others to scan over them.
         start_carry = (words, sentences), jnp.float32(0)
         (tokens, i), sown = jax.lax.scan(body, start_carry, length=turns)
-        if capture:
-            self.put_variable("intermediates", name, sown["intermediates"])
+        for collection in capture:
+            self.put_variable(collection, name, sown[collection])
         if stands_apart:
             tokens = run(tokens, pick(i), class_token_only=True)
         return tokens
+
+    @property
+    def num_features(self) -> int:
+        """Width of what the head reads."""
+        return self.outer_dim
+
+    def stacks(self) -> list[tuple[tuple[str, ...], int]]:
+        """Where the parameters of each run of equal blocks are, and how many blocks it has."""
+        return [((f"blocks_{start}",), stop - start) for start, stop, _ in self.groups()]
 
     def positions(self, name: str, tokens: Array) -> Array:
         """The position table `name`, one row per token, the same for every image."""
@@ -279,19 +292,20 @@ class TNT(nn.Module):
             raise InputError(f"vanilla_blocks {unknown} are outside the {self.depth} blocks")
 
 
-def block_outputs(model: TNT, variables: dict, images: Images) -> list[dict[str, Array]]:
+def block_outputs(model: nn.Module, variables: dict, images: Images) -> list[dict[str, Array]]:
     """What every block of `model` computes for `images`, first block first.
 
     Returns one dictionary per block, in evaluation mode:
         words (B, N, M, C) and sentences (B, N + 1, D): the block's outputs, class token first;
         outer_attention (B, heads, N + 1, N + 1): softmax weights, queries on the last but one axis;
         inner_attention (B, N, heads, M, M): likewise, absent from vanilla blocks.
+    PyramidTNT has no class token, N as its stages have it, and outer attention (B, heads, N, K).
     Under `jax.jit`, what the caller does not use costs nothing.
     """
     _, state = model.apply(variables, images, train=False, mutable=["intermediates"])
     blocks = []
-    for start, stop, _ in model.groups():
-        group = state["intermediates"][f"blocks_{start}"]
+    for path, length in model.stacks():
+        group = functools.reduce(lambda tree, name: tree[name], path, state["intermediates"])
         stacked = {
             "words": group["words"][0],
             "sentences": group["sentences"][0],
@@ -299,5 +313,5 @@ def block_outputs(model: TNT, variables: dict, images: Images) -> list[dict[str,
         }
         if "inner" in group:
             stacked["inner_attention"] = group["inner"]["attention"]["weights"][0]
-        blocks += [{name: x[i] for name, x in stacked.items()} for i in range(stop - start)]
+        blocks += [{name: x[i] for name, x in stacked.items()} for i in range(length)]
     return blocks
