@@ -16,17 +16,18 @@ from ml_collections import ConfigDict
 from tnt_flax import augment, steps
 from tnt_flax.convert.checkpoints import read_checkpoint
 from tnt_flax.convert.load import adapt
-from tnt_flax.convert.networks import check_same
+from tnt_flax.convert.networks import check_same, unstored_fields
 from tnt_flax.data import pipeline, randaugment, sources, transforms
 from tnt_flax.data.plan import TrainPlan
 from tnt_flax.errors import InputError
-from tnt_flax.models import TNT, create_model
+from tnt_flax.models import Model, create_model
 from tnt_flax.optimizer import epoch_learning_rates, make_optimizer, per_epoch_schedule
+from tnt_flax.state import merged
 
 Batches = Iterator[dict[str, np.ndarray]]
 
 
-def build_model(config: ConfigDict, num_classes: int) -> TNT:
+def build_model(config: ConfigDict, num_classes: int) -> Model:
     """The network that `config.model` names, with the fields that it sets."""
     fields = {k: v for k, v in config.model.items() if k != "name" and v is not None}
     model = create_model(config.model.name, num_classes=num_classes, **fields)
@@ -39,15 +40,18 @@ def build_model(config: ConfigDict, num_classes: int) -> TNT:
     return model
 
 
-def init_params(model: TNT, config: ConfigDict) -> Callable[[jax.Array], Any]:
-    """Returns `init(key) -> params`, a pure function to jit or to `jax.eval_shape`."""
+def init_params(model: Model, config: ConfigDict) -> Callable[[jax.Array], Any]:
+    """Returns `init(key) -> params`, a pure function to jit or to `jax.eval_shape`.
+
+    As all `params` of a run they are `state.merged`: with the statistics of BatchNorms.
+    """
     size = config.data.image_size
-    return lambda key: model.init(key, jnp.zeros((1, size, size, 3)), train=False)["params"]
+    return lambda key: merged(model.init(key, jnp.zeros((1, size, size, 3)), train=False))
 
 
 def load_params(
     config: ConfigDict,
-    model: TNT,
+    model: Model,
     path: str,
     class_names: tuple[str, ...],
     *,
@@ -66,9 +70,7 @@ def load_params(
         path,
         weights="ema" if fine_tune else config.eval.weights,
         checkpoint=checkpoint,
-        inner_heads=model.inner_heads,
-        outer_heads=model.outer_heads,
-        patch_size=model.patch_size,
+        **unstored_fields(model),
     )
     same_classes = found.network.model.num_classes == len(class_names) and (
         found.class_names in (None, class_names)
@@ -116,7 +118,7 @@ def run_keys(config: ConfigDict) -> tuple[jax.Array, jax.Array]:
     return init_key, step_key
 
 
-def build_train_step(config: ConfigDict, model: TNT, tx, schedule):
+def build_train_step(config: ConfigDict, model: Model, tx, schedule):
     prepare = build_prepare(config, model.num_classes)
     return steps.make_train_step(model, tx, schedule, prepare, ema_decay=config.ema.decay)
 
@@ -153,11 +155,11 @@ def mixes(config: ConfigDict) -> bool:
     return bool(config.augment.mixup_alpha or config.augment.cutmix_alpha)
 
 
-def build_eval_step(config: ConfigDict, model: TNT):
+def build_eval_step(config: ConfigDict, model: Model):
     return steps.make_eval_step(model, mean=config.data.mean, std=config.data.std)
 
 
-def build_predict_step(config: ConfigDict, model: TNT):
+def build_predict_step(config: ConfigDict, model: Model):
     return steps.make_predict_step(model, mean=config.data.mean, std=config.data.std)
 
 

@@ -16,7 +16,11 @@ from tnt_flax.errors import InputError, listed
 
 @flax.struct.dataclass
 class TrainState:
-    """Arrays only, so that a checkpoint of it is a complete run."""
+    """Arrays only, so that a checkpoint of it is a complete run.
+
+    `params` are `merged`: PyramidTNT's BatchNorms have their running statistics among them, which
+    the average covers too, and the optimizer does not see.
+    """
 
     step: jax.Array  # updates applied so far
     params: Any
@@ -27,7 +31,7 @@ class TrainState:
     def create(cls, params, tx: optax.GradientTransformation) -> "TrainState":
         """Step 0. The average starts at the initial weights and has no warm-up, as published."""
         ema = jax.tree.map(jnp.copy, params)  # its own buffers: the step donates both
-        return cls(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
+        return cls(jnp.zeros((), jnp.int32), params, tx.init(split(params)["params"]), ema)
 
 
 STATISTICS = ("mean", "var", "count")  # of a `batch_norm`

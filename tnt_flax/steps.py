@@ -14,7 +14,7 @@ import optax
 
 from tnt_flax.augment import normalize
 from tnt_flax.losses import smooth_one_hot, soft_target_cross_entropy
-from tnt_flax.state import TrainState
+from tnt_flax.state import TrainState, merged, split
 
 Batch = dict[str, jax.Array]
 
@@ -22,6 +22,12 @@ Batch = dict[str, jax.Array]
 def all_finite(tree: Any) -> jax.Array:
     """One flag per leaf, in the order of `jax.tree.leaves`: is every element finite?"""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
+
+
+def average(new: Any, old: Any, decay: float) -> Any:
+    """The exponential moving average; what is counted in whole numbers is not averaged."""
+    mean = optax.incremental_update(new, old, 1 - decay)
+    return jax.tree.map(lambda x, y: y if jnp.issubdtype(y.dtype, jnp.integer) else x, mean, new)
 
 
 def step_keys(key: jax.Array, step: jax.Array | int) -> jax.Array:
@@ -70,8 +76,8 @@ def make_train_step(
     `prepare` is what `make_prepare` returns. Randomness depends on `key` and `state.step` alone, so
     a resumed run draws what an unbroken one would, and any number of devices draw the same.
     `metrics` are scalars (loss, learning_rate, grad_norm) and `finite` bool [2 P]: a flag for each
-    of the P gradients, then for each parameter as it came in, which tell where a NaN began. One
-    array, because fetching many small ones would slow the loop down.
+    of the P gradients (or new running statistics), then for each parameter as it came in, which
+    tell where a NaN began. One array, because fetching many small ones would slow the loop down.
     """
 
     def train_step(state, batch, key):
@@ -79,19 +85,30 @@ def make_train_step(
         images, targets = prepare(batch, mix_key, erase_key)
         rngs = {"dropout": dropout_key}
 
-        def loss_fn(params):
-            logits = model.apply({"params": params}, images, train=True, rngs=rngs)
-            return soft_target_cross_entropy(logits, targets).mean()
+        variables = split(state.params)
+        params, statistics = variables["params"], variables.get("batch_stats", {})
 
-        loss, grads = jax.value_and_grad(loss_fn)(state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
+        def loss_fn(params):
+            logits, changed = model.apply(
+                {"params": params, "batch_stats": statistics},
+                images,
+                train=True,
+                rngs=rngs,
+                mutable=["batch_stats"],
+            )
+            loss = soft_target_cross_entropy(logits, targets).mean()
+            return loss, changed.get("batch_stats", {})
+
+        (loss, statistics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = tx.update(grads, state.opt_state, params)
+        params = merged({"params": optax.apply_updates(params, updates), "batch_stats": statistics})
+        changes = merged({"params": grads, "batch_stats": statistics})
+        ema = average(params, state.ema, ema_decay)
         metrics = {
             "loss": loss,
             "learning_rate": schedule(state.step),
             "grad_norm": optax.tree.norm(grads),
-            "finite": all_finite({"params": state.params, "gradients": grads}),
+            "finite": all_finite({"params": state.params, "gradients": changes}),
         }
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
@@ -108,7 +125,7 @@ def make_eval_step(
     """
 
     def eval_step(params, batch):
-        logits = model.apply({"params": params}, normalize(batch["image"], mean, std), train=False)
+        logits = model.apply(split(params), normalize(batch["image"], mean, std), train=False)
         labels, mask = batch["label"], batch["mask"]
         _, best = jax.lax.top_k(logits, min(5, model.num_classes))
         hits = best == labels[:, None]
@@ -129,7 +146,7 @@ def make_predict_step(
     """Returns `predict_step(params, images) -> probabilities` [B, classes] of uint8 images."""
 
     def predict_step(params, images):
-        logits = model.apply({"params": params}, normalize(images, mean, std), train=False)
+        logits = model.apply(split(params), normalize(images, mean, std), train=False)
         return jax.nn.softmax(logits)
 
     return predict_step

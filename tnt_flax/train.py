@@ -18,7 +18,7 @@ from tnt_flax.data.sources import check_same_classes
 from tnt_flax.errors import RunError
 from tnt_flax.evaluate import evaluate
 from tnt_flax.metrics import MetricWriter, Progress, StepMeter, read_metrics_file
-from tnt_flax.state import TrainState, fingerprint, flat_names
+from tnt_flax.state import TrainState, fingerprint, flat_names, split
 from tnt_flax.workdir import as_json, check_space, open_workdir
 
 
@@ -89,7 +89,8 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
             state = jax.jit(new_state, out_shardings=replicated)(params)
         else:
             state = jax.jit(init_state, out_shardings=replicated)(init_key)
-        table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+        params = split(state.params)["params"]
+        table = parameter_overview.get_parameter_overview(params, include_stats=False)
         (workdir / "parameters.txt").write_text(table + "\n")
     names = list(flat_names(state.params))
     start_step = int(state.step)

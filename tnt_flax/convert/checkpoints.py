@@ -98,8 +98,8 @@ def read_checkpoint(
         checkpoint: "best" or "last", of a workdir.
         put: called with every parameter's name and array as soon as it is whole; what it returns
             is kept, so that no second copy of all of them need exist.
-        overrides: fields of the network. `inner_heads` and `outer_heads` are needed for sizes that were
-            never published; dtype, remat and the drop rates are free.
+        overrides: fields of the network. `inner_heads` and `outer_heads` are needed for sizes that
+            were never published; dtype, remat and the drop rates are free.
 
     Raises:
         InputError: nothing there, not readable without running code, damaged, not a TNT, or tensors

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tnt_flax.convert.checkpoints import Checkpoint, read_checkpoint
@@ -97,7 +96,8 @@ def adapt(
                 f"cannot resample their positions for {new[0]}x{new[1]}"
             )
         if network.grid not in (None, new):
-            changes |= resampled_positions(model, params, network.grid, new)
+            resampled = resampled_positions(model, params, network.grid, new)
+            changes |= {path: np.asarray(x) for path, x in resampled.items()}
             sizes = "{}x{} to {}x{}".format(*network.grid, *new)
             found.notes.append(f"resampled the positions from {sizes}")
     if in_channels is not None and in_channels != network.channels:

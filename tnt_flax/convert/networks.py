@@ -109,7 +109,7 @@ def identify(
         if len(shapes.get(ours, ())) != rank or 0 in shapes[ours]:
             place = place_of(naming, ours)
             raise InputError(
-                f"{path} is no whole {naming} {'Pyramid' * pyramid}TNT: {place.name if place else ours} is "
+                f"{path} is no whole {naming} TNT: {place.name if place else ours} is "
                 + (f"{list(shapes[ours])}" if ours in shapes else "missing")
             )
         return shapes[ours]

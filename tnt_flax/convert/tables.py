@@ -143,7 +143,9 @@ NORM_LEAVES = {"tnt_flax": ("scale", "bias")} | {
     for naming in WORD_POS
     if naming != "tnt_flax"
 }
-LAYER_LEAVES = {naming: ("weight", "bias") for naming in WORD_POS} | {"tnt_flax": ("kernel", "bias")}
+LAYER_LEAVES = {naming: ("weight", "bias") for naming in WORD_POS} | {
+    "tnt_flax": ("kernel", "bias")
+}
 STATISTICS_LEAVES = {
     "tnt_flax": ("mean", "var", "count"),
     "huawei_pyramid": ("running_mean", "running_var", "num_batches_tracked"),

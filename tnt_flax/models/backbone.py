@@ -90,9 +90,7 @@ def feature_maps(
         blocks = [x for path, _ in model.stacks() for x in found[path[0]]["sentences"][0]]
         maps = [blocks[i][:, 1:].reshape(len(images), *grid, -1) for i in at]
         strides = [patch] * len(maps)
-    maps = [
-        FeatureMap(x, stride, (height, width)) for x, stride in zip(maps, strides, strict=True)
-    ]
+    maps = [FeatureMap(x, stride, (height, width)) for x, stride in zip(maps, strides, strict=True)]
     return (maps, state) if mutable else maps
 
 

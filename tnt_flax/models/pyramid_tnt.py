@@ -15,7 +15,6 @@ import functools
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -70,7 +69,7 @@ class ConvNormReLU(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Maps, *, train: bool) -> Maps:
+    def __call__(self, x: Images, *, train: bool) -> Maps:
         x = Conv3x3(self.features, strides=self.stride, dtype=self.dtype, name="conv")(x)
         return nn.relu(BatchNorm(self.dtype, name="batch_norm")(x, train=train))
 
@@ -107,11 +106,13 @@ class Merge(nn.Module):
     """Norm of tokens, then a 3x3 convolution of stride 2 over the pictures that they make up."""
 
     features: int
-    to_pictures: Callable[[Array], Maps]
+    to_pictures: Callable[[Array], Array]
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Float[Array, "B N *words W"]) -> Maps:
+    def __call__(
+        self, tokens: Float[Array, "B N *words W"]
+    ) -> Float[Array, "pictures rows columns C"]:
         x = LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(tokens)
         conv = Conv3x3(self.features, strides=2, dtype=self.dtype, name="conv")
         return conv(self.to_pictures(x))
@@ -331,16 +332,15 @@ class PyramidTNT(nn.Module):
             return features.astype(jnp.float32)
         return Dense(self.num_classes, dtype=self.dtype, name="head")(features).astype(jnp.float32)
 
-    def merge(
-        self, i: int, words: Words, sentences: Sentences, grid: Grid
-    ) -> tuple[Words, Sentences]:
-        """What stage `i` begins with; `grid` is that of the stage before."""
+    def merge(self, i: int, words: Words, sentences: Sentences, grid: Grid) -> tuple[Array, Array]:
+        """The words and sentences that stage `i` begins with; `grid` is that of the stage before."""
         batch, _, num_words, _ = words.shape
         to_map = lambda x: x.reshape(batch, *grid, x.shape[-1])
         to_tiles = functools.partial(tiles, grid=grid)
-        merge = lambda dim, to, name: Merge(WIDENING[i] * dim, to, self.dtype, name=f"{name}s_{i - 1}")
-        words = merge(self.inner_dim, to_tiles, "word_merge")(words)
-        sentences = merge(self.outer_dim, to_map, "sentence_merge")(sentences)
+        merge = functools.partial(Merge, dtype=self.dtype)
+        inner_dim, outer_dim = WIDENING[i] * self.inner_dim, WIDENING[i] * self.outer_dim
+        words = merge(inner_dim, to_tiles, name=f"word_merges_{i - 1}")(words)
+        sentences = merge(outer_dim, to_map, name=f"sentence_merges_{i - 1}")(sentences)
         words = words.reshape(batch, -1, num_words, words.shape[-1])
         return words, sentences.reshape(batch, -1, sentences.shape[-1])
 

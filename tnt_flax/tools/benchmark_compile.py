@@ -80,13 +80,14 @@ def make_forward(path: str, fields: dict[str, str]):
     import jax.numpy as jnp
 
     from tnt_flax import build
+    from tnt_flax.state import split
 
     config = read_config(path, fields | {"depth": 1}, IMAGES)
     model = build.build_model(config, CLASSES)
     params = jax.eval_shape(build.init_params(model, config), jax.random.key(0))
     size = config.data.image_size
     images = jax.ShapeDtypeStruct((IMAGES, size, size, 3), jnp.float32)
-    return (lambda params, images: model.apply({"params": params}, images)), (params, images)
+    return (lambda params, images: model.apply(split(params), images)), (params, images)
 
 
 def read_config(path: str, fields: dict[str, Any], images: int) -> ConfigDict:

@@ -39,7 +39,7 @@ from tnt_flax import host, steps
 from tnt_flax.errors import InputError
 from tnt_flax.models import TNT, create_model
 from tnt_flax.optimizer import make_optimizer
-from tnt_flax.state import TrainState
+from tnt_flax.state import TrainState, merged, split
 from tnt_flax.tools import contractions, rounds
 
 BATCHES = {"forward": 4, "step": 2}  # in a round
@@ -166,8 +166,8 @@ def _our_passes(work: Work, tuned: bool, cores: int) -> dict[str, rounds.Pass]:
     fields = work.fields | {"remat": "none" if tuned else "block"}
     model = create_model(work.model, num_classes=CLASSES, drop_path=DROP_PATH, **fields)
     images, targets = map(jnp.asarray, _make_batch(work))
-    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
-    predict = jax.jit(lambda params, images: model.apply({"params": params}, images))
+    params = merged(jax.jit(model.init)(jax.random.key(0), images))
+    predict = jax.jit(lambda params, images: model.apply(split(params), images))
     schedule = optax.constant_schedule(LEARNING_RATE)
     tx = make_optimizer(schedule, clip_norm=0.0, **ADAMW)
     prepare = lambda batch, mix_key, erase_key: (batch["image"], batch["target"])

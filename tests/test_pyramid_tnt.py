@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyramidTNT beside the official code: goldens of a tiny one, see `make_goldens_pyramid`."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from make_goldens_pyramid import CLASSES, FIELDS, GOLDEN, LABELS, SIZE, digest, images
+from test_models import shapes
+
+from tnt_flax import sharding
+from tnt_flax.convert import mapping, torch_files
+from tnt_flax.convert.checkpoints import read_checkpoint
+from tnt_flax.errors import InputError
+from tnt_flax.models import MODELS, PyramidTNT, block_outputs, create_model, feature_maps
+from tnt_flax.models.batch_norm import BatchNorm
+from tnt_flax.models.pyramid_tnt import block_groups, stage_grids, tiles
+from tnt_flax.optimizer import decay_mask
+from tnt_flax.state import flat_names, merged, split
+
+# Compiling is what these tests spend their time on; unoptimised code is compiled twice as fast.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+TINY = FIELDS | dict(num_classes=CLASSES)
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def found():
+    return read_checkpoint(GOLDEN / "tiny.pth.tar", inner_heads=1)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with np.load(GOLDEN / "expected.npz") as golden:
+        return dict(golden)
+
+
+# -- Equality with the official code
+
+
+def test_logits_and_stages_are_the_official_ones(found, expected):
+    model = found.network.model
+    maps = feature_maps(model, found.variables, jnp.asarray(images()))
+    for i, each in enumerate(maps):
+        theirs = expected[f"stage_{i}"]
+        ours = each.features.reshape(theirs.shape)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
+    for form in ("reference", "cpu"):
+        same = model.clone(inner=form, outer=form)
+        logits = jit(same.apply)(found.variables, images())
+        np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=5e-6)
+    assert 0.2 < expected["logits"].std() < 3
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_a_step_of_training_is_the_official_one(found, expected, remat):
+    """Loss, gradients and BatchNorm's statistics, in the form that CPUs train in."""
+    model = found.network.model.clone(inner="cpu", outer="cpu", remat=remat)
+    variables = found.variables
+
+    def loss_of(params):
+        variables_now = variables | {"params": params}
+        logits, changed = model.apply(variables_now, images(), train=True, mutable=["batch_stats"])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(LABELS))
+        return losses.mean(), changed["batch_stats"]
+
+    step = jit(jax.value_and_grad(loss_of, has_aux=True))
+    (loss, statistics), gradients = step(variables["params"])
+    np.testing.assert_allclose(loss, expected["loss"], rtol=1e-6)
+    tree = merged({"params": gradients, "batch_stats": statistics})
+    theirs = dict(mapping.export("huawei_pyramid", tree))
+    compared = 0
+    for name, x in expected.items():
+        kind, _, name = name.partition(" ")
+        if kind == "after" and name.endswith("num_batches_tracked"):
+            assert theirs[name] == x == 8 and theirs[name].dtype == np.int64
+        elif kind in ("after", "gradient"):
+            # A bias before a BatchNorm has the gradient 0, but for rounding.
+            size = max(np.abs(x).max(), 1e-2)
+            np.testing.assert_allclose(theirs[name], x, rtol=0, atol=5e-6 * size, err_msg=name)
+            compared += 1
+    assert compared > 30
+
+
+def test_trap_32_statistics_are_torchs():
+    """By hand, on four values: 1, 2, 3 and 6 have the mean 3 and the unbiased variance 14 / 3."""
+    x = jnp.array([1.0, 2.0, 3.0, 6.0]).reshape(2, 2, 1, 1)
+    module = BatchNorm()
+    variables = module.init(jax.random.key(0), x, train=False)
+    apply = functools.partial(module.apply, variables, x)
+    out, changed = apply(train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(out.ravel(), (x.ravel() - 3) / np.sqrt(3.5 + 1e-5), rtol=1e-6)
+    assert flat_names(changed["batch_stats"]) == pytest.approx(
+        {"mean": 0.1 * 3, "var": 0.9 + 0.1 * 14 / 3, "count": 1}
+    )
+    for frozen in (apply(train=True), apply(train=False)):
+        np.testing.assert_allclose(frozen.ravel(), x.ravel() / np.sqrt(1 + 1e-5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["jit", "shard_map"])
+def test_statistics_are_those_of_all_devices(how):
+    """Of rows that lie on eight devices: values, statistics and gradients."""
+    mesh, module = sharding.make_mesh(), BatchNorm()
+    x = jnp.asarray(np.random.RandomState(0).standard_normal((16, 2, 3)), jnp.float32)
+    weight = jnp.arange(16.0).reshape(16, 1, 1)
+    variables = module.init(jax.random.key(0), x, train=False)
+
+    def loss(scale, x, weight):
+        own = {"params": {**variables["params"], "scale": scale}}
+        out, changed = module.apply(variables | own, x, train=True, mutable=["batch_stats"])
+        return (out**3 * weight).sum(), changed
+
+    run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    scale = variables["params"]["scale"]
+    (value, changed), (d_scale, d_x) = run(scale, x, weight)
+    if how == "jit":
+        rows = NamedSharding(mesh, PartitionSpec("data"))
+        (value_2, changed_2), gradients = jax.jit(run, in_shardings=(None, rows, rows))(
+            scale, x, weight
+        )
+        value_2, d_scale_2 = value_2[None], gradients[0][None]
+    else:
+
+        def own(scale, x, weight):
+            (value, changed), (d_scale, d_x) = run(scale, x, weight)
+            return (value[None], changed), (d_scale[None], d_x)
+
+        rows, everywhere = PartitionSpec("data"), PartitionSpec()
+        (value_2, changed_2), gradients = jax.jit(
+            jax.shard_map(
+                own,
+                mesh=mesh,
+                in_specs=(everywhere, rows, rows),
+                out_specs=((rows, everywhere), (rows, rows)),
+                check_vma=False,
+            )
+        )(scale, x, weight)
+        d_scale_2 = gradients[0]
+    np.testing.assert_allclose(value_2.sum(), value, rtol=1e-5)
+    np.testing.assert_allclose(d_scale_2.sum(0), d_scale, rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(gradients[1], d_x, rtol=1e-4, atol=1e-3)
+    for name, x in flat_names(changed).items():
+        np.testing.assert_allclose(flat_names(changed_2)[name], x, rtol=1e-5, err_msg=name)
+
+
+# -- The official files
+
+
+def test_official_files_are_told_and_written_again(found):
+    assert (found.naming, found.network.grid) == ("huawei_pyramid", (8, 8))
+    model = found.network.model
+    assert isinstance(model, PyramidTNT)
+    assert {name: getattr(model, name) for name in TINY} == TINY
+    original = torch_files.read(GOLDEN / "tiny.pth.tar")
+    written = dict(mapping.export("huawei_pyramid", found.params))
+    assert sorted(written) == sorted(original)
+    for name, x in original.items():
+        assert written[name].dtype == x.dtype, name
+        np.testing.assert_array_equal(written[name], x)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("ptnt_")])
+def test_names_and_shapes_are_the_official_ones(name):
+    size = int(name[-3:])
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    variables = jax.eval_shape(create_model(name).init, jax.random.key(0), images)
+    exported = mapping.exported_shapes("huawei_pyramid", merged(variables))
+    assert digest(exported) == json.loads((GOLDEN / "names.json").read_text())[name]
+
+
+# -- The network by itself
+
+
+def tiny(size=(SIZE, SIZE), **fields):
+    model = PyramidTNT(**TINY | fields)
+    variables = jit(model.init)(jax.random.key(0), jnp.zeros((1, *size, 3)))
+    return model, variables
+
+
+def test_tiles_are_neighbouring_sentences():
+    """Words numbered by their place in the picture; what is missing of odd grids is zero."""
+    rows, columns = 3, 5
+    picture = 1.0 + jnp.arange(4 * rows * 4 * columns).reshape(4 * rows, 4 * columns)
+    words = picture.reshape(rows, 4, columns, 4).swapaxes(1, 2).reshape(1, rows * columns, 16, 1)
+    padded = np.pad(np.asarray(picture), ((0, 4), (0, 4)))
+    found = np.asarray(tiles(words, (rows, columns)))[..., 0]
+    for tile, (y, x) in zip(found, np.ndindex(2, 3), strict=True):
+        np.testing.assert_array_equal(tile, padded[8 * y : 8 * y + 8, 8 * x : 8 * x + 8])
+
+
+def test_initial_values_are_the_official_ones():
+    _, variables = tiny(outer_dim=40, inner_dim=5)
+    params = flat_names(variables["params"])
+    kernel = params["sentence_merges_1/conv/kernel"]
+    assert kernel.std() == pytest.approx((2 / (9 * kernel.shape[-1])) ** 0.5, rel=0.02)
+    assert params["stages_0/relative_pos"].std() == pytest.approx(1, rel=0.05)
+    assert params["stages_1/blocks_2/outer/fc1/kernel"].std() == pytest.approx(0.02, rel=0.05)
+    assert params["sentence_pos"].std() == pytest.approx(0.02, rel=0.1)
+    for name, x in params.items():
+        if name.endswith("bias"):
+            assert not x.any(), name
+        if name.endswith("scale"):
+            assert (x == 1).all(), name
+
+
+def test_which_parameters_decay():
+    _, variables = tiny()
+    decayed = {name for name, on in flat_names(decay_mask(variables["params"])).items() if on}
+    kinds = {name.rpartition("/")[2] for name in decayed}
+    assert kinds == {"kernel", "relative_pos"}
+    assert sum(name.endswith("relative_pos") for name in decayed) == 4
+    assert "sentence_pos" not in decayed and "word_pos" not in decayed
+
+
+@pytest.mark.parametrize("depth, groups", [(1, [(0, 1)]), (6, [(0, 1), (1, 6)])])
+def test_which_blocks_have_words(depth, groups):
+    assert block_groups(depth) == groups
+    assert block_groups(7) == [(0, 2), (2, 7)]
+
+
+def test_block_outputs():
+    model, variables = tiny(size=(32, 72), depths=(1, 2, 1, 1))
+    blocks = block_outputs(model, variables, jnp.ones((2, 32, 72, 3)))
+    assert len(blocks) == 5
+    assert [b["sentences"].shape[1] for b in blocks] == [36, 10, 10, 3, 2]
+    assert stage_grids((4, 9)) == [(4, 9), (2, 5), (1, 3), (1, 2)]
+    assert blocks[0]["outer_attention"].shape == (2, 2, 36, 2)  # two squares of 4x4 sentences
+    assert blocks[0]["inner_attention"].shape == (2, 36, 1, 16, 16)
+    assert ["inner_attention" in b for b in blocks] == [True, True, False, True, True]
+    np.testing.assert_allclose(blocks[0]["outer_attention"].sum(-1), 1, rtol=1e-5)
+
+
+def test_dropping(found):
+    """Rates grow from block to block; the first never drops; positions and not sentences drop."""
+    model = found.network.model.clone(drop_path=0.9, num_classes=0, depths=FIELDS["depths"])
+    run = lambda seed, **fields: jit(
+        functools.partial(model.clone(**fields).apply, train=True, mutable=["maps"])
+    )(found.variables, images(), rngs={"dropout": jax.random.key(seed)})[1]["maps"]
+    one, other = run(0), run(1)
+    np.testing.assert_array_equal(one["stage_0"][0], other["stage_0"][0])
+    assert (one["stage_1"][0] != other["stage_1"][0]).any()
+    dropped = run(0, drop_path=0.0, dropout=0.5)
+    assert (dropped["stage_0"][0] != one["stage_0"][0]).any()
+
+
+def test_bfloat16_is_close(found, expected):
+    model = found.network.model.clone(dtype=jnp.bfloat16)
+    logits = jit(model.apply)(found.variables, images())
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, expected["logits"], atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "shape, fields, message",
+    [
+        ((1, 60, 64, 3), {}, "image size 60x64 is not divisible by patch size 8"),
+        ((1, 64, 24, 3), {}, "images of 64x24 are too small: use at least 32 pixels"),
+        ((1, 72, 64, 3), {}, r"weights' sentence_pos has shape \(1, 64, 4\), but these images"),
+        ((1, 64, 64, 3), dict(inner="lanes"), "inner='lanes' is none of"),
+        ((1, 64, 64, 3), dict(drop_path=1.0), r"drop_path=1.0 is outside \[0, 1\)"),
+        ((1, 64, 64, 3), dict(depths=(1, 2)), r"depths=\(1, 2\) must be the blocks of 4 stages"),
+    ],
+)
+def test_what_is_refused(found, shape, fields, message):
+    model = found.network.model.clone(**fields)
+    with pytest.raises(InputError, match=message):
+        jax.eval_shape(model.apply, found.variables, jnp.zeros(shape))
+
+
+def test_parameters_and_statistics_in_one_tree():
+    _, variables = tiny()
+    tree = merged(variables)
+    assert set(tree["stem"]["words"]["batch_norm"]) == {"scale", "bias", "mean", "var", "count"}
+    again = split(tree)
+    assert jax.tree.structure(again) == jax.tree.structure(dict(variables))
+    assert set(split(shapes("tnt_ti_patch16_224", depth=1))) == {"params"}
