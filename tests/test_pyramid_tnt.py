@@ -4,6 +4,7 @@
 import functools
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ from tnt_flax import sharding
 from tnt_flax.convert import mapping, torch_files
 from tnt_flax.convert.checkpoints import read_checkpoint
 from tnt_flax.errors import InputError
-from tnt_flax.models import MODELS, PyramidTNT, block_outputs, create_model, feature_maps
+from tnt_flax.models import MODELS, PyramidTNT, block_outputs, create_model
 from tnt_flax.models.batch_norm import BatchNorm
 from tnt_flax.models.pyramid_tnt import block_groups, stage_grids, tiles
 from tnt_flax.optimizer import decay_mask
@@ -49,45 +50,46 @@ def expected():
 
 
 def test_logits_and_stages_are_the_official_ones(found, expected):
-    model = found.network.model
-    maps = feature_maps(model, found.variables, jnp.asarray(images()))
-    for i, each in enumerate(maps):
+    model = found.network.model.clone(inner="reference", outer="reference")
+    run = jit(functools.partial(model.apply, mutable=["maps"]))
+    logits, state = run(found.variables, jnp.asarray(images()))
+    np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=5e-6)
+    assert np.abs(expected["logits"][0] - expected["logits"][1]).max() > 0.1
+    for i in range(4):
         theirs = expected[f"stage_{i}"]
-        ours = each.features.reshape(theirs.shape)
+        ours = state["maps"][f"stage_{i}"][0].reshape(theirs.shape)
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
-    for form in ("reference", "cpu"):
-        same = model.clone(inner=form, outer=form)
-        logits = jit(same.apply)(found.variables, images())
-        np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=5e-6)
-    assert 0.2 < expected["logits"].std() < 3
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
-def test_a_step_of_training_is_the_official_one(found, expected, remat):
-    """Loss, gradients and BatchNorm's statistics, in the form that CPUs train in."""
-    model = found.network.model.clone(inner="cpu", outer="cpu", remat=remat)
+def test_a_step_of_training_is_the_official_one(found, expected):
+    """Loss, gradients and BatchNorm's statistics; in the form of CPUs, with rematerialization."""
+    model = found.network.model.clone(inner="cpu", outer="cpu", remat="block")
     variables = found.variables
 
     def loss_of(params):
-        variables_now = variables | {"params": params}
-        logits, changed = model.apply(variables_now, images(), train=True, mutable=["batch_stats"])
+        logits, changed = model.apply(
+            variables | {"params": params},
+            jnp.asarray(images()),
+            train=True,
+            mutable=["batch_stats"],
+        )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(LABELS))
         return losses.mean(), changed["batch_stats"]
 
     step = jit(jax.value_and_grad(loss_of, has_aux=True))
     (loss, statistics), gradients = step(variables["params"])
-    np.testing.assert_allclose(loss, expected["loss"], rtol=1e-6)
+    np.testing.assert_allclose(loss, expected["loss"], rtol=1e-5)
     tree = merged({"params": gradients, "batch_stats": statistics})
     theirs = dict(mapping.export("huawei_pyramid", tree))
     compared = 0
-    for name, x in expected.items():
-        kind, _, name = name.partition(" ")
-        if kind == "after" and name.endswith("num_batches_tracked"):
+    for key, x in expected.items():
+        kind, _, name = key.partition(" ")
+        if name.endswith("num_batches_tracked"):
             assert theirs[name] == x == 8 and theirs[name].dtype == np.int64
         elif kind in ("after", "gradient"):
             # A bias before a BatchNorm has the gradient 0, but for rounding.
-            size = max(np.abs(x).max(), 1e-2)
-            np.testing.assert_allclose(theirs[name], x, rtol=0, atol=5e-6 * size, err_msg=name)
+            size = max(np.abs(x).max(), 1e-2 if name.endswith("0.bias") else 0)
+            np.testing.assert_allclose(theirs[name], x, rtol=0, atol=3e-5 * size, err_msg=name)
             compared += 1
     assert compared > 30
 
@@ -181,10 +183,11 @@ def test_names_and_shapes_are_the_official_ones(name):
 # -- The network by itself
 
 
-def tiny(size=(SIZE, SIZE), **fields):
-    model = PyramidTNT(**TINY | fields)
-    variables = jit(model.init)(jax.random.key(0), jnp.zeros((1, *size, 3)))
-    return model, variables
+@pytest.fixture(scope="module")
+def initial():
+    """The variables of a small network as they are initialized."""
+    model = PyramidTNT(**TINY | dict(outer_dim=40, inner_dim=5))
+    return jit(model.init)(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
 
 
 def test_tiles_are_neighbouring_sentences():
@@ -198,9 +201,8 @@ def test_tiles_are_neighbouring_sentences():
         np.testing.assert_array_equal(tile, padded[8 * y : 8 * y + 8, 8 * x : 8 * x + 8])
 
 
-def test_initial_values_are_the_official_ones():
-    _, variables = tiny(outer_dim=40, inner_dim=5)
-    params = flat_names(variables["params"])
+def test_initial_values_are_the_official_ones(initial):
+    params = flat_names(initial["params"])
     kernel = params["sentence_merges_1/conv/kernel"]
     assert kernel.std() == pytest.approx((2 / (9 * kernel.shape[-1])) ** 0.5, rel=0.02)
     assert params["stages_0/relative_pos"].std() == pytest.approx(1, rel=0.05)
@@ -213,9 +215,8 @@ def test_initial_values_are_the_official_ones():
             assert (x == 1).all(), name
 
 
-def test_which_parameters_decay():
-    _, variables = tiny()
-    decayed = {name for name, on in flat_names(decay_mask(variables["params"])).items() if on}
+def test_which_parameters_decay(initial):
+    decayed = {name for name, on in flat_names(decay_mask(initial["params"])).items() if on}
     kinds = {name.rpartition("/")[2] for name in decayed}
     assert kinds == {"kernel", "relative_pos"}
     assert sum(name.endswith("relative_pos") for name in decayed) == 4
@@ -229,33 +230,50 @@ def test_which_blocks_have_words(depth, groups):
 
 
 def test_block_outputs():
-    model, variables = tiny(size=(32, 72), depths=(1, 2, 1, 1))
-    blocks = block_outputs(model, variables, jnp.ones((2, 32, 72, 3)))
+    model = PyramidTNT(**TINY | dict(depths=(1, 2, 1, 1)))
+    images = jax.ShapeDtypeStruct((2, 32, 72, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    blocks = jax.eval_shape(functools.partial(block_outputs, model), variables, images)
     assert len(blocks) == 5
     assert [b["sentences"].shape[1] for b in blocks] == [36, 10, 10, 3, 2]
     assert stage_grids((4, 9)) == [(4, 9), (2, 5), (1, 3), (1, 2)]
     assert blocks[0]["outer_attention"].shape == (2, 2, 36, 2)  # two squares of 4x4 sentences
     assert blocks[0]["inner_attention"].shape == (2, 36, 1, 16, 16)
     assert ["inner_attention" in b for b in blocks] == [True, True, False, True, True]
-    np.testing.assert_allclose(blocks[0]["outer_attention"].sum(-1), 1, rtol=1e-5)
 
 
-def test_dropping(found):
-    """Rates grow from block to block; the first never drops; positions and not sentences drop."""
-    model = found.network.model.clone(drop_path=0.9, num_classes=0, depths=FIELDS["depths"])
-    run = lambda seed, **fields: jit(
-        functools.partial(model.clone(**fields).apply, train=True, mutable=["maps"])
-    )(found.variables, images(), rngs={"dropout": jax.random.key(seed)})[1]["maps"]
-    one, other = run(0), run(1)
+def test_paths_drop_but_for_the_first_block(found):
+    model = found.network.model.clone(drop_path=0.9)
+    apply = functools.partial(model.apply, found.variables, train=True, mutable=["maps"])
+    run = jit(lambda key: apply(jnp.asarray(images()), rngs={"dropout": key})[1]["maps"])
+    one, other = run(jax.random.key(0)), run(jax.random.key(1))
     np.testing.assert_array_equal(one["stage_0"][0], other["stage_0"][0])
     assert (one["stage_1"][0] != other["stage_1"][0]).any()
-    dropped = run(0, drop_path=0.0, dropout=0.5)
-    assert (dropped["stage_0"][0] != one["stage_0"][0]).any()
 
 
+def test_trap_32_positions_drop_and_not_sentences(found):
+    seen = []
+
+    def watch(call, args, kwargs, context):
+        if isinstance(context.module, nn.Dropout) and len(context.module.path) == 1:
+            seen.append(args[0].shape)
+        return call(*args, **kwargs)
+
+    model = found.network.model.clone(dropout=0.5)
+    with nn.intercept_methods(watch):
+        jax.eval_shape(
+            lambda key: model.apply(
+                found.variables, jnp.asarray(images()), train=True, rngs={"dropout": key}
+            ),
+            jax.random.key(0),
+        )
+    assert seen == [(1, 64, 4)]
+
+
+@pytest.mark.slow
 def test_bfloat16_is_close(found, expected):
     model = found.network.model.clone(dtype=jnp.bfloat16)
-    logits = jit(model.apply)(found.variables, images())
+    logits = jit(model.apply)(found.variables, jnp.asarray(images()))
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected["logits"], atol=0.1)
 
@@ -277,10 +295,9 @@ def test_what_is_refused(found, shape, fields, message):
         jax.eval_shape(model.apply, found.variables, jnp.zeros(shape))
 
 
-def test_parameters_and_statistics_in_one_tree():
-    _, variables = tiny()
-    tree = merged(variables)
+def test_parameters_and_statistics_in_one_tree(initial):
+    tree = merged(initial)
     assert set(tree["stem"]["words"]["batch_norm"]) == {"scale", "bias", "mean", "var", "count"}
     again = split(tree)
-    assert jax.tree.structure(again) == jax.tree.structure(dict(variables))
+    assert jax.tree.structure(again) == jax.tree.structure(dict(initial))
     assert set(split(shapes("tnt_ti_patch16_224", depth=1))) == {"params"}

@@ -333,7 +333,7 @@ class PyramidTNT(nn.Module):
         return Dense(self.num_classes, dtype=self.dtype, name="head")(features).astype(jnp.float32)
 
     def merge(self, i: int, words: Words, sentences: Sentences, grid: Grid) -> tuple[Array, Array]:
-        """The words and sentences that stage `i` begins with; `grid` is that of the stage before."""
+        """The words and sentences that stage `i` begins with; `grid` is the stage before's."""
         batch, _, num_words, _ = words.shape
         to_map = lambda x: x.reshape(batch, *grid, x.shape[-1])
         to_tiles = functools.partial(tiles, grid=grid)

@@ -44,6 +44,9 @@ def measure_compile(args: argparse.Namespace) -> dict[str, Any]:
 
     chips = len(tpu_compiler.devices(args.topology)[1])
     found = {}
+    name = read_config(args.config, {}, IMAGES).model.name
+    if name.startswith("ptnt_"):
+        raise InputError(f"--config={args.config}: {name} has no implementations to compare")
     for name, fields in IMPLEMENTATIONS.items():
         step = compile_step(args, fields, IMAGES * chips)
         make = functools.partial(make_forward, args.config, fields)

@@ -37,7 +37,7 @@ import optax
 
 from tnt_flax import host, steps
 from tnt_flax.errors import InputError
-from tnt_flax.models import TNT, create_model
+from tnt_flax.models import Model, create_model
 from tnt_flax.optimizer import make_optimizer
 from tnt_flax.state import TrainState, merged, split
 from tnt_flax.tools import contractions, rounds
@@ -65,7 +65,7 @@ class Work(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="tnt_s_patch16_224", help="one of tnt_flax.list_models()")
-    add("--against", choices=["timm"], help="the default where torch and timm are installed")
+    add("--against", choices=["timm"], help="the default where timm is installed and has MODEL")
     add("--batch-size", type=int, default=8, help="images")
     add("--rounds", type=int, default=6, help="timed rounds")
     add("--cores", type=int, default=1, help="to which all sides are pinned")
@@ -84,7 +84,9 @@ def measure_model(
     """
     rounds.check_counts(args, "rounds", "cores", "batch_size")
     cores = rounds.pick_cores(args.cores)
-    with_timm = rounds.has_timm()
+    with_timm = rounds.has_timm() and not args.model.startswith("ptnt_")
+    if args.against and args.model.startswith("ptnt_"):
+        raise InputError(f"--against=timm: timm has no PyramidTNT, so no --model={args.model}")
     if args.against and not with_timm:
         raise InputError('--against=timm needs torch and timm: pip install "tnt_flax[oracle]"')
     model = create_model(args.model, num_classes=CLASSES, **fields)
@@ -138,7 +140,7 @@ def summarize(task: str, rates: rounds.Rates, flops: int, peak: float) -> dict[s
     }
 
 
-def count_macs(model: TNT, image_size: int) -> int:
+def count_macs(model: Model, image_size: int) -> int:
     """Multiply-adds of the products for one image, all tokens of the last block included."""
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
