@@ -12,7 +12,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "tnt_flax"
 ROWS = """
     errors models.platform
     --
-    models.layers models.word_embedding models.inner_kernels models.outer_attention models.cpu
+    models.layers models.checks models.batch_norm models.word_embedding models.inner_kernels
+    models.outer_attention models.cpu
     data.plan data.storage data.transforms data.randaugment
     losses augment optimizer sharding state workdir figures metrics command host tools.findings
     tools.contractions tools.hlo tools.rounds convert.tables convert.inert convert.mindspore_files
@@ -23,7 +24,9 @@ ROWS = """
     --
     models.implementations models.block convert.torch_files data.tar data.tfds_records
     --
-    models.tnt
+    models.tnt models.pyramid_tnt
+    --
+    models.backbone
     --
     models steps
     --
