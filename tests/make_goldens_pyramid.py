@@ -68,8 +68,9 @@ def randomize(model) -> None:
 def compare(model, size: int) -> dict[str, float]:
     """The largest differences of logits, of two images, after the weights went through a file."""
     import jax
-    import tnt_flax
     import torch
+
+    import tnt_flax
 
     randomize(model)
     with tempfile.TemporaryDirectory() as folder:

@@ -14,15 +14,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from make_goldens_pyramid import CLASSES, FIELDS, GOLDEN, LABELS, SIZE, digest, images
 from test_models import shapes
 
+import tnt_flax
 from tnt_flax import sharding
-from tnt_flax.convert import mapping, torch_files
+from tnt_flax.convert import mapping, targets, torch_files
 from tnt_flax.convert.checkpoints import read_checkpoint
 from tnt_flax.errors import InputError
 from tnt_flax.models import MODELS, PyramidTNT, block_outputs, create_model
 from tnt_flax.models.batch_norm import BatchNorm
 from tnt_flax.models.pyramid_tnt import block_groups, stage_grids, tiles
 from tnt_flax.optimizer import decay_mask
-from tnt_flax.state import flat_names, merged, split
+from tnt_flax.state import fingerprint, flat_names, merged, split
 
 # Compiling is what these tests spend their time on; unoptimised code is compiled twice as fast.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -87,9 +88,11 @@ def test_a_step_of_training_is_the_official_one(found, expected):
         if name.endswith("num_batches_tracked"):
             assert theirs[name] == x == 8 and theirs[name].dtype == np.int64
         elif kind in ("after", "gradient"):
-            # A bias before a BatchNorm has the gradient 0, but for rounding.
+            # A bias before a BatchNorm has the gradient 0, but for rounding; the other gradients
+            # pass through norms of two channels, which enlarge it to 1e-4.
             size = max(np.abs(x).max(), 1e-2 if name.endswith("0.bias") else 0)
-            np.testing.assert_allclose(theirs[name], x, rtol=0, atol=3e-5 * size, err_msg=name)
+            atol = size * (1e-5 if kind == "after" else 3e-4)
+            np.testing.assert_allclose(theirs[name], x, rtol=0, atol=atol, err_msg=name)
             compared += 1
     assert compared > 30
 
@@ -171,6 +174,41 @@ def test_official_files_are_told_and_written_again(found):
         np.testing.assert_array_equal(written[name], x)
 
 
+def test_another_size_other_classes_and_channels(found):
+    model, variables = tnt_flax.load(
+        GOLDEN / "tiny.pth.tar", inner_heads=1, image_size=(96, 72), num_classes=2, in_channels=1
+    )
+    images = jax.ShapeDtypeStruct((1, 96, 72, 1), jnp.float32)
+    wanted = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, dict(wanted))
+    same = tnt_flax.load(GOLDEN / "tiny.pth.tar", inner_heads=1, image_size=SIZE)[1]
+    assert fingerprint(merged(same)) == fingerprint(found.params)
+
+
+def test_other_systems_have_no_pyramid(found):
+    with pytest.raises(InputError, match="tiny.pth.tar is a PyramidTNT, which timm does not have"):
+        targets.make_target(found, "timm")
+    with pytest.raises(InputError, match="words of width 2, no published size.*give inner_heads="):
+        read_checkpoint(GOLDEN / "tiny.pth.tar")
+    with pytest.raises(InputError, match="another network, not ptnt_s_patch16_256"):
+        read_checkpoint(GOLDEN / "tiny.pth.tar", "ptnt_s_patch16_256", inner_heads=1)
+    with pytest.raises(InputError, match="another network, not tnt_s_patch16_224"):
+        read_checkpoint(GOLDEN / "tiny.pth.tar", "tnt_s_patch16_224", inner_heads=1)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_misfits_are_named(change, tmp_path):
+    tensors = dict(torch_files.read(GOLDEN / "tiny.pth.tar"))
+    name = "patch_embed.inner_convs.1.running_var"
+    changed = {"missing": None, "extra": tensors[name], "shape": tensors[name][:1]}[change]
+    where = "extra" if change == "extra" else name
+    tensors = {k: v for k, v in (tensors | {where: changed}).items() if v is not None}
+    torch_files.write(tmp_path / "x.pth", tensors)
+    sign = {"missing": "-", "extra": r"\+", "shape": "!"}[change]
+    with pytest.raises(InputError, match=f"does not fit this model: {sign} {where}"):
+        read_checkpoint(tmp_path / "x.pth", inner_heads=1)
+
+
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("ptnt_")])
 def test_names_and_shapes_are_the_official_ones(name):
     size = int(name[-3:])
@@ -183,11 +221,11 @@ def test_names_and_shapes_are_the_official_ones(name):
 # -- The network by itself
 
 
-@pytest.fixture(scope="module")
-def initial():
-    """The variables of a small network as they are initialized."""
-    model = PyramidTNT(**TINY | dict(outer_dim=40, inner_dim=5))
-    return jit(model.init)(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
+@functools.cache
+def abstract(**fields):
+    """Shapes of the variables of a tiny network."""
+    images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
+    return jax.eval_shape(PyramidTNT(**TINY | fields).init, jax.random.key(0), images)
 
 
 def test_tiles_are_neighbouring_sentences():
@@ -201,22 +239,30 @@ def test_tiles_are_neighbouring_sentences():
         np.testing.assert_array_equal(tile, padded[8 * y : 8 * y + 8, 8 * x : 8 * x + 8])
 
 
-def test_initial_values_are_the_official_ones(initial):
-    params = flat_names(initial["params"])
-    kernel = params["sentence_merges_1/conv/kernel"]
-    assert kernel.std() == pytest.approx((2 / (9 * kernel.shape[-1])) ** 0.5, rel=0.02)
-    assert params["stages_0/relative_pos"].std() == pytest.approx(1, rel=0.05)
-    assert params["stages_1/blocks_2/outer/fc1/kernel"].std() == pytest.approx(0.02, rel=0.05)
-    assert params["sentence_pos"].std() == pytest.approx(0.02, rel=0.1)
-    for name, x in params.items():
-        if name.endswith("bias"):
-            assert not x.any(), name
-        if name.endswith("scale"):
-            assert (x == 1).all(), name
+def test_initial_values_are_the_official_ones():
+    spread = {
+        "stem/sentences_2/conv/kernel": (2 / (9 * 40)) ** 0.5,
+        "sentence_merges_1/conv/kernel": (2 / (9 * 160)) ** 0.5,
+        "stages_0/relative_pos": 1,
+        "stages_1/blocks_2/outer/fc1/kernel": 0.02,
+        "sentence_pos": 0.02,
+    }
+    model, images = PyramidTNT(**TINY | dict(outer_dim=40)), jnp.zeros((1, SIZE, SIZE, 3))
+
+    @jit
+    def init(key):
+        params = flat_names(model.init(key, images)["params"])
+        return {n: x for n, x in params.items() if n in spread or n.endswith(("bias", "scale"))}
+
+    for name, x in init(jax.random.key(0)).items():
+        if name in spread:
+            assert x.std() == pytest.approx(spread[name], rel=0.05), name
+        else:
+            assert (x == name.endswith("scale")).all(), name
 
 
-def test_which_parameters_decay(initial):
-    decayed = {name for name, on in flat_names(decay_mask(initial["params"])).items() if on}
+def test_which_parameters_decay():
+    decayed = {name for name, on in flat_names(decay_mask(abstract()["params"])).items() if on}
     kinds = {name.rpartition("/")[2] for name in decayed}
     assert kinds == {"kernel", "relative_pos"}
     assert sum(name.endswith("relative_pos") for name in decayed) == 4
@@ -245,10 +291,15 @@ def test_block_outputs():
 def test_paths_drop_but_for_the_first_block(found):
     model = found.network.model.clone(drop_path=0.9)
     apply = functools.partial(model.apply, found.variables, train=True, mutable=["maps"])
-    run = jit(lambda key: apply(jnp.asarray(images()), rngs={"dropout": key})[1]["maps"])
+
+    @jit
+    def run(key):  # nothing of the later stages is compiled
+        maps = apply(jnp.asarray(images()), rngs={"dropout": key})[1]["maps"]
+        return maps["stage_0"][0], maps["stage_1"][0]
+
     one, other = run(jax.random.key(0)), run(jax.random.key(1))
-    np.testing.assert_array_equal(one["stage_0"][0], other["stage_0"][0])
-    assert (one["stage_1"][0] != other["stage_1"][0]).any()
+    np.testing.assert_array_equal(one[0], other[0])
+    assert (one[1] != other[1]).any()
 
 
 def test_trap_32_positions_drop_and_not_sentences(found):
@@ -270,12 +321,18 @@ def test_trap_32_positions_drop_and_not_sentences(found):
     assert seen == [(1, 64, 4)]
 
 
-@pytest.mark.slow
 def test_bfloat16_is_close(found, expected):
     model = found.network.model.clone(dtype=jnp.bfloat16)
-    logits = jit(model.apply)(found.variables, jnp.asarray(images()))
-    assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, expected["logits"], atol=0.1)
+
+    @jit
+    def run(variables):
+        logits, state = model.apply(variables, jnp.asarray(images()), mutable=["maps"])
+        assert logits.dtype == jnp.float32
+        return state["maps"]["stage_0"][0]
+
+    ours, theirs = run(found.variables), expected["stage_0"]
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_allclose(ours.reshape(theirs.shape), theirs, atol=0.03 * theirs.std())
 
 
 @pytest.mark.parametrize(
@@ -295,9 +352,9 @@ def test_what_is_refused(found, shape, fields, message):
         jax.eval_shape(model.apply, found.variables, jnp.zeros(shape))
 
 
-def test_parameters_and_statistics_in_one_tree(initial):
-    tree = merged(initial)
+def test_parameters_and_statistics_in_one_tree():
+    tree = merged(abstract())
     assert set(tree["stem"]["words"]["batch_norm"]) == {"scale", "bias", "mean", "var", "count"}
     again = split(tree)
-    assert jax.tree.structure(again) == jax.tree.structure(dict(initial))
+    assert jax.tree.structure(again) == jax.tree.structure(dict(abstract()))
     assert set(split(shapes("tnt_ti_patch16_224", depth=1))) == {"params"}
