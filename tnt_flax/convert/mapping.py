@@ -235,7 +235,8 @@ def export(naming: str, params: Any) -> Iterator[tuple[str, np.ndarray]]:
     tensors = unstacked(params)
     for name, parts in _joined(naming, tensors).items():
         pieces = [to_theirs(naming, ours, np.asarray(tensors[ours])) for ours in parts]
-        yield name, np.ascontiguousarray(np.concatenate(pieces) if len(pieces) > 1 else pieces[0])
+        joined = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+        yield name, np.asarray(joined, order="C")
     for name, shape in extra_shapes(naming, tensors).items():
         yield name, np.zeros(shape, np.float32)
 
