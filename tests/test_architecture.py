@@ -19,8 +19,8 @@ ROWS = """
     tools.contractions tools.hlo tools.rounds convert.tables convert.inert convert.mindspore_files
     convert.hub
     --
-    models.inner_pallas models.lanes data.index data.names data.opencv weights checkpoint
-    convert.mapping convert.pickles
+    models.inner_pallas models.lanes models.pyramid_layers data.index data.names data.opencv weights
+    checkpoint convert.mapping convert.pickles
     --
     models.implementations models.block convert.torch_files data.tar data.tfds_records
     --

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tnt_flax.errors import InputError
-from tnt_flax.models.pyramid_tnt import REDUCTION, Grid, PyramidTNT, stage_grids
+from tnt_flax.models.pyramid_layers import Grid
+from tnt_flax.models.pyramid_tnt import REDUCTION, PyramidTNT, stage_grids
 from tnt_flax.models.tnt import TNT
 from tnt_flax.models.word_embedding import Images
 
