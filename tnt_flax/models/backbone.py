@@ -10,7 +10,7 @@ import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from tnt_flax.errors import InputError
 from tnt_flax.models.pyramid_layers import Grid
@@ -27,7 +27,7 @@ class FeatureMap:
     images fill the first `valid` (height, width); what is beyond them is padding.
     """
 
-    features: Float[Array, "B h w C"]
+    features: Any  # Float[Array, "B h w C"]; jax also puts shapes, shardings and the like here
     stride: int = flax.struct.field(pytree_node=False)
     valid: tuple[int, int] = flax.struct.field(pytree_node=False)
 
