@@ -48,11 +48,11 @@ heads = [jnp.zeros((24 * width, CLASSES)) for width in (1, 2, 4, 4)]
 params, statistics = {"backbone": variables["params"], "heads": heads}, variables["batch_stats"]
 optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, STEPS))
 state, losses = optimizer.init(params), []
-step = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
+step, update = jax.jit(jax.value_and_grad(loss_of, has_aux=True)), jax.jit(optimizer.update)
 for _ in range(STEPS):
     images, masks = draw()
     (loss, (statistics, found)), gradients = step(params, statistics, images, masks)
-    updates, state = optimizer.update(gradients, state)
+    updates, state = update(gradients, state)
     params, losses = optax.apply_updates(params, updates), [*losses, float(loss)]
 colors = np.array([[40, 40, 40], [230, 160, 0], [0, 160, 230]], np.uint8)
 rows = [np.uint8(127.5 * (images.clip(-1, 1) + 1)), colors[masks], colors[found]]
