@@ -13,7 +13,7 @@ from PIL import Image
 from test_tnt import SMALL
 
 from tnt_flax.errors import InputError
-from tnt_flax.models import TNT, PyramidTNT, create_model, feature_maps
+from tnt_flax.models import TNT, PyramidTNT, block_outputs, create_model, feature_maps
 from tnt_flax.models.backbone import resample, with_positions
 from tnt_flax.state import flat_names
 
@@ -38,6 +38,7 @@ def map_shapes(model, variables, height, width):
 @pytest.mark.parametrize(
     "height, width, tnt, pyramid",
     [
+        (8, 100, (1, 7), [(4, 13), (2, 7), (1, 4), (1, 2)]),
         (224, 224, (14, 14), [(28, 28), (14, 14), (7, 7), (4, 4)]),
         (384, 384, (24, 24), [(48, 48), (24, 24), (12, 12), (6, 6)]),
         (512, 512, (32, 32), [(64, 64), (32, 32), (16, 16), (8, 8)]),
@@ -68,16 +69,20 @@ def test_maps_are_what_the_blocks_leave(make):
     model, shape = make()
     images = jnp.asarray(np.random.RandomState(0).standard_normal(shape), jnp.float32)
     variables = jit(model.init)(jax.random.key(0), images)
-    maps = jit(functools.partial(feature_maps, model))(variables, images)
-    features = model.clone(num_classes=0).apply(variables, images)
-    last = maps[-1].features.reshape(1, -1, maps[-1].features.shape[-1])
-    normal = (last - last.mean(-1, keepdims=True)) / jnp.sqrt(last.var(-1, keepdims=True) + 1e-5)
+    features = model.clone(num_classes=0)
+    both = jit(lambda *args: (feature_maps(model, *args), features.apply(*args)))
+    maps, features = both(variables, images)
     if isinstance(model, PyramidTNT):
+        last = maps[-1].features.reshape(1, -1, maps[-1].features.shape[-1])
+        spread = jnp.sqrt(last.var(-1, keepdims=True) + 1e-5)
+        normal = (last - last.mean(-1, keepdims=True)) / spread
         np.testing.assert_allclose(normal.mean(1), features, atol=1e-5)
     else:
         assert [each.features.shape for each in maps] == [(1, 2, 2, 24)] * 2
-        # A token attends to all others, so the class token sees what changes in any of them.
-        assert normal.shape == (1, 4, 24)
+        blocks = block_outputs(model, variables, images)
+        for each, block in zip(maps, blocks, strict=True):
+            sentences = block["sentences"][:, 1:].reshape(each.features.shape)
+            np.testing.assert_allclose(each.features, sentences, atol=1e-5)
 
 
 def test_padding_is_zeros_to_the_right_and_below():
@@ -141,7 +146,6 @@ def test_positions_of_the_same_size_are_left_alone():
     [
         ((64, 64), dict(at=(4,)), r"at=\[4\]: there are 4 stages"),
         ((64, 64), dict(at=(-1,)), r"at=\[-1\]: there are 4 stages"),
-        ((8, 64), {}, "images of 8x64 are too small"),
     ],
 )
 def test_what_is_refused(size, options, message):

@@ -44,7 +44,8 @@ def feature_maps(
 ) -> Any:
     """Maps of features [B, h, w, C], as the blocks leave them, from images of any size.
 
-    Images that the patches do not divide are padded with zeros, to the right and below. Where their
+    Images that the patches do not divide (for PyramidTNT, also those with less than 32 pixels on a
+    side) are padded with zeros, to the right and below. Where their
     size is not that of the weights, the tables of positions are resampled as `tnt_flax.load` does
     it, which is differentiable. Works under `jax.jit`, with `model` and `at` static.
 
@@ -72,7 +73,8 @@ def feature_maps(
     if images.ndim != 4:
         raise InputError(f"images must be [B, H, W, channels], not {list(images.shape)}")
     patch, (height, width) = model.patch_size, images.shape[1:3]
-    grid = (-(-height // patch), -(-width // patch))
+    least = REDUCTION[0] if pyramid else 1
+    grid = (max(-(-height // patch), least), max(-(-width // patch), least))
     padding = (grid[0] * patch - height, grid[1] * patch - width)
     images = jnp.pad(images, ((0, 0), (0, padding[0]), (0, padding[1]), (0, 0)))
     params = with_positions(model, variables["params"], grid)
