@@ -20,13 +20,13 @@ ROWS = """
     convert.hub
     --
     models.inner_pallas models.lanes models.pyramid_layers data.index data.names data.opencv weights
-    checkpoint convert.mapping convert.pickles
+    checkpoint convert.mapping convert.pickles tools.short_run
     --
     models.implementations models.block convert.torch_files data.tar data.tfds_records
     --
     models.tnt models.pyramid_tnt
     --
-    models.backbone
+    models.folded models.backbone
     --
     models steps
     --
@@ -42,6 +42,8 @@ ROWS = """
     --
     train tools.compile_check tools.benchmark_compile tools.benchmark_input tools.benchmark_model
     --
+    tools.benchmark_inference tools.benchmark_loop tools.benchmark_start
+    --
     tools.benchmark
 """
 ROW = {name: i for i, row in enumerate(ROWS.split("--")) for name in row.split()}
@@ -52,7 +54,8 @@ BANNED = {  # third-party packages that a folder must not import; "" is every ot
 }
 BANNED_EVERYWHERE = {"tensorflow", "torch", "timm"}
 # These run timm beside ours; inside a function.
-ORACLES = {"convert.against", "tools.benchmark_input", "tools.benchmark_model"}
+ORACLES = {"convert.against", "tools.benchmark_inference", "tools.benchmark_input"}
+ORACLES |= {"tools.benchmark_model"}
 FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p.read_text()]
 
 

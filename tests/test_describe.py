@@ -147,7 +147,7 @@ def test_loops_and_operands():
         (["tnt_s_patch16_224", "--image-size=100"], "image size 100x100 is not divisible by"),
         (["tnt_s_patch16_224", "--batch-size=0"], "--batch-size=0"),
         (["tnt_s_patch16_224", "--set", "depht=3"], "TNT has no field 'depht' (did you mean"),
-        (["tnt_s_patch16_224", "--set", "depth"], "--set depth: write FIELD=VALUE"),
+        (["tnt_s_patch16_224", "--set", "depth"], "--set depth: write NAME=VALUE"),
         (["tnt_s_patch16_224", "--set", "dtype=int99"], "dtype='int99' is no type"),
         ([], "the following arguments are required: model"),
     ],

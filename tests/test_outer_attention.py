@@ -8,7 +8,11 @@ import pytest
 from jaxprs import equations
 
 from tnt_flax.models import outer_attention
-from tnt_flax.models.outer_attention import attend
+from tnt_flax.tools import hlo, tpu_compiler
+
+
+def attend(query, key, value):
+    return outer_attention.attend(query, key, value, query.shape[-1] ** -0.5)
 
 
 def reference(query, key, value):
@@ -85,6 +89,20 @@ def test_on_a_mesh_every_device_does_its_images_without_asking_the_others():
     assert not [line for line in compiled.as_text().splitlines() if "all-" in line]
     assert all(x.sharding.is_equivalent_to(split, 4) for x in found)
     assert_equal([np.asarray(x) for x in found], run(reference, arrays), 1e-5)
+
+
+@pytest.mark.tpu_compiler
+def test_compiles_for_v5e():
+    pytest.importorskip("libtpu")
+    _, devices = tpu_compiler.devices("v5e:2x2")
+    x = jax.ShapeDtypeStruct((8, 197, 6, 64), jnp.bfloat16)
+    mesh = jax.sharding.Mesh(devices, ("data",))
+    with jax.set_mesh(mesh):
+        split = jax.NamedSharding(mesh, jax.P("data"))
+        both = jax.jit(lambda *x: run(attend, x), in_shardings=split, out_shardings=split)
+        text = both.trace(x, x, x, x).lower(lowering_platforms=("tpu",)).compile().as_text()
+    assert "outer_attention_forward" in text and "outer_attention_backward" in text
+    assert not [kind for kind in hlo.COLLECTIVES if f" {kind}" in text]
 
 
 def test_under_scan_and_remat():

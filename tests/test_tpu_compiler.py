@@ -129,12 +129,12 @@ def test_operations_are_those_of_the_whole_step(tiny_config):
 
 def test_a_config_that_is_none():
     with pytest.raises(InputError, match="--config=nowhere.py is no config to read: FileNotFound"):
-        benchmark_compile.read_config("nowhere.py", {}, 8)
+        benchmark_compile.make_config("nowhere.py", {}, 8)
 
 
 def test_the_benchmark_changes_the_fields_that_it_compares(root, monkeypatch):
     monkeypatch.syspath_prepend(root)
-    config = benchmark_compile.read_config(str(root / "configs" / "tnt_s.py"), {"depth": 1}, 8)
+    config = benchmark_compile.make_config(str(root / "configs" / "tnt_s.py"), {"depth": 1}, 8)
     assert (config.model.depth, config.batch_size) == (1, 8)
     function, shapes = benchmark_compile.make_forward(str(root / "configs" / "tnt_s.py"), {})
     assert jax.eval_shape(function, *shapes).shape == (128, 1000)

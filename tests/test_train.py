@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop and its glue: cadence, resume, kills, NaN, and what a run leaves behind."""
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -17,7 +18,7 @@ from PIL import Image
 from smoke import SMOKE
 
 from configs import default
-from tnt_flax import build, checkpoint, train
+from tnt_flax import build, checkpoint, sharding, train
 from tnt_flax.convert import mapping, torch_files
 from tnt_flax.convert.checkpoints import read_checkpoint
 from tnt_flax.errors import InputError, RunError
@@ -319,3 +320,55 @@ def test_too_little_space(smoke_config, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "check_space", full)
     with pytest.raises(InputError, match="no space"):
         train_and_evaluate(smoke_config(), tmp_path)
+
+
+class Sealed:
+    """A metric that nothing but `jax.device_get` can read: not float(), numpy, or a print."""
+
+    def __init__(self, array):
+        self.array = array
+
+
+def test_the_loop_waits_for_no_step_in_flight_and_moves_data_only_on_purpose(
+    smoke_config, tmp_path, monkeypatch
+):
+    """JAX's guard sees no transfer from a CPU to itself, hence the seals."""
+    events = []
+    jit_train_step, train_batches, get = (
+        sharding.jit_train_step,
+        build.train_batches,
+        jax.device_get,
+    )
+
+    def sealed_step(*args):
+        step = jit_train_step(*args)
+
+        def run(state, batch, key):
+            state, metrics = step(state, batch, key)
+            events.append("step")
+            return state, jax.tree.map(Sealed, metrics)
+
+        return run
+
+    def opened(tree):
+        leaves, structure = jax.tree.flatten(tree)
+        if any(isinstance(x, Sealed) for x in leaves):
+            events.append("get")
+        leaves = [x.array if isinstance(x, Sealed) else x for x in leaves]
+        return get(structure.unflatten(leaves))
+
+    def guarded(*args):
+        with (
+            contextlib.closing(train_batches(*args)) as batches,
+            jax.transfer_guard("disallow"),
+        ):
+            yield from batches
+
+    monkeypatch.setattr(sharding, "jit_train_step", sealed_step)
+    monkeypatch.setattr(build, "train_batches", guarded)
+    monkeypatch.setattr(jax, "device_get", opened)
+    result = train_and_evaluate(smoke_config(), tmp_path)
+    assert result["step"] == STEPS
+    # Between two reports the metrics of a step are fetched when the next one has been started.
+    window = ["step"] + ["step", "get"] * 9 + ["get"]
+    assert events == 2 * window + (["step"] + ["step", "get"] * 8 + ["get"])

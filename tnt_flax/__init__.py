@@ -12,6 +12,7 @@ _PUBLIC = {
     "block_outputs": "tnt_flax.models",
     "create_model": "tnt_flax.models",
     "feature_maps": "tnt_flax.models",
+    "fold": "tnt_flax.models",
     "list_models": "tnt_flax.models",
     "load": "tnt_flax.convert.load",
 }

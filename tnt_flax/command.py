@@ -7,11 +7,13 @@ lists --config, and ends with `app.run(main, flags_parser=command.parse_flags)`;
 """
 
 import argparse
+import ast
 import contextlib
 import pathlib
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -66,6 +68,20 @@ def exit_on_error(interrupted: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"interrupted: {interrupted}", file=sys.stderr)
         sys.exit(130)
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """["depth=4", "dtype=bfloat16"] as {"depth": 4, "dtype": "bfloat16"}."""
+    values = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set {setting}: write NAME=VALUE")
+        try:
+            values[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[name] = value  # a word
+    return values
 
 
 class Parser(argparse.ArgumentParser):

@@ -26,10 +26,10 @@ def evaluate(
     totals, skipped = {"top1": 0.0, "top5": 0.0, "loss": 0.0, "images": 0}, 0
 
     def add(sums):  # in double precision, in the order of the data
-        for name in totals if sums else ():
-            totals[name] += sums[name].item()
+        for name, value in jax.device_get(sums).items():
+            totals[name] += value.item()
 
-    pending = None  # added one batch late: the device never waits, nor do batches pile up on it
+    pending = {}  # added one batch late: the device never waits, nor do batches pile up on it
     for batch in batches:
         skipped += int(batch.pop("corrupt").sum())
         sums = eval_step(params, sharding.to_global(batch, mesh))

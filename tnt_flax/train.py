@@ -179,7 +179,8 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         with contextlib.closing(build.eval_batches(config, eval_source)) as eval_batches:
             batch = next(eval_batches)
         predict_step = jax.jit(build.build_predict_step(config, model))
-        probabilities = np.asarray(predict_step(evaluated_params(), batch["image"]))
+        pixels = jax.device_put(batch["image"], replicated)
+        probabilities = jax.device_get(predict_step(evaluated_params(), pixels))
         images, labels, mask = batch["image"], batch["label"], batch["mask"]
         figures.plot_predictions(
             images[mask],

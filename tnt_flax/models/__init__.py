@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from tnt_flax.errors import InputError
 from tnt_flax.models.backbone import FeatureMap, feature_maps
+from tnt_flax.models.folded import fold
 from tnt_flax.models.pyramid_tnt import PyramidTNT
 from tnt_flax.models.tnt import TNT, block_outputs
 
@@ -22,6 +23,7 @@ __all__ = [
     "block_outputs",
     "create_model",
     "feature_maps",
+    "fold",
     "list_models",
 ]
 

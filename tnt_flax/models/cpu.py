@@ -15,6 +15,8 @@ differs. Four things make it slow as JAX and XLA derive it:
 `jax.custom_vjp` has no forward mode: `jax.jvp`, `jax.hessian` and the like need the plain layers.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -51,28 +53,28 @@ def dot_general(x: Array, kernel: Array, dimension_numbers: tuple, precision=Non
     return matmul(x, kernel)
 
 
-@jax.custom_vjp
-def attend(query: Heads, key: Heads, value: Heads) -> Heads:
-    """softmax(q k^T / sqrt(d)) v, the softmax in float32."""
-    return jnp.einsum("...hqk,...khd->...qhd", _weights(query, key), value)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attend(query: Heads, key: Heads, value: Heads, scale: float) -> Heads:
+    """softmax(scale q k^T) v, the softmax in float32."""
+    return jnp.einsum("...hqk,...khd->...qhd", _weights(query, key, scale), value)
 
 
-def _weights(query, key):
-    logits = jnp.einsum("...qhd,...khd->...hqk", query, key) * query.shape[-1] ** -0.5
+def _weights(query, key, scale):
+    logits = jnp.einsum("...qhd,...khd->...hqk", query, key) * scale
     return jax.nn.softmax(logits.astype(jnp.float32)).astype(query.dtype)
 
 
-def _attend_forward(query, key, value):
-    return attend(query, key, value), (query, key, value)
+def _attend_forward(query, key, value, scale):
+    return attend(query, key, value, scale), (query, key, value)
 
 
-def _attend_backward(saved, d_out):
+def _attend_backward(scale, saved, d_out):
     query, key, value = saved
     d_out = barrier(d_out)
-    weights = barrier(_weights(query, key))  # computed once for both of its uses
+    weights = barrier(_weights(query, key, scale))  # computed once for both of its uses
     d_weights = jnp.einsum("...qhd,...khd->...hqk", d_out, value)
     d_logits = weights * (d_weights - (d_weights * weights).sum(-1, keepdims=True))
-    d_logits = barrier(d_logits * query.shape[-1] ** -0.5)
+    d_logits = barrier(d_logits * scale)
     d_query = jnp.einsum("...hqk,...khd->...qhd", d_logits, key)
     d_key = jnp.einsum("...hqk,...qhd->...khd", d_logits, query)
     d_value = jnp.einsum("...hqk,...qhd->...khd", weights, d_out)

@@ -59,9 +59,10 @@ class Primitives(NamedTuple):
     """What a transformer spends its time in, to be exchanged for faster forms of the same."""
 
     dot_general: Callable[..., Array] = jax.lax.dot_general  # of the dense layers
-    # (query, key, value), each (*batch, T, heads, width / heads), to such sums of values; None is
-    # the attention as it stands in `Attention`, which also serves where not all tokens attend.
-    attend: Callable[[Array, Array, Array], Array] | None = None
+    # (query, key, value), each (*batch, T, heads, width / heads), and the factor of their products,
+    # to such sums of values; None is the attention as it stands in `Attention`, which also serves
+    # where not all tokens attend.
+    attend: Callable[[Array, Array, Array, float], Array] | None = None
     # Are the tokens of all sequences rows of one matrix to the MLP?
     flat_mlp: bool = False
 
@@ -87,6 +88,8 @@ class Attention(nn.Module):
 
     With `queries` only the first so many tokens attend, to all of them. With `context` they attend
     to its K tokens instead of to each other. `bias` is added to the logits `(*batch, heads, T, K)`.
+    `folded` is explained in `tnt_flax.models.folded`: the query's scale is in its weights, and it
+    alone has a bias.
     """
 
     num_heads: int
@@ -96,6 +99,7 @@ class Attention(nn.Module):
     attention_dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
     primitives: Primitives = Primitives()
+    folded: bool = False
 
     @nn.compact
     def __call__(
@@ -114,30 +118,32 @@ class Attention(nn.Module):
             Dense, width, dtype=self.dtype, dot_general=self.primitives.dot_general
         )
 
-        def project(name, x):
-            projected = dense(use_bias=self.qkv_bias, name=name)(x)
+        def project(name, x, use_bias):
+            projected = dense(use_bias=use_bias, name=name)(x)
             return projected.reshape(*x.shape[:-1], self.num_heads, width // self.num_heads)
 
-        query = project("query", x[..., :queries, :])
+        query = project("query", x[..., :queries, :], self.qkv_bias or self.folded)
         context = x if context is None else context
-        key = project("key", context)
-        value = project("value", context)
+        key = project("key", context, self.qkv_bias and not self.folded)
+        value = project("value", context, self.qkv_bias and not self.folded)
+        scale = 1.0 if self.folded else query.shape[-1] ** -0.5
 
         weights_are_needed = (
             self.attention_dropout and train or self.is_mutable_collection("intermediates")
         )
         plain = queries is None and bias is None
         if self.primitives.attend and plain and not weights_are_needed:
-            x = self.primitives.attend(query, key, value)
+            x = self.primitives.attend(query, key, value, scale)
         else:
-            logits = jnp.einsum("...qhd,...khd->...hqk", query, key) * query.shape[-1] ** -0.5
+            logits = jnp.einsum("...qhd,...khd->...hqk", query, key) * scale
             logits = logits.astype(jnp.float32)
             weights = nn.softmax(logits if bias is None else logits + bias)
             self.sow("intermediates", "weights", weights)
             weights = nn.Dropout(self.attention_dropout, deterministic=not train)(weights)
             x = jnp.einsum("...hqk,...khd->...qhd", weights.astype(self.dtype), value)
 
-        x = dense(use_bias=self.out_bias, name="out")(x.reshape(*x.shape[:-2], width))
+        x = x.reshape(*x.shape[:-2], width)
+        x = dense(use_bias=self.out_bias or self.folded, name="out")(x)
         return nn.Dropout(self.dropout, deterministic=not train)(x)
 
 
@@ -174,6 +180,7 @@ class TransformerBlock(nn.Module):
     attention_dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
     primitives: Primitives = Primitives()
+    folded: bool = False  # norms without an affine, see `tnt_flax.models.folded`
     norm: Callable[..., nn.Module] = LayerNorm
     reduce: Callable[..., nn.Module] | None = None
 
@@ -187,7 +194,8 @@ class TransformerBlock(nn.Module):
         bias: Float[Array, "#B heads T K"] | None = None,
         train: bool,
     ) -> Float[Array, "*batch Q W"]:
-        norm = functools.partial(self.norm, epsilon=self.norm_eps, dtype=self.dtype)
+        affine = dict(use_scale=not self.folded, use_bias=not self.folded)
+        norm = functools.partial(self.norm, epsilon=self.norm_eps, dtype=self.dtype, **affine)
         dense = functools.partial(Dense, dtype=self.dtype, dot_general=self.primitives.dot_general)
         dropout = functools.partial(nn.Dropout, self.dropout, deterministic=not train)
 
@@ -199,6 +207,7 @@ class TransformerBlock(nn.Module):
             self.attention_dropout,
             self.dtype,
             self.primitives,
+            self.folded,
             name="attention",
         )
         normal = norm(name="norm1")(x)

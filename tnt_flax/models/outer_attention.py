@@ -41,13 +41,13 @@ def suits(batch: int, length: int, width: int) -> bool:
     return shared and fits and platform() == "tpu"
 
 
-def attend(query: Heads, key: Heads, value: Heads) -> Heads:
-    """softmax(query key^T / sqrt(d)) value, for every head by itself.
+def attend(query: Heads, key: Heads, value: Heads, scale: float) -> Heads:
+    """softmax(scale query key^T) value, for every head by itself.
 
     Under a mesh (`jax.set_mesh`) each device does its share of the batch, which all its axes split.
     """
     flat = (*query.shape[:2], -1)
-    run = functools.partial(_attend, width=query.shape[-1])
+    run = functools.partial(_attend, width=query.shape[-1], scale=scale)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         split = PartitionSpec(mesh.axis_names)
@@ -55,23 +55,23 @@ def attend(query: Heads, key: Heads, value: Heads) -> Heads:
     return run(query.reshape(flat), key.reshape(flat), value.reshape(flat)).reshape(query.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnames=("width",))
-def _attend(query, key, value, width):
-    return _call(_forward, 1, width, query, key, value)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnames=("width", "scale"))
+def _attend(query, key, value, width, scale):
+    return _call(_forward, 1, width, scale, query, key, value)[0]
 
 
-def _attend_forward(query, key, value, width):
-    return _attend(query, key, value, width), (query, key, value)
+def _attend_forward(query, key, value, width, scale):
+    return _attend(query, key, value, width, scale), (query, key, value)
 
 
-def _attend_backward(width, inputs, gradient):
-    return tuple(_call(_backward, 3, width, *inputs, gradient))
+def _attend_backward(width, scale, inputs, gradient):
+    return tuple(_call(_backward, 3, width, scale, *inputs, gradient))
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _call(kernel, outputs, width, *inputs):
+def _call(kernel, outputs, width, scale, *inputs):
     """Runs `kernel` over [B, N, heads * d] arrays, part by part."""
     batch, length, channels = inputs[0].shape
     images, slab = min(batch, IMAGES), channels
@@ -80,7 +80,7 @@ def _call(kernel, outputs, width, *inputs):
         slab = slab if channels % slab == 0 else channels  # no kernel sees lanes beyond the array
     block = pl.BlockSpec((images, length, slab), lambda i, j: (i, 0, j))
     return pl.pallas_call(
-        functools.partial(kernel, width=width),
+        functools.partial(kernel, width=width, scale=scale),
         grid=(pl.cdiv(batch, images), channels // slab),  # images beyond the batch are not written
         in_specs=[block] * len(inputs),
         out_specs=[block] * outputs,
@@ -91,20 +91,20 @@ def _call(kernel, outputs, width, *inputs):
     )(*inputs)
 
 
-def _forward(q_ref, k_ref, v_ref, out_ref, *, width):
+def _forward(q_ref, k_ref, v_ref, out_ref, *, width, scale):
     for image, lanes in _slabs(q_ref, width):
         q, k, v = (ref[image, :, lanes] for ref in (q_ref, k_ref, v_ref))
         heads = []
         for head in range(q.shape[1] // width):
             logits = _dot(q, _only(k, head, width), (1, 1))  # [query, key]
-            weights = jnp.exp((logits - logits.max(1, keepdims=True)) * width**-0.5)
+            weights = jnp.exp((logits - logits.max(1, keepdims=True)) * scale)
             total = weights.sum(1, keepdims=True)
             heads.append(_dot(weights.astype(v.dtype), v, (1, 0)) / total)
         out_ref[image, :, lanes] = _join(heads, width).astype(out_ref.dtype)
 
 
-def _backward(q_ref, k_ref, v_ref, g_ref, dq_ref, dk_ref, dv_ref, *, width):
-    scale, dtype = width**-0.5, q_ref.dtype
+def _backward(q_ref, k_ref, v_ref, g_ref, dq_ref, dk_ref, dv_ref, *, width, scale):
+    dtype = q_ref.dtype
     for image, lanes in _slabs(q_ref, width):
         q, k, v, g = (ref[image, :, lanes] for ref in (q_ref, k_ref, v_ref, g_ref))
         dq, dk, dv = [], [], []

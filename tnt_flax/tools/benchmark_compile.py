@@ -2,22 +2,23 @@
 """What the TPU compiler says of TNT-S's training step, with each implementation of its blocks.
 
     python -m tnt_flax.tools.benchmark compile --topology=v5e:2x2
+    python -m tnt_flax.tools.benchmark compile --implementations pallas
 
-Nothing runs: these are estimates, of two kinds that must not be mixed. `estimated_cycles` are the
-whole step's and have nothing for kernels written in Pallas, so `kernel_calls` says how often a step
-starts one. `inner_bundles` are the instructions that one chip issues for the forward pass of one
-inner block, in whatever it is written, without waits. See `tnt_flax.tools.tpu_compiler`.
+A whole step takes the compiler some minutes, that of the plain form the most. Nothing runs: these
+are estimates, of two kinds that must not be mixed. `estimated_cycles` are the whole step's and have
+nothing for kernels written in Pallas, so `kernel_calls` says how often a step starts one.
+`inner_bundles` are the instructions that one chip issues for the forward pass of one inner block,
+in whatever it is written, without waits. See `tnt_flax.tools.tpu_compiler`.
 """
 
 import argparse
 import functools
-import runpy
 import sys
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from tnt_flax.errors import InputError, one_line
+from tnt_flax.tools.short_run import read_config
 
 IMAGES, MANY = 128, 512  # on each chip
 CLASSES = 1000
@@ -32,10 +33,12 @@ IMPLEMENTATIONS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", default="v5e:2x2", help="TPU kind and chips, as v5e:2x2")
     parser.add_argument("--config", default="configs/tnt_s.py", help="whose step is compiled")
+    names = list(IMPLEMENTATIONS)
+    parser.add_argument("--implementations", nargs="+", choices=names, default=names)
 
 
 def measure_compile(args: argparse.Namespace) -> dict[str, Any]:
-    """Compiles the step with every implementation; returns what the JSON line says.
+    """Compiles the step with these implementations; returns what the JSON line says.
 
     Raises:
         InputError: no such config or topology, or libtpu is not installed.
@@ -47,13 +50,15 @@ def measure_compile(args: argparse.Namespace) -> dict[str, Any]:
     name = read_config(args.config, {}, IMAGES).model.name
     if name.startswith("ptnt_"):
         raise InputError(f"--config={args.config}: {name} has no implementations to compare")
-    for name, fields in IMPLEMENTATIONS.items():
+    for name in args.implementations:
+        fields = IMPLEMENTATIONS[name]
         step = compile_step(args, fields, IMAGES * chips)
+        print(f"{name}: {step}", file=sys.stderr)
         make = functools.partial(make_forward, args.config, fields)
         bundles = tpu_compiler.count_bundles(make, args.topology, within="/inner/")
         found[name] = step | {"inner_bundles": bundles}
-        print(f"{name}: {found[name]}", file=sys.stderr)
-    many = compile_step(args, fields, MANY * chips)  # with the last, which is the best one
+        print(f"{name}: {bundles} inner bundles", file=sys.stderr)
+    many = compile_step(args, fields, MANY * chips)  # with the last, by default the best one
     print(f"{name} with {MANY} images a chip: {many}", file=sys.stderr)
     return {
         **found,
@@ -66,7 +71,7 @@ def measure_compile(args: argparse.Namespace) -> dict[str, Any]:
 def compile_step(args: argparse.Namespace, fields: dict[str, str], images: int) -> dict[str, Any]:
     from tnt_flax.tools import hlo, tpu_compiler
 
-    config = read_config(args.config, fields, images)
+    config = make_config(args.config, fields, images)
     compiled = tpu_compiler.compile_train_step(config, CLASSES, args.topology)
     return {
         "fits": compiled.fits,
@@ -85,7 +90,7 @@ def make_forward(path: str, fields: dict[str, str]):
     from tnt_flax import build
     from tnt_flax.state import split
 
-    config = read_config(path, fields | {"depth": 1}, IMAGES)
+    config = make_config(path, fields | {"depth": 1}, IMAGES)
     model = build.build_model(config, CLASSES)
     params = jax.eval_shape(build.init_params(model, config), jax.random.key(0))
     size = config.data.image_size
@@ -93,12 +98,9 @@ def make_forward(path: str, fields: dict[str, str]):
     return (lambda params, images: model.apply(split(params), images)), (params, images)
 
 
-def read_config(path: str, fields: dict[str, Any], images: int) -> ConfigDict:
+def make_config(path: str, fields: dict[str, Any], images: int) -> ConfigDict:
     """The config of the file at `path` with other fields of the network and another batch."""
-    try:
-        config = runpy.run_path(path)["get_config"]()
-    except (OSError, ImportError, KeyError) as error:
-        raise InputError(f"--config={path} is no config to read: {one_line(error)}") from None
+    config = read_config(path)
     config.batch_size = images
     with config.unlocked():
         config.model.update(fields)

@@ -25,21 +25,20 @@ import pathlib
 import sys
 import tempfile
 
-import numpy as np
 from PIL import Image
 
 from tnt_flax.data import pipeline, randaugment, sources, transforms
 from tnt_flax.data.plan import TrainPlan
 from tnt_flax.errors import InputError
 from tnt_flax.tools import rounds
+from tnt_flax.tools.short_run import generate_photos
 
 # The published recipe: 128 images a process, their augmentation, and the default of data.threads.
 BATCH, GROUPS, REPEATS, THREADS = 128, 8, 3, 8
 SCALE, RATIO, FLIP, RANDAUGMENT = (0.08, 1.0), (3 / 4, 4 / 3), 0.5, "rand-m9-mstd0.5-inc1"
 MEAN, CROP_FRACTION = (0.5, 0.5, 0.5), 0.9
 TASKS = ("train", "train_opencv", "eval")
-# Generated files: ImageNet's usual sizes, and about as large as its files, 110 kB on average.
-GENERATED, SIDES, QUALITY = 256, ((500, 375), (500, 333), (375, 500)), 97
+GENERATED = 256  # files, if none are given
 SUFFIXES = (".jpg", ".jpeg")
 
 
@@ -191,7 +190,7 @@ def _link_images(images, folder):
     below = folder / "train" / "images"
     below.mkdir(parents=True)
     if images is None:
-        _generate(below)
+        generate_photos(below, GENERATED)
         return sorted(below.iterdir())
     if not images.is_dir():
         raise InputError(f"--images={images} is not a folder")
@@ -202,19 +201,3 @@ def _link_images(images, folder):
     for link, path in zip(links, found, strict=True):
         link.symlink_to(path.resolve())
     return links
-
-
-def _generate(folder):
-    """Crops of the two photographs of scikit-learn (640 x 427)."""
-    import sklearn.datasets
-
-    generator = np.random.default_rng(0)
-    photos = [Image.fromarray(photo) for photo in sklearn.datasets.load_sample_images().images]
-    for i in range(GENERATED):
-        photo, (width, height) = photos[i % len(photos)], SIDES[i % len(SIDES)]
-        scale = max(1.0, height / photo.height)
-        photo = photo.resize((round(photo.width * scale), round(photo.height * scale)))
-        left = int(generator.integers(photo.width - width, endpoint=True))
-        top = int(generator.integers(photo.height - height, endpoint=True))
-        crop = photo.crop((left, top, left + width, top + height))
-        crop.save(folder / f"{i:07d}.jpg", quality=QUALITY)

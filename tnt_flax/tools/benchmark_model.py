@@ -63,10 +63,14 @@ class Work(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_sides(parser)
+    parser.add_argument("--batch-size", type=int, default=8, help="images")
+
+
+def add_sides(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="tnt_s_patch16_224", help="one of tnt_flax.list_models()")
     add("--against", choices=["timm"], help="the default where timm is installed and has MODEL")
-    add("--batch-size", type=int, default=8, help="images")
     add("--rounds", type=int, default=6, help="timed rounds")
     add("--cores", type=int, default=1, help="to which all sides are pinned")
 
@@ -83,37 +87,43 @@ def measure_model(
         RunError: a side failed.
     """
     rounds.check_counts(args, "rounds", "cores", "batch_size")
+    work, facts, hows = set_up(args, args.batch_size, image_size, fields)
+    macs = count_macs(create_model(args.model, num_classes=CLASSES, **fields), work.image_size)
+    facts["gmacs"] = round(macs / 1e9, 3)
+    rounds.print_facts(facts)
+    sides = {
+        name: functools.partial(_our_passes, work, bool(tuned))
+        for tuned, name in OURS[args.what].items()
+    }
+    sides |= {THEIRS[how]: functools.partial(_timm_passes, work, how) for how in hows}
+    with rounds.processes(sides, facts["cores"]) as runs:
+        rates = rounds.measure(runs, args.what, args.rounds)
+        peak = max(runs["ours"]("peak") for _ in range(TRIES + 1))  # the first one compiles
+    return summarize(args.what, rates, FLOPS_PER_MAC[args.what] * macs, peak) | facts
+
+
+def set_up(
+    args: argparse.Namespace, batch_size: Any, image_size: int | None, fields: dict[str, Any]
+) -> tuple[Work, dict[str, Any], list[str]]:
+    """What all sides do, the facts of the JSON line, and which of THEIRS take part."""
     cores = rounds.pick_cores(args.cores)
     with_timm = rounds.has_timm() and not args.model.startswith("ptnt_")
     if args.against and args.model.startswith("ptnt_"):
         raise InputError(f"--against=timm: timm has no PyramidTNT, so no --model={args.model}")
     if args.against and not with_timm:
         raise InputError('--against=timm needs torch and timm: pip install "tnt_flax[oracle]"')
-    model = create_model(args.model, num_classes=CLASSES, **fields)
+    create_model(args.model, **fields)  # which refuses what it does not know
     size = image_size or int(args.model.rpartition("_")[2])
-    work = Work(args.what, args.model, fields, size, args.batch_size)
-    macs = count_macs(model, size)
     packages = ["jax", "jaxlib", "flax", "optax", *(["torch", "timm"] if with_timm else [])]
     facts = {
         "model": args.model,
-        "batch_size": args.batch_size,
-        "gmacs": round(macs / 1e9, 3),
+        "batch_size": batch_size,
         "cores": cores,
         "versions": rounds.versions(*packages),
     }
-    rounds.print_facts(facts)
-    sides = {
-        name: functools.partial(_our_passes, work, bool(tuned))
-        for tuned, name in OURS[args.what].items()
-    }
-    for how, name in THEIRS.items() if with_timm else ():
-        if how == "bfloat16" and not has_bfloat16():
-            continue  # emulated, a step took a minute
-        sides[name] = functools.partial(_timm_passes, work, how)
-    with rounds.processes(sides, cores) as runs:
-        rates = rounds.measure(runs, args.what, args.rounds)
-        peak = max(runs["ours"]("peak") for _ in range(TRIES + 1))  # the first one compiles
-    return summarize(args.what, rates, FLOPS_PER_MAC[args.what] * macs, peak) | facts
+    hows = [how for how in THEIRS if how != "bfloat16" or has_bfloat16()]  # emulated, it takes ages
+    work = Work(args.what, args.model, fields, size, batch_size)
+    return work, facts, hows if with_timm else []
 
 
 def has_bfloat16() -> bool:
@@ -151,7 +161,7 @@ def count_macs(model: Model, image_size: int) -> int:
 # -------------------------------------------------------------------------------------- the sides
 
 
-def _make_batch(work: Work) -> tuple[np.ndarray, np.ndarray]:
+def make_batch(work: Work) -> tuple[np.ndarray, np.ndarray]:
     """Normalized images [B, H, W, 3] and soft targets [B, CLASSES]."""
     generator = np.random.default_rng(0)
     shape = (work.batch_size, work.image_size, work.image_size, 3)
@@ -167,7 +177,7 @@ def _our_passes(work: Work, tuned: bool, cores: int) -> dict[str, rounds.Pass]:
         host.keep_memory()
     fields = work.fields | {"remat": "none" if tuned else "block"}
     model = create_model(work.model, num_classes=CLASSES, drop_path=DROP_PATH, **fields)
-    images, targets = map(jnp.asarray, _make_batch(work))
+    images, targets = map(jnp.asarray, make_batch(work))
     params = merged(jax.jit(model.init)(jax.random.key(0), images))
     predict = jax.jit(lambda params, images: model.apply(split(params), images))
     schedule = optax.constant_schedule(LEARNING_RATE)
@@ -199,10 +209,9 @@ def _our_passes(work: Work, tuned: bool, cores: int) -> dict[str, rounds.Pass]:
     return {"forward": forward_pass, "step": step_pass, "peak": product_pass}
 
 
-def _timm_passes(work: Work, how: str, cores: int) -> dict[str, rounds.Pass]:
-    import timm.loss
-    import timm.optim
-    import timm.utils
+def timm_network(work: Work, how: str, cores: int):
+    """timm's network, the function that computes it in the way `how`, and the context for that."""
+    import timm
     import torch
 
     torch.set_num_threads(cores)
@@ -212,16 +221,25 @@ def _timm_passes(work: Work, how: str, cores: int) -> dict[str, rounds.Pass]:
         work.model, img_size=work.image_size, drop_path_rate=DROP_PATH, **work.fields
     )
     network.train(work.task == "step")
-    images, targets = map(torch.from_numpy, _make_batch(work))
-    images = images.permute(0, 3, 1, 2).contiguous()
     precision = torch.autocast("cpu", torch.bfloat16, enabled=how == "bfloat16")
+    return network, torch.compile(network) if how == "compile" else network, precision
+
+
+def _timm_passes(work: Work, how: str, cores: int) -> dict[str, rounds.Pass]:
+    import timm.loss
+    import timm.optim
+    import timm.utils
+    import torch
+
+    network, call, precision = timm_network(work, how, cores)
+    images, targets = map(torch.from_numpy, make_batch(work))
+    images = images.permute(0, 3, 1, 2).contiguous()
     criterion = timm.loss.SoftTargetCrossEntropy()
     weight_decay = ADAMW["weight_decay"]
     optimizer = timm.optim.create_optimizer_v2(
         network, "adamw", lr=LEARNING_RATE, weight_decay=weight_decay
     )
     average = timm.utils.ModelEmaV3(network, EMA_DECAY)
-    call = torch.compile(network) if how == "compile" else network
 
     def forward_pass():
         with torch.inference_mode(), precision:

@@ -20,7 +20,6 @@ backward, and what `remat` computes twice.
 The last line on stdout is one JSON object. Exit code 2 is bad input.
 """
 
-import ast
 import functools
 import itertools
 import json
@@ -33,7 +32,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tnt_flax.command import Parser
+from tnt_flax.command import Parser, parse_settings
 from tnt_flax.errors import InputError
 from tnt_flax.models import Model, create_model
 from tnt_flax.models.block import TNTBlock
@@ -106,15 +105,7 @@ def main(argv: list[str]) -> int:
 
 def parse_fields(settings: list[str]) -> dict[str, Any]:
     """["depth=4", "dtype=bfloat16"] as fields of a network."""
-    fields = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise InputError(f"--set {setting}: write FIELD=VALUE")
-        try:
-            fields[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            fields[name] = value  # a word
+    fields = parse_settings(settings)
     if isinstance(blocks := fields.get("vanilla_blocks"), int):
         fields["vanilla_blocks"] = (blocks,)
     return fields

@@ -19,7 +19,9 @@ from typing import Any
 
 from tnt_flax.errors import InputError, RunError, one_line
 
-Pass = Callable[[], int]  # returns how much it did, such as the number of images
+# Returns how much it did, such as the number of images; with the seconds that this took, where not
+# all of its time counts.
+Pass = Callable[[], int | tuple[int, float]]
 Side = Callable[[int], dict[str, Pass]]
 Run = Callable[[str], float]  # runs one pass of a task; returns how much it did per second
 Rates = dict[str, list[float]]  # of every side, in every round
@@ -43,7 +45,11 @@ def pick_cores(count: int) -> list[int]:
 
 
 def has_timm() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("torch", "timm"))
+    """Does timm take part? Says so on stderr where it does not."""
+    found = all(importlib.util.find_spec(name) for name in ("torch", "timm"))
+    if not found:
+        print("torch or timm is not installed: our figures alone", file=sys.stderr)
+    return found
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -51,11 +57,9 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
-    """To stderr; `facts["versions"]` says whether timm takes part."""
+    """To stderr."""
     for name, fact in facts.items():
         print(f"{name:<11} {fact}", file=sys.stderr)
-    if "timm" not in facts["versions"]:
-        print("torch or timm is not installed: our figures alone", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -71,16 +75,23 @@ def processes(sides: Mapping[str, Side], cores: Sequence[int]) -> Iterator[dict[
 
 
 @contextlib.contextmanager
+def pinned(cores: Sequence[int]) -> Iterator[None]:
+    """What is started inside runs on these cores alone, and finds no others."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+@contextlib.contextmanager
 def _process(make_passes, cores):
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, make_passes, len(cores)))
-    allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)  # inherited, so that whatever it imports finds these cores alone
-    try:
+    with pinned(cores):
         process.start()
-    finally:
-        os.sched_setaffinity(0, allowed)
     theirs.close()
 
     def run(task):
@@ -108,8 +119,10 @@ def _serve(connection, make_passes, cores):
             try:
                 passes = passes or make_passes(cores)
                 start = time.perf_counter()
-                amount = passes[task]()
-                connection.send(amount / (time.perf_counter() - start))
+                done = passes[task]()
+                whole = time.perf_counter() - start
+                amount, seconds = done if isinstance(done, tuple) else (done, whole)
+                connection.send(amount / seconds)
             except InputError as error:
                 connection.send(InputError(str(error)))
             except Exception as error:
