@@ -31,11 +31,12 @@ def get_config() -> ConfigDict:
     config.model.attention_dropout = 0.0
     config.model.dtype = "bfloat16"  # of the computation; weights, norms and softmax are float32
     # Equal ways to compute: "auto" suits the machine, "reference" is the plain definition.
-    config.model.inner = "auto"  # the words; also "cpu", "lanes", "pallas" (TPU)
-    config.model.outer = "auto"  # the sentences; also "cpu", "pallas" (TPU)
+    config.model.inner = "auto"  # the words; also "cpu" and, of TNT, "lanes", "pallas" (TPU)
+    config.model.outer = "auto"  # the sentences; also "cpu" and, of TNT, "pallas" (TPU)
     config.model.remat = "auto"  # computed twice to save memory: "none", "inner", "block"
     # These come from the name unless set.
     config.model.depth = config_dict.placeholder(int)  # blocks
+    config.model.depths = config_dict.placeholder(tuple)  # of PyramidTNT: blocks of its four stages
     config.model.outer_dim = config_dict.placeholder(int)  # width of a sentence
     config.model.inner_dim = config_dict.placeholder(int)  # width of a word
     config.model.outer_heads = config_dict.placeholder(int)

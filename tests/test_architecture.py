@@ -14,7 +14,8 @@ ROWS = """
     --
     models.draws
     --
-    models.layers models.word_embedding models.inner_kernels models.outer_attention models.cpu
+    models.layers models.checks models.batch_norm models.word_embedding models.inner_kernels
+    models.outer_attention models.cpu
     data.plan data.storage data.transforms data.randaugment
     losses augment sharding workdir figures metrics command host tools.findings
     tables tools.contractions tools.hlo tools.rounds convert.tables convert.inert
@@ -22,15 +23,15 @@ ROWS = """
     --
     distributed state
     --
-    agreement models.inner_pallas models.lanes data.index data.names data.opencv weights checkpoint
-    convert.mapping convert.pickles tools.short_run fine_tuning
+    agreement models.inner_pallas models.lanes models.pyramid_layers data.index data.names
+    data.opencv weights checkpoint convert.mapping convert.pickles tools.short_run fine_tuning
     --
     models.implementations models.block convert.torch_files data.tar data.tfds_records
     optimizer
     --
-    models.tnt
+    models.tnt models.pyramid_tnt
     --
-    models.folded
+    models.folded models.backbone
     --
     models steps
     --

@@ -11,11 +11,12 @@ import jax
 import pytest
 
 from configs import default, digits, transfer
-from tnt_flax import TNT, augment, build
+from tnt_flax import TNT, PyramidTNT, augment, build
 from tnt_flax.data import randaugment
 from tnt_flax.data.plan import TrainPlan
 from tnt_flax.data.sources import Digits
 from tnt_flax.errors import InputError
+from tnt_flax.state import split
 
 PUBLISHED = "rand-m9-mstd0.5-inc1"
 NAMES = [
@@ -24,6 +25,10 @@ NAMES = [
     "finetune",
     "imagenet_variants",
     "pets_mindspore",
+    "ptnt_b",
+    "ptnt_m",
+    "ptnt_s",
+    "ptnt_ti",
     "tnt_b",
     "tnt_s",
     "tnt_ti",
@@ -35,6 +40,10 @@ PARAMETERS = {
     "tnt_b": 65_428_680,
     "default": 23_768_584,
     "transfer": 23_914_504,  # more positions, at 384 pixels
+    "ptnt_ti": 10_578_529,
+    "ptnt_s": 31_953_200,
+    "ptnt_m": 84_943_572,
+    "ptnt_b": 156_990_072,
 }
 
 
@@ -47,7 +56,7 @@ def flat(config, prefix=""):
 
 
 def test_every_file_is_tested(root):
-    assert sorted(p.stem for p in (root / "configs").glob("*.py")) == NAMES
+    assert sorted(p.stem for p in (root / "configs").glob("*.py")) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,6 +71,7 @@ def test_config_builds(name):
     classes = 10 if name == "digits" else 1000
     model = build.build_model(config, classes)
     shapes = jax.eval_shape(build.init_params(model, config), jax.random.key(0))
+    shapes = split(shapes)["params"]
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
     assert count == PARAMETERS.get(name, count)
     tx, schedule = build.build_optimizer(config, steps_per_epoch=10)
@@ -80,6 +90,15 @@ def test_transfer_to_every_data_set():
         transfer.get_config("mnist")
 
 
+def test_the_published_recipe_of_pyramids():
+    for name in ("ti", "s", "m", "b"):
+        config = importlib.import_module(f"configs.ptnt_{name}").get_config()
+        assert config.model.name == f"ptnt_{name}_patch16_{config.data.image_size}"
+        _, schedule = build.build_optimizer(config, steps_per_epoch=1)
+        rates = [float(schedule(epoch)) for epoch in (0, 1, 19, 20)]
+        assert rates == pytest.approx([1e-6, 5.095e-5, 9.5005e-4, 9.891831e-4], rel=1e-6)
+
+
 def test_a_misspelt_key_in_a_config_file_is_refused():
     with pytest.raises(AttributeError, match='Did you mean "batch_size"'):
         default.get_config().batch_sise = 3
@@ -92,7 +111,7 @@ def test_every_key_is_read(root):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
                 attributes.add(node.attr)
-    fields = {field.name for field in dataclasses.fields(TNT)}
+    fields = {field.name for network in (TNT, PyramidTNT) for field in dataclasses.fields(network)}
     for key in flat(default.get_config()):
         group, _, name = key.rpartition(".")
         if group == "model":  # handed over as a whole, and refused there if unknown

@@ -6,9 +6,9 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
-from test_models import COUNTS
+from test_models import COUNTS, TNTS
 
-from tnt_flax.models import create_model, list_models
+from tnt_flax.models import create_model
 from tnt_flax.tools import describe
 from tnt_flax.tools.contractions import contractions
 
@@ -29,7 +29,7 @@ def formula(name, size, channels=3):
     return stem + n * m * c * d + 12 * (inner + n * m * c * d + outer) + d * model.num_classes
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", TNTS)
 def test_every_network_adds_up(name, capsys):
     size = int(name[-3:])
     table, result = run(capsys, name)
@@ -40,6 +40,31 @@ def test_every_network_adds_up(name, capsys):
         assert sum(part[field] for part in result["parts"].values()) == result[field]
     assert f"{COUNTS[name]:,} parameters" in table[-1]
     assert len(table) <= 50 and max(map(len, table)) <= 100
+
+
+# Counted from the official code's shapes by hand; its readme says 0.6, 3.3, 8.2 and 16.0 G.
+@pytest.mark.parametrize(
+    "name, gmacs",
+    [
+        ("ptnt_ti_patch16_192", 0.5864),
+        pytest.param("ptnt_s_patch16_256", 3.2833, marks=pytest.mark.slow),
+        pytest.param("ptnt_m_patch16_256", 8.2046, marks=pytest.mark.slow),
+        pytest.param("ptnt_b_patch16_256", 15.9666, marks=pytest.mark.slow),
+    ],
+)
+def test_every_pyramid_adds_up(name, gmacs, capsys):
+    table, result = run(capsys, name)
+    assert result["parameters"] == COUNTS[name]
+    assert result["macs"] / 1e9 == pytest.approx(gmacs, abs=5e-5)
+    assert result["computed_macs"] == result["macs"]  # the head reads every sentence
+    for field in ("parameters", "macs"):
+        assert sum(part[field] for part in result["parts"].values()) == result[field]
+    assert "merging" in result["parts"]
+    depths = create_model(name).depths
+    rows = [line for line in table if "of which each" in line]
+    assert len(rows) == sum(1 + (depth > 1) for depth in depths)
+    assert rows[1].startswith("x1 block 1, of")
+    assert max(map(len, table)) <= 100
 
 
 @pytest.mark.parametrize("name, paper", [("tnt_ti_patch16_224", 1.4), ("tnt_s_patch16_224", 5.2)])

@@ -15,9 +15,10 @@ from test_mapping import SMALL, random_params
 
 import tnt_flax
 from tnt_flax.convert import hub, mapping, torch_files
-from tnt_flax.convert.load import adapt_channels, resample_positions
+from tnt_flax.convert.load import adapt_channels
 from tnt_flax.errors import InputError
 from tnt_flax.models import TNT
+from tnt_flax.models.backbone import resampled_positions
 from tnt_flax.state import fingerprint, flat_names
 from tnt_flax.weights import save_weights
 
@@ -82,12 +83,18 @@ def test_another_image_size(path, params, capsys):
     positions = np.asarray(variables["params"]["sentence_pos"])
     assert positions.shape == (1, 1 + 3 * 4, 12)
     np.testing.assert_array_equal(positions[:, 0], params["sentence_pos"][:, 0])  # trap 17
-    assert "resampled the sentence positions from 2x2 to 3x4" in capsys.readouterr().err
+    assert "resampled the positions from 2x2 to 3x4" in capsys.readouterr().err
     assert model.apply(variables, images(48, 64)).shape == (2, 5)
     with pytest.raises(InputError, match="image_size 40x40 is not divisible by the patch size 16"):
         tnt_flax.load(path, image_size=40)
     with pytest.raises(InputError, match="image_size 0x0 is not divisible"):
         tnt_flax.load(path, image_size=0)
+
+
+def resample_positions(positions, old, new):
+    return np.asarray(
+        resampled_positions(TNT(**SMALL), {"sentence_pos": positions}, old, new)[("sentence_pos",)]
+    )
 
 
 def test_resampling():

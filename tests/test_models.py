@@ -22,7 +22,12 @@ COUNTS = {
     "tnt_s_mindspore_patch16_224": 23_757_384,
     "tnt_b_mindspore_patch16_224": 65_410_680,
     "tnt_b_mindspore_pets_patch16_384": 65_070_117,
+    "ptnt_ti_patch16_192": 10_578_529,
+    "ptnt_s_patch16_256": 31_953_200,
+    "ptnt_m_patch16_256": 84_943_572,
+    "ptnt_b_patch16_256": 156_990_072,
 }
+TNTS = [name for name in list_models() if name.startswith("tnt_")]
 
 
 def shapes(name, image_size=224, channels=3, **fields):
@@ -101,7 +106,7 @@ def test_trap_33_tnt_ti_has_two_inner_heads():
     assert create_model("tnt_b_patch16_224").inner_heads == 4
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", TNTS)
 def test_head_sizes(name):
     model = create_model(name)
     assert model.outer_dim // model.outer_heads == 64
@@ -109,7 +114,7 @@ def test_head_sizes(name):
     assert (model.inner_dim // model.inner_heads, model.inner_dim % model.inner_heads) == (inner, 0)
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", TNTS)
 def test_trap_6_only_the_legacy_names_build_the_legacy_network(name):
     legacy, pets = "_legacy_" in name, "_pets_" in name
     block = shapes(name)["blocks_0"]["proj"]
@@ -121,7 +126,7 @@ def test_trap_6_only_the_legacy_names_build_the_legacy_network(name):
 
 
 def test_the_published_names_share_these_constants():
-    for name in list_models():
+    for name in TNTS:
         model = create_model(name)
         numerics = (1e-7, "tanh") if "_mindspore_" in name else (1e-5, "erf")
         assert (model.norm_eps, model.gelu) == numerics
@@ -146,7 +151,7 @@ def test_overrides_are_fields():
     "name, fields, message",
     [
         ("tnt_s_patch16", {}, "unknown model 'tnt_s_patch16' (did you mean 'tnt_s_patch16_224'?)"),
-        ("resnet", {}, "unknown model 'resnet'; known: ['tnt_b_legacy_patch16_224', "),
+        ("resnet", {}, "unknown model 'resnet'; known: ['ptnt_b_patch16_256', "),
         (
             "tnt_s_patch16_224",
             {"num_clases": 10},
@@ -154,6 +159,7 @@ def test_overrides_are_fields():
         ),
         ("tnt_s_patch16_224", {"zzz": 1}, "TNT has no field 'zzz'"),
         ("tnt_s_patch16_224", {"parent": None}, "TNT has no field 'parent'"),
+        ("ptnt_s_patch16_256", {"depth": 3}, "PyramidTNT has no field 'depth' (did you mean 'dept"),
     ],
 )
 def test_unknown_names_and_fields(name, fields, message):
@@ -171,7 +177,7 @@ def test_import_is_cheap_and_dir_lists_the_public_names():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == [
         "[]",
-        "TNT block_outputs create_model list_models load",
+        "PyramidTNT TNT block_outputs create_model feature_maps fold list_models load",
         "TNT 192",
     ]
 

@@ -281,25 +281,30 @@ def test_the_type_of_the_exchange(dtype):
     mesh = sharding.make_mesh(fsdp=2)
     params = {"head": {"kernel": np.ones((4, 3), np.float32), "bias": np.ones(3, np.float32)}}
 
-    def loss(params, batch, key):
-        return (batch @ params["head"]["kernel"] + params["head"]["bias"][None]).mean()
+    def loss(params, statistics, batch, key):
+        out = batch @ params["head"]["kernel"] + params["head"]["bias"][None]
+        return out.mean(), statistics + 1
 
     both = jax.jit(
         sharding.on_mesh(sharding.value_and_grad(loss, dtype), mesh),
         in_shardings=(
             sharding.shardings(params, mesh),
+            sharding.replicated(mesh),
             sharding.batch_sharding(mesh),
             sharding.replicated(mesh),
         ),
     )
-    lowered = both.lower(params, np.ones((16, 4), np.float32), jax.random.key(0))
+    arguments = params, np.float32(2), np.ones((16, 4), np.float32), jax.random.key(0)
+    lowered = both.lower(*arguments)
     exchange = r'"stablehlo.(?:all_reduce|reduce_scatter)".*?\}\) : \((.*?)\) ->'
     types = re.findall(exchange, lowered.as_text(), re.DOTALL)
     assert len(types) == 4  # the kernel's along "fsdp", then "data"; the loss and the bias
     short = {"float32": "f32", "bfloat16": "bf16"}[dtype]
     assert [x.split("x")[-1].rstrip(">") for x in types].count(short) >= 3, types
-    value, gradients = both(params, np.ones((16, 4), np.float32), jax.random.key(0))
-    assert value == 5 and {x.dtype.name for x in jax.tree.leaves(gradients)} == {"float32"}
+    (value, statistics), gradients = both(*arguments)
+    assert (value, statistics) == (5, 3) and {x.dtype.name for x in jax.tree.leaves(gradients)} == {
+        "float32"
+    }
     np.testing.assert_allclose(gradients["head"]["kernel"], 1 / 3, rtol=4e-3)
     assert gradients["head"]["kernel"].sharding.spec[0] == "fsdp"
 

@@ -79,9 +79,9 @@ def spied_step(**changes):
     """Returns `see(batch, step, seed) -> calls`: what the model, `mix` and `erase` are given."""
     calls = {}
 
-    def apply(variables, images, *, train, rngs):
+    def apply(variables, images, *, train, rngs, mutable):
         calls.update(images=images, dropout=rngs["dropout"])
-        return jnp.zeros((len(images), 7)) * variables["params"]["w"]
+        return jnp.zeros((len(images), 7)) * variables["params"]["w"], {}
 
     def mix(key, images, targets):
         calls.update(mix=key)

@@ -21,6 +21,7 @@ from jaxprs import equations
 from tnt_flax.errors import InputError
 from tnt_flax.models import LINEAGES, TNT, block_outputs
 from tnt_flax.models.block import TNTBlock, WordsToSentences
+from tnt_flax.models.checks import check_images
 from tnt_flax.models.layers import TransformerBlock
 from tnt_flax.models.word_embedding import WordEmbedding
 
@@ -753,7 +754,7 @@ def test_images_of_the_wrong_rank():
     with pytest.raises(
         ValueError, match=r"images must be \[B, H, W, channels\], not \[32, 32, 3\]"
     ):
-        TNT(**SMALL).check_images(jnp.zeros((32, 32, 3)))
+        check_images(jnp.zeros((32, 32, 3)), 16)
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 32, 3), (2, 64, 48, 3)])
@@ -843,7 +844,7 @@ def test_bfloat16_products_but_float32_norms_and_softmax():
 
 def test_images_that_were_not_normalized():
     with pytest.raises(ValueError, match="must be normalized to floats first, these are uint8"):
-        TNT(**SMALL).check_images(jnp.zeros((1, 32, 32, 3), jnp.uint8))
+        check_images(jnp.zeros((1, 32, 32, 3), jnp.uint8), 16)
 
 
 def test_an_empty_batch():

@@ -7,9 +7,11 @@ __version__ = "0.1.0"
 
 # Public name -> where it lives. Imported on first use, so that `import tnt_flax` stays cheap.
 _PUBLIC = {
+    "PyramidTNT": "tnt_flax.models",
     "TNT": "tnt_flax.models",
     "block_outputs": "tnt_flax.models",
     "create_model": "tnt_flax.models",
+    "feature_maps": "tnt_flax.models",
     "fold": "tnt_flax.models",
     "list_models": "tnt_flax.models",
     "load": "tnt_flax.convert.load",

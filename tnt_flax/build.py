@@ -20,12 +20,13 @@ from tnt_flax import augment, fine_tuning, sharding, steps
 from tnt_flax.convert.checkpoints import Checkpoint, read_checkpoint
 from tnt_flax.convert.described import with_network
 from tnt_flax.convert.load import adapt
-from tnt_flax.convert.networks import check_same
+from tnt_flax.convert.networks import check_same, unstored_fields
 from tnt_flax.data import pipeline, randaugment, sources, transforms
 from tnt_flax.data.plan import TrainPlan
 from tnt_flax.errors import InputError
-from tnt_flax.models import TNT, create_model
+from tnt_flax.models import Model, create_model
 from tnt_flax.optimizer import epoch_learning_rates, make_optimizer, per_epoch_schedule
+from tnt_flax.state import merged
 
 Batches = Iterator[dict[str, np.ndarray]]
 
@@ -39,7 +40,7 @@ def build_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> jax.
     return mesh
 
 
-def build_model(config: ConfigDict, num_classes: int) -> TNT:
+def build_model(config: ConfigDict, num_classes: int) -> Model:
     """The network that `config.model` names, with the fields that it sets."""
     config = with_network(config)
     fields = {k: v for k, v in config.model.items() if k != "name" and v is not None}
@@ -58,15 +59,18 @@ def build_model(config: ConfigDict, num_classes: int) -> TNT:
     return model
 
 
-def init_params(model: TNT, config: ConfigDict) -> Callable[[jax.Array], Any]:
-    """Returns `init(key) -> params`, a pure function to jit or to `jax.eval_shape`."""
+def init_params(model: Model, config: ConfigDict) -> Callable[[jax.Array], Any]:
+    """Returns `init(key) -> params`, a pure function to jit or to `jax.eval_shape`.
+
+    As all `params` of a run they are `state.merged`: with the statistics of BatchNorms.
+    """
     size = config.data.image_size
-    return lambda key: model.init(key, jnp.zeros((1, size, size, 3)), train=False)["params"]
+    return lambda key: merged(model.init(key, jnp.zeros((1, size, size, 3)), train=False))
 
 
 def load_params(
     config: ConfigDict,
-    model: TNT,
+    model: Model,
     path: str,
     class_names: tuple[str, ...] | None = None,
     *,
@@ -84,9 +88,7 @@ def load_params(
         path,
         weights="ema" if class_names else config.eval.weights,
         checkpoint=checkpoint,
-        inner_heads=model.inner_heads,
-        outer_heads=model.outer_heads,
-        patch_size=model.patch_size,
+        **unstored_fields(model),
     )
     for key in ("mean", "std"):
         made, given = tuple(found.preprocessing[key]), tuple(config.data[key])
@@ -134,7 +136,7 @@ def run_keys(config: ConfigDict) -> tuple[jax.Array, jax.Array]:
     return init_key, step_key
 
 
-def build_train_step(config: ConfigDict, model: TNT, tx, schedule):
+def build_train_step(config: ConfigDict, model: Model, tx, schedule):
     prepare = build_prepare(config, model.num_classes)
     options = dict(
         ema_decay=config.ema.decay,
@@ -176,11 +178,11 @@ def mixes(config: ConfigDict) -> bool:
     return bool(config.augment.mixup_alpha or config.augment.cutmix_alpha)
 
 
-def build_eval_step(config: ConfigDict, model: TNT, classes: tuple[int, ...] | None = None):
+def build_eval_step(config: ConfigDict, model: Model, classes: tuple[int, ...] | None = None):
     return steps.make_eval_step(model, mean=config.data.mean, std=config.data.std, classes=classes)
 
 
-def build_predict_step(config: ConfigDict, model: TNT):
+def build_predict_step(config: ConfigDict, model: Model):
     return steps.make_predict_step(model, mean=config.data.mean, std=config.data.std)
 
 

@@ -40,10 +40,12 @@ def per_epoch_schedule(rates: np.ndarray, steps_per_epoch: int) -> optax.Schedul
 def decay_mask(params) -> dict:
     """True for the parameters that weight decay shrinks: kernels of dense and conv layers.
 
-    Not biases, norms, the class token or positions. Names decide, not ranks: parameters of scanned
-    blocks carry a leading layer axis, so a stacked bias is a matrix too.
+    Also, as published, PyramidTNT's relative positions. Not biases, norms, the class token or other
+    positions. Names decide, not ranks: parameters of scanned blocks carry a leading layer axis, so
+    a stacked bias is a matrix too.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+    decayed = ("kernel", "relative_pos")
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in decayed, params)
 
 
 def make_optimizer(

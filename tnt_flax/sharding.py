@@ -194,31 +194,35 @@ def jit_eval_step(eval_step: Callable, mesh: Mesh) -> Callable:
 
 
 def value_and_grad(loss: Callable, dtype: Any = jnp.float32) -> Callable:
-    """As `jax.value_and_grad` of `loss(params, batch, key)`, a mean over the rows of `batch`.
+    """As `jax.value_and_grad(has_aux=True)` of `loss(params, statistics, batch, key)`.
 
-    On an ambient mesh (see `on_mesh`) each device computes the gradient of its own rows, and these
+    `loss` returns a mean over the rows of `batch`, and new statistics that all devices agree on. On
+    an ambient mesh (see `on_mesh`) each device computes the gradient of its own rows, and these
     are exchanged in `dtype` when they are all there. Left to itself, the compiler would exchange
     every block's as soon as it has it, in the body of the loop over the blocks. Inside of `loss`,
     the axes in BATCH are manual: so its random numbers must be those of `models.draws`.
     """
+    local = jax.value_and_grad(loss, has_aux=True)
 
-    def function(params, batch, key):
+    def function(params, statistics, batch, key):
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
-            return jax.value_and_grad(loss)(params, batch, key)
+            return local(params, statistics, batch, key)
         shares = mesh.shape["data"] * mesh.shape[FSDP]
 
-        def own(params, batch, key):
-            value, gradients = jax.value_and_grad(loss)(params, batch, key)
-            return jax.tree.map(lambda x: (x / shares).astype(x.dtype)[None], (value, gradients))
+        def own(params, statistics, batch, key):
+            (value, statistics), gradients = local(params, statistics, batch, key)
+            share = lambda x: (x / shares).astype(x.dtype)[None]
+            return jax.tree.map(share, (value, gradients)), statistics
 
         # An axis of one device is taken apart, too: a kernel wants to run on nothing else.
         manual = {axis for axis in AXES if axis in BATCH or mesh.shape[axis] == 1}
         alone = functools.partial(jax.shard_map, axis_names=manual, check_vma=False)
-        rows, everywhere = PartitionSpec(BATCH), PartitionSpec()
-        own = alone(own, in_specs=(everywhere, rows, everywhere), out_specs=rows)
-        value, gradients = own(_gather(params), batch, key)
-        return _exchange(value, gradients, dtype)
+        rows, same = PartitionSpec(BATCH), PartitionSpec()
+        own = alone(own, in_specs=(same, same, rows, same), out_specs=(rows, same))
+        (value, gradients), statistics = own(_gather(params), statistics, batch, key)
+        value, gradients = _exchange(value, gradients, dtype)
+        return (value, statistics), gradients
 
     return function
 

@@ -5,6 +5,7 @@ import hashlib
 from typing import Any
 
 import flax.struct
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,11 @@ from tnt_flax.errors import InputError, listed
 
 @flax.struct.dataclass
 class TrainState:
-    """Arrays only, so that a checkpoint of it is a complete run."""
+    """Arrays only, so that a checkpoint of it is a complete run.
+
+    `params` are `merged`: PyramidTNT's BatchNorms have their running statistics among them, which
+    the average covers too, and the optimizer does not see.
+    """
 
     step: jax.Array  # updates applied so far
     params: Any
@@ -27,7 +32,26 @@ class TrainState:
     def create(cls, params, tx: optax.GradientTransformation) -> "TrainState":
         """Step 0. The average starts at the initial weights and has no warm-up, as published."""
         ema = jax.tree.map(jnp.copy, params)  # its own buffers: the step donates both
-        return cls(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
+        return cls(jnp.zeros((), jnp.int32), params, tx.init(split(params)["params"]), ema)
+
+
+STATISTICS = ("mean", "var", "count")  # of a `batch_norm`
+
+
+def merged(variables: dict[str, Any]) -> dict[str, Any]:
+    """Parameters and statistics as one tree, in which files hold them: beside a norm's scale."""
+    parts = (variables["params"], variables.get("batch_stats", {}))
+    flat = {path: x for part in parts for path, x in flax.traverse_util.flatten_dict(part).items()}
+    return flax.traverse_util.unflatten_dict(flat)
+
+
+def split(tree: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `merged`; without `batch_stats` where there are none."""
+    collections: dict[str, Any] = {"params": {}}
+    for path, x in flax.traverse_util.flatten_dict(tree).items():
+        statistic = "batch_norm" in path[:-1] and path[-1] in STATISTICS
+        collections.setdefault("batch_stats" if statistic else "params", {})[path] = x
+    return {k: flax.traverse_util.unflatten_dict(flat) for k, flat in collections.items()}
 
 
 def flat_names(tree) -> dict[str, Any]:

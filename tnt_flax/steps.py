@@ -15,7 +15,7 @@ import optax
 from tnt_flax import fine_tuning, sharding
 from tnt_flax.augment import normalize
 from tnt_flax.losses import smooth_one_hot, soft_target_cross_entropy
-from tnt_flax.state import TrainState
+from tnt_flax.state import TrainState, merged, split
 
 Batch = dict[str, jax.Array]
 
@@ -23,6 +23,12 @@ Batch = dict[str, jax.Array]
 def all_finite(tree: Any) -> jax.Array:
     """One flag per leaf, in the order of `jax.tree.leaves`: is every element finite?"""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
+
+
+def average(new: Any, old: Any, decay: float) -> Any:
+    """The exponential moving average; what is counted in whole numbers is not averaged."""
+    mean = optax.incremental_update(new, old, 1 - decay)
+    return jax.tree.map(lambda x, y: y if jnp.issubdtype(y.dtype, jnp.integer) else x, mean, new)
 
 
 def step_keys(key: jax.Array, step: jax.Array | int) -> jax.Array:
@@ -74,29 +80,39 @@ def make_train_step(
     a resumed run draws what an unbroken one would, and any number of devices draw the same; these
     exchange gradients in `gradient_dtype`, see `sharding.value_and_grad`.
     `metrics` are scalars (loss, learning_rate, grad_norm) and `finite` bool [2 P]: a flag for each
-    of the P gradients, then for each parameter as it came in, which tell where a NaN began. One
-    array, because fetching many small ones would slow the loop down. What `freeze` matches (see
-    `fine_tuning.trained`) stays as it is.
+    of the P gradients (or new running statistics), then for each parameter as it came in, which
+    tell where a NaN began. One array, because fetching many small ones would slow the loop down.
+    What `freeze` matches (see `fine_tuning.trained`) stays as it is.
     """
 
     def learns(params):
         return fine_tuning.trained(params, freeze)
 
-    def loss_fn(params, prepared, key):
+    def loss_fn(params, statistics, prepared, key):
         images, targets = prepared
         params = fine_tuning.without_gradients(params, learns(params)) if freeze else params
-        logits = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
-        return soft_target_cross_entropy(logits, targets).mean()
+        logits, changed = model.apply(
+            {"params": params, "batch_stats": statistics},
+            images,
+            train=True,
+            rngs={"dropout": key},
+            mutable=["batch_stats"],
+        )
+        loss = soft_target_cross_entropy(logits, targets).mean()
+        return loss, changed.get("batch_stats", {})
 
     loss_and_grads = sharding.value_and_grad(loss_fn, gradient_dtype)
 
     def train_step(state, batch, key):
         dropout_key, mix_key, erase_key = step_keys(key, state.step)
+        variables = split(state.params)
+        params, statistics = variables["params"], variables.get("batch_stats", {})
         prepared = prepare(batch, mix_key, erase_key)
-        loss, grads = loss_and_grads(state.params, prepared, dropout_key)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
+        (loss, statistics), grads = loss_and_grads(params, statistics, prepared, dropout_key)
+        updates, opt_state = tx.update(grads, state.opt_state, params)
+        params = merged({"params": optax.apply_updates(params, updates), "batch_stats": statistics})
+        changes = merged({"params": grads, "batch_stats": statistics})
+        ema = average(params, state.ema, ema_decay)
         if freeze:
             params = fine_tuning.keep_frozen(params, state.params, learns(params))
             ema = fine_tuning.keep_frozen(ema, state.ema, learns(params))
@@ -104,7 +120,7 @@ def make_train_step(
             "loss": loss,
             "learning_rate": schedule(state.step),
             "grad_norm": optax.tree.norm(grads),
-            "finite": all_finite({"params": state.params, "gradients": grads}),
+            "finite": all_finite({"params": state.params, "gradients": changes}),
         }
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
@@ -134,7 +150,7 @@ def make_eval_step(
     among = None if classes is None else jnp.isin(jnp.arange(model.num_classes), jnp.array(classes))
 
     def eval_step(params, batch):
-        logits = model.apply({"params": params}, normalize(batch["image"], mean, std), train=False)
+        logits = model.apply(split(params), normalize(batch["image"], mean, std), train=False)
         labels, mask = batch["label"], batch["mask"]
         labels = labels[:, None] if labels.ndim == 1 else labels
         logits = logits if among is None else jnp.where(among[None], logits, -jnp.inf)
@@ -170,7 +186,7 @@ def make_predict_step(
     """Returns `predict_step(params, images) -> probabilities` [B, classes] of uint8 images."""
 
     def predict_step(params, images):
-        logits = model.apply({"params": params}, normalize(images, mean, std), train=False)
+        logits = model.apply(split(params), normalize(images, mean, std), train=False)
         return jax.nn.softmax(logits)
 
     return predict_step

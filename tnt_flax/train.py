@@ -20,7 +20,7 @@ from tnt_flax.data.sources import check_same_classes
 from tnt_flax.errors import RunError
 from tnt_flax.evaluate import evaluate
 from tnt_flax.metrics import MetricWriter, Progress, Silence, StepMeter, read_metrics_file
-from tnt_flax.state import TrainState, fingerprint, flat_names
+from tnt_flax.state import TrainState, fingerprint, flat_names, split
 from tnt_flax.workdir import as_json, check_space, open_workdir
 
 
@@ -102,7 +102,8 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         else:
             state = jax.jit(init_state, out_shardings=shardings)(init_key)
         if main:
-            table = parameter_overview.get_parameter_overview(shapes.params, include_stats=False)
+            params = split(shapes.params)["params"]
+            table = parameter_overview.get_parameter_overview(params, include_stats=False)
             (workdir / "parameters.txt").write_text(table + "\n")
     names = list(flat_names(state.params))
     start_step = int(state.step)

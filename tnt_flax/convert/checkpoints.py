@@ -5,6 +5,7 @@ import collections
 import contextlib
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,10 +16,11 @@ from tnt_flax import checkpoint as run_checkpoints
 from tnt_flax.convert import hub, mapping, networks, tables
 from tnt_flax.convert.files import Content, Spec, open_file
 from tnt_flax.errors import InputError, listed, one_line
-from tnt_flax.models import MODELS, create_model
-from tnt_flax.state import check_fit, flat_names
+from tnt_flax.models import MODELS, PyramidTNT, create_model
+from tnt_flax.state import check_fit, flat_names, split
 
 FLOAT32 = {"float32", "F32"}
+INTEGERS = {"int32", "I32", "int64", "I64"}
 CONVERTED = {"float16", "F16", "bfloat16", "BF16", "float64", "F64"}
 
 
@@ -30,7 +32,7 @@ class Checkpoint:
     container: str  # in words
     naming: str  # the system whose names the tensors had: one of `mapping.NAMINGS`
     network: networks.Network
-    params: Any  # float32; ours, whatever the file was
+    params: Any  # float32; ours, whatever the file was; with statistics: see `state.merged`
     weights: str | None  # "ema" or "raw" where the source tells them apart
     info: dict[str, Any]  # our own files: the config and the class names of the run
     renamed: dict[str, str]  # their name -> ours, per block; several ours joined by " + "
@@ -40,6 +42,11 @@ class Checkpoint:
     def name(self) -> str | None:
         """The published name of the network, if it has one."""
         return networks.name_of(self.network.model)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """For `network.model.apply`."""
+        return split(self.params)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -57,7 +64,7 @@ class Checkpoint:
 
     @property
     def num_params(self) -> int:
-        return sum(x.size for x in jax.tree.leaves(self.params))
+        return sum(x.size for x in jax.tree.leaves(self.variables["params"]))
 
     def summary(self) -> str:
         """One line: what it is."""
@@ -65,7 +72,7 @@ class Checkpoint:
         size = f"{grid[0] * model.patch_size} px" if grid else f"{self.network.sentences} patches"
         kind = {"ema": "averaged weights, ", "raw": "raw weights, ", None: ""}[self.weights]
         return (
-            f"{self.path}: {self.name or 'a TNT of no published size'} "
+            f"{self.path}: {self.name or f'a {type(model).__name__} of no published size'} "
             f"({networks.lineage_of(model)} network, {self.naming} names, {self.container}), "
             f"{kind}{self.num_params:,} parameters, {size}, {model.num_classes} classes"
         )
@@ -91,8 +98,8 @@ def read_checkpoint(
         checkpoint: "best" or "last", of a workdir.
         put: called with every parameter's name and array as soon as it is whole; what it returns
             is kept, so that no second copy of all of them need exist.
-        overrides: fields of `TNT`. `inner_heads` and `outer_heads` are needed for sizes that were
-            never published; dtype, remat and the drop rates are free.
+        overrides: fields of the network. `inner_heads` and `outer_heads` are needed for sizes that
+            were never published; dtype, remat and the drop rates are free.
 
     Raises:
         InputError: nothing there, not readable without running code, damaged, not a TNT, or tensors
@@ -138,7 +145,7 @@ def _read_content(
                 notes.append("its header has no configuration: the network is told by its tensors")
         abstract = network.abstract_params()
         _check_complete(source, naming, specs, abstract)
-    notes += _check_types(source, specs)
+    notes += _check_types(source, {n: s for n, s in specs.items() if not _is_count(renamed[n], s)})
 
     def read_ours(ours: str) -> np.ndarray:
         place = places[ours]
@@ -206,17 +213,21 @@ def _described(
     fields = {k: v for k, v in config["model"].items() if v is not None}
     described = fields.pop("name")
     fields = {k: v for k, v in fields.items() if k not in networks.FREE_FIELDS}
-    channels, sentences = shapes["word_embed/conv/kernel"][2], shapes["sentence_pos"][1] - 1
     fields["num_classes"] = shapes["head/kernel"][1] if "head/kernel" in shapes else 0
     model = create_model(described, **(fields | dict(overrides)))
     networks.check_same(source, create_model(described, **fields), model, "what was asked for")
-    blocks = len({n.split("/")[1] for n in shapes if n.startswith("blocks/")})
+    blocks = len({m[0] for m in map(re.compile(r"(stages_\d/)?blocks/\d+/").match, shapes) if m})
     if model.depth != blocks:
         raise InputError(f"{source} describes {model.depth} blocks, but holds {blocks}")
     if name is not None:
         wanted = create_model(name, num_classes=model.num_classes)
         networks.check_same(source, model, wanted, name)
-    return networks.Network(model, sentences, channels)
+    pyramid = isinstance(model, PyramidTNT)
+    stem = "stem/shared/conv/kernel" if pyramid else "word_embed/conv/kernel"
+    if stem not in shapes:
+        raise InputError(f"{source} describes a {type(model).__name__}, but holds none")
+    sentences = shapes["sentence_pos"][1] - (not pyramid)  # TNT has a class token
+    return networks.Network(model, sentences, shapes[stem][2])
 
 
 @contextlib.contextmanager
@@ -230,6 +241,11 @@ def _sizes_of(source: Any) -> Iterator[None]:
         raise InputError(f"{source}: {error}") from error  # of the model: heads, rates
     except Exception as error:  # whatever jax and flax make of absurd sizes
         raise InputError(f"{source} describes no possible network: {one_line(error)}") from error
+
+
+def _is_count(ours: str, spec: Spec) -> bool:
+    """Is it the number of batches that a BatchNorm has seen?"""
+    return ours.endswith("/batch_norm/count") and spec.dtype in INTEGERS
 
 
 def _check_complete(source: str, naming: str, specs: Mapping[str, Spec], abstract: Any) -> None:
@@ -262,7 +278,7 @@ def _assembled(
 ) -> Any:
     leaves, broken = [], []
     for name, leaf in flat_names(abstract).items():
-        x = mapping.restacked(read, name, leaf.shape)
+        x = mapping.restacked(read, name, leaf.shape, leaf.dtype)
         if not np.isfinite(x).all():
             broken.append(name)
         leaves.append(put(name, x))

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 
 from tnt_flax.convert import mindspore_files, torch_files
+from tnt_flax.convert.mapping import STACKED, unstacked_name
 from tnt_flax.convert.tables import MINDSPORE_TRAINING
 from tnt_flax.errors import InputError
 from tnt_flax.weights import HEADER
@@ -114,10 +115,10 @@ def _per_block(specs: Mapping[str, Spec], read: Callable) -> tuple[dict[str, Spe
     """Our own file, in which equal blocks are stacked, as one that holds them one by one."""
     slices = {}
     for name, spec in specs.items():
-        match = re.fullmatch(r"blocks_(\d{1,4})/(.*)", name)
+        match = STACKED.fullmatch(name)
         if match and spec.shape and spec.shape[0] <= MOST_BLOCKS:
             for i in range(spec.shape[0]):
-                slices[f"blocks/{int(match[1]) + i}/{match[2]}"] = (name, i)
+                slices[unstacked_name(match, i)] = (name, i)
         else:
             slices[name] = (name, None)
     read = functools.lru_cache(maxsize=1)(read)  # the blocks of one stack are read in a row

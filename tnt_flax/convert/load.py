@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`tnt_flax.load`: weights of any system as a model and variables, fitted to what is wanted."""
 
+import functools
 import math
 import pathlib
 import sys
@@ -8,12 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tnt_flax.convert.checkpoints import Checkpoint, read_checkpoint
 from tnt_flax.errors import InputError
-from tnt_flax.models import TNT
+from tnt_flax.models import Model, PyramidTNT
+from tnt_flax.models.backbone import Grid, resampled_positions
 
 Sharding = jax.sharding.Sharding
 
@@ -29,21 +30,22 @@ def load(
     in_channels: int | None = None,
     sharding: Sharding | Callable[[str, tuple[int, ...]], Sharding] | None = None,
     **overrides: Any,
-) -> tuple[TNT, dict[str, Any]]:
+) -> tuple[Model, dict[str, Any]]:
     """Loads weights of any system; says on stderr what they were.
 
     Args:
         path, name, weights, checkpoint, overrides: see `convert.checkpoints.read_checkpoint`.
         num_classes: another number replaces the head by a new one; 0 removes it, for features.
         image_size: pixels, one number or (height, width); another size than the weights' resamples
-            the sentence positions.
+            the positions.
         in_channels: another number than the weights' adapts the stem.
         sharding: where the parameters go: one for all, or a function of a parameter's name
             ("blocks_0/outer/fc1/kernel") and shape; by default, the first device.
 
     Returns:
-        (model, {"params": parameters}), for `model.apply(variables, images)`: images (B, H, W,
-        channels), normalized, to logits (B, num_classes).
+        (model, variables), for `model.apply(variables, images)`: images (B, H, W, channels),
+        normalized, to logits (B, num_classes). `variables` are {"params": parameters}, of
+        PyramidTNT also {"batch_stats": the statistics of its BatchNorms}.
 
     Raises:
         InputError: see `read_checkpoint`; also a size that the patch size does not divide.
@@ -59,7 +61,7 @@ def load(
     summary = found.summary()
     model = adapt(found, num_classes, image_size, in_channels, put=put)
     print("; ".join([f"loaded {summary}", *found.notes]), file=sys.stderr)
-    return model, {"params": found.params}
+    return model, found.variables
 
 
 def adapt(
@@ -70,7 +72,7 @@ def adapt(
     *,
     new_head: bool = False,
     put: Callable[[str, Any], Any] = lambda name, x: x,
-) -> TNT:
+) -> Model:
     """Fits `found.params` to other classes, image size and channels, in place; None keeps them.
 
     `new_head` forgets the head even where the number of classes stays; `put` is called with every
@@ -94,13 +96,15 @@ def adapt(
                 f"cannot resample their positions for {new[0]}x{new[1]}"
             )
         if network.grid not in (None, new):
-            positions = np.asarray(params["sentence_pos"])
-            changes["sentence_pos",] = resample_positions(positions, network.grid, new)
+            resampled = resampled_positions(model, params, network.grid, new)
+            changes |= {path: np.asarray(x) for path, x in resampled.items()}
             sizes = "{}x{} to {}x{}".format(*network.grid, *new)
-            found.notes.append(f"resampled the sentence positions from {sizes}")
+            found.notes.append(f"resampled the positions from {sizes}")
     if in_channels is not None and in_channels != network.channels:
-        kernel = np.asarray(params["word_embed"]["conv"]["kernel"])
-        changes["word_embed", "conv", "kernel"] = adapt_channels(kernel, in_channels)
+        stem = ("stem", "shared") if isinstance(model, PyramidTNT) else ("word_embed",)
+        path = (*stem, "conv", "kernel")
+        kernel = np.asarray(functools.reduce(lambda tree, name: tree[name], path, params))
+        changes[path] = adapt_channels(kernel, in_channels)
         found.notes.append(f"adapted the stem to {in_channels} channels")
     for (*groups, leaf), x in changes.items():
         node = params
@@ -110,7 +114,7 @@ def adapt(
     return model
 
 
-def _grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+def _grid(image_size: int | tuple[int, int], patch_size: int) -> Grid:
     """(rows, columns) of the sentences."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if min(height, width) < patch_size or height % patch_size or width % patch_size:
@@ -120,31 +124,18 @@ def _grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]
     return height // patch_size, width // patch_size
 
 
-def _new_head(model: TNT) -> dict[str, np.ndarray]:
+def _new_head(model: Model) -> dict[str, np.ndarray]:
     """As the network's own initial head, the same each time."""
     if not model.num_classes:
         return {}
-    shape = (model.outer_dim, model.num_classes)
+    shape = (model.num_features, model.num_classes)
     head = {"kernel": np.asarray(0.02 * jax.random.normal(jax.random.key(0), shape))}
-    return head | ({"bias": np.zeros(shape[1], np.float32)} if model.output_bias else {})
-
-
-def resample_positions(
-    positions: np.ndarray, old: tuple[int, int], new: tuple[int, int]
-) -> np.ndarray:
-    """Sentence positions (1, N + 1, D) for another grid of sentences, as timm resamples them.
-
-    Bicubic with antialiasing; the class token's position stays as it is.
-    """
-    token, grid = positions[:, :1], positions[:, 1:]
-    grid = grid.reshape(1, *old, grid.shape[-1])
-    shape = (1, *new, grid.shape[-1])
-    grid = np.asarray(jax.image.resize(jnp.asarray(grid), shape, "cubic", antialias=True))
-    return np.concatenate([token, grid.reshape(1, -1, grid.shape[-1])], axis=1)
+    has_bias = isinstance(model, PyramidTNT) or model.output_bias
+    return head | ({"bias": np.zeros(shape[1], np.float32)} if has_bias else {})
 
 
 def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
-    """The stem's kernel (7, 7, 3, C) for images of `channels` channels, as timm adapts it.
+    """The first kernel (height, width, 3, C) for images of `channels` channels, as timm adapts it.
 
     One channel: the sum over the three. More: they are repeated in turn, scaled by 3 / channels.
     """

@@ -18,7 +18,9 @@ from tnt_flax.convert import tables
 from tnt_flax.errors import InputError, listed
 from tnt_flax.state import flat_names
 
-NAMINGS = tuple(tables.BLOCK_PREFIX)
+NAMINGS = (*tables.BLOCK_PREFIX, *tables.PYRAMID_NAMINGS)
+OURS = "tnt_flax"
+STACKED = re.compile(r"((?:stages_\d+/)?)blocks_(\d{1,4})/(.*)")  # of our parameter tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +46,34 @@ def _rows(naming: str, table: str) -> dict[str, Place]:
         if ours in tables.SINGLE:
             places[ours] = Place(theirs)
             continue
-        leaves = tables.NORM_LEAVES if "norm" in ours.rpartition("/")[2] else tables.LAYER_LEAVES
-        joint = {"tnt_flax": "/"}.get(naming, "" if theirs.endswith("_") else ".")
-        for leaf, their_leaf in zip(leaves["tnt_flax"], leaves[naming], strict=True):
-            places[f"{ours}/{leaf}"] = Place(theirs + joint + their_leaf, part, parts)
+        layer = ours.rpartition("/")[2]
+        kinds = [tables.NORM_LEAVES if "norm" in layer else tables.LAYER_LEAVES]
+        kinds += [tables.STATISTICS_LEAVES] if layer == "batch_norm" else []
+        joint = {OURS: "/"}.get(naming, "" if theirs.endswith("_") else ".")
+        for leaves in kinds:
+            for leaf, their_leaf in zip(leaves[OURS], leaves[naming], strict=True):
+                places[f"{ours}/{leaf}"] = Place(theirs + joint + their_leaf, part, parts)
     return places
+
+
+@functools.cache
+def _sections(naming: str) -> list[tuple[str, str, str]]:
+    """(our prefix, theirs, table): in which tables the names of `naming` stand; {} is a number."""
+    sections = []
+    if naming not in tables.PYRAMID_NAMINGS:
+        ours, theirs = (tables.BLOCK_PREFIX[n] for n in (OURS, naming))
+        sections += [("", "", tables.STEM), (ours, theirs, tables.BLOCK)]
+    if naming == OURS:
+        sections += [(ours, ours, table) for ours, _, table in tables.PYRAMID]
+    elif naming in tables.PYRAMID_NAMINGS:
+        sections += tables.PYRAMID
+    return sections
+
+
+@functools.cache
+def _prefixed(prefix: str) -> re.Pattern:
+    """Matches names behind `prefix`; its groups are the prefix's numbers, then the rest."""
+    return re.compile(re.escape(prefix).replace(r"\{\}", r"(0|[1-9]\d{0,3})") + "(.*)")
 
 
 @functools.cache
@@ -61,24 +86,23 @@ def _inverse(naming: str, table: str) -> dict[str, list[tuple[str, Place]]]:
 
 def place_of(naming: str, ours: str) -> Place | None:
     """Where `naming` keeps our tensor `ours`; None if it has no place for it."""
-    match = re.fullmatch(r"blocks/(\d+)/(.*)", ours)
-    if not match:
-        return _rows(naming, tables.STEM).get(ours)
-    place = _rows(naming, tables.BLOCK).get(match[2])
-    prefix = tables.BLOCK_PREFIX[naming].format(match[1])
-    return place and dataclasses.replace(place, name=prefix + place.name)
+    for our_prefix, prefix, table in _sections(naming):
+        match = _prefixed(our_prefix).fullmatch(ours)
+        place = match and _rows(naming, table).get(match[match.lastindex])
+        if place:
+            return dataclasses.replace(place, name=prefix.format(*match.groups()) + place.name)
+    return None
 
 
 def our_names(naming: str, theirs: str) -> list[tuple[str, Place]]:
     """Our names for (the parts of) their tensor; empty if `naming` has no such tensor."""
-    before, after = map(re.escape, tables.BLOCK_PREFIX[naming].split("{}"))
-    match = re.fullmatch(rf"{before}(0|[1-9]\d{{0,3}}){after}(.*)", theirs)
-    if not match:
-        return _inverse(naming, tables.STEM).get(theirs, [])
-    return [
-        (f"blocks/{match[1]}/{ours}", dataclasses.replace(place, name=theirs))
-        for ours, place in _inverse(naming, tables.BLOCK).get(match[2], [])
-    ]
+    for our_prefix, prefix, table in _sections(naming):
+        match = _prefixed(prefix).fullmatch(theirs)
+        found = match and _inverse(naming, table).get(match[match.lastindex])
+        if found:
+            before = our_prefix.format(*match.groups())
+            return [(before + ours, dataclasses.replace(p, name=theirs)) for ours, p in found]
+    return []
 
 
 def why_no_weight(naming: str, theirs: str) -> str | None:
@@ -122,10 +146,10 @@ def to_ours(naming: str, ours: str, place: Place, x: np.ndarray) -> np.ndarray:
                 f"{place.name} {list(x.shape)} cannot be split into {place.parts} parts by rows"
             )
         x = x[place.part * rows : (place.part + 1) * rows]
-    if naming == "tnt_flax":
+    if naming == OURS:
         return x
-    leaf = ours.rpartition("/")[2]
-    ranks = {"kernel": (4,) if ours.startswith("word_embed") else (2,), "word_pos": (3,)}
+    *layers, leaf = ours.split("/")
+    ranks = {"kernel": (4,) if "conv" in layers[-1:] else (2,), "word_pos": (3,)}
     if leaf == "word_pos" and tables.WORD_POS[naming] == "1CHW":
         ranks["word_pos"] = (4,)
     if x.ndim not in ranks.get(leaf, (x.ndim,)):
@@ -134,13 +158,15 @@ def to_ours(naming: str, ours: str, place: Place, x: np.ndarray) -> np.ndarray:
         return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
     if leaf == "word_pos" and tables.WORD_POS[naming] != "1MC":
         return x.reshape(*x.shape[:2], -1).swapaxes(1, 2)
-    return x
+    if _is_norm_of_words(naming, layers) and x.size % tables.PYRAMID_WORDS == 0:
+        return x.reshape(tables.PYRAMID_WORDS, -1)
+    return x.astype(np.int32) if leaf == "count" else x
 
 
 def to_theirs(naming: str, ours: str, x: np.ndarray) -> np.ndarray:
     """The inverse of `to_ours`, but for the joining of parts."""
-    leaf = ours.rpartition("/")[2]
-    if naming == "tnt_flax":
+    *layers, leaf = ours.split("/")
+    if naming == OURS:
         return x
     if leaf == "kernel":
         return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
@@ -148,7 +174,14 @@ def to_theirs(naming: str, ours: str, x: np.ndarray) -> np.ndarray:
         x = x.swapaxes(1, 2)
         side = round(x.shape[2] ** 0.5)
         return x.reshape(*x.shape[:2], side, side) if tables.WORD_POS[naming] == "1CHW" else x
-    return x
+    if _is_norm_of_words(naming, layers):
+        return x.reshape(-1)
+    return x.astype(np.int64) if leaf == "count" else x
+
+
+def _is_norm_of_words(naming: str, layers: list[str]) -> bool:
+    pyramid = naming in tables.PYRAMID_NAMINGS
+    return pyramid and layers[-2:] in (["inner", "norm1"], ["inner", "norm2"])
 
 
 # ----------------------------------------------------------------------------- a whole network
@@ -158,26 +191,36 @@ def unstacked(params: Any) -> dict[str, np.ndarray]:
     """The parameter tree by our per-block names, as views."""
     tensors = {}
     for name, leaf in flat_names(params).items():
-        match = re.fullmatch(r"blocks_(\d+)/(.*)", name)
+        match = STACKED.fullmatch(name)
         if not match:
             tensors[name] = leaf
             continue
         for i in range(leaf.shape[0]):
-            tensors[f"blocks/{int(match[1]) + i}/{match[2]}"] = leaf[i]
+            tensors[unstacked_name(match, i)] = leaf[i]
     return tensors
 
 
-def restacked(read: Callable[[str], np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One leaf of the parameter tree in float32, in memory of its own.
+def unstacked_name(match: re.Match, i: int) -> str:
+    """Our per-block name of entry `i` of a leaf, whose name `STACKED` matched."""
+    return f"{match[1]}blocks/{int(match[2]) + i}/{match[3]}"
 
-    `name` and `shape` are the leaf's; `read(ours)` is called once for each of its blocks.
+
+def restacked(
+    read: Callable[[str], np.ndarray],
+    name: str,
+    shape: tuple[int, ...],
+    dtype: Any = np.float32,
+) -> np.ndarray:
+    """One leaf of the parameter tree, in memory of its own.
+
+    `name`, `shape` and `dtype` are the leaf's; `read(ours)` is called once for each of its blocks.
     """
-    out = np.empty(shape, np.float32)
-    match = re.fullmatch(r"blocks_(\d+)/(.*)", name)
+    out = np.empty(shape, dtype)
+    match = STACKED.fullmatch(name)
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite: the caller tells
         if match:
             for i in range(shape[0]):
-                out[i] = read(f"blocks/{int(match[1]) + i}/{match[2]}")
+                out[i] = read(unstacked_name(match, i))
         else:
             out[...] = read(name)
     return out
@@ -192,7 +235,8 @@ def export(naming: str, params: Any) -> Iterator[tuple[str, np.ndarray]]:
     tensors = unstacked(params)
     for name, parts in _joined(naming, tensors).items():
         pieces = [to_theirs(naming, ours, np.asarray(tensors[ours])) for ours in parts]
-        yield name, np.ascontiguousarray(np.concatenate(pieces) if len(pieces) > 1 else pieces[0])
+        joined = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+        yield name, np.asarray(joined, order="C")
     for name, shape in extra_shapes(naming, tensors).items():
         yield name, np.zeros(shape, np.float32)
 
@@ -209,11 +253,13 @@ def exported_shapes(naming: str, params: Any) -> dict[str, tuple[int, ...]]:
 
 def extra_shapes(naming: str, tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The tensors of zeros that files of `naming` hold besides the weights."""
+    if naming not in tables.EXTRA:
+        return {}
     sentences, width = tensors["sentence_pos"].shape[1] - 1, tensors["cls_token"].shape[-1]
     matches = (re.match(r"blocks/(\d+)/", name) for name in tensors)
     blocks = sorted({int(match[1]) for match in matches if match})
     shapes = {}
-    for pattern, (_, rows) in tables.EXTRA.get(naming, {}).items():
+    for pattern, (_, rows) in tables.EXTRA[naming].items():
         shape = (1, sentences if rows == "ND" else 1, width)
         shapes |= {pattern.format(i): shape for i in (blocks if "{}" in pattern else [0])}
     return shapes

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from tnt_flax.convert.mapping import place_of
 from tnt_flax.errors import InputError
-from tnt_flax.models import LINEAGES, MODELS, TNT, create_model
+from tnt_flax.models import LINEAGES, MODELS, TNT, Model, PyramidTNT, class_of, create_model
+from tnt_flax.state import merged
 
 # The lineages that each system's code can run.
 LINEAGES_OF = {
@@ -21,12 +22,12 @@ LINEAGES_OF = {
     "mmpretrain": ("legacy",),
     "mindspore": ("mindspore",),
     "mindspore_pets": ("mindspore_pets",),
+    "huawei_pyramid": (),
 }
 
 # Fields of TNT that say how it is computed or trained, not which function it is.
 FREE_FIELDS = {"dtype", "remat", "inner", "outer", "dropout", "attention_dropout", "drop_path"}
 FREE_FIELDS |= {"folded", "parent", "name"}
-FUNCTION_FIELDS = [f.name for f in dataclasses.fields(TNT) if f.name not in FREE_FIELDS]
 LINEAGE_FIELDS = sorted({field for fields in LINEAGES.values() for field in fields} - {"qkv_bias"})
 
 # How the published weights of a lineage want their images: mean and standard deviation per channel
@@ -43,11 +44,23 @@ PREPROCESSING = {
 }
 
 
+def function_fields(model: Model) -> dict[str, Any]:
+    """The fields that say which function the model is, and their values."""
+    names = (field.name for field in dataclasses.fields(model))
+    return {name: getattr(model, name) for name in names if name not in FREE_FIELDS}
+
+
+def unstored_fields(model: Model) -> dict[str, Any]:
+    """Of these, those that no other system's files tell."""
+    known = function_fields(model)
+    return {k: known[k] for k in ("outer_heads", "inner_heads", "patch_size") if k in known}
+
+
 @dataclasses.dataclass(frozen=True)
 class Network:
     """A model and what its tensors say besides: sentences (N) and channels of the images."""
 
-    model: TNT
+    model: Model
     sentences: int
     channels: int
 
@@ -58,10 +71,19 @@ class Network:
         return (side, side) if side * side == self.sentences else None
 
     def abstract_params(self) -> Any:
-        """Shapes and types of the parameters."""
-        side = self.model.patch_size
-        images = jax.ShapeDtypeStruct((1, side, side * self.sentences, self.channels), jnp.float32)
-        return jax.eval_shape(self.model.init, jax.random.key(0), images)["params"]
+        """Shapes and types of the parameters, and of the statistics among them: see `merged`.
+
+        Raises:
+            InputError: the sentences of a PyramidTNT form no square.
+        """
+        side, grid = self.model.patch_size, (1, self.sentences)
+        if isinstance(self.model, PyramidTNT):
+            if self.grid is None:
+                raise InputError(f"{self.sentences} sentences form no square")
+            grid = self.grid
+        shape = (1, side * grid[0], side * grid[1], self.channels)
+        images = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return merged(jax.eval_shape(self.model.init, jax.random.key(0), images))
 
 
 def identify(
@@ -81,6 +103,7 @@ def identify(
             is not the one called `name`.
     """
     overrides = dict(overrides or {})
+    pyramid = naming == "huawei_pyramid" or "stem/shared/conv/kernel" in shapes
 
     def shape(ours: str, rank: int) -> tuple[int, ...]:
         if len(shapes.get(ours, ())) != rank or 0 in shapes[ours]:
@@ -91,6 +114,8 @@ def identify(
             )
         return shapes[ours]
 
+    if pyramid:
+        return _identify_pyramid(path, shapes, shape, name, overrides)
     depth = 1 + max((int(n.split("/")[1]) for n in shapes if n.startswith("blocks/")), default=-1)
     inner = [f"blocks/{i}/inner/norm1/scale" in shapes for i in range(depth)]
     words = shape("word_pos", 3)[1]
@@ -108,14 +133,36 @@ def identify(
     hidden = shape("blocks/0/outer/fc1/kernel", 2)[1]
     fields["mlp_ratio"] = hidden / fields["outer_dim"]
     fields |= lineage_fields(_lineage(naming, shapes, fields))
-    fields |= _heads(path, fields, name, overrides)
+    fields |= _heads(path, fields, name, overrides, TNT)
     model = create_model("tnt_s_patch16_224", **(fields | overrides))
     if name is not None:
         check_same(path, model, create_model(name, num_classes=model.num_classes), name)
     return Network(model, shape("sentence_pos", 3)[1] - 1, shape("word_embed/conv/kernel", 4)[2])
 
 
-def name_of(model: TNT) -> str | None:
+def _identify_pyramid(path: Any, shapes, shape, name: str | None, overrides) -> Network:
+    depths = []
+    for i in range(4):
+        numbers = [int(n.split("/")[2]) for n in shapes if n.startswith(f"stages_{i}/blocks/")]
+        depths.append(1 + max(numbers, default=-1))
+    _, sentences, outer_dim = shape("sentence_pos", 3)
+    fields = dict(
+        outer_dim=outer_dim,
+        inner_dim=shape("word_pos", 3)[2],
+        outer_heads=shape("stages_0/relative_pos", 4)[1],
+        depths=tuple(depths),
+        num_classes=shape("head/kernel", 2)[1] if "head/kernel" in shapes else 0,
+        mlp_ratio=shape("stages_0/blocks/0/outer/fc1/kernel", 2)[1] / outer_dim,
+        se="stages_0/blocks/0/outer/se/fc1/kernel" in shapes,
+    )
+    fields |= _heads(path, fields, name, overrides, PyramidTNT)
+    model = create_model("ptnt_s_patch16_256", **(fields | overrides))
+    if name is not None:
+        check_same(path, model, create_model(name, num_classes=model.num_classes), name)
+    return Network(model, sentences, shape("stem/shared/conv/kernel", 4)[2])
+
+
+def name_of(model: Model) -> str | None:
     """The published name of a network of these sizes and this lineage; classes do not matter."""
     for name in MODELS:
         if not differences(model, create_model(name, num_classes=model.num_classes)):
@@ -128,21 +175,25 @@ def lineage_fields(lineage: str) -> dict[str, Any]:
     return {f: TNT.__dataclass_fields__[f].default for f in LINEAGE_FIELDS} | LINEAGES[lineage]
 
 
-def lineage_of(model: TNT) -> str:
+def lineage_of(model: Model) -> str:
     """The published lineage of a model; "other" for a mixture."""
+    if isinstance(model, PyramidTNT):
+        return "pyramid"
     for lineage in LINEAGES:
         if all(getattr(model, f) == value for f, value in lineage_fields(lineage).items()):
             return lineage
     return "other"
 
 
-def differences(a: TNT, b: TNT) -> dict[str, tuple[Any, Any]]:
+def differences(a: Model, b: Model) -> dict[str, tuple[Any, Any]]:
     """The fields in which two models are different functions, with both values."""
-    pairs = {name: (getattr(a, name), getattr(b, name)) for name in FUNCTION_FIELDS}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    if type(a) is not type(b):
+        return {"network": (type(a).__name__, type(b).__name__)}
+    ours, theirs = function_fields(a), function_fields(b)
+    return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
 
 
-def check_same(path: Any, found: TNT, wanted: TNT, wanted_name: str) -> None:
+def check_same(path: Any, found: Model, wanted: Model, wanted_name: str) -> None:
     """Raises InputError, with what differs, unless both are the same function of an image."""
     changed = differences(found, wanted)
     if changed:
@@ -176,13 +227,21 @@ def _stride(path: Any, words: int, patch_size: int) -> int:
     return stride
 
 
-def _heads(path: Any, fields: Mapping[str, Any], name: str | None, overrides: Mapping[str, Any]):
+def _heads(
+    path: Any,
+    fields: Mapping[str, Any],
+    name: str | None,
+    overrides: Mapping[str, Any],
+    network: type[Model],
+) -> dict[str, int]:
+    """The heads that `fields` does not know: of the published network of these widths."""
+    keys = [key for key in ("inner_heads", "outer_heads") if key not in fields]
     widths = {key: fields[key] for key in ("outer_dim", "inner_dim")}
-    known = [MODELS[name]] if name else MODELS.values()
-    for model in known:
+    known = [name] if name else [known for known in MODELS if class_of(known) is network]
+    for model in map(MODELS.__getitem__, known):
         if all(model[key] == width for key, width in widths.items()):
-            return {key: model[key] for key in ("outer_heads", "inner_heads")}
-    missing = [key for key in ("inner_heads", "outer_heads") if key not in overrides]
+            return {key: model[key] for key in keys}
+    missing = [key for key in keys if key not in overrides]
     if missing:
         raise InputError(
             f"{path} has sentences of width {widths['outer_dim']} and words of width "

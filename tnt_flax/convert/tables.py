@@ -58,8 +58,73 @@ outer/se/fc1           se_layer.fc.1       -                 -                  
 outer/se/fc2           se_layer.fc.3       -                 -                                   -                  -
 """
 
+# PyramidTNT, of which there is the authors' code alone: huawei-noah `tnt_pytorch/pyramid_tnt.py`.
+PYRAMID_STEM = """
+tnt_flax                     huawei_pyramid
+stem/shared/conv             patch_embed.common_conv.0
+stem/shared/batch_norm       patch_embed.common_conv.1
+stem/words/conv              patch_embed.inner_convs.0
+stem/words/batch_norm        patch_embed.inner_convs.1
+stem/sentences_0/conv        patch_embed.outer_convs.0
+stem/sentences_0/batch_norm  patch_embed.outer_convs.1
+stem/sentences_1/conv        patch_embed.outer_convs.3
+stem/sentences_1/batch_norm  patch_embed.outer_convs.4
+stem/sentences_2/conv        patch_embed.outer_convs.6
+stem/sentences_2/batch_norm  patch_embed.outer_convs.7
+word_pos                     inner_pos
+sentence_pos                 outer_pos
+norm                         norm
+head                         head
+"""
+PYRAMID_MERGE = """
+tnt_flax  huawei_pyramid
+norm      norm
+conv      conv.0
+"""
+PYRAMID_STAGE = """
+tnt_flax      huawei_pyramid
+relative_pos  relative_pos
+"""
+PYRAMID_BLOCK = """
+tnt_flax               huawei_pyramid
+inner/norm1            inner_norm1
+inner/attention/query  inner_attn.q
+inner/attention/key    inner_attn.kv:0/2
+inner/attention/value  inner_attn.kv:1/2
+inner/attention/out    inner_attn.proj
+inner/norm2            inner_norm2
+inner/fc1              inner_mlp.fc1
+inner/fc2              inner_mlp.fc2
+proj/norm1             proj_norm1
+proj/dense             proj
+proj/norm2             proj_norm2
+outer/norm1            outer_norm1
+outer/attention/query  outer_attn.q
+outer/attention/key    outer_attn.kv:0/2
+outer/attention/value  outer_attn.kv:1/2
+outer/attention/out    outer_attn.proj
+outer/reduce/dense     outer_attn.linear
+outer/reduce/norm      outer_attn.norm
+outer/norm2            outer_norm2
+outer/fc1              outer_mlp.fc1
+outer/fc2              outer_mlp.fc2
+outer/se/norm          se_layer.fc.0
+outer/se/fc1           se_layer.fc.1
+outer/se/fc2           se_layer.fc.3
+"""
+# A table, and what stands before its names in ours and in theirs; {} is a number.
+PYRAMID = (
+    ("", "", PYRAMID_STEM),
+    ("word_merges_{}/", "word_merges.{}.", PYRAMID_MERGE),
+    ("sentence_merges_{}/", "sentence_merges.{}.", PYRAMID_MERGE),
+    ("stages_{}/", "stages.{}.", PYRAMID_STAGE),
+    ("stages_{}/blocks/{}/", "stages.{}.blocks.{}.", PYRAMID_BLOCK),
+)
+PYRAMID_NAMINGS = ("huawei_pyramid",)
+PYRAMID_WORDS = 16  # of a sentence; the norms over all of them are flat in theirs, (M, C) in ours
+
 # Rows without a weight and a bias: the tensor itself.
-SINGLE = ("word_pos", "cls_token", "sentence_pos")
+SINGLE = ("word_pos", "cls_token", "sentence_pos", "relative_pos")
 
 # The positions of the words, (1, M, C) in ours: channels first, flat or as a picture, elsewhere.
 WORD_POS = {
@@ -69,16 +134,21 @@ WORD_POS = {
     "mmpretrain": "1CHW",
     "mindspore": "1MC",
     "mindspore_pets": "1CM",
+    "huawei_pyramid": "1MC",
 }
 
-# (weight, bias) of a norm, and of every other layer.
+# (weight, bias) of a norm, and of every other layer; what a BatchNorm has besides.
 NORM_LEAVES = {"tnt_flax": ("scale", "bias")} | {
     naming: ("gamma", "beta") if naming.startswith("mindspore") else ("weight", "bias")
-    for naming in BLOCK_PREFIX
+    for naming in WORD_POS
     if naming != "tnt_flax"
 }
-LAYER_LEAVES = {naming: ("weight", "bias") for naming in BLOCK_PREFIX} | {
+LAYER_LEAVES = {naming: ("weight", "bias") for naming in WORD_POS} | {
     "tnt_flax": ("kernel", "bias")
+}
+STATISTICS_LEAVES = {
+    "tnt_flax": ("mean", "var", "count"),
+    "huawei_pyramid": ("running_mean", "running_var", "num_batches_tracked"),
 }
 
 # Tensors of a file that are no weights: why, and their shape. Written as zeros.

@@ -13,7 +13,7 @@ from tnt_flax import weights
 from tnt_flax.convert import mapping, mindspore_files, networks, torch_files
 from tnt_flax.convert.checkpoints import Checkpoint, read_checkpoint
 from tnt_flax.errors import InputError, RunError, listed
-from tnt_flax.models import TNT
+from tnt_flax.models import Model, PyramidTNT
 from tnt_flax.state import fingerprint, flat_names
 
 # The endings of each system's files; the first word of a target is what `--to` says.
@@ -35,7 +35,7 @@ class Target:
     """Weights as another system's network has them."""
 
     naming: str
-    model: TNT
+    model: Model
     params: Any
     notes: list[str]
 
@@ -80,6 +80,10 @@ def make_target(found: Checkpoint, system: str) -> Target:
         for lineage in lineages
         if naming.startswith(system)
     ]
+    if isinstance(model, PyramidTNT):
+        if system != "huawei":
+            raise InputError(f"{found.path} is a PyramidTNT, which {system} does not have")
+        return Target("huawei_pyramid", model, found.params, [])
     candidates = [(n, model.clone(**networks.lineage_fields(lineage))) for n, lineage in held]
     fitting = [
         c for c in candidates if all(getattr(model, f) == getattr(c[1], f) for f in STRUCTURE)
@@ -101,7 +105,7 @@ def make_target(found: Checkpoint, system: str) -> Target:
     return Target(naming, target, params, notes)
 
 
-def _check_system(path: str, system: str, model: TNT) -> None:
+def _check_system(path: str, system: str, model: Model) -> None:
     """What the system's own code cannot be told, though its names could be written."""
     faults = []
     if model.vanilla_blocks and system != "huawei":
@@ -112,7 +116,7 @@ def _check_system(path: str, system: str, model: TNT) -> None:
         raise InputError(f"{path}: {system} cannot build {' and '.join(faults)}")
 
 
-def _with_biases_of(found: Checkpoint, naming: str, target: TNT) -> Any:
+def _with_biases_of(found: Checkpoint, naming: str, target: Model) -> Any:
     """The parameters with exactly the biases that `target` has."""
     network = dataclasses.replace(found.network, model=target)
     abstract, params = network.abstract_params(), flat_names(found.params)
@@ -140,8 +144,7 @@ def write(path: pathlib.Path, system: str, target: Target, found: Checkpoint) ->
             _write_tensors(path, system, tensors, found)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
-    heads = {key: getattr(target.model, key) for key in ("outer_heads", "inner_heads")}
-    again = read_checkpoint(path, patch_size=target.model.patch_size, **heads)
+    again = read_checkpoint(path, **networks.unstored_fields(target.model))
     if fingerprint(again.params) != fingerprint(target.params):
         path.unlink()
         raise RunError(f"{path} did not read back as it was written, and was removed")
@@ -168,9 +171,10 @@ def describe(found: Checkpoint) -> dict[str, Any]:
     if found.info.get("config"):
         return found.info
     model, grid = found.network.model, found.network.grid
-    fields = {name: getattr(model, name) for name in networks.FUNCTION_FIELDS}
+    fields = networks.function_fields(model)
     fields.pop("num_classes")  # the head's shape says it
     data = found.preprocessing | ({"image_size": grid[0] * model.patch_size} if grid else {})
-    name = found.name or "tnt_s_patch16_224"  # the fields say the rest
+    any_name = "ptnt_s_patch16_256" if isinstance(model, PyramidTNT) else "tnt_s_patch16_224"
+    name = found.name or any_name  # the fields say the rest
     info = {"config": {"model": {"name": name} | fields, "data": data}, "source": found.naming}
     return json.loads(json.dumps(info))  # tuples become lists

@@ -8,10 +8,26 @@ from typing import Any
 import jax.numpy as jnp
 
 from tnt_flax.errors import InputError
+from tnt_flax.models.backbone import FeatureMap, feature_maps
 from tnt_flax.models.folded import fold
+from tnt_flax.models.pyramid_tnt import PyramidTNT
 from tnt_flax.models.tnt import TNT, block_outputs
 
-__all__ = ["LINEAGES", "MODELS", "TNT", "block_outputs", "create_model", "fold", "list_models"]
+__all__ = [
+    "LINEAGES",
+    "MODELS",
+    "FeatureMap",
+    "TNT",
+    "Model",
+    "PyramidTNT",
+    "block_outputs",
+    "create_model",
+    "feature_maps",
+    "fold",
+    "list_models",
+]
+
+Model = TNT | PyramidTNT
 
 # Sizes: paper Table 1. Note that TNT-Ti has 2 inner heads, not 4.
 _TI = dict(outer_dim=192, inner_dim=12, outer_heads=3, inner_heads=2)
@@ -46,6 +62,19 @@ MODELS: dict[str, dict[str, Any]] = {
     "tnt_s_mindspore_patch16_224": _S | LINEAGES["mindspore"],
     "tnt_b_mindspore_patch16_224": _B | LINEAGES["mindspore"],
     "tnt_b_mindspore_pets_patch16_384": _B | LINEAGES["mindspore_pets"] | dict(num_classes=37),
+    # PyramidTNT as the authors' code has it; a sentence is 8x8 pixels, whatever the names say.
+    "ptnt_ti_patch16_192": dict(
+        outer_dim=80, inner_dim=5, outer_heads=2, inner_heads=1, depths=(2, 6, 3, 2)
+    ),
+    "ptnt_s_patch16_256": dict(
+        outer_dim=128, inner_dim=8, outer_heads=4, inner_heads=2, depths=(2, 8, 4, 2)
+    ),
+    "ptnt_m_patch16_256": dict(
+        outer_dim=192, inner_dim=12, outer_heads=4, inner_heads=2, depths=(2, 8, 6, 2)
+    ),
+    "ptnt_b_patch16_256": dict(
+        outer_dim=256, inner_dim=16, outer_heads=4, inner_heads=2, depths=(2, 10, 6, 2)
+    ),
 }
 
 
@@ -54,8 +83,13 @@ def list_models() -> list[str]:
     return sorted(MODELS)
 
 
-def create_model(name: str, **overrides: Any) -> TNT:
-    """Builds a published network; `overrides` are fields of `tnt_flax.models.TNT`.
+def class_of(name: str) -> type[TNT] | type[PyramidTNT]:
+    """Of the network that has this name in MODELS."""
+    return PyramidTNT if name.startswith("ptnt_") else TNT
+
+
+def create_model(name: str, **overrides: Any) -> Model:
+    """Builds a published network; `overrides` are fields of `TNT`, or of `PyramidTNT`.
 
     `dtype` may be a name such as "bfloat16".
 
@@ -64,10 +98,11 @@ def create_model(name: str, **overrides: Any) -> TNT:
     """
     if name not in MODELS:
         raise InputError(f"unknown model {name!r}{_nearest(name, MODELS)}; known: {list_models()}")
-    known = {field.name for field in dataclasses.fields(TNT)} - {"parent", "name"}
+    network = class_of(name)
+    known = {field.name for field in dataclasses.fields(network)} - {"parent", "name"}
     for field in overrides:
         if field not in known:
-            raise InputError(f"TNT has no field {field!r}{_nearest(field, known)}")
+            raise InputError(f"{network.__name__} has no field {field!r}{_nearest(field, known)}")
     fields = MODELS[name] | overrides
     try:
         fields["dtype"] = jnp.dtype(fields.get("dtype", "float32"))
@@ -75,8 +110,10 @@ def create_model(name: str, **overrides: Any) -> TNT:
         raise InputError(
             f"dtype={fields['dtype']!r} is no type: use 'float32' or 'bfloat16'"
         ) from error
-    fields["vanilla_blocks"] = tuple(fields.get("vanilla_blocks", ()))
-    return TNT(**fields)
+    for field in ("vanilla_blocks", "depths"):
+        if field in fields:
+            fields[field] = tuple(fields[field])
+    return network(**fields)
 
 
 def _nearest(word: str, known) -> str:

@@ -79,4 +79,5 @@ class TNTBlock(nn.Module):
         sentences = outer(sentences, drop_path_rate, queries=queries, train=train)
         self.sow("intermediates", "words", words)
         self.sow("intermediates", "sentences", sentences)
+        self.sow("maps", "sentences", sentences)
         return words, sentences

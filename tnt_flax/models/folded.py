@@ -31,8 +31,10 @@ def fold(model: TNT, variables: dict) -> tuple[TNT, dict]:
     float32: in bfloat16 they are half as large, and rounded as the network itself would round them.
 
     Raises:
-        InputError: `model` is folded already.
+        InputError: `model` is folded already, or no TNT.
     """
+    if not isinstance(model, TNT):
+        raise InputError(f"only TNT has a folded form, not {type(model).__name__}")
     if model.folded:
         raise InputError("this network is folded already")
     params = dict(variables["params"])

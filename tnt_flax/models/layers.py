@@ -100,8 +100,10 @@ class Dropout(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention; sows its weights `(*batch, heads, T, T)` as an intermediate.
 
-    With `queries` only the first so many tokens attend, to all of them. `folded` is explained in
-    `tnt_flax.models.folded`: the query's scale is in its weights, and it alone has a bias.
+    With `queries` only the first so many tokens attend, to all of them. With `context` they attend
+    to its K tokens instead of to each other. `bias` is added to the logits `(*batch, heads, T, K)`.
+    `folded` is explained in `tnt_flax.models.folded`: the query's scale is in its weights, and it
+    alone has a bias.
     """
 
     num_heads: int
@@ -115,7 +117,13 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Tokens, *, queries: int | None = None, train: bool
+        self,
+        x: Tokens,
+        *,
+        queries: int | None = None,
+        context: Float[Array, "*batch K W"] | None = None,
+        bias: Float[Array, "#B heads T K"] | None = None,
+        train: bool,
     ) -> Float[Array, "*batch Q W"]:
         width = x.shape[-1]
         if width % self.num_heads:
@@ -129,18 +137,21 @@ class Attention(nn.Module):
             return projected.reshape(*x.shape[:-1], self.num_heads, width // self.num_heads)
 
         query = project("query", x[..., :queries, :], self.qkv_bias or self.folded)
-        key = project("key", x, self.qkv_bias and not self.folded)
-        value = project("value", x, self.qkv_bias and not self.folded)
+        context = x if context is None else context
+        key = project("key", context, self.qkv_bias and not self.folded)
+        value = project("value", context, self.qkv_bias and not self.folded)
         scale = 1.0 if self.folded else query.shape[-1] ** -0.5
 
         weights_are_needed = (
             self.attention_dropout and train or self.is_mutable_collection("intermediates")
         )
-        if self.primitives.attend and queries is None and not weights_are_needed:
+        plain = queries is None and bias is None
+        if self.primitives.attend and plain and not weights_are_needed:
             x = self.primitives.attend(query, key, value, scale)
         else:
             logits = jnp.einsum("...qhd,...khd->...hqk", query, key) * scale
-            weights = nn.softmax(logits.astype(jnp.float32))
+            logits = logits.astype(jnp.float32)
+            weights = nn.softmax(logits if bias is None else logits + bias)
             self.sow("intermediates", "weights", weights)
             weights = Dropout(self.attention_dropout)(weights, train=train)
             x = jnp.einsum("...hqk,...khd->...qhd", weights.astype(self.dtype), value)
@@ -168,7 +179,8 @@ class SqueezeExcite(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm attention and MLP, each added to its input: the inner and the outer block alike.
 
-    With `queries` only the first so many tokens are updated and returned.
+    With `queries` only the first so many tokens are updated and returned. `reduce` makes of the
+    tokens those that they attend to, and `bias` is added to the attention's logits.
     """
 
     num_heads: int
@@ -183,6 +195,8 @@ class TransformerBlock(nn.Module):
     dtype: DTypeLike = jnp.float32
     primitives: Primitives = Primitives()
     folded: bool = False  # norms without an affine, see `tnt_flax.models.folded`
+    norm: Callable[..., nn.Module] = LayerNorm
+    reduce: Callable[..., nn.Module] | None = None
 
     @nn.compact
     def __call__(
@@ -191,10 +205,11 @@ class TransformerBlock(nn.Module):
         drop_path_rate: Float[Array, ""] | None,
         *,
         queries: int | None = None,
+        bias: Float[Array, "#B heads T K"] | None = None,
         train: bool,
     ) -> Float[Array, "*batch Q W"]:
         affine = dict(use_scale=not self.folded, use_bias=not self.folded)
-        norm = functools.partial(LayerNorm, epsilon=self.norm_eps, dtype=self.dtype, **affine)
+        norm = functools.partial(self.norm, epsilon=self.norm_eps, dtype=self.dtype, **affine)
         dense = functools.partial(Dense, dtype=self.dtype, dot_general=self.primitives.dot_general)
 
         attention = Attention(
@@ -208,7 +223,9 @@ class TransformerBlock(nn.Module):
             self.folded,
             name="attention",
         )
-        update = attention(norm(name="norm1")(x), queries=queries, train=train)
+        normal = norm(name="norm1")(x)
+        context = self.reduce(name="reduce")(normal) if self.reduce else None
+        update = attention(normal, queries=queries, context=context, bias=bias, train=train)
         x = x[..., :queries, :] + DropPath()(update, drop_path_rate)
 
         width = x.shape[-1]

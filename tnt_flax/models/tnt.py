@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from tnt_flax.errors import InputError
 from tnt_flax.models import lanes
 from tnt_flax.models.block import TNTBlock, WordsToSentences
+from tnt_flax.models.checks import check_images, check_known, check_rates, positions
 from tnt_flax.models.implementations import (
     INNER,
     LANES_FORMS,
@@ -88,7 +89,7 @@ class TNT(nn.Module):
     @nn.compact
     def __call__(self, images: Images, *, train: bool = False) -> Float[Array, "B out"]:
         self.check_fields()
-        self.check_images(images)
+        check_images(images, self.patch_size)
         if self.folded and train:
             raise InputError("a folded network is for inference: train the one that was folded")
         images = images.astype(self.dtype)
@@ -222,7 +223,11 @@ class TNT(nn.Module):
             rates = jnp.linspace(0, self.drop_path, self.depth)[start:stop]
         if train and (self.dropout or self.attention_dropout or self.drop_path):
             keys = jax.random.split(self.make_rng("dropout"), stop - start)
-        capture = self.is_mutable_collection("intermediates") and not self.is_initializing()
+        capture = [
+            collection
+            for collection in ("intermediates", "maps")
+            if self.is_mutable_collection(collection) and not self.is_initializing()
+        ]
 
         def pick(i):
             pick_one = lambda x: jax.lax.dynamic_index_in_dim(x, i.astype(int), keepdims=False)
@@ -236,7 +241,7 @@ class TNT(nn.Module):
                 rate,
                 train=train,
                 rngs=None if key is None else {"dropout": key},
-                mutable=["intermediates"] if capture else False,
+                mutable=capture or False,
                 **options,
             )
 
@@ -254,11 +259,24 @@ class TNT(nn.Module):
         # it would copy the last block's at the beginning, and all others to scan over them.
         start_carry = (words, sentences), jnp.float32(0)
         (tokens, i), sown = jax.lax.scan(body, start_carry, length=turns)
-        if capture:
-            self.put_variable("intermediates", name, sown["intermediates"])
+        for collection in capture:
+            self.put_variable(collection, name, sown[collection])
         if stands_apart:
             tokens = run(tokens, pick(i), class_token_only=True)
         return tokens
+
+    @property
+    def num_features(self) -> int:
+        """Width of what the head reads."""
+        return self.outer_dim
+
+    def stacks(self) -> list[tuple[tuple[str, ...], int]]:
+        """Where the parameters of each run of equal blocks are, and how many blocks it has."""
+        return [((f"blocks_{start}",), stop - start) for start, stop, _ in self.groups()]
+
+    def positions(self, name: str, tokens: Array) -> Array:
+        """The position table `name`, one row per token, the same for every image."""
+        return positions(self, name, (1, *tokens.shape[-2:]), token_init, self.dtype)
 
     def groups(self) -> Iterator[tuple[int, int, bool]]:
         """Yields (first block, end, vanilla) for every run of equal blocks."""
@@ -268,65 +286,35 @@ class TNT(nn.Module):
             yield start, stop, vanilla
             start = stop
 
-    def positions(self, name: str, tokens: Array) -> Array:
-        """The position table `name`, one row per token, the same for every image."""
-        shape = (1, *tokens.shape[-2:])
-        if self.has_variable("params", name):
-            found = self.get_variable("params", name).shape
-            if found != shape:
-                raise InputError(
-                    f"the weights' {name} has shape {tuple(found)}, but these images and this "
-                    f"patch size need {shape}: give images of the size the weights were made for"
-                )
-        return jnp.asarray(self.param(name, token_init, shape), self.dtype)
-
-    def check_images(self, images: Array) -> None:
-        if images.ndim != 4:
-            raise InputError(f"images must be [B, H, W, channels], not {list(images.shape)}")
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise InputError(f"images must be normalized to floats first, these are {images.dtype}")
-        height, width = images.shape[1:3]
-        if not height or not width or height % self.patch_size or width % self.patch_size:
-            raise InputError(
-                f"image size {height}x{width} is not divisible by patch size {self.patch_size}"
-            )
-
     def check_fields(self) -> None:
         if self.gelu not in GELU:
             raise InputError(f"gelu={self.gelu!r} is none of {sorted(GELU)}")
-        for field, known in {
-            "remat": REMAT,
-            "inner": INNER,
-            "outer": OUTER,
-        }.items():
-            if getattr(self, field) not in known:
-                raise InputError(f"{field}={getattr(self, field)!r} is none of {known}")
+        check_known(self, remat=REMAT, inner=INNER, outer=OUTER)
+        check_rates(self)
         if self.conv_first and self.patch_size % self.inner_stride:
             raise InputError(
                 f"conv_first needs a patch size ({self.patch_size}) divisible by the inner stride "
                 f"({self.inner_stride})"
             )
-        for rate in ("dropout", "attention_dropout", "drop_path"):
-            if not 0 <= getattr(self, rate) < 1:
-                raise InputError(f"{rate}={getattr(self, rate)} is outside [0, 1)")
         unknown = [i for i in self.vanilla_blocks if not 0 <= i < self.depth]
         if unknown:
             raise InputError(f"vanilla_blocks {unknown} are outside the {self.depth} blocks")
 
 
-def block_outputs(model: TNT, variables: dict, images: Images) -> list[dict[str, Array]]:
+def block_outputs(model: nn.Module, variables: dict, images: Images) -> list[dict[str, Array]]:
     """What every block of `model` computes for `images`, first block first.
 
     Returns one dictionary per block, in evaluation mode:
         words (B, N, M, C) and sentences (B, N + 1, D): the block's outputs, class token first;
         outer_attention (B, heads, N + 1, N + 1): softmax weights, queries on the last but one axis;
         inner_attention (B, N, heads, M, M): likewise, absent from vanilla blocks.
+    PyramidTNT has no class token, N as its stages have it, and outer attention (B, heads, N, K).
     Under `jax.jit`, what the caller does not use costs nothing.
     """
     _, state = model.apply(variables, images, train=False, mutable=["intermediates"])
     blocks = []
-    for start, stop, _ in model.groups():
-        group = state["intermediates"][f"blocks_{start}"]
+    for path, length in model.stacks():
+        group = functools.reduce(lambda tree, name: tree[name], path, state["intermediates"])
         stacked = {
             "words": group["words"][0],
             "sentences": group["sentences"][0],
@@ -334,5 +322,5 @@ def block_outputs(model: TNT, variables: dict, images: Images) -> list[dict[str,
         }
         if "inner" in group:
             stacked["inner_attention"] = group["inner"]["attention"]["weights"][0]
-        blocks += [{name: x[i] for name, x in stacked.items()} for i in range(stop - start)]
+        blocks += [{name: x[i] for name, x in stacked.items()} for i in range(length)]
     return blocks

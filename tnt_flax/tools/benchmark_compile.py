@@ -47,6 +47,9 @@ def measure_compile(args: argparse.Namespace) -> dict[str, Any]:
 
     chips = len(tpu_compiler.devices(args.topology)[1])
     found = {}
+    name = read_config(args.config, {}, IMAGES).model.name
+    if name.startswith("ptnt_"):
+        raise InputError(f"--config={args.config}: {name} has no implementations to compare")
     for name in args.implementations:
         fields = IMPLEMENTATIONS[name]
         step = compile_step(args, fields, IMAGES * chips)
@@ -85,13 +88,14 @@ def make_forward(path: str, fields: dict[str, str]):
     import jax.numpy as jnp
 
     from tnt_flax import build
+    from tnt_flax.state import split
 
     config = make_config(path, fields | {"depth": 1}, IMAGES)
     model = build.build_model(config, CLASSES)
     params = jax.eval_shape(build.init_params(model, config), jax.random.key(0))
     size = config.data.image_size
     images = jax.ShapeDtypeStruct((IMAGES, size, size, 3), jnp.float32)
-    return (lambda params, images: model.apply({"params": params}, images)), (params, images)
+    return (lambda params, images: model.apply(split(params), images)), (params, images)
 
 
 def make_config(path: str, fields: dict[str, Any], images: int) -> ConfigDict:

@@ -37,9 +37,9 @@ import optax
 
 from tnt_flax import host, steps
 from tnt_flax.errors import InputError
-from tnt_flax.models import TNT, create_model
+from tnt_flax.models import Model, create_model
 from tnt_flax.optimizer import make_optimizer
-from tnt_flax.state import TrainState
+from tnt_flax.state import TrainState, merged, split
 from tnt_flax.tools import contractions, rounds
 
 BATCHES = {"forward": 4, "step": 2}  # in a round
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_sides(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="tnt_s_patch16_224", help="one of tnt_flax.list_models()")
-    add("--against", choices=["timm"], help="the default where torch and timm are installed")
+    add("--against", choices=["timm"], help="the default where timm is installed and has MODEL")
     add("--rounds", type=int, default=6, help="timed rounds")
     add("--cores", type=int, default=1, help="to which all sides are pinned")
 
@@ -107,7 +107,9 @@ def set_up(
 ) -> tuple[Work, dict[str, Any], list[str]]:
     """What all sides do, the facts of the JSON line, and which of THEIRS take part."""
     cores = rounds.pick_cores(args.cores)
-    with_timm = rounds.has_timm()
+    with_timm = rounds.has_timm() and not args.model.startswith("ptnt_")
+    if args.against and args.model.startswith("ptnt_"):
+        raise InputError(f"--against=timm: timm has no PyramidTNT, so no --model={args.model}")
     if args.against and not with_timm:
         raise InputError('--against=timm needs torch and timm: pip install "tnt_flax[oracle]"')
     create_model(args.model, **fields)  # which refuses what it does not know
@@ -148,7 +150,7 @@ def summarize(task: str, rates: rounds.Rates, flops: int, peak: float) -> dict[s
     }
 
 
-def count_macs(model: TNT, image_size: int) -> int:
+def count_macs(model: Model, image_size: int) -> int:
     """Multiply-adds of the products for one image, all tokens of the last block included."""
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -176,8 +178,8 @@ def _our_passes(work: Work, tuned: bool, cores: int) -> dict[str, rounds.Pass]:
     fields = work.fields | {"remat": "none" if tuned else "block"}
     model = create_model(work.model, num_classes=CLASSES, drop_path=DROP_PATH, **fields)
     images, targets = map(jnp.asarray, make_batch(work))
-    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
-    predict = jax.jit(lambda params, images: model.apply({"params": params}, images))
+    params = merged(jax.jit(model.init)(jax.random.key(0), images))
+    predict = jax.jit(lambda params, images: model.apply(split(params), images))
     schedule = optax.constant_schedule(LEARNING_RATE)
     tx = make_optimizer(schedule, clip_norm=0.0, **ADAMW)
     prepare = lambda batch, mix_key, erase_key: (batch["image"], batch["target"])

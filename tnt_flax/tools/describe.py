@@ -34,7 +34,7 @@ import jax.numpy as jnp
 
 from tnt_flax.command import Parser, parse_settings
 from tnt_flax.errors import InputError
-from tnt_flax.models import TNT, create_model
+from tnt_flax.models import Model, create_model
 from tnt_flax.models.block import TNTBlock
 from tnt_flax.models.word_embedding import KERNEL
 from tnt_flax.state import flat_names
@@ -45,8 +45,9 @@ PARTS = {
     "inner attention": "block/inner/(attention|norm1)",
     "inner MLP": "block/inner/",
     "words to sentences": "block/proj/",
-    "outer attention": "block/outer/(attention|norm1)",
+    "outer attention": r"block/outer/(attention|norm1|reduce)|stages_\d+$",
     "outer MLP": "block/outer/",
+    "merging": "(word|sentence)_merges",
     "head": "norm|head",
     "stem": "",
 }
@@ -54,6 +55,9 @@ PARTS = {
 PLAIN = {"inner": "reference", "outer": "reference"}
 # What makes the network compute all of its last block, of which only the class token is read.
 WHOLE = ["intermediates"]
+
+
+BLOCKS = r"^(stages_\d+/)?blocks_\d+\b"  # the beginning of the paths of a run of equal blocks
 
 
 class Layer(NamedTuple):
@@ -83,7 +87,7 @@ def make_parser() -> Parser:
     add("model", help="one of tnt_flax.list_models()")
     add("--image-size", type=int, help="pixels, each side; default: that of the name")
     add("--batch-size", type=int, default=1, help="images, for the bytes of activations")
-    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of tnt_flax.TNT")
+    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of the network")
     return parser
 
 
@@ -100,7 +104,7 @@ def main(argv: list[str]) -> int:
 
 
 def parse_fields(settings: list[str]) -> dict[str, Any]:
-    """["depth=4", "dtype=bfloat16"] as fields of `TNT`."""
+    """["depth=4", "dtype=bfloat16"] as fields of a network."""
     fields = parse_settings(settings)
     if isinstance(blocks := fields.get("vanilla_blocks"), int):
         fields["vanilla_blocks"] = (blocks,)
@@ -120,10 +124,10 @@ def describe(
     if batch_size < 1 or size < 1:
         raise InputError(f"--batch-size={batch_size} --image-size={size}: both must be at least 1")
     images = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32)
-    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    forward, step = traced_products(model, params, images)
-    shapes = output_shapes(model, params, images)
-    groups = fold(model, list_layers(model, params, shapes, forward, batch_size))
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    forward, step = traced_products(model, variables, images)
+    shapes = output_shapes(model, variables, images)
+    groups = fold(model, list_layers(model, variables["params"], shapes, forward, batch_size))
     print_layers(groups, f"{batch_size} images, {jnp.dtype(model.dtype).name}")
     parts = sum_parts(groups)
     add_products(parts, "forward", forward, shapes)
@@ -132,38 +136,38 @@ def describe(
     parameters = sum(group.sum("parameters") for group in groups)
     macs = sum(group.sum("macs") for group in groups)
     print(f"{name} at {size} pixels: {parameters:,} parameters, {macs / 1e9:.4f} GMACs an image")
-    computed = count_macs(model.apply, {"params": params}, images) // batch_size
+    computed = count_macs(model.apply, variables, images) // batch_size
     return dict(parameters=parameters, macs=macs, computed_macs=computed, parts=parts)
 
 
-def traced_products(model: TNT, params, images) -> tuple[list[Contraction], list[Contraction]]:
+def traced_products(model: Model, variables, images) -> tuple[list[Contraction], list[Contraction]]:
     """Those of a forward pass, and of loss and gradient in training."""
     rngs = {"dropout": jax.random.key(0)}
 
-    def predict(params, images):
-        return model.apply({"params": params}, images, mutable=WHOLE)
+    def predict(variables, images):
+        return model.apply(variables, images, mutable=WHOLE)
 
-    def train(params, images):
+    def train(variables, images):
         def loss(params):
-            whole = dict(train=True, rngs=rngs, mutable=WHOLE)
-            return model.apply({"params": params}, images, **whole)[0].sum()
+            whole = dict(train=True, rngs=rngs, mutable=[*WHOLE, "batch_stats"])
+            return model.apply({**variables, "params": params}, images, **whole)[0].sum()
 
-        return jax.value_and_grad(loss)(params)
+        return jax.value_and_grad(loss)(variables["params"])
 
     def as_published(product):
         """The convolution of patches has 7 x 7 windows; unfolded, it multiplies by zeros too."""
-        if model.conv_first or "word_embed" not in product.scope:
+        if "word_embed" not in product.scope or model.conv_first:
             return product
         return product._replace(macs=product.macs * math.prod(KERNEL) // model.patch_size**2)
 
-    data = [False] * len(jax.tree.leaves(params)) + [True]
+    data = [False] * len(jax.tree.leaves(variables)) + [True]
     return tuple(
-        list(map(as_published, contractions(jax.make_jaxpr(function)(params, images), data)))
+        list(map(as_published, contractions(jax.make_jaxpr(function)(variables, images), data)))
         for function in (predict, train)
     )
 
 
-def output_shapes(model: TNT, params, images) -> dict[str, tuple[int, ...] | None]:
+def output_shapes(model: Model, variables, images) -> dict[str, tuple[int, ...] | None]:
     """Of every module for one image, by its path, in the order in which they are called.
 
     None where the output is not one array. The network itself is "".
@@ -186,12 +190,12 @@ def output_shapes(model: TNT, params, images) -> dict[str, tuple[int, ...] | Non
 
     with nn.intercept_methods(watch):
         apply = functools.partial(model.apply, mutable=WHOLE)
-        jax.eval_shape(apply, {"params": params}, images)
+        jax.eval_shape(apply, variables, images)
     return shapes
 
 
 def list_layers(
-    model: TNT, params, shapes, products: list[Contraction], batch_size: int
+    model: Model, params, shapes, products: list[Contraction], batch_size: int
 ) -> list[Layer]:
     """Whatever has parameters or products of its own; of blocks the sum over their group."""
     arrays = flat_names(params)
@@ -220,11 +224,15 @@ def path_of(product: Contraction, shapes) -> str:
     return path
 
 
-def fold(model: TNT, layers: list[Layer]) -> list[Group]:
+def fold(model: Model, layers: list[Layer]) -> list[Group]:
     """Runs of layers outside of the blocks, and every kind of block once."""
-    numbers = {f"blocks_{start}": tuple(range(start, stop)) for start, stop, _ in model.groups()}
+    numbers, first = {}, 0
+    for path, length in model.stacks():
+        numbers["/".join(path)] = tuple(range(first, first + length))
+        first += length
     folded = {}
-    of_group = lambda layer: numbers.get(layer.path.partition("/")[0], ())
+    stack_of = lambda path: (re.match(BLOCKS, path) or [""])[0]
+    of_group = lambda layer: numbers.get(stack_of(layer.path), ())
     for blocks, rows in itertools.groupby(layers, of_group):
         each = max(1, len(blocks))
         kind = tuple(
@@ -237,7 +245,7 @@ def fold(model: TNT, layers: list[Layer]) -> list[Group]:
 
 def within(path: str) -> str:
     """ "blocks_3/outer/fc1" as "block/outer/fc1"."""
-    return re.sub(r"^blocks_\d+\b", "block", path)
+    return re.sub(BLOCKS, "block", path)
 
 
 def part_of(path: str) -> str:
@@ -251,7 +259,7 @@ def sum_parts(groups: list[Group]) -> dict[str, dict[str, Any]]:
             one = Group(group.blocks, (layer,))
             for field, value in parts[part_of(layer.path)].items():
                 parts[part_of(layer.path)][field] = value + one.sum(field)
-    return parts
+    return {name: part for name, part in parts.items() if any(part.values())}
 
 
 def add_products(parts, name: str, products: list[Contraction], shapes) -> None:

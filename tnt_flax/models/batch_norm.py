@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BatchNorm as torch defines it."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+EPSILON, MOMENTUM = 1e-5, 0.1  # torch's defaults; its momentum is the weight of the new
+
+
+def shards() -> int:
+    """Over how many devices `jax.shard_map` has split what is seen here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in mesh.manual_axes)
+
+
+def mean_of_all(x: Float[Array, "*batch W"]) -> Float[Array, " W"]:
+    """Over all axes but the last, and over all devices."""
+    mean = x.mean(tuple(range(x.ndim - 1)))
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return jax.lax.pmean(mean, manual) if manual else mean
+
+
+class BatchNorm(nn.Module):
+    """Normalizes every channel by its mean and variance, like torch.nn.BatchNorm2d.
+
+    In training and with the collection `batch_stats` mutable, they are those of this batch, and
+    the running ones move towards them; else they are the running ones ("frozen"). As in torch, and
+    not as in flax's own, the running variance is the unbiased one of n / (n - 1). `count` is of the
+    batches so far; nothing reads it, but torch's files have it (`num_batches_tracked`).
+
+    Under `jax.jit` a batch is the whole one, wherever its rows lie, and so it is made in
+    `jax.shard_map`: the statistics are those of all devices, which torch calls SyncBatchNorm. The
+    official recipe takes each GPU's own.
+    """
+
+    dtype: DTypeLike = jnp.float32  # of the result; statistics are computed in float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch W"], *, train: bool) -> Float[Array, "*batch W"]:
+        width = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, width)
+        bias = self.param("bias", nn.initializers.zeros, width)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, width)
+        running_var = self.variable("batch_stats", "var", jnp.ones, width)
+        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+        of_all = lambda values: jnp.broadcast_to(values, x.shape)  # said, not silently promoted
+        x = x.astype(jnp.float32)
+        if train and self.is_mutable_collection("batch_stats"):
+            mean = mean_of_all(x)
+            # Two passes: E[x^2] - E[x]^2 loses digits.
+            var = mean_of_all(jnp.square(x - of_all(mean)))
+            values = math.prod(x.shape[:-1]) * shards()
+            for running, new in ((running_mean, mean), (running_var, var * values / (values - 1))):
+                new = jax.lax.stop_gradient(new)
+                running.value = (1 - MOMENTUM) * running.value + MOMENTUM * new
+            count.value = count.value + 1
+        else:
+            mean, var = running_mean.value, running_var.value
+        x = (x - of_all(mean)) * of_all(jax.lax.rsqrt(var + EPSILON) * scale) + of_all(bias)
+        return x.astype(self.dtype)
