@@ -18,8 +18,8 @@ ROWS = """
     tools.contractions tools.hlo tools.rounds convert.tables convert.inert convert.mindspore_files
     convert.hub
     --
-    models.inner_pallas models.lanes data.index data.names data.opencv weights checkpoint
-    convert.mapping convert.pickles tools.short_run
+    tools.page models.inner_pallas models.lanes data.index data.names data.opencv weights checkpoint
+    convert.mapping convert.pickles
     --
     models.implementations models.block convert.torch_files data.tar data.tfds_records
     --
@@ -33,13 +33,14 @@ ROWS = """
     --
     convert.checkpoints data.sources
     --
-    convert.load convert.targets data.pipeline
+    convert.load convert.targets data.pipeline tools.weights_options tools.look
     --
-    build convert.against
+    build convert.against tools.pictures
     --
-    evaluate convert.__main__ tools.check_data tools.preview tools.describe tools.tpu_compiler
+    evaluate convert.__main__ tools.visualize tools.check_data tools.preview tools.describe tools.tpu_compiler
+    tools.answers
     --
-    train tools.compile_check tools.benchmark_compile tools.benchmark_input tools.benchmark_model
+    tools.report train tools.compile_check tools.benchmark_compile tools.benchmark_input tools.benchmark_model
     --
     tools.benchmark_inference tools.benchmark_loop tools.benchmark_start
     --
