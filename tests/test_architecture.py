@@ -16,9 +16,9 @@ ROWS = """
     data.plan data.storage data.transforms data.randaugment
     losses augment optimizer sharding state workdir figures metrics command host tools.findings
     tools.contractions tools.hlo tools.rounds convert.tables convert.inert convert.mindspore_files
-    convert.hub
+    convert.hub exported tools.page
     --
-    tools.page models.inner_pallas models.lanes data.index data.names data.opencv weights checkpoint
+    models.inner_pallas models.lanes data.index data.names data.opencv weights checkpoint
     convert.mapping convert.pickles
     --
     models.implementations models.block convert.torch_files data.tar data.tfds_records
@@ -33,14 +33,16 @@ ROWS = """
     --
     convert.checkpoints data.sources
     --
-    convert.load convert.targets data.pipeline tools.weights_options tools.look
+    convert.load convert.targets data.pipeline tools.weights_options
+    tools.look
     --
-    build convert.against tools.pictures
+    build convert.hub_folder tools.pictures
     --
-    evaluate convert.__main__ tools.visualize tools.check_data tools.preview tools.describe tools.tpu_compiler
-    tools.answers
+    evaluate convert.against tools.check_data tools.preview tools.describe tools.tpu_compiler
+    tools.answers tools.visualize tools.export
     --
-    tools.report train tools.compile_check tools.benchmark_compile tools.benchmark_input tools.benchmark_model
+    train convert.__main__ tools.compile_check tools.benchmark_compile tools.benchmark_input
+    tools.benchmark_model tools.report
     --
     tools.benchmark_inference tools.benchmark_loop tools.benchmark_start
     --

@@ -13,6 +13,7 @@ _PUBLIC = {
     "fold": "tnt_flax.models",
     "list_models": "tnt_flax.models",
     "load": "tnt_flax.convert.load",
+    "load_exported": "tnt_flax.exported",
 }
 __all__ = list(_PUBLIC)
 

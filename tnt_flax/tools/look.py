@@ -32,7 +32,7 @@ class Look(NamedTuple):
 def look(found: Checkpoint, images: np.ndarray) -> list[Look]:
     """Runs the network on images uint8 [B, S, S, 3], as `prepare` gives them."""
     model, variables = found.network.model, {"params": found.params}
-    mean, std = found.preprocessing["mean"], found.preprocessing["std"]
+    mean, std = (tuple(found.preprocessing[key]) for key in ("mean", "std"))
     run = jax.jit(lambda v, x: block_outputs(model, v, normalize(x, mean, std)))
     blocks = jax.device_get(run(variables, images))
     probabilities = [None] * len(images)
@@ -122,14 +122,14 @@ def principal_colors(depths: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 def mosaic(maps: np.ndarray, zoom: int = 4) -> np.ndarray:
     """Maps [r, c, R, C] as one picture, each in its place: `zoom` pixels a value, NaN between."""
-    maps = maps.repeat(zoom, axis=2).repeat(zoom, axis=3)
+    maps = maps.astype(np.float32).repeat(zoom, axis=2).repeat(zoom, axis=3)
     maps = np.pad(maps, ((0, 0), (0, 0), (0, 2), (0, 2)), constant_values=np.nan)
     rows, columns, height, width = maps.shape
     return maps.swapaxes(1, 2).reshape(rows * height, columns * width)[:-2, :-2]
 
 
 def words_in_place(values: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Something of every word, [N, M, ...], as a picture [rows * m, columns * m, ...]; M = m * m."""
+    """Of every word, [N, m * m, ...], as a picture: [rows * m, columns * m, ...]."""
     rows, columns = grid
     side = round(values.shape[1] ** 0.5)
     rest: tuple[Any, ...] = values.shape[2:]

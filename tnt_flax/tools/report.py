@@ -10,6 +10,7 @@ checkpoint answers, with the weights that the config evaluates. The last line on
 object. Exit code 1 is a report that cannot be made, 2 is bad input.
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -29,7 +30,17 @@ from tnt_flax.errors import InputError, RunError
 SHOWN = 16  # images of a kind
 LOOKED_AT = 4  # images of which attention is shown
 MATRIX = 20  # classes: of more, only the mistakes are listed
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+PACKAGES = (
+    "tnt_flax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "pillow",
+)
 
 
 def make_parser() -> Parser:
@@ -66,7 +77,7 @@ def report(args: Any) -> dict[str, Any]:
     if out.suffix != ".html" or not out.parent.is_dir():
         raise InputError(f"--out={out}: give a file that ends in .html, in a folder that exists")
     host.cache_compilations()
-    config = ConfigDict(stored)
+    config = workdir.as_config(stored)
     if args.data_root is not None:
         config.data.root = args.data_root
     found = read_checkpoint(args.workdir, weights=config.eval.weights, checkpoint=args.checkpoint)
@@ -215,12 +226,12 @@ def image_of(config: ConfigDict, source, record: int) -> np.ndarray:
 def environment() -> dict[str, str]:
     import jax
 
-    import tnt_flax
-
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    own = {"tnt_flax": tnt_flax.__version__, "python": platform.python_version()}
-    return own | versions | {"devices": devices, "machine": platform.platform()}
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a mere checkout
+            versions[name] = importlib.metadata.version(name)
+    return versions | {"devices": devices, "machine": platform.platform()}
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
