@@ -184,7 +184,7 @@ def test_timm_takes_the_folder(name, tmp_path, capsys, images):
         **config["model_args"],
     )
     by_folder = timm.create_model(f"local-dir:{out}", pretrained=True)
-    assert timm.data.resolve_model_data_config(by_folder)["std"] == (0.25,) * 3
+    assert timm.data.resolve_model_data_config(by_folder)["std"] == [0.25] * 3
     assert by_folder.pretrained_cfg["label_names"][1] == "class 1"
     wanted = source(path, images)
     for network in (by_overlay, by_folder):

@@ -39,7 +39,7 @@ def plot_outer_attention(seen: Look, path: pathlib.Path) -> None:
                 axis.set_title(name, fontsize=9)
         axes[block, 1].set_ylabel(f"block {block + 1}", fontsize=9)
     for axis in axes.flat:
-        _bare(axis)
+        bare(axis)
     axes[0, 0].imshow(seen.pixels)
     axes[0, 0].set_title("image", fontsize=9)
     for axis in axes[1:, 0]:
@@ -67,7 +67,7 @@ def plot_rollout(seen: Look, path: pathlib.Path) -> None:
         axis.imshow(lit(seen.pixels, weights))
         axis.set_title(f"after block {i + 1}", fontsize=9)
     for axis in axes:
-        _bare(axis)
+        bare(axis)
     for axis in axes[panels:]:
         axis.axis("off")
     figure.suptitle(
@@ -117,7 +117,7 @@ def plot_inner_attention(seen: Look, patches: list[int], path: pathlib.Path) -> 
             for column, block in enumerate(blocks):
                 axes[row, 2 + column].set_title(f"block {block + 1}, mean of heads", fontsize=9)
     for axis in axes.flat:
-        _bare(axis)
+        bare(axis)
     bar = figure.colorbar(drawn, ax=axes, shrink=0.6, pad=0.02)
     bar.set_label("weight, 1: all words alike", fontsize=9)
     figure.suptitle("Inner attention: each tile is where the word at that place looks", fontsize=11)
@@ -143,7 +143,7 @@ def plot_positions(
     ):
         drawn = axis.imshow(image, cmap="RdBu_r", vmin=-1, vmax=1)
         axis.set_title(title, fontsize=10)
-        _bare(axis)
+        bare(axis)
     bar = figure.colorbar(drawn, ax=axes, shrink=0.7, pad=0.02)
     bar.set_label("cosine, about the mean position", fontsize=9)
     figure.suptitle(
@@ -186,7 +186,7 @@ def plot_features(seen: Look, path: pathlib.Path) -> None:
             shown.append(lower)
         for axis in shown:
             axis.axis("on")
-            _bare(axis)
+            bare(axis)
         if column == 0:
             for axis, name in zip(shown, ("sentences", "words"), strict=False):
                 axis.set_ylabel(name, fontsize=9)
@@ -208,7 +208,7 @@ def lit(pixels: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.rint(pixels * light).astype(np.uint8)
 
 
-def _bare(axis) -> None:
+def bare(axis) -> None:
     """No ticks and a thin frame, but what else was written stays."""
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
