@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the README prints, works: its Python runs, its commands parse, its tables are true."""
 
+import importlib
 import pathlib
 import re
 import subprocess
@@ -19,6 +20,9 @@ README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 CONVERSIONS = re.findall(r"^python -m tnt_flax.convert (.*)$", README, re.MULTILINE)
 TOOLS = re.findall(
     r"^python -m (tnt_flax\.tools\.(?:check_data|preview)) (.*)$", README, re.MULTILINE
+)
+PARSED = re.findall(
+    r"^python -m (tnt_flax\.tools\.(?:visualize|report|export)) (.*)$", README, re.MULTILINE
 )
 COMMANDS = re.findall(r"^(?:\.venv/bin/)?python (main\.py .*)$", README, re.MULTILINE)
 
@@ -77,6 +81,12 @@ def test_tools_parse(tool, options, root):
 
 def test_there_are_commands():
     assert len(COMMANDS) >= 6 and len(CONVERSIONS) >= 5 and len(TOOLS) >= 2
+    assert {tool.rpartition(".")[2] for tool, _ in PARSED} == {"visualize", "report", "export"}
+
+
+@pytest.mark.parametrize("tool, options", PARSED)
+def test_tools_with_their_own_parser_parse(tool, options):
+    importlib.import_module(tool).make_parser().parse_args(options.split())
 
 
 @pytest.mark.parametrize("command", CONVERSIONS)
@@ -86,7 +96,7 @@ def test_conversions_parse(command):
 
 def test_make_targets_exist(root):
     targets = set(re.findall(r"^(\w+):", (root / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"make (train|test|oracle|eval)\b", README)) <= targets
+    assert set(re.findall(r"make (train|test|oracle|eval|docs)\b", README)) <= targets
 
 
 def test_the_table_of_models():
