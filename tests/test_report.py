@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tnt_flax.evaluate import evaluate_checkpoint
 from tnt_flax.tools import answers as answering
 from tnt_flax.tools import page, report
 from tnt_flax.tools.answers import Answers
@@ -26,7 +25,7 @@ DARK, LIGHT = 0, 1  # Blink's numbers of the preferred colour scheme
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(page, what the command said, what evaluation says) of a run of 29 steps."""
+    """(page, what the command said, the run's own last evaluation) of a run of 29 steps."""
     from smoke import SMOKE
 
     from configs import digits
@@ -34,9 +33,9 @@ def made(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run<b>")
     config = digits.get_config()
     config.update_from_flattened_dict(SMOKE)
-    train_and_evaluate(config, workdir)
+    evaluated = train_and_evaluate(config, workdir)
     result = report.report(report.make_parser().parse_args([str(workdir)]))
-    return workdir / "report.html", result, evaluate_checkpoint(config, workdir, "best")
+    return workdir / "report.html", result, evaluated
 
 
 class Links(html.parser.HTMLParser):

@@ -34,7 +34,11 @@ from tnt_flax.convert.checkpoints import Checkpoint, read_checkpoint
 from tnt_flax.errors import InputError, RunError, one_line
 from tnt_flax.exported import load_exported, save_exported, trace
 from tnt_flax.tools import look
-from tnt_flax.tools.weights_options import add_weights_options, read_weights
+from tnt_flax.tools.weights_options import (
+    add_weights_options,
+    check_takes_photos,
+    read_weights,
+)
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 PHOTOS = ("china.jpg", "flower.jpg")  # of scikit-learn
@@ -77,6 +81,7 @@ def export(args: Any) -> dict[str, Any]:
         raise InputError(f"there is no folder {out.parent}")
     host.cache_compilations()
     found = read_weights(args)
+    check_takes_photos(found)
     print(f"exporting {found.summary()}", file=sys.stderr)
     temporary = out.with_name(f"{out.stem}.tmp{out.suffix}")
     try:

@@ -23,7 +23,11 @@ from tnt_flax import host
 from tnt_flax.command import Parser, exit_on_error
 from tnt_flax.convert.checkpoints import Checkpoint
 from tnt_flax.errors import InputError, RunError
-from tnt_flax.tools.weights_options import add_weights_options, read_weights
+from tnt_flax.tools.weights_options import (
+    add_weights_options,
+    check_takes_photos,
+    read_weights,
+)
 
 PATCHES = 3  # shown where none are chosen
 
@@ -55,6 +59,7 @@ def visualize(args: Any) -> dict[str, Any]:
 
     host.cache_compilations()
     found = read_weights(args)
+    check_takes_photos(found)
     grid = found.network.grid
     patches = [parse_patch(patch, grid) for patch in args.patches or ()]
     pixels = look.prepare(found, args.image)
