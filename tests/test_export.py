@@ -98,9 +98,14 @@ def test_an_export_that_cannot_be_used_says_why(tmp_path, monkeypatch):
 
 
 def test_a_wrong_export_is_not_written(tmp_path, monkeypatch, capsys):
-    """The plain form computes something else: the comparison has to notice."""
-    plain = export.plain
-    monkeypatch.setattr(export, "plain", lambda found: lambda x: plain(found)(x * 1.01))
+    """It computes something else: the comparison has to notice, and nothing may remain."""
+
+    def wrong(found, path):
+        path.write_bytes(b"half a file")
+        model, variables = found.network.model, {"params": found.params}
+        return jax.jit(lambda images: model.apply(variables, 1.01 * images))
+
+    monkeypatch.setitem(export.FORMS, "stablehlo", wrong)
     with pytest.raises(SystemExit) as stop:
         export.main([str(looked_at.save(tmp_path, depth=1)), str(tmp_path / "x.stablehlo")])
     assert stop.value.code == 1
@@ -146,9 +151,8 @@ def test_onnx_without_its_packages(tmp_path, capsys, monkeypatch):
     assert "pip install --no-deps jax2onnx" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["tnt_s_patch16_224", "tnt_s_legacy_patch16_224"])
-def test_the_folder_for_timm(name, tmp_path, capsys):
-    path, out = looked_at.save(tmp_path, name), tmp_path / "folder"
+def test_the_folder_for_timm(tmp_path, capsys):
+    path, out = looked_at.save(tmp_path, "tnt_s_legacy_patch16_224"), tmp_path / "folder"
     result = run(capsys, path, out)
     assert result["form"] == "timm" and result["max_abs_difference"] < 1e-4
     assert sorted(p.name for p in out.iterdir()) == [
@@ -160,7 +164,7 @@ def test_the_folder_for_timm(name, tmp_path, capsys):
     assert config["num_classes"] == 10 and config["label_names"][9] == "class 9"
     assert config["pretrained_cfg"]["input_size"] == [3, 48, 48]
     assert config["model_args"]["num_heads_inner"] == 2
-    assert config["model_args"]["legacy"] == ("legacy" in name)
+    assert config["architecture"] == "tnt_s_patch16_224" and config["model_args"]["legacy"] is True
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm\n") and "images of 48 pixels" in card
 
