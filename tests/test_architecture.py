@@ -19,7 +19,7 @@ ROWS = """
     convert.hub exported tools.page
     --
     models.inner_pallas models.lanes data.index data.names data.opencv weights checkpoint
-    convert.mapping convert.pickles
+    convert.mapping convert.pickles tools.short_run
     --
     models.implementations models.block convert.torch_files data.tar data.tfds_records
     --
