@@ -1,6 +1,7 @@
 # make train    makes the environment and trains a small TNT on the embedded digits
 # make test     makes the environment and runs ruff and the whole test suite
 # make oracle   adds torch and timm and runs the tests that compare with them live
+# make docs     builds the API reference in .site; any warning is an error
 # make eval     evaluates what `make train` trained
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ CONSTRAINTS = $(shell $(PYTHON) -c 'import sys; \
 SOURCES = requirements.txt pyproject.toml $(wildcard constraints/*.txt)
 RUN = $(VENV)/bin/python main.py --config=configs/digits.py --workdir=$(WORKDIR)
 
-.PHONY: train eval test oracle
+.PHONY: train eval test oracle docs
 .DELETE_ON_ERROR:
 
 train: $(VENV)/run.stamp
@@ -32,6 +33,9 @@ test: $(VENV)/test.stamp
 oracle: $(VENV)/oracle.stamp
 	$(VENV)/bin/python -m pytest -m oracle $(ARGS)
 
+docs: $(VENV)/docs.stamp
+	$(VENV)/bin/python -m mkdocs build --strict
+
 $(VENV)/run.stamp: $(SOURCES)
 	@echo "Making the environment $(VENV) with $(CONSTRAINTS)" >&2
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
@@ -41,6 +45,11 @@ $(VENV)/run.stamp: $(SOURCES)
 
 $(VENV)/test.stamp: $(VENV)/run.stamp
 	$(PIP) --editable ".[test]"
+	$(PIP) --no-deps jax2onnx==0.17.1
+	@touch $@
+
+$(VENV)/docs.stamp: $(VENV)/run.stamp
+	$(PIP) --editable ".[docs]"
 	@touch $@
 
 $(VENV)/oracle.stamp: $(VENV)/test.stamp

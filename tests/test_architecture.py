@@ -19,7 +19,7 @@ ROWS = """
     data.plan data.storage data.transforms data.randaugment
     losses augment sharding workdir figures metrics command host tools.findings
     tables tools.contractions tools.hlo tools.rounds convert.tables convert.inert
-    convert.mindspore_files convert.hub data.imagenet_classes
+    convert.mindspore_files convert.hub data.imagenet_classes exported tools.page
     --
     distributed state
     --
@@ -40,14 +40,15 @@ ROWS = """
     convert.checkpoints data.sources
     --
     convert.load convert.targets convert.described data.pipeline
-    data.class_maps
+    data.class_maps tools.weights_options tools.look
     --
-    build convert.against classifier
+    build classifier convert.hub_folder tools.pictures
     --
-    evaluate convert.__main__ tools.predict tools.check_data tools.preview tools.describe
-    tools.tpu_compiler
+    evaluate convert.against tools.predict tools.check_data tools.preview tools.describe
+    tools.tpu_compiler tools.answers tools.visualize tools.export
     --
-    train tools.compile_check tools.benchmark_compile tools.benchmark_input tools.benchmark_model
+    train convert.__main__ tools.compile_check tools.benchmark_compile tools.benchmark_input
+    tools.benchmark_model tools.report
     --
     tools.benchmark_inference tools.benchmark_loop tools.benchmark_start
     --

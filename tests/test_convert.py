@@ -530,7 +530,7 @@ def test_what_a_system_cannot_be_told(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "the following arguments are required: source"),
+        ([], "the following arguments are required: CHECKPOINT"),
         (["SRC"], "give a destination, or --check and none"),
         (["SRC", "DST.pth", "--check"], "give a destination, or --check and none"),
         (["SRC", "DST.pth"], "say for which system"),

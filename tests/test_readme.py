@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the README prints, works: its Python runs, its commands parse, its tables are true."""
 
+import importlib
 import pathlib
 import re
 import shlex
@@ -23,6 +24,9 @@ TOOLS = re.findall(
     r"^python -m (tnt_flax\.tools\.(?:check_data|preview)) (.*)$", README, re.MULTILINE
 )
 PREDICTIONS = re.findall(r"^.*python -m tnt_flax.tools.predict (.*)$", README, re.MULTILINE)
+PARSED = re.findall(
+    r"^python -m (tnt_flax\.tools\.(?:visualize|report|export)) (.*)$", README, re.MULTILINE
+)
 COMMANDS = re.findall(r"^(?:\.venv/bin/)?python (main\.py .*)$", README, re.MULTILINE)
 
 
@@ -81,6 +85,12 @@ def test_tools_parse(tool, options, root):
 def test_there_are_commands():
     assert len(COMMANDS) >= 6 and len(CONVERSIONS) >= 5 and len(TOOLS) >= 2
     assert len(PREDICTIONS) >= 3
+    assert {tool.rpartition(".")[2] for tool, _ in PARSED} == {"visualize", "report", "export"}
+
+
+@pytest.mark.parametrize("tool, options", PARSED)
+def test_tools_with_their_own_parser_parse(tool, options):
+    importlib.import_module(tool).make_parser().parse_args(options.split())
 
 
 @pytest.mark.parametrize("command", CONVERSIONS)
@@ -95,7 +105,7 @@ def test_predictions_parse(command):
 
 def test_make_targets_exist(root):
     targets = set(re.findall(r"^(\w+):", (root / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"make (train|test|oracle|eval)\b", README)) <= targets
+    assert set(re.findall(r"make (train|test|oracle|eval|docs)\b", README)) <= targets
 
 
 def test_the_table_of_models():

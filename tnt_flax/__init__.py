@@ -16,6 +16,7 @@ _PUBLIC = {
     "list_models": "tnt_flax.models",
     "load": "tnt_flax.convert.load",
     "load_classifier": "tnt_flax.classifier",
+    "load_exported": "tnt_flax.exported",
 }
 __all__ = list(_PUBLIC)
 

@@ -13,7 +13,7 @@ SMALLEST = 160  # pixels: narrower training samples are enlarged
 
 def plot_curves(metrics: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Loss, accuracy and learning rate over epochs, from the lines of a metrics.jsonl."""
-    plt = _pyplot()
+    plt = pyplot()
     train = [m for m in metrics if "train/loss" in m]
     evals = [m for m in metrics if "eval/loss" in m]
     epochs_per_step = train[-1]["train/epoch"] / train[-1]["step"] if train else 1.0
@@ -37,7 +37,32 @@ def plot_curves(metrics: list[dict[str, Any]], path: pathlib.Path) -> None:
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
+
+
+def plot_calibration(confidence: np.ndarray, right: np.ndarray, path: pathlib.Path) -> None:
+    """How often answers of each confidence are right, and how many there are, in ten bins."""
+    plt = pyplot()
+    edges = np.linspace(0, 1, 11)
+    bins = np.clip(np.digitize(confidence, edges) - 1, 0, 9)
+    counts = np.bincount(bins, minlength=10)
+    accuracy = np.bincount(bins, weights=right, minlength=10) / np.maximum(counts, 1)
+    centers = (edges[:-1] + edges[1:]) / 2
+    figure, (reliability, histogram) = plt.subplots(1, 2, figsize=(8.7, 3.6), layout="constrained")
+    reliability.plot([0, 100], [0, 100], ":", color="0.5", lw=1, label="calibrated")
+    filled = counts > 0
+    reliability.plot(
+        100 * centers[filled], 100 * accuracy[filled], "o-", ms=4, label="this network"
+    )
+    reliability.set(title="Right answers by confidence", ylabel="right, %", ylim=(-3, 103))
+    reliability.legend(frameon=False, loc="upper left")
+    histogram.bar(100 * centers, counts, width=8)
+    histogram.set(title="Images by confidence", ylabel="images")
+    for axes in (reliability, histogram):
+        axes.set(xlabel="confidence, %", xlim=(-3, 103))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
 
 
 def plot_predictions(
@@ -54,7 +79,7 @@ def plot_predictions(
 
     `probabilities` is [B, classes]. Of the rest, the least certain come first.
     """
-    plt = _pyplot()
+    plt = pyplot()
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     order = np.lexsort((confidence, predicted == labels))[: rows * columns]
     rows = -(-len(order) // columns)
@@ -75,7 +100,7 @@ def plot_predictions(
         f"{len(labels)} evaluation images, {wrong} wrong: mistakes first, then the least certain",
         fontsize=10,
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_samples(
@@ -85,7 +110,7 @@ def plot_samples(
 
     Below an image is its caption: one line or two, of at most 24 letters each.
     """
-    plt = _pyplot()
+    plt = pyplot()
     zoom = -(-SMALLEST // images.shape[2])
     height, width = images.shape[1] * zoom, images.shape[2] * zoom
     size = min(10, width / 20)  # of letters, so that 24 fit
@@ -103,10 +128,10 @@ def plot_samples(
         axes.imshow(image, interpolation="nearest")
         axes.axis("off")
         axes.text(0, -4 / height, caption, transform=axes.transAxes, fontsize=size, va="top")
-    _save(figure, path)
+    save(figure, path)
 
 
-def _pyplot():
+def pyplot():
     import matplotlib  # slow to import, and only this file needs it
 
     matplotlib.use("Agg")
@@ -115,6 +140,6 @@ def _pyplot():
     return pyplot
 
 
-def _save(figure, path: pathlib.Path) -> None:
+def save(figure, path: pathlib.Path) -> None:
     figure.savefig(path, dpi=DPI)
-    _pyplot().close(figure)
+    pyplot().close(figure)

@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from tnt_flax.errors import InputError
 
 # A resumed run may change these: they do not touch what is computed, but for its rounding.
@@ -81,6 +83,12 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 def as_json(config: Any) -> dict[str, Any]:
     """A ConfigDict as it looks after a round trip through a file: tuples become lists."""
     return json.loads(json.dumps(config.to_dict()))
+
+
+def as_config(stored: dict[str, Any]) -> ConfigDict:
+    """The ConfigDict that `as_json` made `stored` of: lists become tuples."""
+    tuples = {key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()}
+    return ConfigDict({k: as_config(v) if isinstance(v, dict) else v for k, v in tuples.items()})
 
 
 def _agree(workdir: pathlib.Path, config: dict[str, Any]) -> None:

@@ -17,28 +17,24 @@ from typing import Any
 
 from tnt_flax.command import Parser
 from tnt_flax.convert import targets
-from tnt_flax.convert.checkpoints import Checkpoint, read_checkpoint
+from tnt_flax.convert.checkpoints import Checkpoint
 from tnt_flax.convert.networks import lineage_of
 from tnt_flax.errors import InputError, RunError
 from tnt_flax.state import fingerprint
+from tnt_flax.tools.weights_options import add_weights_options, read_weights
 
 TOLERANCE = 5e-5  # float32 logits of a standard deviation around 1
 
 
 def make_parser() -> Parser:
     parser = Parser("python -m tnt_flax.convert", __doc__)
+    add_weights_options(parser)
     add = parser.add_argument
-    add("source", help="a file of any system, a workdir, one of its steps, hf://OWNER/NAME, a name")
     add("destination", nargs="?", type=pathlib.Path, help="the file to write")
     add("--to", choices=list(targets.SUFFIXES), help="for which system; default by the file's end")
-    add("--check", action="store_true", help="say what SOURCE is and convert nothing")
-    add("--against", choices=["timm"], help="run SOURCE in timm too, and compare (needs torch)")
-    add("--weights", choices=["ema", "raw"], default="ema", help="where a source holds both")
-    add("--checkpoint", choices=["best", "last"], default="best", help="of a workdir")
-    add("--name", help="refuse SOURCE unless it is this network")
+    add("--check", action="store_true", help="say what CHECKPOINT is and convert nothing")
+    add("--against", choices=["timm"], help="run CHECKPOINT in timm too, and compare (needs torch)")
     add("--names", action="store_true", help="list every tensor: its name there and here")
-    for field in ("inner_heads", "outer_heads", "patch_size"):
-        add(f"--{field}", type=int, help="of sizes that were never published")
     return parser
 
 
@@ -51,14 +47,7 @@ def main(argv: list[str]) -> int:
         if not args.check:
             system = args.to or targets.default_system(args.destination)
             targets.check_destination(args.destination, system)
-        heads = {
-            field: getattr(args, field)
-            for field in ("inner_heads", "outer_heads", "patch_size")
-            if getattr(args, field) is not None
-        }
-        found = read_checkpoint(
-            args.source, args.name, weights=args.weights, checkpoint=args.checkpoint, **heads
-        )
+        found = read_weights(args)
         result = report(found, names=args.names)
         if not args.check:
             target = targets.make_target(found, system)

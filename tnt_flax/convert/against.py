@@ -11,6 +11,7 @@ import numpy as np
 
 from tnt_flax.convert import mapping, targets
 from tnt_flax.convert.checkpoints import Checkpoint
+from tnt_flax.convert.hub_folder import timm_arguments
 from tnt_flax.errors import InputError
 from tnt_flax.models import TNT, block_outputs
 
@@ -29,33 +30,16 @@ def compare_with_timm(found: Checkpoint) -> dict[str, float]:
     except ImportError as error:
         raise InputError(f"--against=timm needs torch and timm: {error}") from error
     target = targets.make_target(found, "timm")
-    grid = found.network.grid
-    if grid is None:
-        raise InputError(f"{found.path} is not for square images: timm cannot be told its size")
-    model = found.network.model
-    side = grid[0] * model.patch_size
+    arguments = timm_arguments(target, found)
+    side = arguments["img_size"]
     shape = (IMAGES, side, side, found.network.channels)
     images = np.random.default_rng(0).standard_normal(shape, np.float32)
 
-    network = timm.models.tnt.TNT(
-        img_size=side,
-        patch_size=model.patch_size,
-        in_chans=found.network.channels,
-        num_classes=model.num_classes,
-        embed_dim=model.outer_dim,
-        inner_dim=model.inner_dim,
-        depth=model.depth,
-        num_heads_inner=model.inner_heads,
-        num_heads_outer=model.outer_heads,
-        mlp_ratio=model.mlp_ratio,
-        qkv_bias=model.qkv_bias,
-        first_stride=model.inner_stride,
-        legacy=target.model.norm_each_word,
-    ).eval()
+    network = timm.models.tnt.TNT(**arguments).eval()
     state = {n: torch.from_numpy(x) for n, x in mapping.export("timm", target.params)}
     network.load_state_dict(state, strict=True)
     theirs = _trace_timm(torch, network, images)
-    ours = _trace(model, {"params": found.params}, images)
+    ours = _trace(found.network.model, {"params": found.params}, images)
     return {place: float(np.abs(ours[place] - x).max()) for place, x in theirs.items()}
 
 

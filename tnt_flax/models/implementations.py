@@ -5,6 +5,8 @@ All read the same parameters. "reference" is the plain definition (`models.layer
 with forward-mode derivatives. "auto" is what suits the machine.
 """
 
+from typing import Any
+
 from tnt_flax.errors import InputError
 from tnt_flax.models import cpu, inner_pallas, lanes, outer_attention
 from tnt_flax.models.layers import Primitives
@@ -23,27 +25,29 @@ LANES_FORMS = {"lanes": lanes.block, "pallas": inner_pallas.block}  # with words
 
 
 def choose_inner(
-    asked: str, words_shape: tuple[int, int, int, int], heads: int, mlp_ratio: float
+    asked: str, words_shape: tuple[Any, int, int, int], heads: int, mlp_ratio: float
 ) -> str:
-    """One of INNER but "auto", for words [B, N, M, C].
+    """One of INNER but "auto", for words [B, N, M, C]; in an export B is a symbol.
 
     On GPUs "auto" is "lanes", unmeasured: it spares them batches of thousands of small products.
 
     Raises:
         InputError: "pallas" was asked for and cannot run.
     """
+    if asked not in ("auto", "pallas"):
+        return asked
     images, _, words, width = words_shape
     refusal = inner_pallas.refusal(width, heads, words, int(width * mlp_ratio), images)
     if asked == "pallas" and refusal:
         raise InputError(f"inner='pallas' cannot run here: {refusal}; use inner='auto'")
-    if asked != "auto":
+    if asked == "pallas":
         return asked
     if platform() == "cpu":
         return "cpu"
     return "lanes" if refusal else "pallas"
 
 
-def choose_outer(asked: str, sentences_shape: tuple[int, int, int], heads: int) -> str:
+def choose_outer(asked: str, sentences_shape: tuple[Any, int, int], heads: int) -> str:
     """One of OUTER but "auto", for sentences [B, N + 1, D]."""
     if asked != "auto":
         return asked

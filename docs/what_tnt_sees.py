@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws docs/what_tnt_sees.png, the picture of the README, of a network trained on the digits.
+
+python main.py --config=configs/digits.py --workdir=runs/digits --config.epochs=12
+python docs/what_tnt_sees.py runs/digits
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+
+from tnt_flax import figures
+from tnt_flax.command import Parser, exit_on_error
+from tnt_flax.convert.checkpoints import read_checkpoint
+from tnt_flax.data.sources import Digits
+from tnt_flax.data.transforms import eval_transform
+from tnt_flax.tools import look, pictures
+
+DIGITS = (8, 4, 16, 9, 3, 11)  # of the test split
+OUT = pathlib.Path(__file__).with_suffix(".png")
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser("python docs/what_tnt_sees.py", __doc__)
+    parser.add_argument("checkpoint", help="a run on the digits")
+    with exit_on_error("nothing was drawn"):
+        found = read_checkpoint(parser.parse_args(argv).checkpoint)
+        size = found.network.grid[0] * found.network.model.patch_size
+        images = [Digits("test")[i][0] for i in DIGITS]
+        images = np.stack([eval_transform(x, size=size, crop_fraction=1.0) for x in images])
+        draw(look.look(found, images), OUT)
+
+
+def draw(seen: list[look.Look], path: pathlib.Path) -> None:
+    """Columns are images; rows are the image, both attentions, and the words' features."""
+    plt = figures.pyplot()
+    rows = (
+        "image",
+        "sentences that\nreach the answer",
+        "words read in\nblock 1",
+        "words after\nthe last block",
+    )
+    figure, axes = plt.subplots(
+        len(rows),
+        len(seen),
+        figsize=(1.25 * len(seen) + 1.3, 1.27 * len(rows)),
+        layout="constrained",
+    )
+    last = max(seen[0].words)
+    words = np.concatenate([one.words[last].reshape(-1, one.words[last].shape[-1]) for one in seen])
+    (colors,) = look.principal_colors([words])  # of all images: a colour means the same in each
+    for column, (one, own) in enumerate(zip(seen, np.split(colors, len(seen)), strict=True)):
+        reached = look.rollout(one.outer_attention)[-1, 0, 1:].reshape(one.grid)
+        read = one.inner_attention[0].mean(axis=(1, 2))  # by the mean of all heads and words
+        axes[0, column].imshow(one.pixels)
+        axes[1, column].imshow(pictures.lit(one.pixels, reached))
+        axes[2, column].imshow(look.words_in_place(read, one.grid), cmap=pictures.COLORS)
+        axes[3, column].imshow(look.words_in_place(own.reshape(*read.shape, 3), one.grid))
+    for row, name in enumerate(rows):
+        axes[row, 0].set_ylabel(name, fontsize=8.5, rotation=0, ha="right", va="center")
+    for axis in axes.flat:
+        pictures.bare(axis)
+    figures.save(figure, path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

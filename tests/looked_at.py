@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small random networks as files, for the commands that look at weights or hand them on."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from photos import jpeg
+
+from tnt_flax import weights
+from tnt_flax.models import create_model
+
+SMALL = dict(outer_dim=24, inner_dim=4, outer_heads=2, inner_heads=2, depth=3, num_classes=10)
+
+
+def save(folder: pathlib.Path, name: str = "tnt_s_patch16_224", size: int = 48, **fields):
+    """Weights of unit scale, so that attention is not uniform; returns their path."""
+    model = create_model(name, **(SMALL | fields))
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    random = np.random.default_rng(0)
+    draw = lambda x: random.normal(0, 0.3, x.shape).astype(np.float32)
+    described = {"name": name} | {k: getattr(model, k) for k in SMALL} | fields
+    described.pop("num_classes")
+    data = {"image_size": size, "mean": [0.5] * 3, "std": [0.25] * 3, "crop_fraction": 1.0}
+    info = {"config": {"model": described, "data": data}}
+    if model.num_classes:
+        info["class_names"] = [f"class {i}" for i in range(model.num_classes)]
+    path = folder / "small.safetensors"
+    weights.save_weights(path, jax.tree.map(draw, shapes), info)
+    return path
+
+
+def photo(folder: pathlib.Path) -> pathlib.Path:
+    path = folder / "china.jpg"
+    path.write_bytes(jpeg("china"))
+    return path

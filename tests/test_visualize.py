@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pictures show what the network computes, in its place, and the numbers behind them add up."""
+
+import json
+
+import looked_at
+import numpy as np
+import pytest
+from PIL import Image
+
+from tnt_flax.convert.checkpoints import read_checkpoint
+from tnt_flax.tools import look, pictures, visualize
+
+
+def softmax(x):
+    weights = np.exp(x - x.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def test_rollout_by_hand():
+    """Two blocks of two heads, against the definition written out token by token."""
+    attention = softmax(np.random.default_rng(0).normal(size=(2, 2, 4, 4)))
+    totals = look.rollout(attention.astype(np.float32))
+    first = [
+        [0.5 * attention[0, :, i, j].mean() + 0.5 * (i == j) for j in range(4)] for i in range(4)
+    ]
+    np.testing.assert_allclose(totals[0], first, atol=1e-6)
+    second = [
+        [
+            sum(
+                (0.5 * attention[1, :, i, k].mean() + 0.5 * (i == k)) * first[k][j]
+                for k in range(4)
+            )
+            for j in range(4)
+        ]
+        for i in range(4)
+    ]
+    np.testing.assert_allclose(totals[1], second, atol=1e-6)
+    np.testing.assert_allclose(totals.sum(axis=-1), 1, atol=1e-6)
+
+
+def test_colors_follow_from_depth_to_depth():
+    """Tokens turned and scaled are the same picture."""
+    random = np.random.default_rng(0)
+    tokens = random.normal(size=(50, 8)) * [9, 5, 3, 0, 0, 0, 0, 0]
+    turn, _ = np.linalg.qr(random.normal(size=(8, 8)))
+    first, second = look.principal_colors([tokens, 7 * tokens @ turn + 1])
+    np.testing.assert_allclose(first, second, atol=1e-6)
+    assert first.min() == 0 and first.max() == 1 and first.shape == (50, 3)
+    (few,) = look.principal_colors([random.normal(size=(2, 8))])  # two tokens, one component
+    assert few.shape == (2, 3) and np.isfinite(few).all()
+
+
+def test_places():
+    maps = np.arange(2 * 3 * 2 * 3).reshape(2, 3, 2, 3)
+    picture = look.mosaic(maps, zoom=1)
+    assert picture.shape == (2 * 4 - 2, 3 * 5 - 2)
+    np.testing.assert_array_equal(picture[4:6, 10:13], maps[1, 2])
+    assert np.isnan(picture[2:4]).all() and np.isnan(picture[:, 3:5]).all()
+
+    words = np.arange(6 * 4).reshape(6, 4)  # 2 x 3 sentences of 2 x 2 words
+    placed = look.words_in_place(words, (2, 3))
+    np.testing.assert_array_equal(placed[2:, 4:], words[5].reshape(2, 2))
+    assert placed.shape == (4, 6)
+
+
+def test_similarity():
+    vectors = np.float32([[1, 0], [-1, 0], [0, 1], [0, -1]])
+    expected = [[1, -1, 0, 0], [-1, 1, 0, 0], [0, 0, 1, -1], [0, 0, -1, 1]]
+    np.testing.assert_allclose(look.similarity(vectors + 5), expected, atol=1e-5)
+
+
+def test_light_falls_where_the_weight_is():
+    pixels = np.full((32, 32, 3), 200, np.uint8)
+    lit = pictures.lit(pixels, np.float32([[0, 0], [0, 1]]))
+    assert lit[-1, -1].tolist() == [200] * 3 and lit[0, 0].max() < 40
+    assert lit[:, 0].max() < 40 and lit[0].max() < 40
+
+
+def test_looking_is_what_the_network_computes(tmp_path):
+    """Two images at once; the class token of the last block gives the answer by hand."""
+    found = read_checkpoint(looked_at.save(tmp_path))
+    pixels = look.prepare(found, looked_at.photo(tmp_path))
+    assert pixels.shape == (48, 48, 3)
+    first, second = look.look(found, np.stack([pixels, pixels[::-1]]))
+    assert first.grid == (3, 3) and first.outer_attention.shape == (3, 2, 10, 10)
+    assert first.inner_attention[2].shape == (9, 2, 16, 16) and first.words[0].shape == (9, 16, 4)
+    np.testing.assert_array_equal(second.pixels, pixels[::-1])
+    params = found.params
+    for seen in (first, second):
+        token = seen.sentences[-1, 0]
+        token = (token - token.mean()) / np.sqrt(token.var() + 1e-5)
+        token = token * params["norm"]["scale"] + params["norm"]["bias"]
+        logits = token @ params["head"]["kernel"] + params["head"]["bias"]
+        np.testing.assert_allclose(seen.probabilities, softmax(logits), atol=1e-4)
+    chosen = look.most_read(first, 2)
+    reached = look.rollout(first.outer_attention)[-1, 0, 1:]
+    assert reached[chosen[0]] == reached.max() and len(chosen) == 2
+
+
+@pytest.mark.slow
+def test_every_picture_is_drawn(tmp_path, capsys):
+    path, image = looked_at.save(tmp_path), looked_at.photo(tmp_path)
+    out = tmp_path / "new" / "pictures"
+    visualize.main([str(path), str(image), f"--out={out}", "--patches", "0,0", "2,1"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["class"].startswith("class ") and 0.1 <= result["probability"] <= 1
+    assert sorted(result["pictures"]) == sorted(path.name for path in out.iterdir())
+    for name in result["pictures"]:
+        drawn = np.asarray(Image.open(out / name).convert("RGB"))
+        assert drawn.shape[1] > 500 and drawn.std() > 20, name
+
+
+@pytest.mark.slow
+def test_without_words_or_head(tmp_path, capsys):
+    """Blocks without words have no inner attention to draw; features are no answer."""
+    path = looked_at.save(tmp_path, depth=2, vanilla_blocks=(0, 1), num_classes=0)
+    visualize.main([str(path), str(looked_at.photo(tmp_path)), f"--out={tmp_path / 'out'}"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "inner_attention.png" not in result["pictures"] and len(result["pictures"]) == 4
+    assert "class" not in result
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["CHECKPOINT", "no.jpg"], "cannot read the image no.jpg: No such file"),
+        (["CHECKPOINT", "CHECKPOINT"], "is not a usable image: not an image format"),
+        (["no.safetensors", "PHOTO"], "no.safetensors"),
+        (["CHECKPOINT", "PHOTO", "--patches", "3,0"], "--patches 3,0: write ROW,COLUMN, from 0,0"),
+        (["CHECKPOINT", "PHOTO", "--patches", "1"], "--patches 1: write ROW,COLUMN"),
+        (["CHECKPOINT", "PHOTO", "--out=PHOTO/x"], "cannot make the folder"),
+        (["CHECKPOINT"], "the following arguments are required: IMAGE"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
+    known = {"CHECKPOINT": looked_at.save(tmp_path, depth=1), "PHOTO": looked_at.photo(tmp_path)}
+    arguments = [f"--out={tmp_path / 'out'}", *arguments]
+    for word, path in known.items():
+        arguments = [argument.replace(word, str(path)) for argument in arguments]
+    with pytest.raises(SystemExit) as stop:
+        visualize.main(arguments)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1

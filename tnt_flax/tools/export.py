@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exports weights of any system, with their network, to where there is no tnt_flax.
+
+    python -m tnt_flax.tools.export tnt_s_81.5.pth.tar tnt_s.stablehlo
+    python -m tnt_flax.tools.export runs/digits digits.onnx
+    python -m tnt_flax.tools.export tnt_s_81.5.pth.tar tnt_s_timm
+
+OUT.stablehlo is for JAX on CPUs, GPUs and TPUs (`tnt_flax.load_exported`; it expires after 180
+days), OUT.onnx for ONNX Runtime and others, a folder for timm and the Hugging Face hub. Both files
+take normalized images [B, S, S, 3] of any B. Before anything is called done, the export is run on
+photographs beside the source. The last line on stdout is one JSON object. Exit code 1 is an export
+that could not be written or that differs, 2 is bad input.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tnt_flax import host
+from tnt_flax.augment import normalize
+from tnt_flax.command import Parser, exit_on_error
+from tnt_flax.convert import hub_folder, targets
+from tnt_flax.convert.checkpoints import Checkpoint, read_checkpoint
+from tnt_flax.errors import InputError, RunError, one_line
+from tnt_flax.exported import load_exported, save_exported, trace
+from tnt_flax.tools import look
+from tnt_flax.tools.weights_options import (
+    add_weights_options,
+    check_takes_photos,
+    read_weights,
+)
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+PHOTOS = ("china.jpg", "flower.jpg")  # of scikit-learn
+TOLERANCE = 1e-4  # of the largest logit, or 1
+ONNX_PACKAGES = (
+    'pip install "tnt_flax[onnx]" and then pip install --no-deps jax2onnx==0.17.1, whose own '
+    "requirements name an Orbax that is too old for this package and that it does not use"
+)
+Run = Callable[[np.ndarray], np.ndarray]
+
+
+def make_parser() -> Parser:
+    parser = Parser("python -m tnt_flax.tools.export", __doc__)
+    add_weights_options(parser)
+    add = parser.add_argument
+    add("out", metavar="OUT", type=pathlib.Path, help="FILE.stablehlo, FILE.onnx, or a folder")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    with exit_on_error("nothing was written"):
+        result = export(make_parser().parse_args(argv))
+    print(json.dumps(result))
+
+
+def export(args: Any) -> dict[str, Any]:
+    """Writes and verifies the export; returns what the JSON line says.
+
+    Raises:
+        InputError: the weights or OUT are wrong, a package is missing, or timm has no such network.
+        RunError: it cannot be written, or does not compute what the source computes.
+    """
+    out = args.out
+    form = out.suffix.removeprefix(".") or "timm"
+    if form not in FORMS:
+        raise InputError(f"{out}: give FILE.stablehlo, FILE.onnx, or a folder without an ending")
+    if out.exists():
+        raise InputError(f"{out} exists already: remove it, or choose another name")
+    if not out.parent.is_dir():
+        raise InputError(f"there is no folder {out.parent}")
+    host.cache_compilations()
+    found = read_weights(args)
+    check_takes_photos(found)
+    print(f"exporting {found.summary()}", file=sys.stderr)
+    temporary = out.with_name(f"{out.stem}.tmp{out.suffix}")
+    try:
+        run = FORMS[form](found, temporary)
+        images = real_images(found)
+        difference = verify(found, run, images, str(out))
+        os.replace(temporary, out)
+    except OSError as error:
+        raise RunError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+    return {
+        "path": str(out),
+        "form": form,
+        "max_abs_difference": difference,
+        "images": len(images),
+        "parameters": found.num_params,
+    }
+
+
+# ------------------------------------------------------------------------------------- the forms
+
+
+def to_stablehlo(found: Checkpoint, path: pathlib.Path) -> Run:
+    info = hub_folder.facts(found)
+    save_exported(path, trace(plain(found), info["image_size"], PLATFORMS), info)
+    return load_exported(path)
+
+
+def to_onnx(found: Checkpoint, path: pathlib.Path) -> Run:
+    size = hub_folder.facts(found)["image_size"]
+    try:
+        import onnx
+        import onnxruntime
+
+        previous = logging.root.manager.disable
+        logging.disable(logging.ERROR)  # remarks about plugins for other libraries, and shapes
+        try:
+            import jax2onnx
+
+            model = jax2onnx.to_onnx(
+                plain(found),
+                inputs=[("batch", size, size, 3)],
+                input_names=["images"],
+                output_names=["logits" if found.network.model.num_classes else "features"],
+                model_name=found.name or "tnt",
+            )
+        finally:
+            logging.disable(previous)
+    except ImportError as error:
+        raise InputError(f"{one_line(error)}: {ONNX_PACKAGES}") from error
+    for key, value in hub_folder.facts(found).items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, json.dumps(value)
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": np.asarray(images)})[0]
+
+
+def to_timm(found: Checkpoint, path: pathlib.Path) -> Run:
+    target = targets.make_target(found, "timm")
+    hub_folder.write(path, target, found)
+    heads = {key: getattr(target.model, key) for key in ("inner_heads", "outer_heads")}
+    written = read_checkpoint(
+        path / hub_folder.WEIGHTS, patch_size=target.model.patch_size, **heads
+    )
+    return jax.jit(lambda images: written.network.model.apply({"params": written.params}, images))
+
+
+FORMS = {"stablehlo": to_stablehlo, "onnx": to_onnx, "timm": to_timm}
+
+
+def plain(found: Checkpoint) -> Callable[[Any], Any]:
+    """The network as a function of images in the forms that every machine can compute."""
+    model = found.network.model.clone(inner="reference", outer="reference", remat="none")
+    variables = {"params": jax.device_get(found.params)}
+    return lambda images: model.apply(variables, images)
+
+
+# ------------------------------------------------------------------------------ the verification
+
+
+def real_images(found: Checkpoint) -> np.ndarray:
+    """Two photographs and their mirror images as these weights want them, float32 [4, S, S, 3]."""
+    import sklearn.datasets
+
+    folder = pathlib.Path(sklearn.datasets.__file__).parent / "images"
+    facts = hub_folder.facts(found)
+    pixels = [look.prepare(found, folder / name) for name in PHOTOS]
+    pixels = np.stack([*pixels, *(image[:, ::-1] for image in pixels)])
+    mean, std = tuple(facts["mean"]), tuple(facts["std"])
+    return np.asarray(normalize(jnp.asarray(pixels), mean, std))
+
+
+def verify(found: Checkpoint, run: Run, images: np.ndarray, out: str) -> float:
+    """The largest difference to the source, over all images at once and the first alone.
+
+    Raises:
+        RunError: it is more than rounding.
+    """
+    model, variables = found.network.model, {"params": found.params}
+    with jax.default_matmul_precision("highest"):
+        source = np.asarray(jax.jit(model.apply)(variables, images))
+    different = [
+        float(np.abs(np.asarray(run(images[:n])) - source[:n]).max()) for n in (len(images), 1)
+    ]
+    most = TOLERANCE * max(1.0, float(np.abs(source).max()))
+    if not max(different) <= most:
+        raise RunError(
+            f"{out} differs from its source by {max(different):.1e}, more than {most:.1e}: it was "
+            "not written"
+        )
+    return max(different)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of what a network makes of an image: attention, positions, features."""
+
+import pathlib
+
+import numpy as np
+
+from tnt_flax import figures
+from tnt_flax.tools import look
+from tnt_flax.tools.look import Look
+
+COLORS = "viridis"
+MOST_TILES = 7  # a side, of a mosaic of sentences: more cannot be told apart
+ORDINALS = {2: "2nd", 3: "3rd"}
+LEAST_TOP = 2  # of a scale on which 1 is what all weights alike would be
+
+
+def plot_outer_attention(seen: Look, path: pathlib.Path) -> None:
+    """Where the class token looks: a row for each block, a column for each head and their mean."""
+    plt = figures.pyplot()
+    weights = seen.outer_attention[:, :, 0, 1:]  # [L, heads, N]
+    weights = np.concatenate([weights, weights.mean(axis=1, keepdims=True)], axis=1)
+    weights = weights.reshape(*weights.shape[:2], *seen.grid) * (np.prod(seen.grid) + 1)
+    rows, columns = weights.shape[:2]
+    figure, axes = plt.subplots(
+        rows,
+        columns + 1,
+        figsize=(1.0 * (columns + 1) + 0.9, 0.98 * rows + 0.9),
+        layout="constrained",
+        squeeze=False,
+    )
+    top = max(np.percentile(weights, 99.5), LEAST_TOP)
+    for block in range(rows):
+        for column in range(columns):
+            axis = axes[block, column + 1]
+            drawn = axis.imshow(weights[block, column], cmap=COLORS, vmin=0, vmax=top)
+            if block == 0:
+                name = "mean" if column == columns - 1 else f"head {column + 1}"
+                axis.set_title(name, fontsize=9)
+        axes[block, 1].set_ylabel(f"block {block + 1}", fontsize=9)
+    for axis in axes.flat:
+        bare(axis)
+    axes[0, 0].imshow(seen.pixels)
+    axes[0, 0].set_title("image", fontsize=9)
+    for axis in axes[1:, 0]:
+        axis.axis("off")
+    bar = figure.colorbar(drawn, ax=axes, shrink=min(1, 3 / rows), pad=0.02, extend="max")
+    bar.set_label("weight, 1: all tokens alike", fontsize=9)
+    figure.suptitle("Outer attention: from the class token to the sentences", fontsize=11)
+    figures.save(figure, path)
+
+
+def plot_rollout(seen: Look, path: pathlib.Path) -> None:
+    """What of the image has reached the class token after each block, laid over the image."""
+    plt = figures.pyplot()
+    reached = look.rollout(seen.outer_attention)[:, 0, 1:].reshape(-1, *seen.grid)
+    panels = len(reached) + 1
+    columns = min(panels, 7)
+    rows = -(-panels // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.7 * columns, 1.85 * rows + 0.5), layout="constrained"
+    )
+    axes = np.atleast_1d(axes).ravel()
+    axes[0].imshow(seen.pixels)
+    axes[0].set_title("image", fontsize=9)
+    for i, (axis, weights) in enumerate(zip(axes[1:], reached, strict=False)):
+        axis.imshow(lit(seen.pixels, weights))
+        axis.set_title(f"after block {i + 1}", fontsize=9)
+    for axis in axes:
+        bare(axis)
+    for axis in axes[panels:]:
+        axis.axis("off")
+    figure.suptitle(
+        "Attention rollout: what of the image has reached the class token, brightest where most",
+        fontsize=11,
+    )
+    figures.save(figure, path)
+
+
+def plot_inner_attention(seen: Look, patches: list[int], path: pathlib.Path) -> None:
+    """Inside some patches: for each word, where it looks among the words of its patch.
+
+    Columns are blocks: the first, one in the middle, the last.
+    """
+    plt = figures.pyplot()
+    known = sorted(seen.inner_attention)
+    blocks = sorted({known[0], known[(len(known) - 1) // 2], known[-1]})
+    figure, axes = plt.subplots(
+        len(patches),
+        2 + len(blocks),
+        figsize=(2.0 * (2 + len(blocks)) + 0.9, 2.0 * len(patches) + 0.8),
+        layout="constrained",
+        squeeze=False,
+    )
+    columns = seen.grid[1]
+    side = seen.pixels.shape[1] // columns  # pixels of a patch
+    shown = [seen.inner_attention[block][patches].mean(axis=1) for block in blocks]
+    top = max(LEAST_TOP, *(maps.max() * maps.shape[-1] for maps in shown))
+    for row, patch in enumerate(patches):
+        y, x = divmod(patch, columns)
+        corner = (slice(y * side, (y + 1) * side), slice(x * side, (x + 1) * side))
+        axes[row, 0].imshow(seen.pixels)
+        frame = plt.Rectangle(
+            (x * side - 0.5, y * side - 0.5), side, side, fill=False, color=figures.WRONG, lw=1.5
+        )
+        axes[row, 0].add_patch(frame)
+        axes[row, 0].set_ylabel(f"patch {y},{x}", fontsize=9)
+        axes[row, 1].imshow(seen.pixels[corner])
+        for column, block in enumerate(blocks):
+            maps = seen.inner_attention[block][patch].mean(axis=0)  # of the heads
+            words = round(len(maps) ** 0.5)
+            tiles = look.mosaic(len(maps) * maps.reshape((words,) * 4))
+            drawn = axes[row, 2 + column].imshow(tiles, cmap=COLORS, vmin=0, vmax=top)
+        if row == 0:
+            axes[row, 0].set_title("image", fontsize=9)
+            axes[row, 1].set_title("its pixels", fontsize=9)
+            for column, block in enumerate(blocks):
+                axes[row, 2 + column].set_title(f"block {block + 1}, mean of heads", fontsize=9)
+    for axis in axes.flat:
+        bare(axis)
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.6, pad=0.02)
+    bar.set_label("weight, 1: all words alike", fontsize=9)
+    figure.suptitle("Inner attention: each tile is where the word at that place looks", fontsize=11)
+    figures.save(figure, path)
+
+
+def plot_positions(
+    sentences: np.ndarray, words: np.ndarray, grid: tuple[int, int], path: pathlib.Path
+) -> None:
+    """Similarity of the position embeddings: sentences [N + 1, D], words [M, C]."""
+    plt = figures.pyplot()
+    every = -(-max(grid) // MOST_TILES)
+    rows, columns = (slice(every // 2, None, every),) * 2
+    maps = look.similarity(sentences[1:]).reshape(*grid, *grid)[rows, columns]
+    side = round(len(words) ** 0.5)
+    of_words = look.mosaic(look.similarity(words).reshape((side,) * 4))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 5.2), layout="constrained")
+    nth = ORDINALS.get(every, f"{every}th")
+    chosen = f", every {nth} row and column" if every > 1 else ""
+    for axis, image, title in (
+        (axes[0], look.mosaic(maps), f"of {grid[0]} x {grid[1]} sentences{chosen}"),
+        (axes[1], of_words, f"of {side} x {side} words"),
+    ):
+        drawn = axis.imshow(image, cmap="RdBu_r", vmin=-1, vmax=1)
+        axis.set_title(title, fontsize=10)
+        bare(axis)
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.7, pad=0.02)
+    bar.set_label("cosine, about the mean position", fontsize=9)
+    figure.suptitle(
+        "Position embeddings: each tile is how alike one place is to all the others", fontsize=11
+    )
+    figures.save(figure, path)
+
+
+def plot_features(seen: Look, path: pathlib.Path) -> None:
+    """Three principal components of sentences and words as colours, at each depth."""
+    plt = figures.pyplot()
+    depth = len(seen.sentences)
+    sentences = look.principal_colors([tokens[1:] for tokens in seen.sentences])
+    read = sorted(seen.words)
+    words = look.principal_colors(
+        [seen.words[i].reshape(-1, seen.words[i].shape[-1]) for i in read]
+    )
+    strips = -(-depth // 6)  # of at most six blocks each
+    columns = min(depth, 6)
+    figure, axes = plt.subplots(
+        2 * strips,
+        columns + 1,
+        figsize=(1.5 * (columns + 1), 1.6 * 2 * strips + 0.5),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    axes[0, 0].imshow(seen.pixels)
+    axes[0, 0].set_title("image", fontsize=9)
+    for block in range(depth):
+        strip, column = divmod(block, columns)
+        upper, lower = axes[2 * strip, column + 1], axes[2 * strip + 1, column + 1]
+        upper.imshow(sentences[block].reshape(*seen.grid, 3))
+        upper.set_title(f"block {block + 1}", fontsize=9)
+        shown = [upper]
+        if block in seen.words:
+            colors = words[read.index(block)].reshape(*seen.words[block].shape[:2], 3)
+            lower.imshow(look.words_in_place(colors, seen.grid))
+            shown.append(lower)
+        for axis in shown:
+            axis.axis("on")
+            bare(axis)
+        if column == 0:
+            for axis, name in zip(shown, ("sentences", "words"), strict=False):
+                axis.set_ylabel(name, fontsize=9)
+    figure.suptitle(
+        "Features: three principal components as red, green, blue, alike from block to block",
+        fontsize=11,
+    )
+    figures.save(figure, path)
+
+
+def lit(pixels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """uint8 pixels [S, S, 3], dark where the weights [rows, columns] are small: smooth between."""
+    from PIL import Image
+
+    share = (weights / weights.max()).astype(np.float32)
+    size = (pixels.shape[1], pixels.shape[0])
+    share = np.asarray(Image.fromarray(share).resize(size, Image.Resampling.BICUBIC))
+    light = 0.12 + 0.88 * np.clip(share, 0, 1)[..., None]
+    return np.rint(pixels * light).astype(np.uint8)
+
+
+def bare(axis) -> None:
+    """No ticks and a thin frame, but what else was written stays."""
+    axis.set(xticks=[], yticks=[])
+    for spine in axis.spines.values():
+        spine.set(linewidth=0.4, color="0.6")
