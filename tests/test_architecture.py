@@ -17,13 +17,13 @@ ROWS = """
     models.layers models.word_embedding models.inner_kernels models.outer_attention models.cpu
     data.plan data.storage data.transforms data.randaugment
     losses augment optimizer sharding workdir figures metrics command host tools.findings
-    tools.contractions tools.hlo tools.rounds convert.tables convert.inert convert.mindspore_files
-    convert.hub
+    manifest tools.contractions tools.hlo tools.rounds convert.tables convert.inert
+    convert.mindspore_files convert.hub
     --
     distributed state
     --
-    agreement models.inner_pallas models.lanes data.index data.names data.opencv weights checkpoint
-    convert.mapping convert.pickles
+    agreement guard data.outage models.inner_pallas models.lanes data.index data.names data.opencv
+    weights checkpoint convert.mapping convert.pickles
     --
     models.implementations models.block convert.torch_files data.tar data.tfds_records
     --

@@ -259,6 +259,7 @@ def _reading(config: ConfigDict) -> dict[str, Any]:
         num_hosts=num_hosts,
         threads=config.data.threads,
         workers=config.data.workers,
+        retry_seconds=config.data.retry_seconds,
     )
 
 
@@ -294,6 +295,8 @@ def check(config: ConfigDict) -> None:
         "checkpoint.keep": 1,
         "data.threads": 1,
         "data.workers": 0,
+        "data.retry_seconds": 0,
+        "stall_minutes": 0,
         "mesh.fsdp": 1,
         "mesh.tensor": 1,
     }.items():

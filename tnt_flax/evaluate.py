@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact evaluation: every image counts once, for any batch size and number of devices."""
 
+import contextlib
 import math
 import pathlib
 import sys
@@ -13,12 +14,19 @@ from ml_collections import ConfigDict
 
 from tnt_flax import build, distributed, sharding
 from tnt_flax.errors import InputError, RunError
+from tnt_flax.guard import Guard
 
 
 def evaluate(
-    eval_step: Callable[..., dict[str, jax.Array]], params: Any, batches: build.Batches, mesh: Mesh
+    eval_step: Callable[..., dict[str, jax.Array]],
+    params: Any,
+    batches: build.Batches,
+    mesh: Mesh,
+    stop: Callable[[str], bool | None] = lambda what: False,
 ) -> dict[str, float]:
     """Returns top1 and top5 (shares of 1), loss (mean), images, and skipped (unreadable images).
+
+    `stop` is told of every batch, and says whether to give up; then the result is empty.
 
     Raises:
         RunError: there is no image, or the loss is not finite.
@@ -31,11 +39,14 @@ def evaluate(
 
     params = sharding.whole(params, mesh)
     pending = None  # added one batch late: the device never waits, nor do batches pile up on it
-    for batch in batches:
-        skipped += int(batch.pop("corrupt").sum())
-        sums = eval_step(params, sharding.to_global(batch, mesh))
-        add(pending)
-        pending = sums
+    with contextlib.closing(batches):
+        for number, batch in enumerate(batches, start=1):
+            skipped += int(batch.pop("corrupt").sum())
+            sums = eval_step(params, sharding.to_global(batch, mesh))
+            add(pending)
+            pending = sums
+            if stop(f"batch {number} of an evaluation"):
+                return {}
     add(pending)
     images = totals.pop("images")
     if not images:
@@ -56,6 +67,11 @@ def evaluate_checkpoint(
     `checkpoint` where the weights were.
     """
     build.check(config)
+    with Guard(config.stall_minutes) as guard:
+        return _evaluate_checkpoint(config, run, which, guard)
+
+
+def _evaluate_checkpoint(config, run, which, guard):
     mesh = build.build_mesh(config)
     path, checkpoint = which, "best"
     if which in ("best", "last"):
@@ -71,5 +87,5 @@ def evaluate_checkpoint(
 
     print(f"evaluating on {len(source)} images", file=sys.stderr)
     eval_step = sharding.jit_eval_step(build.build_eval_step(config, model), mesh)
-    metrics = evaluate(eval_step, params, build.eval_batches(config, source), mesh)
+    metrics = evaluate(eval_step, params, build.eval_batches(config, source), mesh, guard.check)
     return {**metrics, "checkpoint": path}
