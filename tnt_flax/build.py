@@ -270,8 +270,7 @@ def in_steps(key: str, duration: str, steps_per_epoch: int) -> int:
         InputError: `duration`, the value of `key`, is neither.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(epoch|step)s?\s*", duration)
-    steps_in = {"epoch": steps_per_epoch, "step": 1}
-    count = round(float(match[1]) * steps_in[match[2]]) if match else 0
+    count = round(float(match[1]) * {"epoch": steps_per_epoch, "step": 1}[match[2]]) if match else 0
     if count < 1:
         raise InputError(f'{key}={duration!r} is no duration: use "N epochs" or "N steps"')
     return count
