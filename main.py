@@ -7,7 +7,8 @@
 Any key of the config can be set: --config.batch_size=96. On many hosts the same command runs on
 each: a launcher that JAX knows tells them of each other, or --coordinator, --num_processes and
 --process_id do. The last line on stdout (of process 0) is one JSON object; progress goes to stderr.
-Exit code 1 is a run that failed, 2 is bad input.
+Exit codes: 1 the run failed, 2 bad input, 42 told to stop (SIGTERM, Ctrl-C), 75 something hung or
+another process is gone; after the last two the same command goes on where it was.
 """
 
 import json

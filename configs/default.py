@@ -15,6 +15,8 @@ def get_config() -> ConfigDict:
     config.epochs = 300  # of warm-up and cosine; optimizer.cooldown_epochs come after them
     config.batch_size = 1024  # images per step, over all devices and hosts
 
+    config.stall_minutes = 30.0  # without a finished step or batch: show the stacks, end; 0 is off
+
     config.init_from = ""  # weights of any system to begin with: a file, workdir, or hf:// address
 
     # The axes along which all devices stand; a resumed run may have others, and rounds otherwise.
@@ -63,6 +65,8 @@ def get_config() -> ConfigDict:
     config.data.corrupt = "error"  # "skip" replaces unreadable images by their neighbours, counted
     config.data.threads = 8  # per host, for decoding and augmenting
     config.data.workers = 0  # processes per host to spread that over; 0 stays in this one
+
+    config.data.retry_seconds = 120.0  # to go on trying where the storage fails, not an image
 
     config.augment = ConfigDict()
     config.augment.scale = (0.08, 1.0)  # area of the random resized crop, as a share of the image

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts main.py as several processes of one run, on this machine."""
+"""Starts main.py, or a program like it, as several processes of one run, on this machine."""
 
 import os
 import pathlib
@@ -16,7 +16,13 @@ def free_port() -> int:
 
 
 def start(
-    root: pathlib.Path, workdir: pathlib.Path, flags: Sequence[str], count: int, devices: int
+    root: pathlib.Path,
+    workdir: pathlib.Path,
+    flags: Sequence[str],
+    count: int,
+    devices: int,
+    program: str = "main.py",
+    env: dict[str, str] | None = None,
 ) -> list[subprocess.Popen]:
     """`count` processes of `devices` virtual devices each, all started and none waited for.
 
@@ -25,8 +31,9 @@ def start(
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        **(env or {}),
     }
-    command = [sys.executable, "main.py", "--config=configs/digits.py", f"--workdir={workdir}"]
+    command = [sys.executable, program, "--config=configs/digits.py", f"--workdir={workdir}"]
     port = free_port()
     started = []
     for process in range(count):

@@ -17,14 +17,15 @@ ROWS = """
     models.layers models.checks models.batch_norm models.word_embedding models.inner_kernels
     models.outer_attention models.cpu
     data.plan data.storage data.transforms data.randaugment
-    losses augment sharding workdir figures metrics command host tools.findings
+    losses augment sharding workdir figures metrics command host manifest tools.findings
     tables tools.contractions tools.hlo tools.rounds convert.tables convert.inert
     convert.mindspore_files convert.hub data.imagenet_classes exported tools.page
     --
     distributed state
     --
-    agreement models.inner_pallas models.lanes models.pyramid_layers data.index data.names
-    data.opencv weights checkpoint convert.mapping convert.pickles tools.short_run fine_tuning
+    agreement guard models.inner_pallas models.lanes models.pyramid_layers data.outage data.index
+    data.names data.opencv weights checkpoint convert.mapping convert.pickles tools.short_run
+    fine_tuning
     --
     models.implementations models.block convert.torch_files data.tar data.tfds_records
     optimizer
@@ -43,6 +44,8 @@ ROWS = """
     data.class_maps tools.weights_options tools.look
     --
     build classifier convert.hub_folder tools.pictures
+    --
+    config_check
     --
     evaluate convert.against tools.predict tools.check_data tools.preview tools.describe
     tools.tpu_compiler tools.answers tools.visualize tools.export

@@ -216,6 +216,7 @@ class Sparse:
     """Four records of the first two of three classes."""
 
     class_names = ("many", "one", "none")
+    place = "."
 
     def __len__(self):
         return 4

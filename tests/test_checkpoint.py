@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from tnt_flax import checkpoint
+from tnt_flax import checkpoint, manifest
 from tnt_flax.checkpoint import Checkpoints
 from tnt_flax.errors import InputError, RunError
 from tnt_flax.sharding import make_mesh, shardings
@@ -77,11 +77,11 @@ def test_best_survives_a_restart(folder):
 
 def test_every_commit_holds_the_digest_of_its_files(folder):
     for step_folder in checkpoint.step_folders(folder):
-        manifest = json.loads((step_folder / checkpoint.MANIFEST).read_text())
+        listed = json.loads((step_folder / manifest.MANIFEST).read_text())
         files = {str(p.relative_to(step_folder)) for p in step_folder.rglob("*") if p.is_file()}
-        unlisted = {f.rpartition("/")[2] for f in files - set(manifest)}
-        assert unlisted == checkpoint.NOT_IN_MANIFEST
-        assert any("state" in name and "/d/" in name for name in manifest)
+        unlisted = {f.rpartition("/")[2] for f in files - set(listed)}
+        assert unlisted == manifest.NOT_IN_MANIFEST
+        assert any("state" in name and "/d/" in name for name in listed)
         assert checkpoint.fault(step_folder) is None
 
 
@@ -92,7 +92,7 @@ def test_every_commit_holds_the_digest_of_its_files(folder):
         (lambda f: largest_array_file(f, 4).write_bytes(b""), "has changed"),
         (lambda f: largest_array_file(f, 4).unlink(), "is missing"),
         (lambda f: (f / "4" / "metrics" / "metrics").write_text("{"), "has changed"),
-        (lambda f: (f / "4" / checkpoint.MANIFEST).unlink(), "MANIFEST.json is missing"),
+        (lambda f: (f / "4" / manifest.MANIFEST).unlink(), "MANIFEST.json is missing"),
         (lambda f: (f / "99").mkdir(), "MANIFEST.json is missing"),
     ],
     ids=["flipped bit", "emptied", "deleted", "metrics cut", "no manifest", "empty folder"],
@@ -112,6 +112,17 @@ def test_damage_is_found_named_and_passed_over(folder, damage, why, capsys):
     checkpoints.close()
     assert last_whole + 1 in steps(folder)
     assert len(list((folder / "damaged").iterdir())) == 1
+
+
+def test_a_deletion_that_a_kill_interrupted_is_finished(folder, capsys):
+    """2 is the best; behind two whole ones it would be kept, but it is beyond repair."""
+    (folder / "2" / manifest.MANIFEST).unlink()
+    Checkpoints(folder, keep=2, info=INFO).close()
+    assert steps(folder) == [3, 4] and not (folder / "damaged").exists()
+    assert capsys.readouterr().err == ""
+    largest_array_file(folder, 3).unlink()  # of the last two nothing was to be deleted
+    Checkpoints(folder, keep=2, info=INFO).close()
+    assert steps(folder) == [4] and "3 is damaged" in capsys.readouterr().err
 
 
 def test_an_uncommitted_save_is_ignored(folder):
@@ -163,21 +174,77 @@ def test_saving_twice_is_an_error_not_a_silence(folder):
     checkpoints.close()
 
 
-def test_a_failed_save_is_reported_with_the_last_whole_step(tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path, keep=2, info=INFO)
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Returns a list: saving fails as long as there is something in it, one item a save."""
+    left, digest = [], manifest.digest
+
+    def read(path):
+        if left:
+            left.pop()
+            raise OSError(28, "No space left on device")
+        return digest(path)
+
+    monkeypatch.setattr(manifest, "digest", read)
+    monkeypatch.setattr(checkpoint, "RETRY", 0)
+    return left
+
+
+def test_a_failed_save_is_reported_and_left_out(tmp_path, full_disk, capsys):
+    """Training goes on, the one checkpoint that is kept stays, and the next save is a new try."""
+    checkpoints = Checkpoints(tmp_path, keep=1, info=INFO)
     checkpoints.save(make_state(1), 1)
     checkpoints.wait()
-
-    def full(path):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "digest", full)
-    with pytest.raises(
-        RunError, match="saving step 2 failed: .*No space left.*last whole one is .*/1"
-    ):
-        checkpoints.save(make_state(2), 2)
+    full_disk += [1, 2]
+    for step in (2, 3):
+        checkpoints.save(make_state(step), step)
         checkpoints.wait()
-    assert steps(tmp_path) == [1]
+        err = capsys.readouterr().err
+        assert f"error: saving step {step} failed: " in err and "No space left" in err
+        assert f"the last whole one is {tmp_path}/1; training goes on" in err
+    assert checkpoints.failed_saves == 2 and checkpoints.latest_step() == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1"]  # nothing half is left
+    checkpoints.save(make_state(4), 4)
+    checkpoints.close()
+    assert steps(tmp_path) == [4] and checkpoint.fault(tmp_path / "4") is None
+
+
+def test_saves_that_keep_failing_end_the_run(tmp_path, full_disk, capsys):
+    checkpoints = Checkpoints(tmp_path, keep=2, info=INFO)
+    full_disk += [1, 2, 3]
+    with pytest.raises(RunError, match="saving step 3 failed.*there is no whole one; 3 saves in"):
+        for step in (1, 2, 3):
+            checkpoints.save(make_state(step), step)
+            checkpoints.wait()
+    checkpoints.close()
+
+
+def test_a_save_that_must_be_is_tried_again(tmp_path, full_disk, capsys):
+    checkpoints = Checkpoints(tmp_path, keep=2, info=INFO)
+    full_disk += [1, 2]
+    checkpoints.save(make_state(1), 1)
+    checkpoints.ensure(make_state(1), 1)  # what is in flight fails, and so does the second try
+    assert steps(tmp_path) == [1] and checkpoints.failed_saves == 2
+    checkpoints.ensure(make_state(1), 1)  # it is there
+    full_disk += [1, 2, 3]
+    with pytest.raises(RunError, match="saving step 2 failed.*last whole one is .*/1; 3 saves"):
+        checkpoints.ensure(make_state(2), 2)
+    full_disk.clear()
+    checkpoints.close()
+
+
+def test_an_evaluation_can_be_added_to_a_checkpoint(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1, info=INFO)
+    checkpoints.save(make_state(1), 1)
+    checkpoints.wait()
+    assert checkpoints.metrics(1) == {}
+    checkpoints.add_metrics(1, {"top1": 0.5})
+    assert checkpoints.metrics(1) == {"top1": 0.5} and checkpoint.fault(tmp_path / "1") is None
+    for step in (2, 3):  # it counts: step 1 stays as the best
+        checkpoints.save(make_state(step), step)
+    checkpoints.close()
+    assert steps(tmp_path) == [1, 3]
+    assert checkpoint.find_checkpoint(tmp_path, "best").name == "1"
 
 
 @pytest.mark.parametrize("kind, offset", [("raw", 0), ("ema", 1)])

@@ -12,7 +12,7 @@ from photos import png
 from random_weights import random_params
 
 from configs import imagenet_variants
-from tnt_flax import build, create_model
+from tnt_flax import config_check, create_model
 from tnt_flax.data import class_maps, imagenet_classes
 from tnt_flax.errors import InputError
 from tnt_flax.evaluate import (
@@ -265,7 +265,7 @@ def test_every_set_has_a_config():
     for name in imagenet_variants.NAMES:
         config = imagenet_variants.get_config(name)
         config.model.name = "tnt_s_patch16_224"
-        build.check(config)
+        config_check.check(config)
         assert (config.data.source == "tfds") == name.endswith("_tfds") == bool(config.data.name)
     assert {"v2", "a_tfds", "r", "sketch_tfds", "real"} < set(imagenet_variants.NAMES)
     with pytest.raises(InputError, match="imagenet_variants.py:b: after the colon comes one of"):

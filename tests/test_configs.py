@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from configs import default, digits, transfer
-from tnt_flax import TNT, PyramidTNT, augment, build
+from tnt_flax import TNT, PyramidTNT, augment, build, config_check
 from tnt_flax.data import randaugment
 from tnt_flax.data.plan import TrainPlan
 from tnt_flax.data.sources import Digits
@@ -67,7 +67,7 @@ def test_config_builds(name):
         with pytest.raises(InputError, match="model.name is empty.*: set init_from=FILE"):
             build.build_model(config, 10)
         config.model.name = "tnt_s_patch16_224"
-    build.check(config)
+    config_check.check(config)
     classes = 10 if name == "digits" else 1000
     model = build.build_model(config, classes)
     shapes = jax.eval_shape(build.init_params(model, config), jax.random.key(0))
@@ -83,7 +83,7 @@ def test_config_builds(name):
 def test_transfer_to_every_data_set():
     for name in transfer.DATA:
         config = transfer.get_config(name)
-        build.check(config)
+        config_check.check(config)
         assert config.data.image_size == 384 and config.batch_size % config.augment.mix_groups == 0
         assert (config.data.source == "tfds") == bool(config.data.name)
     with pytest.raises(InputError, match="transfer.py:mnist: after the colon comes one of"):
@@ -148,7 +148,7 @@ def test_randaugment_is_spelled_in_the_config(smoke_config):
     assert build.build_randaugment(config).fill == (0, 128, 255)
     config.augment.randaugment = "rand-q3"
     with pytest.raises(InputError, match="no section 'q3'"):
-        build.check(config)
+        config_check.check(config)
 
     source, plan = Digits("train"), TrainPlan(1437, 48, seed=0)
     first = {}
@@ -186,7 +186,7 @@ def test_bad_mixing_and_erasing(changes, message):
     config = default.get_config()
     config.update_from_flattened_dict(changes)
     with pytest.raises(InputError, match=message):
-        build.check(config)
+        config_check.check(config)
 
 
 def test_without_mixing_any_batch_size_does():
@@ -194,7 +194,7 @@ def test_without_mixing_any_batch_size_does():
     config.update_from_flattened_dict(
         {"batch_size": 7, "augment.mixup_alpha": 0.0, "augment.cutmix_alpha": 0.0}
     )
-    build.check(config)
+    config_check.check(config)
 
 
 def test_a_step_mixes_and_erases_as_configured(monkeypatch):

@@ -84,7 +84,7 @@ def test_nothing_to_evaluate(setting, tmp_path):
         evaluate_checkpoint(config, None, str(tmp_path / "none.safetensors"))
     step = build.build_eval_step(config, model)
     with pytest.raises(RunError, match="no image could be evaluated"):
-        evaluate(step, params, iter([]), sharding.make_mesh())
+        evaluate(step, params, (batch for batch in ()), sharding.make_mesh())
 
 
 def test_weights_that_give_nan(setting):

@@ -14,7 +14,7 @@ from random_weights import random_params
 from smoke import SMOKE
 
 from configs import digits, finetune
-from tnt_flax import build, create_model, fine_tuning
+from tnt_flax import build, config_check, create_model, fine_tuning
 from tnt_flax.convert.checkpoints import read_checkpoint
 from tnt_flax.convert.described import describe, with_network
 from tnt_flax.errors import InputError
@@ -143,13 +143,13 @@ def test_bad_patterns(smoke_config, freeze, message):
     with pytest.raises(InputError, match="optimizer.freeze=.*" + message):
         fine_tuning.trained(make()[1], freeze)
     with pytest.raises(InputError, match="optimizer.freeze=.*" + message):  # before any workdir
-        build.check(smoke_config(optimizer__freeze=freeze))
+        config_check.check(smoke_config(optimizer__freeze=freeze))
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.5, -1.0])
 def test_bad_decays(smoke_config, decay):
     with pytest.raises(InputError, match=r"optimizer.layer_decay=.* is outside \(0, 1\]"):
-        build.check(smoke_config(optimizer__layer_decay=decay))
+        config_check.check(smoke_config(optimizer__layer_decay=decay))
 
 
 # ------------------------------------------------------------------- the network of the weights

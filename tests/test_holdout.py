@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from photos import png
 
-from tnt_flax import build
+from tnt_flax import build, config_check
 from tnt_flax.data.sources import Holdout, ImageFolder
 from tnt_flax.errors import InputError
 
@@ -88,4 +88,4 @@ def test_the_config_says_how_much(smoke_config, tmp_path):
     assert len(build.open_source(config, "train")) == 7
     config.data.holdout = 1.0
     with pytest.raises(InputError, match=r"data.holdout=1.0 is outside \[0, 1\)"):
-        build.check(config)
+        config_check.check(config)

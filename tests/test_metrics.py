@@ -70,3 +70,23 @@ def test_plain_progress_lines_where_nobody_watches(capsys, left, eta):
     assert out == ""
     assert err.startswith("step 5/50  epoch 1.00  loss 1.0000  lr 1")
     assert err.rstrip().endswith(f"data wait 3.1%  ETA {eta}")
+
+
+def test_a_full_disk_costs_lines_and_no_more(tmp_path, monkeypatch, capsys):
+    writer = MetricWriter(tmp_path, 0)
+    writer.write(1, {"train/loss": 1.0})
+
+    class Full:
+        def __getattr__(self, name):
+            raise OSError(28, "No space left on device")
+
+    file, writer._file, writer._events = writer._file, Full(), Full()
+    writer.write(2, {"train/loss": 2.0})
+    err = capsys.readouterr().err
+    assert f"error: cannot write {tmp_path}/metrics.jsonl: No space left" in err
+    assert "error: cannot write TensorBoard's events: No space left" in err
+    writer._file = file  # there is space again
+    writer.write(3, {"train/loss": 3.0})
+    writer.close()
+    assert [m["step"] for m in read_metrics_file(writer.path)] == [1, 3]
+    assert capsys.readouterr().err == ""

@@ -17,10 +17,12 @@ import pytest
 from photos import png
 
 from tnt_flax.data import pipeline
+from tnt_flax.data.outage import PatientReader
 from tnt_flax.data.pipeline import eval_batches, train_batches
 from tnt_flax.data.plan import TrainPlan, sample_generator
 from tnt_flax.data.randaugment import parse
 from tnt_flax.data.sources import Digits, ImageFolder
+from tnt_flax.data.storage import DamagedError
 from tnt_flax.data.transforms import decode, eval_transform, train_transform
 from tnt_flax.errors import InputError
 
@@ -36,6 +38,7 @@ class Numbered:
     """Record i is a grey image of level i with label i; reading those in `broken` fails."""
 
     class_names = tuple(str(i) for i in range(200))
+    place = "."
 
     def __init__(self, count, broken=(), error=None):
         self.count, self.broken, self.error = count, frozenset(broken), error
@@ -274,7 +277,7 @@ def test_after_an_error_the_stream_is_over_and_no_thread_is_left():
     assert wait_until(lambda: not threads_of_grain(before))
 
 
-@pytest.mark.parametrize("error", [None, OSError("the disk failed"), FileNotFoundError(2, "gone")])
+@pytest.mark.parametrize("error", [None, DamagedError("cut short"), FileNotFoundError(2, "gone")])
 def test_training_replaces_unreadable_records(error, caplog):
     plan = TrainPlan(10, batch_size=10, seed=0)
     source = Numbered(10, broken={4, 5, 9}, error=error)
@@ -341,7 +344,7 @@ def test_an_exhausted_stream_leaves_no_threads():
 
 
 def test_views_pickle():
-    view = pipeline._TrainView(DIGITS, PLAN, AUGMENT, "error", 3, 2, 4, 4)
+    view = pipeline._TrainView(PatientReader(DIGITS, 0), PLAN, AUGMENT, "error", 3, 2, 4, 4)
     copy = pickle.loads(pickle.dumps(view))
     assert len(view) == 2 and [row for row, _ in view[1]] == [0, 1, 2, 3]
     for (row, sample), (expected_row, expected) in zip(copy[1], view[1], strict=True):

@@ -4,6 +4,7 @@
 import contextlib
 import functools
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -21,7 +22,8 @@ from configs import default
 from tnt_flax import build, checkpoint, sharding, train
 from tnt_flax.convert import mapping, torch_files
 from tnt_flax.convert.checkpoints import read_checkpoint
-from tnt_flax.errors import InputError, RunError
+from tnt_flax.errors import InputError, RunError, Stopped
+from tnt_flax.guard import Guard
 from tnt_flax.metrics import read_metrics_file
 from tnt_flax.state import fingerprint
 from tnt_flax.train import due, train_and_evaluate
@@ -303,6 +305,65 @@ def test_killed_and_resumed_is_bit_identical_to_undisturbed(root, tmp_path, smok
     assert weights[0] == weights[1]
     logs = [read_metrics_file(tmp_path / n / "metrics.jsonl") for n in ("whole", "killed")]
     assert [m["step"] for m in logs[0]] == [m["step"] for m in logs[1]]
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """Returns a function: what to call when the guard of a run is told `reached`."""
+
+    def register(reached, action):
+        original = Guard.reached
+
+        def wrapped(self, what):
+            if what.startswith(reached):
+                action()
+            return original(self, what)
+
+        monkeypatch.setattr(Guard, "reached", wrapped)
+
+    return register
+
+
+def test_notices_to_stop_cost_nothing(finished, tmp_path, at):
+    """In a step, in an evaluation, while a save is in flight: it ends as if undisturbed."""
+    config, _, result = finished
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(
+        {"eval.every": "10 steps", "checkpoint.every": "4 steps", "checkpoint.keep": 9}
+    )
+    config.eval.batch_size = 120
+    sent = []
+
+    def send(number):
+        if number not in sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    at("step 7 ", lambda: send(signal.SIGTERM))
+    at("batch 2 ", lambda: send(signal.SIGINT))
+    for step in (7, 10):
+        with pytest.raises(Stopped, match=f"^step {step} is saved"):
+            train_and_evaluate(config, tmp_path)
+        assert checkpoint.find_checkpoint(tmp_path / "checkpoints", "last").name == str(step)
+    assert checkpoint.read_metrics(tmp_path / "checkpoints" / "10") == {}
+    assert train_and_evaluate(config, tmp_path)["fingerprint"] == result["fingerprint"]
+    lines = read_metrics_file(tmp_path / "metrics.jsonl")
+    assert [m["step"] for m in lines if "eval/top1" in m] == [10, 20, STEPS]
+    assert checkpoint.read_metrics(tmp_path / "checkpoints" / "10")["images"] == 360
+
+
+def test_data_that_goes_away_ends_the_run_with_its_state_saved(smoke_config, tmp_path, at):
+    make_folder(tmp_path / "data")
+    config = folder_config(smoke_config, tmp_path / "data", epochs=4, data__retry_seconds=0.0)
+    whole = train_and_evaluate(config, tmp_path / "whole")
+
+    at("step 2 ", lambda: os.rename(tmp_path / "data", tmp_path / "away"))
+    with pytest.raises(RunError, match=r"cannot be read: No such file.*\(data.retry_seconds\)"):
+        train_and_evaluate(config, tmp_path / "run")
+    saved = int(checkpoint.find_checkpoint(tmp_path / "run" / "checkpoints", "last").name)
+    assert 2 <= saved < 9  # every 10 steps would be the cadence
+    os.rename(tmp_path / "away", tmp_path / "data")
+    assert train_and_evaluate(config, tmp_path / "run")["fingerprint"] == whole["fingerprint"]
 
 
 def test_config_of_the_workdir_must_match(finished):

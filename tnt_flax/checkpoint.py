@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of whole runs: written in the background, committed atomically, verified when read.
 
-Orbax commits a step by renaming its folder, so a kill at any moment leaves whole steps only. But it
-does not notice a damaged array file: a flipped bit comes back as garbage. Therefore every commit
-holds MANIFEST.json with the SHA-256 of its files, and nothing is restored that does not match it.
+Orbax commits a step by renaming its folder, so a kill at any moment leaves whole steps only. Every
+commit holds a manifest with the SHA-256 of its files, and nothing is restored that does not match.
+
+In a run of many processes, each calls what is here, at the same step.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -24,27 +25,36 @@ from orbax.checkpoint import checkpoint_managers
 
 from tnt_flax import distributed
 from tnt_flax.errors import InputError, RunError, one_line
+from tnt_flax.manifest import fault, replace_file, write_manifest
 from tnt_flax.state import TrainState, check_fit
 
-MANIFEST = "MANIFEST.json"
-NOT_IN_MANIFEST = {
-    MANIFEST,
-    "_CHECKPOINT_METADATA",
-    "commit_success.txt",
-}  # Orbax touches them late
+MAX_FAILURES = 3  # saves in a row that may fail before the run ends
+RETRY = 10  # seconds before a save that must not be left out is tried again
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Orbax would ask on one process, from its thread, with the step: the others would not
+        agree any more with it on when to stop. The loop asks."""
+        return False
 
 
 class Checkpoints:
     """The checkpoints of one training run, in `folder`; use it under the lock of the workdir.
 
-    Opening it moves damaged checkpoints to `folder/damaged` and says so.
+    Opening it moves damaged checkpoints to `folder/damaged` and says so. A save that fails is said
+    on stderr, counted in `failed_saves`, and left out: the older ones stay, training goes on.
     """
 
     def __init__(self, folder: pathlib.Path, *, keep: int, info: dict[str, Any]):
         self.folder, self.info = folder, info
-        found = distributed.on_main("damaged checkpoints", lambda: _quarantine(folder), 600)
+        # One process looks, the others wait for it, and all find the same checkpoints.
+        found = distributed.on_main("damaged checkpoints", lambda: _quarantine(folder, keep), 600)
         self.damaged = bool(distributed.total(len(found or ())))
-        self._saving_step = None
+        self.failed_saves = 0
+        self._failures = 0  # in a row
+        self._saving_step: int | None = None
+        self._error: Exception | None = None  # of that save
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(keep),
@@ -53,7 +63,7 @@ class Checkpoints:
                 ),
             ]
         )
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             folder,
             options=ocp.CheckpointManagerOptions(
                 best_fn=_score,  # without it Orbax would drop the metrics silently
@@ -97,44 +107,94 @@ class Checkpoints:
         """Starts saving; returns when the arrays are copied. `metrics["top1"]` decides the best.
 
         Raises:
-            RunError: this save or the one before it failed, for instance on a full disk.
+            RunError: the saves before have failed, one after the other; or there is such a step.
         """
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(self.info)
         )
         self.wait()  # only one save is in flight, so the manifest knows which
-        self._saving_step = step
+        self._saving_step, started = step, True
         try:
             started = self._manager.save(step, args=args, metrics=metrics)
-        except Exception as error:
-            raise self._failed(error) from error
+        except Exception as error:  # Orbax raises whatever its storage does
+            self._error = error  # `wait` sees to it, on all processes alike
         if not started:
+            self._saving_step = None
             raise RunError(f"Orbax refused to save step {step} in {self.folder}: it exists already")
 
     def wait(self) -> None:
-        """Returns when everything saved so far is committed. Raises RunError where that failed."""
+        """Returns when the save in flight is committed, or has failed.
+
+        Raises:
+            RunError: it has, as did those before it, MAX_FAILURES in a row.
+        """
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise self._failed(error) from error
+            self._error = error
+        if self._saving_step is not None:
+            self._settle()
+
+    def ensure(self, state: TrainState, step: int, metrics: dict[str, float] | None = None) -> None:
+        """Returns when `step` is committed; saves it (again) where it is not. Raises RunError."""
+        self._failures = 0
+        self.wait()
+        while not self.committed(step):
+            if self._failures:
+                time.sleep(RETRY)
+            self.save(state, step, metrics)
+            self.wait()
+
+    def committed(self, step: int) -> bool:
+        """Is it whole in the folder, as process 0 sees it?"""
+        return bool(distributed.total(distributed.is_main() and (self.folder / str(step)).is_dir()))
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """The metrics saved with a checkpoint; empty if it was not evaluated."""
+        return read_metrics(self.folder / str(step))
+
+    def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """For a committed checkpoint whose evaluation was interrupted."""
+        folder = self.folder / str(step)
+        if distributed.is_main():
+            (folder / "metrics").mkdir(exist_ok=True)
+            replace_file(folder / "metrics" / "metrics", json.dumps(metrics))
+            write_manifest(folder)
+        distributed.total(0)  # the others wait for it
+        self._manager.reload()
 
     def close(self) -> None:
         self.wait()
         self._manager.close()
 
-    def _failed(self, error: Exception) -> RunError:
+    def _settle(self) -> None:
+        """Finds out what became of a save. The folder tells: it is renamed when all is written."""
+        step, self._saving_step = self._saving_step, None
+        error, self._error = self._error, None
+        if self.committed(step):
+            self._failures = 0
+            return
+        self.failed_saves += 1
+        self._failures += 1
+        if distributed.is_main():  # what was written of it would keep a full disk full
+            shutil.rmtree(self._temporary(step), ignore_errors=True)
+        self._manager.reload()  # Orbax believes that it is there
         whole = step_folders(self.folder)
-        last = f"the last whole one is {whole[-1]}" if whole else "there is no whole one"
-        return RunError(f"saving step {self._saving_step} failed: {one_line(error)}; {last}")
+        message = (
+            f"saving step {step} failed: "
+            f"{one_line(error) if error else 'on another process'}; "
+            + (f"the last whole one is {whole[-1]}" if whole else "there is no whole one")
+        )
+        if self._failures == MAX_FAILURES:
+            raise RunError(f"{message}; {MAX_FAILURES} saves in a row have failed") from error
+        print(f"error: {message}; training goes on", file=sys.stderr)
+
+    def _temporary(self, step: int) -> pathlib.Path:
+        return self.folder / f"{step}.orbax-checkpoint-tmp"
 
     def _write_manifest(self) -> None:
         """Runs in Orbax's thread on process 0, just before the rename that commits the step."""
-        folder = self.folder / f"{self._saving_step}.orbax-checkpoint-tmp"
-        content = {name: digest(folder / name) for name in sorted(_files(folder))}
-        with open(folder / MANIFEST, "w") as f:
-            json.dump(content, f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
+        write_manifest(self._temporary(self._saving_step))
 
 
 def step_folders(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -142,22 +202,6 @@ def step_folders(folder: pathlib.Path) -> list[pathlib.Path]:
     if not folder.is_dir():
         return []
     return sorted((p for p in folder.iterdir() if p.name.isdecimal()), key=lambda p: int(p.name))
-
-
-def fault(step_folder: pathlib.Path) -> str | None:
-    """What is wrong with a checkpoint; None if every file is as it was when it was committed."""
-    manifest = step_folder / MANIFEST
-    try:
-        content = json.loads(manifest.read_text())
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST} is missing or unreadable ({one_line(error)})"
-    for name, expected in content.items():
-        try:
-            if digest(step_folder / name) != expected:
-                return f"{name} has changed"
-        except OSError:
-            return f"{name} is missing"
-    return None
 
 
 def find_checkpoint(folder: pathlib.Path, which: str) -> pathlib.Path:
@@ -228,11 +272,6 @@ def abstract(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(of_leaf, tree, shardings)
 
 
-def digest(path: pathlib.Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def _stored(step_folder: pathlib.Path) -> Any:
     """Shapes and types of the state in a checkpoint.
 
@@ -258,18 +297,19 @@ def _score(metrics: dict[str, float]) -> float:
     return metrics.get("top1", float("-inf"))
 
 
-def _files(folder: pathlib.Path):
-    for path in folder.rglob("*"):
-        if path.is_file() and path.name not in NOT_IN_MANIFEST:
-            yield str(path.relative_to(folder))
+def _quarantine(folder: pathlib.Path, keep: int) -> list[pathlib.Path]:
+    """Moves damaged checkpoints out of Orbax's sight: one bad file would stop its manager.
 
-
-def _quarantine(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Moves damaged checkpoints out of Orbax's sight: one bad file would stop its manager."""
-    moved = []
-    for step_folder in step_folders(folder):
+    One that lacks files, behind `keep` whole ones, a kill kept from being deleted: that is done.
+    """
+    moved, whole = [], 0
+    for step_folder in reversed(step_folders(folder)):
         why = fault(step_folder)
-        if why:
+        if not why:
+            whole += 1
+        elif whole >= keep and "is missing" in why:
+            shutil.rmtree(step_folder, ignore_errors=True)
+        else:
             target = folder / "damaged" / f"{step_folder.name}.{int(time.time())}"
             target.parent.mkdir(exist_ok=True)
             os.replace(step_folder, target)

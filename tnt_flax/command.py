@@ -3,7 +3,7 @@
 
 A command that takes a config says `flags.adopt_module_key_flags(command)`, so that its --help
 lists --config, and ends with `app.run(main, flags_parser=command.parse_flags)`; one without uses
-`Parser`. Exit code 1 is a run that failed, 2 is bad input.
+`Parser`.
 """
 
 import argparse
@@ -12,13 +12,21 @@ import contextlib
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from tnt_flax.errors import InputError, RunError
+from tnt_flax.errors import InputError, RunError, Stopped
+
+# Exit codes. A launcher starts the same command again after STOPPED and STALLED.
+FAILED = 1  # the run failed: a NaN, data or disk that went away; or a bug
+BAD_INPUT = 2
+STOPPED = 42  # told to stop (SIGTERM, Ctrl-C); the state is saved
+STALLED = 75  # something hangs, or another process is gone; EX_TEMPFAIL of sysexits.h
+INTERRUPTED = 130  # Ctrl-C where nothing is saved: a second one, or in another command
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(), such as configs/tnt_s.py.", lock_config=True
@@ -62,12 +70,23 @@ def exit_on_error(interrupted: str) -> Iterator[None]:
     """Ends the process with one line for what went wrong, or with `interrupted` after Ctrl-C."""
     try:
         yield
-    except (InputError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+    except (InputError, RunError, Stopped) as error:
+        sys.exit(report(error))
     except KeyboardInterrupt:
         print(f"interrupted: {interrupted}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+
+
+def report(error: BaseException) -> int:
+    """Says on stderr why a command ends, a bug with its traceback; returns the exit code."""
+    if isinstance(error, Stopped):
+        print(f"stopped: {error}", file=sys.stderr)
+        return STOPPED
+    if isinstance(error, InputError | RunError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    return BAD_INPUT if isinstance(error, InputError) else FAILED
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:

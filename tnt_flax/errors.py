@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two ways a command ends badly. Each message is one line: what, where, and what to do."""
+"""The ways a command ends early. Each message is one line: what, where, and what to do."""
 
 from collections.abc import Sequence
 
@@ -18,6 +18,10 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """The run itself failed: a NaN, a full disk. Commands exit with code 1."""
+
+
+class Stopped(RuntimeError):
+    """The run was told to stop, and the same command goes on. Commands exit with code 42."""
 
 
 def one_line(error: BaseException) -> str:

@@ -13,30 +13,38 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tnt_flax import build, distributed, sharding
+from tnt_flax import build, config_check, distributed, sharding
 from tnt_flax.convert.described import with_network
 from tnt_flax.data import class_maps, imagenet_classes, storage
 from tnt_flax.errors import InputError, RunError
+from tnt_flax.guard import Guard
 from tnt_flax.tables import open_table
 
 EvalStep = Callable[..., dict[str, jax.Array]]
+Stop = Callable[[str], bool | None]  # asked after every batch, which it is told of
 PER_CLASS = {"class": str, "name": str, "images": int, "top1": float, "top5": float}
 
 
 def evaluate(
-    eval_step: EvalStep, params: Any, batches: build.Batches, mesh: Mesh
+    eval_step: EvalStep,
+    params: Any,
+    batches: build.Batches,
+    mesh: Mesh,
+    stop: Stop = lambda what: False,
 ) -> dict[str, float]:
     """Returns top1 and top5 (shares of 1), loss (mean), images, and skipped (unreadable images).
+
+    `stop` is told of every batch, and says whether to give up; then the result is empty.
 
     Raises:
         RunError: there is no image, or the loss is not finite.
     """
-    metrics, _ = sums_and_means(eval_step, params, batches, mesh)
+    metrics, _ = sums_and_means(eval_step, params, batches, mesh, stop)
     return metrics
 
 
 def sums_and_means(
-    eval_step: EvalStep, params: Any, batches: build.Batches, mesh: Mesh
+    eval_step: EvalStep, params: Any, batches: build.Batches, mesh: Mesh, stop: Stop
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """What `evaluate` returns, and the sums of `steps.make_eval_step` over all batches."""
     totals: dict[str, np.ndarray] = {}
@@ -48,11 +56,14 @@ def sums_and_means(
 
     params = sharding.whole(params, mesh)
     pending = {}  # added one batch late: the device never waits, nor do batches pile up on it
-    for batch in batches:
-        skipped += int(batch.pop("corrupt").sum())
-        sums = eval_step(params, sharding.to_global(batch, mesh))
-        add(pending)
-        pending = sums
+    with contextlib.closing(batches):
+        for number, batch in enumerate(batches, start=1):
+            skipped += int(batch.pop("corrupt").sum())
+            sums = eval_step(params, sharding.to_global(batch, mesh))
+            add(pending)
+            pending = sums
+            if stop(f"batch {number} of an evaluation"):
+                return {}, {}
     add(pending)
     images = int(totals.get("images", 0))
     if not images:
@@ -89,13 +100,18 @@ def evaluate_checkpoint(
     Raises:
         InputError: also where labels and classes do not fit together, see `data.class_maps`.
     """
+    with Guard(config.stall_minutes) as guard:
+        return _evaluate_checkpoint(config, run, which, per_class, guard.check)
+
+
+def _evaluate_checkpoint(config, run, which, per_class, stop):
     path, checkpoint = which, "best"
     if which in ("best", "last"):
         if run is None:
             raise InputError(f"--checkpoint={which} needs the --workdir of a run")
         path, checkpoint = str(run), which
     config = with_network(config, path, checkpoint)
-    build.check(config)
+    config_check.check(config)
     mesh = build.build_mesh(config)
     real = config.eval.real_labels
     if real and per_class:
@@ -124,7 +140,7 @@ def evaluate_checkpoint(
         print(f"evaluating on {len(source)} images", file=sys.stderr)
         eval_step = sharding.jit_eval_step(build.build_eval_step(config, model, classes), mesh)
         batches = relabeled(build.eval_batches(config, source), labels, classes)
-        metrics, sums = sums_and_means(eval_step, params, batches, mesh)
+        metrics, sums = sums_and_means(eval_step, params, batches, mesh, stop)
         metrics["ece"] = calibration_error(sums["calibration"])
         if not real:
             metrics["mean_per_class"] = mean_per_class(sums["per_class"])
@@ -143,12 +159,13 @@ def relabeled(
 
     Images of none of the `classes` do not count.
     """
-    for batch in batches:
-        batch["label"] = labels[batch["label"]]
-        if classes is not None:
-            batch["label"] = np.where(np.isin(batch["label"], classes), batch["label"], -1)
-        batch["mask"] &= (batch["label"] >= 0).any(axis=1)
-        yield batch
+    with contextlib.closing(batches):
+        for batch in batches:
+            batch["label"] = labels[batch["label"]]
+            if classes is not None:
+                batch["label"] = np.where(np.isin(batch["label"], classes), batch["label"], -1)
+            batch["mask"] &= (batch["label"] >= 0).any(axis=1)
+            yield batch
 
 
 def write_per_class(table: Any, per_class: np.ndarray, names: tuple[str, ...]) -> None:

@@ -17,7 +17,8 @@ from tqdm import tqdm
 class MetricWriter:
     """Appends scalars to `metrics.jsonl` and to TensorBoard event files, without TensorFlow.
 
-    A resumed run first drops what a killed one had logged past `start_step`.
+    A resumed run first drops what a killed one had logged past `start_step`. A disk that is full
+    costs lines, and no more.
     """
 
     def __init__(self, workdir: pathlib.Path, start_step: int):
@@ -29,20 +30,30 @@ class MetricWriter:
         temporary.write_text("".join(json.dumps(m) + "\n" for m in kept))
         os.replace(temporary, self.path)
         self._file = open(self.path, "a")
-        self._events = Writer(str(workdir / "tensorboard"))
+        self._open_events = lambda: Writer(str(workdir / "tensorboard"))
+        self._events = self._open_events()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """`values` are numbers by name ("train/loss"); anything else goes to the file alone."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._events.add_scalar(name, value, step)
-        self._events.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            print(f"error: cannot write {self.path}: {error.strerror}", file=sys.stderr)
+        try:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._events.add_scalar(name, value, step)
+            self._events.flush()
+        except OSError as error:  # after which a writer of TensorBoard's only repeats it
+            print(f"error: cannot write TensorBoard's events: {error.strerror}", file=sys.stderr)
+            self._events = self._open_events()
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._events.close()
 
 
 def read_metrics_file(path: pathlib.Path) -> list[dict[str, Any]]:

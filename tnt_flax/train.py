@@ -13,12 +13,14 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from tnt_flax import agreement, build, distributed, figures, sharding, weights
+from tnt_flax import agreement, build, config_check, distributed, figures, sharding, weights
 from tnt_flax.checkpoint import Checkpoints, abstract
 from tnt_flax.convert.described import with_network
+from tnt_flax.data.outage import Outage
 from tnt_flax.data.sources import check_same_classes
-from tnt_flax.errors import RunError
+from tnt_flax.errors import InputError, RunError, Stopped
 from tnt_flax.evaluate import evaluate
+from tnt_flax.guard import Guard
 from tnt_flax.metrics import MetricWriter, Progress, Silence, StepMeter, read_metrics_file
 from tnt_flax.state import TrainState, fingerprint, flat_names, split
 from tnt_flax.workdir import as_json, check_space, open_workdir
@@ -32,18 +34,20 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
 
     Raises:
         InputError: something in the config, the data or the workdir is wrong.
-        RunError: the loss became NaN or infinite, or a checkpoint could not be saved.
+        RunError: the loss became NaN or infinite, checkpoints could not be saved, or the data went
+            away.
+        Stopped: a notice came (SIGTERM, Ctrl-C); the state is saved.
     """
     config = with_network(config)
-    build.check(config)
+    config_check.check(config)
     build.build_train_transform(config)  # not after the workdir has got this config
-    with contextlib.ExitStack() as stack:
+    with Guard(config.stall_minutes) as guard, contextlib.ExitStack() as stack:
         enter = lambda: stack.enter_context(open_workdir(workdir, as_json(config)))
         distributed.on_main("workdir", enter)
         agreement.agree_on_program()
         agreement.agree("config", as_json(config))
         agreement.check_shared(workdir)
-        return _train(config, workdir)
+        return _train(config, workdir, guard)
 
 
 def due(step: int, every: int, total: int) -> bool:
@@ -51,7 +55,7 @@ def due(step: int, every: int, total: int) -> bool:
     return step % every == 0 or step == total
 
 
-def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def _train(config: ConfigDict, workdir: pathlib.Path, guard: Guard) -> dict[str, Any]:
     # ---------------------------------------------------------------- mesh
     mesh = build.build_mesh(config)
     replicated = sharding.replicated(mesh)
@@ -71,6 +75,8 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         group: build.in_steps(f"{group}.every", config[group].every, plan.steps_per_epoch)
         for group in ("eval", "checkpoint", "log")
     }
+
+    guard.check("the open data set")
 
     # ---------------------------------------------------------------- model and optimizer
     model = build.build_model(config, len(class_names))
@@ -116,6 +122,8 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
             file=sys.stderr,
         )
 
+    guard.check("the state to begin with")
+
     # ---------------------------------------------------------------- compiled steps
     train_step = build.build_train_step(config, model, tx, schedule)
     train_step = sharding.jit_train_step(train_step, mesh, shapes)
@@ -125,7 +133,6 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     writer = MetricWriter(workdir, start_step) if main else Silence()
     progress = Progress(start_step, total_steps) if main else Silence()
     meter = StepMeter(config.batch_size, plan.steps_per_epoch, total_steps)
-    last_eval = {}
     pending = None  # (step, metrics) of the step that the device may still be working on
 
     def settle():
@@ -143,7 +150,9 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 
     def run_evaluation(step):
         batches = build.eval_batches(config, eval_source)
-        metrics = evaluate(eval_step, evaluated_params(), batches, mesh)
+        metrics = evaluate(eval_step, evaluated_params(), batches, mesh, guard.reached)
+        if guard.stopping:  # not all images were seen; the next start makes up for it
+            return {}
         writer.write(step, {f"eval/{name}": value for name, value in metrics.items()})
         progress.say(
             f"step {step}: {config.eval.weights} weights on {metrics['images']} images: "
@@ -151,11 +160,37 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         )
         return metrics
 
+    def keep(step):
+        """Returns when the state after `step` updates is safe."""
+        settle()  # a NaN must not reach a checkpoint
+        if step:  # the state before the first one comes from the seed
+            checkpoints.ensure(state, step)
+
+    @contextlib.contextmanager
+    def needing_data(step):
+        """Data that cannot be read ends the run, but does not cost the steps before."""
+        try:
+            yield
+        except (InputError, Outage) as error:
+            guard.failed(error)
+            keep(step)
+            raise
+
     batches = build.train_batches(config, train_source, plan, start_step, total_steps - start_step)
     try:
+        last_eval = {}
+        interrupted = start_step and due(start_step, every["eval"], total_steps)
+        if interrupted and not checkpoints.metrics(start_step):
+            last_eval = run_evaluation(start_step)
+            if last_eval:
+                checkpoints.add_metrics(start_step, last_eval)
         for step in range(start_step, total_steps):  # `step` updates have been applied so far
             asked = time.perf_counter()
-            batch = next(batches)
+            with needing_data(step):
+                batch = guard.wait(batches)
+            if batch is None:
+                keep(step)
+                raise Stopped(f"step {step} is saved; the same command goes on from there")
             meter.waited += time.perf_counter() - asked
             meter.replaced += int(batch.pop("replaced").sum())
 
@@ -165,21 +200,25 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
             progress.advance()
 
             done = step + 1
+            stopping = guard.reached(f"step {done} of {total_steps}")
             if due(done, every["log"], total_steps):
                 settle()
                 meter.replaced = distributed.total(meter.replaced)
-                values = meter.report(done)
+                values = meter.report(done) | {"checkpoint/failed": checkpoints.failed_saves}
                 writer.write(done, values)
                 progress.report(done, values)
-            evaluating = due(done, every["eval"], total_steps)
+            evaluating = due(done, every["eval"], total_steps) and not stopping
             if evaluating or due(done, every["checkpoint"], total_steps):
                 settle()  # a NaN must not reach a checkpoint
                 with meter.pause():
-                    last_eval = run_evaluation(done) if evaluating else {}
+                    with needing_data(done):
+                        last_eval = run_evaluation(done) if evaluating else {}
                     checkpoints.save(state, done, last_eval or None)
-        if not last_eval:  # nothing was left to do
+        checkpoints.ensure(state, total_steps, last_eval or None)
+        if not last_eval and not guard.stopping:  # nothing was left to do
             last_eval = run_evaluation(total_steps)
-        checkpoints.wait()
+        if guard.stopping:
+            raise Stopped("every step is saved; the same command evaluates and finishes")
 
         # ------------------------------------------------------------ what a run leaves behind
         digest = fingerprint(state.params)
@@ -206,8 +245,12 @@ def _train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
                 class_names,
                 workdir / "predictions.png",
             )
-        distributed.exchange("end", "", timeout=3600)  # JAX would not wait for process 0 so long
+        # Who leaves much earlier than the others would count as dead.
+        distributed.exchange("end", "", 3600)
         return {**last_eval, "step": total_steps, "fingerprint": digest}
+    except BaseException as error:
+        guard.failed(error)  # what follows would wait for the other processes
+        raise
     finally:
         batches.close()
         progress.close()

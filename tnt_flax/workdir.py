@@ -16,7 +16,8 @@ from tnt_flax.errors import InputError
 
 # A resumed run may change these: they do not touch what is computed, but for its rounding.
 FREE_GROUPS = ("log", "eval", "checkpoint")
-FREE_KEYS = ("data.root", "data.threads", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor")
+FREE_KEYS = ("data.root", "data.threads", "data.workers", "data.retry_seconds", "stall_minutes")
+FREE_KEYS += ("mesh.data", "mesh.fsdp", "mesh.tensor")
 
 
 @contextlib.contextmanager

@@ -11,12 +11,16 @@ threads or processes evaluate the view changes nothing.
 import dataclasses
 import functools
 import logging
+import multiprocessing.connection
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
 
+from tnt_flax.data.outage import Outage, PatientReader
 from tnt_flax.data.plan import EvalPlan, SampleKey, TrainPlan, sample_generator
 from tnt_flax.data.sources import Source
 from tnt_flax.data.transforms import CorruptImageError, Encoded, decode
@@ -41,6 +45,7 @@ def train_batches(
     threads: int = 4,
     prefetch: int = 2,
     workers: int = 0,
+    retry_seconds: float = 0,
 ) -> Iterator[Batch]:
     """This host's part of the global batches start_step, ..., start_step + num_steps - 1.
 
@@ -51,12 +56,17 @@ def train_batches(
 
     `threads` read and decode, `prefetch` batches ahead. With `workers` > 0 that many processes do
     the work, each with its own `threads`; the program must then guard its `__main__`. The iterator
-    is a generator: `close()` it, if it was not exhausted, to stop threads and processes.
+    is a generator: `close()` it, if it was not exhausted, to stop threads and processes. The
+    processes ignore notices to stop and end with this one, however it ends.
+
+    Where the storage of the data is away, reading is tried again for `retry_seconds`, and then
+    `next()` raises `outage.Outage`.
     Raises InputError at once for rows that the hosts cannot share evenly and for bad options.
     """
     rows = _rows_per_host(plan.batch_size, host, num_hosts)
     _check_corrupt(corrupt)
-    view = _TrainView(source, plan, transform, corrupt, start_step, num_steps, host * rows, rows)
+    reader = PatientReader(source, retry_seconds)
+    view = _TrainView(reader, plan, transform, corrupt, start_step, num_steps, host * rows, rows)
     return _run(view, rows, threads, prefetch, workers)
 
 
@@ -71,6 +81,7 @@ def eval_batches(
     threads: int = 4,
     prefetch: int = 2,
     workers: int = 0,
+    retry_seconds: float = 0,
 ) -> Iterator[Batch]:
     """This host's part of one pass over the source, in order: every record exactly once.
 
@@ -84,7 +95,8 @@ def eval_batches(
     _check_corrupt(corrupt)
     blank = np.zeros_like(transform(np.zeros((1, 1, 3), np.uint8)))  # for its shape
     plan = EvalPlan(len(source), batch_size)
-    view = _EvalView(source, plan, transform, corrupt, host * rows, rows, blank)
+    reader = PatientReader(source, retry_seconds)
+    view = _EvalView(reader, plan, transform, corrupt, host * rows, rows, blank)
     return _run(view, rows, threads, prefetch, workers)
 
 
@@ -95,7 +107,7 @@ def eval_batches(
 class _TrainView:
     """The records of one host as a sequence, PER_ELEMENT of a step to an element."""
 
-    source: Source
+    reader: PatientReader
     plan: TrainPlan
     transform: Callable[[Encoded, np.random.Generator], np.ndarray]
     corrupt: str
@@ -129,19 +141,19 @@ class _TrainView:
     def _read(self, record, keys):
         """The views of the record, or those of the first readable one after it."""
         for replacements in range(MAX_REPLACEMENTS + 1):
-            candidate = (record + replacements) % len(self.source)
+            candidate = (record + replacements) % len(self.reader.source)
             try:
-                encoded, label = self.source[candidate]
+                encoded, label = self.reader[candidate]
                 image = decode(encoded)
                 # A fresh generator each time: the replacement must not depend on how far the
                 # transform of the unreadable record came.
                 images = [self.transform(image, sample_generator(key)) for key in keys]
                 return images, label, replacements > 0
             except (CorruptImageError, OSError) as reason:
-                _refuse_or_log(self.source, candidate, reason, self.corrupt)
+                _refuse_or_log(self.reader.source, candidate, reason, self.corrupt)
         raise InputError(
             f"{MAX_REPLACEMENTS + 1} records in a row cannot be read, the first is "
-            f"{self.source.name_of(record)}: check the data set"
+            f"{self.reader.source.name_of(record)}: check the data set"
         )
 
 
@@ -149,7 +161,7 @@ class _TrainView:
 class _EvalView:
     """The samples of one host as a sequence, PER_ELEMENT of a batch to an element."""
 
-    source: Source
+    reader: PatientReader
     plan: EvalPlan
     transform: Callable[[Encoded], np.ndarray]
     corrupt: str
@@ -174,10 +186,10 @@ class _EvalView:
         if record is None:
             return self._columns(self.blank)
         try:
-            encoded, label = self.source[record]
+            encoded, label = self.reader[record]
             return self._columns(self.transform(encoded), label, mask=True)
         except (CorruptImageError, OSError) as reason:
-            _refuse_or_log(self.source, record, reason, self.corrupt)
+            _refuse_or_log(self.reader.source, record, reason, self.corrupt)
             return self._columns(self.blank, corrupt=True)
 
     def _columns(self, image, label=0, *, mask=False, corrupt=False):
@@ -209,7 +221,7 @@ def _refuse_or_log(source, record, reason, corrupt):
     """Reports an unreadable record: as the error that ends the run, or as a line of the log."""
     if isinstance(reason, CorruptImageError):
         problem = f"{source.name_of(record)} is not a usable image: {reason}"
-    else:  # the file vanished, the disk failed
+    else:  # the file vanished
         problem = f"{source.name_of(record)} cannot be read: {reason.strerror or reason}"
     if corrupt == "error":
         raise InputError(f'{problem}; remove it, or set data.corrupt="skip"') from None
@@ -227,13 +239,31 @@ def _run(view, rows, threads, prefetch, workers):
         # Threads share records, not batches: the first batch comes sooner, and the memory in
         # flight does not grow with threads * rows.
         options = grain.ReadOptions(threads, max(threads, prefetch * count))
-        return _iterate(records.to_iter_dataset(options).batch(count, batch_fn=put_together))
+        batches = records.to_iter_dataset(options).batch(count, batch_fn=put_together)
+        return _iterate(batches, view.reader)
     # Grain deals the elements below the prefetch to its processes in turn. They must be whole
     # batches, or each process would batch its own every-other record.
     _parse_absl_flags()
     options = grain.ReadOptions(threads, max(threads, prefetch))
     batches = records.batch(count, batch_fn=put_together).to_iter_dataset(options)
-    return _iterate(batches.mp_prefetch(grain.MultiprocessingOptions(workers, prefetch)))
+    processes = grain.MultiprocessingOptions(workers, prefetch)
+    return _iterate(batches.mp_prefetch(processes, worker_init_fn=_serve), view.reader)
+
+
+def _serve(worker, workers):
+    """Begins a worker process: it ends with its trainer, and with nothing else.
+
+    Schedulers and terminals send a notice to stop to every process, but the trainer still needs
+    this one until its state is saved. And a trainer that is killed cannot stop its workers.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_trainer():
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_trainer, daemon=True).start()
 
 
 def _put_together(rows, records):
@@ -247,7 +277,7 @@ def _put_together(rows, records):
     return batch
 
 
-def _iterate(batches):
+def _iterate(batches, reader):
     """A generator, so that the end, an error and `close()` all stop the threads and processes."""
     iterator = iter(batches)
     try:
@@ -258,9 +288,10 @@ def _iterate(batches):
                 name: column if type(column) is np.ndarray else np.array(column)
                 for name, column in batch.items()
             }
-    except InputError as error:
-        raise InputError(*error.args) from None  # without Grain's notes about its tracebacks
+    except (InputError, Outage) as error:
+        raise type(error)(*error.args) from None  # without Grain's notes about its tracebacks
     finally:
+        reader.closed.set()
         iterator.close()
 
 

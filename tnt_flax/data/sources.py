@@ -4,7 +4,8 @@
 A source is a sequence of records. `len(source)` counts them; `source[i]` is `(image, label)`, where
 the image is either the encoded file (bytes) or uint8 pixels [H, W] or [H, W, C], and the label an
 int; `source.class_names` names the labels; `source.name_of(i)` is what a message calls record i.
-Reading a record may raise OSError. Sources pickle, because worker processes get a copy.
+Reading a record may raise OSError; `source.place` is there as long as the data set can be reached
+(see `storage.is_away`). Sources pickle, because worker processes get a copy.
 """
 
 import difflib
@@ -41,6 +42,7 @@ class Source(Protocol):
     """The interface of this file, for annotations."""
 
     class_names: tuple[str, ...]
+    place: str
 
     def __len__(self) -> int: ...
 
@@ -125,7 +127,7 @@ class ImageFolder:
 
     def __init__(self, root: str, split: str, class_list: str = "", holdout: Holdout | None = None):
         folder, part = _find_split(root, split, holdout)
-        self.folder = str(folder)
+        self.folder = self.place = str(folder)
         self.class_names = order_classes(_class_folders(folder), class_list, self.folder)
         self._files = []  # paths relative to the folder, as text: an ImageNet has 1.3 million
         self._labels = []
@@ -258,6 +260,7 @@ class Digits:
         self._labels = digits.target[rows]
         self._split = split
         self.class_names = tuple(str(name) for name in digits.target_names)
+        self.place = ""  # in memory: nothing is ever away
 
     def __len__(self) -> int:
         return len(self._labels)

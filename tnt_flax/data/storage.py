@@ -15,6 +15,23 @@ REMOTE_BLOCK = 2**23  # bytes of a request while a remote file is read from fron
 Read = Callable[[int, int], bytes]  # (start, size) -> the bytes, fewer at the end of the file
 
 
+class DamagedError(OSError):
+    """What is in a file is wrong; to read it again would be of no use."""
+
+
+def is_away(error: OSError, place: str) -> bool:
+    """Is the storage at fault, which may come back, and not one file or record?
+
+    `place` is what is there as long as the data set can be reached: its folder, or a file that
+    holds many records.
+    """
+    if isinstance(error, DamagedError):
+        return False
+    if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+        return not is_remote(place) and not os.path.exists(place)
+    return True  # an I/O error, a stale handle, a network that fails
+
+
 def is_remote(path: str) -> bool:
     return "://" in path
 
@@ -51,7 +68,7 @@ def read(path: str, start: int, size: int) -> bytes:
                     break
                 data += more
     if len(data) != size:
-        raise OSError(f"{path} ends before byte {start + size}")
+        raise DamagedError(f"{path} ends before byte {start + size}")
     return data
 
 
@@ -146,4 +163,4 @@ def _as_oserror(path):
     except (OSError, InputError):
         raise
     except Exception as error:
-        raise OSError(f"{path}: {one_line(error)}") from error
+        raise ConnectionError(f"{path}: {one_line(error)}") from error

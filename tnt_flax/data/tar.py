@@ -119,6 +119,10 @@ class TarImages:
     labels: np.ndarray  # int32 [texts]
     class_names: tuple[str, ...]
 
+    @property
+    def place(self) -> str:
+        return self.index.files[0]
+
     def __len__(self) -> int:
         return len(self.index)
 

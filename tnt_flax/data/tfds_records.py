@@ -37,6 +37,7 @@ class TfdsSource:
         self._image_key, self._label_key = _supervised_pair(builder)
         self.class_names = tuple(builder.info.features[self._label_key].names)
         self._records = _open_split(builder, split)
+        self.place = os.fspath(builder.data_path)
         self._name = f"{name}/{split}"
 
     def __len__(self) -> int:
@@ -50,7 +51,9 @@ class TfdsSource:
             return image, values[self._label_key].int64_list.value[0]
         # How array_record and protobuf report damaged files; OSError is ours.
         except (RuntimeError, ValueError, LookupError, message.DecodeError) as error:
-            raise OSError(" ".join(str(error).split())) from None
+            what = " ".join(str(error).split())
+            kind = storage.DamagedError if os.path.exists(self.place) else OSError
+            raise kind(what) from None
 
     def name_of(self, index: int) -> str:
         return f"{self._name} record {index}"
@@ -191,7 +194,7 @@ class _TfRecords:
         data = self._indexes[name].read(rows[record - self._ends[k]])  # from the end of its range
         data, crc = data[:-_CRC], data[-_CRC:]
         if crc != _masked_crc(data):
-            raise OSError("its checksum is wrong")
+            raise storage.DamagedError("its checksum is wrong")
         return data
 
 

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from tnt_flax import command
+from tnt_flax import command, config_check
 from tnt_flax.data.sources import Source
 from tnt_flax.data.transforms import CorruptImageError, decode
 from tnt_flax.tools.findings import FindingsFile
@@ -76,7 +76,7 @@ def check_data(config: ConfigDict, split: str = "train", out: str | None = None)
     """
     from tnt_flax import build
 
-    build.check(config)
+    config_check.check(config)
     splits = ("train", "eval") if split == "both" else (split,)
     sources = {name: build.open_source(config, config.data[f"{name}_split"]) for name in splits}
     checked = {key: value for key, value in config.data.items() if key not in OTHER_KEYS}

@@ -18,7 +18,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from tnt_flax import command
+from tnt_flax import command, config_check
 from tnt_flax.errors import InputError
 
 
@@ -44,12 +44,11 @@ def compile_check(config: ConfigDict, topology: str | None, classes: int = 1000)
     Raises:
         InputError: the config or the topology is wrong, or libtpu is not installed.
     """
-    from tnt_flax import build
     from tnt_flax.tools import hlo, tpu_compiler
 
     if not topology:
         raise InputError("--topology=KIND:CHIPS is missing, for instance --topology=v5e:4x4")
-    build.check(config)
+    config_check.check(config)
     chip, chips = tpu_compiler.devices(topology)
     images, rest = divmod(config.batch_size, len(chips))
     print(

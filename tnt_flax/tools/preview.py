@@ -19,7 +19,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from tnt_flax import command
+from tnt_flax import command, config_check
 from tnt_flax.errors import InputError, RunError
 
 MOST_READ = 256  # images: beyond that many, a batch is read only as far as the sheet needs it
@@ -101,7 +101,7 @@ def first_samples(config: ConfigDict, wanted: int) -> Samples:
 
     from tnt_flax import build, steps
 
-    build.check(config)
+    config_check.check(config)
     source = build.open_source(config, config.data.train_split)
     config = config.copy_and_resolve_references()
     batch_size = smaller_batch(config, wanted, len(source))

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""main.py, in which something goes wrong: $FAULT says where, when and what, as JSON.
+
+{"process": 1, "at": "step 7 ", "do": "SIGTERM"}: process 1 gets SIGTERM as it reaches step 7. `at`
+is the beginning of what the guard of the run is told, or "compile" or "save".
+"""
+
+import json
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import jax
+import numpy as np
+from absl import app
+
+import main
+from tnt_flax import command, sharding
+from tnt_flax.checkpoint import Checkpoints
+from tnt_flax.guard import Guard
+
+FAULT = json.loads(os.environ.get("FAULT", "null")) or {}
+
+
+def strike(reached: str) -> None:
+    """Does what FAULT says, once, if this is the place."""
+    if not FAULT or jax.process_index() != FAULT["process"] or not reached.startswith(FAULT["at"]):
+        return
+    what = FAULT["do"]
+    FAULT.clear()
+    print(f"fault: {what} at {reached}", file=sys.stderr, flush=True)
+    if what.startswith("SIG"):
+        os.kill(os.getpid(), signal.Signals[what])
+    elif what == "raise":
+        raise ZeroDivisionError("an injected bug")
+    elif what == "hang":
+        time.sleep(10_000)
+
+
+def struck_first(function, reached=lambda *args: args[1]):
+    def wrapped(*args):
+        strike(reached(*args))
+        return function(*args)
+
+    return wrapped
+
+
+def struck_after_save(save):
+    def wrapped(self, state, step, metrics=None):
+        save(self, state, step, metrics)  # it goes on in the background
+        strike(f"save {step}")
+
+    return wrapped
+
+
+def struck_train_step(jit_train_step):
+    def make(*args):
+        train_step, calls = jit_train_step(*args), 0
+
+        def wrapped(state, *rest):
+            nonlocal calls
+            calls += 1
+            if calls == 1 and FAULT.get("at") == "compile":
+                threading.Timer(0.3, strike, ["compile"]).start()
+            if FAULT.get("do") == "nan" and FAULT["process"] == jax.process_index():
+                if FAULT["at"] == f"step {calls}":
+                    state = state.replace(params=jax.tree.map(not_a_number, state.params))
+            return train_step(state, *rest)
+
+        return wrapped
+
+    return make
+
+
+def not_a_number(x):
+    """Of this process only, as if its memory had failed."""
+    shards = [np.full(s.data.shape, np.nan, x.dtype) for s in x.addressable_shards]
+    devices = [s.device for s in x.addressable_shards]
+    pieces = [jax.device_put(s, d) for s, d in zip(shards, devices, strict=True)]
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, pieces)
+
+
+if __name__ == "__main__":
+    Guard.reached = struck_first(Guard.reached)
+    Guard.check = struck_first(Guard.check)
+    Checkpoints.save = struck_after_save(Checkpoints.save)
+    sharding.jit_train_step = struck_train_step(sharding.jit_train_step)
+    app.run(main.main, flags_parser=command.parse_flags)
