@@ -44,7 +44,11 @@ def evaluate(
 
 
 def sums_and_means(
-    eval_step: EvalStep, params: Any, batches: build.Batches, mesh: Mesh, stop: Stop
+    eval_step: EvalStep,
+    params: Any,
+    batches: build.Batches,
+    mesh: Mesh,
+    stop: Stop = lambda what: False,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """What `evaluate` returns, and the sums of `steps.make_eval_step` over all batches."""
     totals: dict[str, np.ndarray] = {}
