@@ -196,7 +196,7 @@ def test_answers_are_among_the_chosen():
 
 def test_images_of_other_classes_do_not_count():
     batch = {"label": np.array([0, 1, 2, 0]), "mask": np.array([True, True, True, False])}
-    (few,) = relabeled(iter([batch]), np.array([[4], [5], [6]]), (4, 6))
+    (few,) = relabeled((batch for _ in range(1)), np.array([[4], [5], [6]]), (4, 6))
     assert few["label"].tolist() == [[4], [-1], [6], [4]]
     assert few["mask"].tolist() == [True, False, True, False]
 

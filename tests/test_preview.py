@@ -33,9 +33,9 @@ class Recorder:
     def __init__(self):
         self.images = []
 
-    def apply(self, variables, images, *, train, rngs):
+    def apply(self, variables, images, *, train, rngs, mutable):
         jax.debug.callback(lambda x: self.images.append(np.asarray(x)), images)
-        return variables["params"]
+        return variables["params"]["logits"], {}
 
 
 def test_the_images_are_those_that_a_training_step_gives_the_network(smoke_config, monkeypatch):
@@ -49,7 +49,7 @@ def test_the_images_are_those_that_a_training_step_gives_the_network(smoke_confi
     batch = next(build.train_batches(config, source, build.build_plan(config, len(source)), 0, 1))
     tx, model = optax.sgd(1.0), Recorder()
     step = jax.jit(build.build_train_step(config, model, tx, lambda count: 1.0))
-    state = TrainState.create(jnp.zeros((48, 10)), tx)
+    state = TrainState.create({"logits": jnp.zeros((48, 10))}, tx)
     inputs = {name: batch[name] for name in ("image", "label")}
     after, _ = step(state, inputs, build.run_keys(config)[1])
     jax.effects_barrier()
@@ -57,7 +57,7 @@ def test_the_images_are_those_that_a_training_step_gives_the_network(smoke_confi
     np.testing.assert_allclose(samples.images, seen, atol=1e-6)
 
     # The gradient of the loss is (softmax - targets) / 48, and the softmax of zeros is 1 / 10.
-    targets = 0.1 + 48 * np.asarray(after.params)
+    targets = 0.1 + 48 * np.asarray(after.params["logits"])
     np.testing.assert_allclose(samples.weights * 0.9 + 0.01, targets, atol=1e-5)
     np.testing.assert_allclose(samples.weights.sum(axis=1), 1, atol=1e-6)
     assert ((samples.weights > 0).sum(axis=1) <= 2).all()

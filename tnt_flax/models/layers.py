@@ -6,6 +6,7 @@ the outer transformer reads sentences `(B, N + 1, D)`, the inner one words `(B, 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -229,11 +230,14 @@ class TransformerBlock(nn.Module):
         x = x[..., :queries, :] + DropPath()(update, drop_path_rate)
 
         width = x.shape[-1]
+        hidden = int(width * self.mlp_ratio)
         update = norm(name="norm2")(x)
-        update = update.reshape(-1, width) if self.primitives.flat_mlp else update
-        update = GELU[self.gelu](dense(int(width * self.mlp_ratio), name="fc1")(update))
-        hidden = update.reshape(*x.shape[:-1], -1)  # dropout draws sequence by sequence
-        update = Dropout(self.dropout)(hidden, train=train).reshape(update.shape)
+        if self.primitives.flat_mlp:
+            update = update.reshape(math.prod(x.shape[:-1]), width)
+        update = GELU[self.gelu](dense(hidden, name="fc1")(update))
+        rows = update.shape
+        update = update.reshape(*x.shape[:-1], hidden)  # dropout draws sequence by sequence
+        update = Dropout(self.dropout)(update, train=train).reshape(rows)
         update = dense(width, use_bias=self.output_bias, name="fc2")(update)
         update = Dropout(self.dropout)(update.reshape(x.shape), train=train)
         if self.se:

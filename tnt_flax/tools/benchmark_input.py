@@ -38,7 +38,7 @@ BATCH, GROUPS, REPEATS, THREADS = 128, 8, 3, 8
 SCALE, RATIO, FLIP, RANDAUGMENT = (0.08, 1.0), (3 / 4, 4 / 3), 0.5, "rand-m9-mstd0.5-inc1"
 MEAN, CROP_FRACTION = (0.5, 0.5, 0.5), 0.9
 TASKS = ("train", "train_opencv", "eval")
-GENERATED = 256  # files, if none are given
+GENERATED = 1024  # files, if none are given: seconds a pass, beside which its start is short
 SUFFIXES = (".jpg", ".jpeg")
 
 
