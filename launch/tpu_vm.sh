@@ -2,7 +2,7 @@
 # Trains on a slice of Cloud TPU VMs. Each host runs the same command; JAX finds the others by itself.
 #   TPU=NAME ZONE=us-central2-b launch/tpu_vm.sh --config=configs/tnt_s.py \
 #       --workdir=/mnt/shared/runs/tnt_s --config.data.root=/mnt/shared/imagenet
-# Written from the documentation of gcloud; it was never run. The slice is made with, for instance:
+# The options of gcloud were looked up; it was never run. The slice is made with, for instance:
 #   gcloud compute tpus tpu-vm create NAME --zone=us-central2-b --accelerator-type=v4-32 \
 #       --version=tpu-ubuntu2204-base
 # and prepared once, on every host: the checkout in ~/tnt_flax, a shared folder (Filestore, by NFS)
