@@ -1,5 +1,6 @@
 # make train    makes the environment and trains a small TNT on the embedded digits
 # make test     makes the environment and runs ruff and the whole test suite
+# make soak     runs the long tests: runs of many processes, resumed runs, the largest programs
 # make oracle   adds torch and timm and runs the tests that compare with them live
 # make docs     builds the API reference in .site; any warning is an error
 # make eval     evaluates what `make train` trained
@@ -15,7 +16,7 @@ CONSTRAINTS = $(shell $(PYTHON) -c 'import sys; \
 SOURCES = requirements.txt pyproject.toml $(wildcard constraints/*.txt)
 RUN = $(VENV)/bin/python main.py --config=configs/digits.py --workdir=$(WORKDIR)
 
-.PHONY: train eval test oracle docs
+.PHONY: train eval test soak oracle docs
 .DELETE_ON_ERROR:
 
 train: $(VENV)/run.stamp
@@ -29,6 +30,9 @@ test: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
+
+soak: $(VENV)/test.stamp
+	$(VENV)/bin/python -m pytest -m soak --numprocesses=2 $(ARGS)
 
 oracle: $(VENV)/oracle.stamp
 	$(VENV)/bin/python -m pytest -m oracle $(ARGS)

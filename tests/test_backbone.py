@@ -160,7 +160,7 @@ def test_a_grid_that_no_weights_tell():
         with_positions(model, {"sentence_pos": jnp.zeros((1, 7, 24))}, (2, 2))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_example_learns_and_draws(root, tmp_path, monkeypatch):
     source = root / "examples" / "segmentation.py"
     assert len(source.read_text().splitlines()) < 60

@@ -188,7 +188,7 @@ def assert_describes_the_model(result, sides, rounds):
     "task, sides",
     [
         ("forward", ["ours"]),
-        pytest.param("step", ["ours", "ours tuned"], marks=pytest.mark.slow),
+        pytest.param("step", ["ours", "ours tuned"], marks=pytest.mark.soak),
     ],
 )
 def test_our_model_alone_where_there_is_no_timm(task, sides, monkeypatch, capfd):

@@ -79,6 +79,7 @@ def test_gelu_and_its_slope(exact):
     np.testing.assert_allclose(slope(), expected, atol=1e-6 if exact else 6e-5)
 
 
+@pytest.mark.soak
 def test_eight_devices_run_the_network_as_one_does(interpreted):
     """Words, dropped sentences and all parameters' gradients; the forward pass is silent."""
     model, params, images = build((8, 32, 48, 3), inner="pallas", drop_path=0.5)

@@ -42,7 +42,7 @@ def losses(workdir):
     return {m["step"]: m["train/loss"] for m in lines if "train/loss" in m}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_processes_go_on_where_one_stopped(whole, root, tmp_path):
     """Their devices share heads, and read a state that was split otherwise."""
     workdir = tmp_path / "run"

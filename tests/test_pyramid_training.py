@@ -26,7 +26,7 @@ DIGITS = tuple("0123456789")
 HALF = (0.5, 0.5, 0.5)
 
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 
 
 @pytest.fixture(scope="module")

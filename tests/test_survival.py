@@ -29,7 +29,7 @@ def run(root, smoke_flags):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_processes_stop_fail_and_go_on_as_one(run, tmp_path):
     codes, outs, errs = run(tmp_path / "whole")
     assert codes == [0, 0], errs

@@ -70,7 +70,7 @@ def planned(config, source, damaged):
     return shown, int((records == broken).sum())
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_epochs_with_every_switch_on(tmp_path, monkeypatch):
     damaged = make_folder(tmp_path / "data")
     config = default.get_config()

@@ -70,6 +70,7 @@ def measure_inference(
     sizes = sorted(set(args.batch_sizes))
     work, facts, hows = set_up(args, sizes, image_size, fields)
     rounds.print_facts(facts)
+    rounds.say_who_takes_part()
     sides = {
         name: functools.partial(_our_passes, work, *how)
         for name, how in OURS.items()

@@ -72,6 +72,7 @@ def measure_input(args: argparse.Namespace) -> dict:
             "batch_size": options[1],
         }
         rounds.print_facts(facts)
+        rounds.say_who_takes_part()
         sides = {"ours": functools.partial(_our_passes, *options)}
         for workers in (0, 1) if with_timm else ():
             key = f"timm, {workers} workers"

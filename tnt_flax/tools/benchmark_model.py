@@ -91,6 +91,7 @@ def measure_model(
     macs = count_macs(create_model(args.model, num_classes=CLASSES, **fields), work.image_size)
     facts["gmacs"] = round(macs / 1e9, 3)
     rounds.print_facts(facts)
+    rounds.say_who_takes_part()
     sides = {
         name: functools.partial(_our_passes, work, bool(tuned))
         for tuned, name in OURS[args.what].items()

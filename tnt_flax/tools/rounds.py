@@ -45,11 +45,13 @@ def pick_cores(count: int) -> list[int]:
 
 
 def has_timm() -> bool:
-    """Does timm take part? Says so on stderr where it does not."""
-    found = all(importlib.util.find_spec(name) for name in ("torch", "timm"))
-    if not found:
+    return all(importlib.util.find_spec(name) for name in ("torch", "timm"))
+
+
+def say_who_takes_part() -> None:
+    """To stderr, where timm could have taken part and is not installed."""
+    if not has_timm():
         print("torch or timm is not installed: our figures alone", file=sys.stderr)
-    return found
 
 
 def versions(*packages: str) -> dict[str, str]:
