@@ -17,6 +17,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+# It moved in jax 0.12.
+reciprocal = pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciprocal
+
 WORDS = 16
 TILE = 128  # sentences per step: the lanes of a register
 HALF = 8  # words per register: its sublanes
@@ -141,7 +144,7 @@ def attention(x, weight, rows, turns, statistics, *, heads, norm_eps, dtype):
         scores = [(query * turned(turns, 0, *turn)).sum(axis=0) for turn in TURNS]
         largest = functools.reduce(jnp.maximum, scores)
         odds = [jnp.exp2(score - largest) for score in scores]
-        share = pl.reciprocal(total(odds), approx=dtype != jnp.float32)
+        share = reciprocal(total(odds), approx=dtype != jnp.float32)
         mixed = total(p[None] * turned(turns, 1, *t) for p, t in zip(odds, TURNS, strict=True))
         put_pairs(out_rows, width, h * size, mixed * share[None])
         for reference, found in zip(statistics, (largest, share), strict=False):
