@@ -48,14 +48,6 @@ class Stem(nn.Module):
     inner_dim: int
     dtype: DTypeLike = jnp.float32
 
-    def stacks(self) -> list[tuple[tuple[str, ...], int]]:
-        """Where the parameters of each run of equal blocks are, and how many blocks it has."""
-        return [
-            ((f"stages_{i}", f"blocks_{start}"), stop - start)
-            for i, depth in enumerate(self.depths)
-            for start, stop in block_groups(depth)
-        ]
-
     @nn.compact
     def __call__(self, images: Images, *, train: bool) -> tuple[Words, Sentences]:
         conv = functools.partial(ConvNormReLU, dtype=self.dtype)
