@@ -154,7 +154,7 @@ def full_disk(folder, processes):
     folder.mkdir()
     run = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)]
     if os.geteuid() or subprocess.run(run).returncode:
-        raise NotImplementedError("needs root, who may mount a small file system")
+        raise InputError("a full disk needs root, who may mount a small file system: use --only")
     filler = folder / "filler"
     run = Run(folder, processes, keys={"epochs": 8, "checkpoint.every": "20 steps"})
     try:
@@ -272,11 +272,7 @@ def main(argv):
     )
     parser.add_argument("--kills", type=int, default=3, help="how often one run is killed")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
-    try:
-        args = parser.parse_args(argv)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
     result, table = {}, []
     if args.only not in ("kills", "full disk"):
         table = try_all(args.only)
@@ -299,4 +295,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
