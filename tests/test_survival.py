@@ -39,12 +39,12 @@ def test_two_processes_stop_fail_and_go_on_as_one(run, tmp_path):
     codes, outs, errs = run(tmp_path / "run", {"process": 1, "at": "batch 2 ", "do": "SIGTERM"})
     assert codes == [42, 42], errs
     last = checkpoint.find_checkpoint(tmp_path / "run" / "checkpoints", "last").name
-    assert 10 <= int(last) < 19
+    assert 10 <= int(last) < 20
     for err in errs:
         assert f"stopped: step {last} is saved; the same command goes on from there" in err
 
     # A bug in one of them: both end and say so, none waits for the other.
-    codes, outs, errs = run(tmp_path / "run", {"process": 1, "at": "step 19 ", "do": "raise"})
+    codes, outs, errs = run(tmp_path / "run", {"process": 1, "at": "step 22 ", "do": "raise"})
     assert codes == [1, 1], errs
     assert "Traceback" in errs[1] and "ZeroDivisionError: an injected bug" in errs[1]
     assert re.search(r"error: process 1 on \S+ has ended the run: ZeroDivisionError: an", errs[0])
