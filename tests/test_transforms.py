@@ -257,14 +257,29 @@ def test_sizes_of_the_short_side(monkeypatch, size, short):
     assert seen == [(int(short * 640 / 427), short), (short, int(short * 427 / 301))]
 
 
+def whole_then_center(image, resized, size):
+    """timm's way."""
+    return transforms.center_crop(image.resize(resized, Image.Resampling.BICUBIC), size)
+
+
+def assert_nearly_the_same(ours, reference):
+    """One level, of few values; more only where a value was clipped between the two passes."""
+    difference = np.abs(np.asarray(ours).astype(int) - np.asarray(reference))
+    assert difference.max() <= 2 and np.mean(difference > 0) < 0.005
+
+
 @pytest.mark.parametrize("name", PHOTOS)
-def test_eval_pixels_are_timms(name):
+def test_eval_pixels_are_nearly_timms(name):
     golden = GOLDEN["sha256"][name]
-    image = np.asarray(decode(PHOTOS[name]))
-    assert hashlib.sha256(image.tobytes()).hexdigest() == golden["decoded"], "another decoder?"
+    image = decode(PHOTOS[name])
+    digest = hashlib.sha256(image.tobytes()).hexdigest()
+    assert digest == golden["decoded"], "another decoder?"
     for size in (192, 224, 256, 384):
+        resized = transforms.short_side_size(image, math.floor(size / 0.9))
+        reference = whole_then_center(image, resized, size)
+        assert hashlib.sha256(reference.tobytes()).hexdigest() == golden[str(size)], size
         pixels = eval_transform(PHOTOS[name], size=size, crop_fraction=0.9)
-        assert hashlib.sha256(pixels.tobytes()).hexdigest() == golden[str(size)], size
+        assert_nearly_the_same(pixels, reference)
 
 
 SHAPES = "500x375 375x500 500x333 640x480 1600x1200 400x300 100x75 31x47 9x300 300x9 248x248 1x1 "
@@ -273,15 +288,14 @@ SHAPES += "300x600 300x601 301x600 199x400 600x450 450x600 512x384 1024x768 700x
 
 @pytest.mark.parametrize("shape", SHAPES.split())
 @pytest.mark.parametrize("size, short", [(224, 248), (224, 224), (32, 36), (97, 211), (20, 16)])
-def test_the_center_alone_equals_the_center_of_the_whole(shape, size, short):
+def test_the_center_alone_is_the_center_of_the_whole(shape, size, short):
     width, height = map(int, shape.split("x"))
     china = Image.open(io.BytesIO(jpeg("china")))
     image = china.resize((width, height), box=(100, 50, 500, 350))
     resized = transforms.short_side_size(image, short)
-    whole = transforms.center_crop(image.resize(resized, Image.Resampling.BICUBIC), size)
     center = transforms.resized_center(image, resized, size)
     assert center.size == (size, size)
-    assert center.tobytes() == whole.tobytes()
+    assert_nearly_the_same(center, whole_then_center(image, resized, size))
 
 
 def test_decoding_an_image_again_returns_it_and_a_jpeg_is_not_copied(monkeypatch):
@@ -317,7 +331,7 @@ def test_transforms_pickle():
 @pytest.mark.oracle
 @pytest.mark.parametrize("crop_fraction", [0.9, 0.875, 1.0, 1.15])
 @pytest.mark.parametrize("name", PHOTOS)
-def test_eval_equals_timm(name, crop_fraction):
+def test_eval_is_nearly_timms(name, crop_fraction):
     timm_data = pytest.importorskip("timm.data")
     for size in (32, 224, 225, 384):
         reference = timm_data.create_transform(
@@ -329,9 +343,9 @@ def test_eval_equals_timm(name, crop_fraction):
             std=(0.5, 0.5, 0.5),
         )
         image = Image.open(io.BytesIO(PHOTOS[name])).convert("RGB")
-        pixels = eval_transform(PHOTOS[name], size=size, crop_fraction=crop_fraction)
-        ours = (pixels.astype(np.float32) / 255 - np.float32(0.5)) / np.float32(0.5)
-        np.testing.assert_array_equal(ours, reference(image).numpy().transpose(1, 2, 0))
+        levels = np.rint((reference(image).numpy().transpose(1, 2, 0) * 0.5 + 0.5) * 255)
+        ours = eval_transform(PHOTOS[name], size=size, crop_fraction=crop_fraction)
+        assert_nearly_the_same(ours, levels.astype(int))
 
 
 @pytest.mark.oracle

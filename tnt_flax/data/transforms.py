@@ -2,8 +2,8 @@
 """From an encoded image to the uint8 pixels of one sample: PIL, and a generator per sample.
 
 Every function is pure: the same image and the same generator state give the same pixels. Boxes,
-rounding and filters are timm's, which are torchvision's, bit for bit. Normalising, mixing and
-erasing are not here; they run on the device.
+rounding and filters are timm's, which are torchvision's, in training bit for bit. Normalising,
+mixing and erasing are not here; they run on the device.
 """
 
 import io
@@ -221,43 +221,25 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 def resized_center(image: Image.Image, resized: tuple[int, int], size: int) -> Image.Image:
     """The central `size` x `size` pixels of the image at (width, height) `resized`, bicubic.
 
-    The pixels of `center_crop(image.resize(resized, BICUBIC), size)`. PIL's resize filters all
-    rows, then all columns, rounding in between; here the two are calls of their own, without most
-    of what the crop would drop. Not simply by `resize(box=...)`: its box is of single precision, so
-    that some pixels differ by one level, unless its sides are whole numbers.
+    `center_crop(image.resize(resized, BICUBIC), size)` without computing what the crop would drop.
+    PIL's box is of single precision: one value in some thousand differs, by one level.
     """
     width, height = resized
-    # Of an image this tall Pillow 13 filters the columns first.
+    # Of an image this tall Pillow 13 filters the columns first, and so rounds differently.
     if min(resized) < size or image.height > 2 * image.width:
         return center_crop(image.resize(resized, Image.Resampling.BICUBIC), size)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    x, x_end, x_from, x_to = _whole_pixels(left, left + size, width, image.width)
-    y, y_end, y_from, y_to = _whole_pixels(top, top + size, height, image.height)
-    # The rows of the image that the filter of a row of the crop reaches, and one for rounding.
-    scale = image.height / height
-    reach = 2 * max(scale, 1.0) + 1
-    first = max(0, math.floor(top * scale - reach))
-    last = min(image.height, math.ceil((top + size) * scale + reach))
-    strip = image.crop((0, first, image.width, last)).resize(
-        (x_end - x, last - first), Image.Resampling.BICUBIC, (x_from, 0, x_to, last - first)
-    )
-    # Down the columns the filter counts from the first row of the image: put them back in place.
-    columns = Image.new("RGB", (size, image.height))
-    columns.paste(strip.crop((left - x, 0, left - x + size, last - first)), (0, first))
-    columns = columns.resize((size, y_end - y), Image.Resampling.BICUBIC, (0, y_from, size, y_to))
-    return columns.crop((0, top - y, size, top - y + size))
-
-
-def _whole_pixels(begin, end, resized, original):
-    """The least range of resized pixels around [begin, end) with borders on those of the original.
-
-    Returns it and the range of original pixels, (begin, end, begin, end). 500 -> 330 pixels, as 4:3
-    often needs: there is such a border at every 33rd, which lies on every 50th of the original.
-    """
-    divisor = math.gcd(resized, original)
-    unit, original_unit = resized // divisor, original // divisor
-    first, last = begin // unit, -(-end // unit)
-    return first * unit, last * unit, first * original_unit, last * original_unit
+    x, x_end = (column * image.width / width for column in (left, left + size))
+    y, y_end = (row * image.height / height for row in (top, top + size))
+    # The rows of the image that the filter of a row of the crop reaches.
+    reach = 2 * max(image.height / height, 1.0)
+    first, last = max(0, math.floor(y - reach)), min(image.height, math.ceil(y_end + reach))
+    rows = last - first
+    # One pass at a time: which of them PIL would do first depends on the box.
+    strip = image.crop((0, first, image.width, last))
+    strip = strip.resize((size, rows), Image.Resampling.BICUBIC, (x, 0, x_end, rows))
+    box = (0, y - first, size, y_end - first)
+    return strip.resize((size, size), Image.Resampling.BICUBIC, box)
 
 
 def eval_transform(image: Encoded, *, size: int, crop_fraction: float) -> np.ndarray:
