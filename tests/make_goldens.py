@@ -8,6 +8,7 @@ stored. They are computed in float64 and rounded, so that they are the same on e
 """
 
 import pathlib
+import sys
 
 import numpy as np
 import timm_weights

@@ -141,6 +141,31 @@ def test_the_benchmark_changes_the_fields_that_it_compares(root, monkeypatch):
     assert "reference" in benchmark_compile.IMPLEMENTATIONS
 
 
+def test_the_benchmark_compares_the_implementations(root, monkeypatch):
+    asked = []
+
+    def compile_step(args, fields, images):
+        asked.append((fields["inner"], images))
+        return {"fits": images < 2000}
+
+    monkeypatch.setattr(tpu_compiler, "devices", lambda topology: (None, range(4)))
+    monkeypatch.setattr(tpu_compiler, "count_bundles", lambda make, topology, within: 7)
+    monkeypatch.setattr(benchmark_compile, "compile_step", compile_step)
+    monkeypatch.syspath_prepend(root)
+    run = lambda name: benchmark_compile.measure_compile(
+        types.SimpleNamespace(
+            config=str(root / "configs" / name),
+            topology="v5e:2x2",
+            implementations=["lanes", "pallas"],
+        )
+    )
+    found = run("tnt_s.py")
+    assert asked == [("lanes", 512), ("pallas", 512), ("pallas", 2048)]
+    assert found["lanes"] == {"fits": True, "inner_bundles": 7} and not found["fits_512"]
+    with pytest.raises(InputError, match=r"ptnt_s_patch16_256 has no implementations to compare"):
+        run("ptnt_s.py")
+
+
 # ----------------------------------------------------------------------------------- with libtpu
 
 

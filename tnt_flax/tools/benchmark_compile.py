@@ -18,6 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from tnt_flax.errors import InputError
 from tnt_flax.tools.short_run import read_config
 
 IMAGES, MANY = 128, 512  # on each chip
@@ -41,15 +42,15 @@ def measure_compile(args: argparse.Namespace) -> dict[str, Any]:
     """Compiles the step with these implementations; returns what the JSON line says.
 
     Raises:
-        InputError: no such config or topology, or libtpu is not installed.
+        InputError: no such config or topology, no TNT, or libtpu is not installed.
     """
     from tnt_flax.tools import tpu_compiler
 
+    network = read_config(args.config).model.name
+    if network.startswith("ptnt_"):
+        raise InputError(f"--config={args.config}: {network} has no implementations to compare")
     chips = len(tpu_compiler.devices(args.topology)[1])
     found = {}
-    name = read_config(args.config, {}, IMAGES).model.name
-    if name.startswith("ptnt_"):
-        raise InputError(f"--config={args.config}: {name} has no implementations to compare")
     for name in args.implementations:
         fields = IMPLEMENTATIONS[name]
         step = compile_step(args, fields, IMAGES * chips)
