@@ -45,14 +45,18 @@ def map_shapes(model, variables, height, width):
         (800, 1333, (50, 84), [(100, 167), (50, 84), (25, 42), (13, 21)]),
     ],
 )
-def test_the_table_of_shapes(height, width, tnt, pyramid):
+def test_the_table_of_shapes(height, width, tnt, pyramid, root):
     model = create_model("tnt_s_patch16_224")
     shapes = map_shapes(model, initial(model, 224), height, width)
     assert shapes == [(16, 2, *tnt, 384)] * 4
     model = create_model("ptnt_s_patch16_256")
     shapes = map_shapes(model, initial(model, 256), height, width)
     expected = zip((8, 16, 32, 64), pyramid, (128, 256, 512, 512), strict=True)
-    assert shapes == [(stride, 2, *grid, width) for stride, grid, width in expected]
+    assert shapes == [(stride, 2, *grid, d) for stride, grid, d in expected]
+    as_text = lambda grid, width: f"{grid[0]}x{grid[1]}x{width}"
+    stages = ", ".join(map(as_text, pyramid, (128, 256, 512, 512)))
+    row = f"| {height}x{width} | {as_text(tnt, 384)} | {stages} |"
+    assert (row in (root / "README.md").read_text()) == (height != 8)
 
 
 def small_tnt():

@@ -11,8 +11,9 @@ import pytest
 
 from tnt_flax import augment
 from tnt_flax.models import TNT
+from tnt_flax.models.batch_norm import BatchNorm
 from tnt_flax.optimizer import make_optimizer
-from tnt_flax.state import TrainState, flat_names
+from tnt_flax.state import TrainState, flat_names, merged
 from tnt_flax.steps import make_eval_step, make_prepare, make_train_step
 
 HALF = (0.5, 0.5, 0.5)
@@ -58,6 +59,36 @@ def test_one_step_updates_weights_average_and_count(batch):
     )
     moved = jax.tree.map(lambda a, b: a - b, new.params, state.params)
     np.testing.assert_allclose(optax.tree.norm(moved), 0.5 * metrics["grad_norm"], rtol=1e-4)
+
+
+class Normed(nn.Module):
+    """As Linear, behind a BatchNorm."""
+
+    num_classes: int = 7
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        colors = BatchNorm(name="batch_norm")(images, train=train).mean(axis=(1, 2))
+        return nn.Dense(self.num_classes, name="head")(colors)
+
+
+@pytest.mark.parametrize("freeze, moving", [("", True), ("scale", True), ("^(?!head/)", False)])
+def test_statistics_that_are_frozen_are_those_of_evaluation(batch, freeze, moving):
+    model, tx = Normed(), optax.sgd(0.5)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)), train=False)
+    variables["batch_stats"]["batch_norm"]["mean"] += 0.3
+    state = TrainState.create(merged(variables), tx)
+    prepare = make_prepare(7, **OPTIONS)
+    schedule = optax.constant_schedule(0.5)
+    step = make_train_step(model, tx, schedule, prepare, ema_decay=0.9, freeze=freeze)
+    new, metrics = jax.jit(step)(state, batch, jax.random.key(1))
+    images, targets = prepare(batch, None, None)
+    logits, _ = model.apply(variables, images, train=moving, mutable=["batch_stats"])
+    expected = optax.softmax_cross_entropy(logits, targets).mean()
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    for tree, old in ((new.params, state.params), (new.ema, state.ema)):
+        changed = tree["batch_norm"]["mean"] != old["batch_norm"]["mean"]
+        assert changed.all() if moving else not changed.any()
 
 
 def test_without_decay_the_average_is_the_weights(batch):

@@ -88,7 +88,8 @@ def make_train_step(
     `metrics` are scalars (loss, learning_rate, grad_norm) and `finite` bool [2 P]: a flag for each
     of the P gradients (or new running statistics), then for each parameter as it came in, which
     tell where a NaN began. One array, because fetching many small ones would slow the loop down.
-    What `freeze` matches (see `fine_tuning.trained`) stays as it is.
+    What `freeze` matches (see `fine_tuning.trained`) stays as it is. If it matches all running
+    statistics, BatchNorms take these, as in evaluation, not the batch's.
     """
 
     def learns(params):
@@ -96,16 +97,20 @@ def make_train_step(
 
     def loss_fn(params, statistics, prepared, key):
         images, targets = prepared
-        params = fine_tuning.without_gradients(params, learns(params)) if freeze else params
+        mutable = ["batch_stats"]
+        if freeze:
+            learning = split(learns(merged({"params": params, "batch_stats": statistics})))
+            params = fine_tuning.without_gradients(params, learning["params"])
+            mutable = mutable if any(jax.tree.leaves(learning.get("batch_stats"))) else []
         logits, changed = model.apply(
             {"params": params, "batch_stats": statistics},
             images,
             train=True,
             rngs={"dropout": key},
-            mutable=["batch_stats"],
+            mutable=mutable,
         )
         loss = soft_target_cross_entropy(logits, targets).mean()
-        return loss, changed.get("batch_stats", {})
+        return loss, changed.get("batch_stats", statistics)
 
     loss_and_grads = sharding.value_and_grad(loss_fn, gradient_dtype)
 

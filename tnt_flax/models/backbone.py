@@ -45,9 +45,11 @@ def feature_maps(
     """Maps of features [B, h, w, C], as the blocks leave them, from images of any size.
 
     Images that the patches do not divide (for PyramidTNT, also those with less than 32 pixels on a
-    side) are padded with zeros, to the right and below. Where their
-    size is not that of the weights, the tables of positions are resampled as `tnt_flax.load` does
-    it, which is differentiable. Works under `jax.jit`, with `model` and `at` static.
+    side) are padded with zeros, to the right and below. Where they have more or fewer sentences
+    than the weights, the tables of positions are resampled from a square, as `tnt_flax.load` does
+    it, which is differentiable. As many sentences of another shape (256x256, 128x512) are not told
+    apart: for those say `tnt_flax.load(..., image_size=(128, 512))`. Works under `jax.jit`, with
+    `model` and `at` static.
 
     Args:
         images: [B, H, W, channels], normalized.

@@ -9,20 +9,15 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from tnt_flax.models.platform import devices, manual_axes
+
 EPSILON, MOMENTUM = 1e-5, 0.1  # torch's defaults; its momentum is the weight of the new
 
 
-def shards() -> int:
-    """Over how many devices `jax.shard_map` has split what is seen here."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[axis] for axis in mesh.manual_axes)
-
-
 def mean_of_all(x: Float[Array, "*batch W"]) -> Float[Array, " W"]:
-    """Over all axes but the last, and over all devices."""
+    """Over all axes but the last, and over the devices among which `jax.shard_map` split `x`."""
     mean = x.mean(tuple(range(x.ndim - 1)))
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    return jax.lax.pmean(mean, manual) if manual else mean
+    return jax.lax.pmean(mean, manual_axes()) if manual_axes() else mean
 
 
 class BatchNorm(nn.Module):
@@ -54,7 +49,7 @@ class BatchNorm(nn.Module):
             mean = mean_of_all(x)
             # Two passes: E[x^2] - E[x]^2 loses digits.
             var = mean_of_all(jnp.square(x - of_all(mean)))
-            values = math.prod(x.shape[:-1]) * shards()
+            values = math.prod(x.shape[:-1]) * devices(manual_axes())
             for running, new in ((running_mean, mean), (running_var, var * values / (values - 1))):
                 new = jax.lax.stop_gradient(new)
                 running.value = (1 - MOMENTUM) * running.value + MOMENTUM * new

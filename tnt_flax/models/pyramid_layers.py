@@ -31,6 +31,8 @@ Conv3x3 = functools.partial(
 
 
 class ConvNormReLU(nn.Module):
+    """3x3 convolution, BatchNorm and ReLU; the stem is five of them."""
+
     features: int
     stride: int
     dtype: DTypeLike = jnp.float32

@@ -12,6 +12,7 @@ Source: huawei-noah, `tnt_pytorch/pyramid_tnt.py`.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -31,7 +32,7 @@ from tnt_flax.models.word_embedding import Images, Words
 WIDENING = (1, 2, 4, 4)  # widths and heads of the stages, in those of the first
 REDUCTION = (4, 2, 1, 1)  # of a stage: the side of the squares of sentences that are averaged
 PATCH = 8  # pixels, each side of a sentence of the first stage
-FORMS = ("auto", "reference", "cpu")
+FORMS = ("auto", "reference", "cpu")  # of `models.implementations`; on GPUs and TPUs "reference"
 
 # Over all words of a sentence and all their channels at once.
 SentenceNorm = functools.partial(LayerNorm, reduction_axes=(-2, -1), feature_axes=(-2, -1))
@@ -47,13 +48,21 @@ def stage_grids(grid: Grid) -> list[Grid]:
     return grids
 
 
-def blocks_with_words(depth: int) -> int:
-    """How many of the blocks of a stage read words: the first, in a deep stage the first two."""
-    return 2 if depth > 6 else 1
+def block_groups(depth: int) -> list[tuple[int, int]]:
+    """(first block, end) of a stage's blocks that read words, and of those that do not.
+
+    The first block reads words, in a deep stage the first two.
+    """
+    with_words = 2 if depth > 6 else 1
+    return [(0, with_words)] + [(with_words, depth)] * (with_words < depth)
 
 
 class PyramidBlock(nn.Module):
-    """As a block of TNT. Without `inner` it leaves the words alone."""
+    """As `TNTBlock`, but every sentence has words: there is no class token.
+
+    Without `inner` it leaves the words alone. Called as `nn.scan` wants it: what the blocks hand on
+    comes first and goes back first.
+    """
 
     inner: Callable[..., nn.Module] | None
     words_to_sentences: Callable[..., WordsToSentences]
@@ -78,7 +87,7 @@ class PyramidBlock(nn.Module):
         sentences = outer(sentences, drop_path_rate, bias=relative_pos, train=self.train)
         self.sow("intermediates", "words", words)
         self.sow("intermediates", "sentences", sentences)
-        return (words, sentences), None  # as `nn.scan` wants it
+        return (words, sentences), None
 
 
 class Stage(nn.Module):
@@ -142,12 +151,6 @@ class Stage(nn.Module):
         return tokens
 
 
-def block_groups(depth: int) -> list[tuple[int, int]]:
-    """(first block, end) of the blocks with words and of those without."""
-    first = min(blocks_with_words(depth), depth)
-    return [(0, first)] + [(first, depth)] * (first < depth)
-
-
 class PyramidTNT(nn.Module):
     """Images (B, H, W, channels) to logits (B, num_classes); to features (B, 4 D) without classes.
 
@@ -208,27 +211,27 @@ class PyramidTNT(nn.Module):
         grids = stage_grids((height // PATCH, width // PATCH))
         images = images.astype(self.dtype)
 
+        # Words and sentences, each with its positions.
         stem = Stem(self.outer_dim, self.inner_dim, self.dtype, name="stem")
         words, sentences = stem(images, train=train)
         table = functools.partial(positions, self, init=token_init, dtype=self.dtype)
         word_pos = table("word_pos", (1, *words.shape[2:]))
         words = words + word_pos[:, None]  # the same for every sentence
         sentence_pos = table("sentence_pos", (1, *sentences.shape[1:]))
-        # Dropout drops positions, not sentences.
+        # Dropout drops positions, not sentences, and the same ones for all images.
         sentences = sentences + nn.Dropout(self.dropout, deterministic=not train)(sentence_pos)
 
-        rates = None
+        # The stages, with the rates of their blocks.
+        rates = [None] * len(grids)
         if train and self.drop_path:
-            rates = jnp.linspace(0, self.drop_path, self.depth)
-        first = 0
-        for i, (depth, grid) in enumerate(zip(self.depths, grids, strict=True)):
+            ends = list(itertools.accumulate(self.depths))
+            rates = jnp.split(jnp.linspace(0, self.drop_path, self.depth), ends[:-1])
+        for i, (grid, own_rates) in enumerate(zip(grids, rates, strict=True)):
             if i:
                 words, sentences = self.merge(i, words, sentences, grids[i - 1])
-            own_rates = None if rates is None else rates[first : first + depth]
-            words, sentences = self.stage(i, grid)(words, sentences, own_rates, train)
+            words, sentences = self.make_stage(i, grid)(words, sentences, own_rates, train)
             if not self.is_initializing():
                 self.sow("maps", f"stage_{i}", sentences.reshape(batch, *grid, sentences.shape[-1]))
-            first += depth
 
         norm = LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")
         features = norm(sentences).mean(axis=1)
@@ -248,7 +251,8 @@ class PyramidTNT(nn.Module):
         words = words.reshape(batch, -1, num_words, words.shape[-1])
         return words, sentences.reshape(batch, -1, sentences.shape[-1])
 
-    def stage(self, i: int, grid: Grid) -> Stage:
+    def make_stage(self, i: int, grid: Grid) -> Stage:
+        # Which form each transformer takes changes nothing but the time.
         inner_form, outer_form = (
             form if form != "auto" else "cpu" if platform() == "cpu" else "reference"
             for form in (self.inner, self.outer)
