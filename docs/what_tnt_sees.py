@@ -51,10 +51,9 @@ def draw(seen: list[look.Look], path: pathlib.Path) -> None:
     words = np.concatenate([one.words[last].reshape(-1, one.words[last].shape[-1]) for one in seen])
     (colors,) = look.principal_colors([words])  # of all images: a colour means the same in each
     for column, (one, own) in enumerate(zip(seen, np.split(colors, len(seen)), strict=True)):
-        reached = look.rollout(one.outer_attention)[-1, 0, 1:].reshape(one.grid)
         read = one.inner_attention[0].mean(axis=(1, 2))  # by the mean of all heads and words
         axes[0, column].imshow(one.pixels)
-        axes[1, column].imshow(pictures.lit(one.pixels, reached))
+        axes[1, column].imshow(pictures.lit(one.pixels, one.reached()[-1]))
         axes[2, column].imshow(look.words_in_place(read, one.grid), cmap=pictures.COLORS)
         axes[3, column].imshow(look.words_in_place(own.reshape(*read.shape, 3), one.grid))
     for row, name in enumerate(rows):

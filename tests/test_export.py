@@ -69,6 +69,20 @@ def test_stablehlo(tmp_path, capsys, images, root):
     np.testing.assert_allclose(json.loads(own.stdout), wanted, atol=1e-4)
 
 
+def test_a_pyramid(tmp_path, capsys):
+    """With its running statistics. timm has no such network."""
+    path, out = looked_at.save(tmp_path, "ptnt_ti_patch16_192", 64), tmp_path / "small.stablehlo"
+    assert run(capsys, path, out)["max_abs_difference"] < 1e-4
+    images = np.random.default_rng(1).normal(size=(2, 64, 64, 3)).astype(np.float32)
+    loaded = tnt_flax.load_exported(out)
+    np.testing.assert_allclose(loaded(images), source(path, images), atol=1e-4)
+    assert loaded.info["image_size"] == 64 and loaded.info["lineage"] == "pyramid"
+    with pytest.raises(SystemExit) as stop:
+        export.main([str(path), str(tmp_path / "folder")])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "is a PyramidTNT, which timm does not have" in message
+
+
 def rewrite(path, **changes):
     with zipfile.ZipFile(path) as file:
         info, program = json.loads(file.read("export.json")), file.read("program")
@@ -124,16 +138,18 @@ def test_the_comparison_uses_photographs(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the exporter's plugins
 @pytest.mark.slow
-def test_onnx(tmp_path, capsys, images):
+@pytest.mark.parametrize("name, size", [("tnt_s_patch16_224", 48), ("ptnt_ti_patch16_192", 64)])
+def test_onnx(name, size, tmp_path, capsys):
     pytest.importorskip("jax2onnx")
     import onnx
     import onnxruntime
 
-    path, out = looked_at.save(tmp_path), tmp_path / "small.onnx"
+    path, out = looked_at.save(tmp_path, name, size), tmp_path / "small.onnx"
+    images = np.random.default_rng(1).normal(size=(5, size, size, 3)).astype(np.float32)
     assert run(capsys, path, out)["max_abs_difference"] < 1e-4
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     (inputs,) = session.get_inputs()
-    assert inputs.name == "images" and inputs.shape == ["batch", 48, 48, 3]
+    assert inputs.name == "images" and inputs.shape == ["batch", size, size, 3]
     wanted = source(path, images)
     for count in (2, 5):
         (logits,) = session.run(["logits"], {"images": images[:count]})

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import jax
+import looked_at
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -88,6 +89,20 @@ def test_images_are_prepared_as_in_evaluation(classifier):
         assert [a.index for a in mine] == np.argsort(-row).tolist()
         np.testing.assert_allclose([a.probability for a in mine], np.sort(row)[::-1], rtol=1e-4)
         assert all(a.label == NAMES[a.index] for a in mine)
+
+
+def test_a_pyramid_classifies(tmp_path):
+    """With its running statistics, which `classifier.variables` hold, too."""
+    classifier = tnt_flax.load_classifier(looked_at.save(tmp_path, "ptnt_ti_patch16_192", 64))
+    assert classifier.image_size == 64
+    (answers,) = classifier.predict(all_photos()["china"], top=10)
+    pixels = eval_transform(all_photos()["china"], size=64, crop_fraction=1.0)
+    images = (pixels[None] / np.float32(255) - 0.5) / np.float32(0.25)
+    logits = jax.jit(classifier.model.apply)(classifier.variables, images)
+    expected = np.asarray(jax.nn.softmax(logits[0]))
+    assert [answer.index for answer in answers] == np.argsort(-expected).tolist()
+    found = [answer.probability for answer in answers]
+    np.testing.assert_allclose(found, np.sort(expected)[::-1], rtol=1e-4)
 
 
 def test_paths_pil_images_arrays_and_bytes_are_the_same(classifier, folder):

@@ -39,14 +39,50 @@ def test_rollout_by_hand():
     np.testing.assert_allclose(totals.sum(axis=-1), 1, atol=1e-6)
 
 
+def test_what_reaches_the_head_of_a_pyramid():
+    """Values of sentences, carried through the stages by hand: the weights of their mean."""
+    random = np.random.default_rng(0)
+    values = random.normal(size=(5, 6))
+    stages, grids, ratios = [0, 0, 1, 2, 3], [(5, 6), (3, 3), (2, 2), (1, 1)], [4, 2, 1, 1]
+    keys = [1, 1, 1, 4, 1]
+    attention = [
+        softmax(random.normal(size=(2, np.prod(grids[stage]), k)))
+        for stage, k in zip(stages, keys, strict=True)
+    ]
+    seen = look.Look(None, (5, 6), stages, attention, {}, [], {}, None)
+    x = values
+    for weights, stage, reached in zip(attention, stages, seen.reached(), strict=True):
+        (rows, columns), side = grids[stage], ratios[stage]
+        if x.shape != (rows, columns):
+            x = [
+                [x[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean() for j in range(columns)]
+                for i in range(rows)
+            ]
+            x = np.array(x)
+        averages = [
+            x[side * i : side * (i + 1), side * j : side * (j + 1)].mean()
+            for i in range(rows // side)
+            for j in range(columns // side)
+        ]
+        x = (x + (weights.mean(axis=0) @ averages).reshape(rows, columns)) / 2
+        assert (reached * values).sum() == pytest.approx(x.mean(), abs=1e-6)
+        assert reached.sum() == pytest.approx(1)
+    assert [seen.holder(block, 4 * 6 + 3) for block in range(5)] == [27, 27, 2 * 3 + 1, 2, 0]
+    looked = [maps.shape for maps in seen.read_maps()]
+    assert looked == [(2, 1, 1), (2, 1, 1), (2, 1, 1), (2, 2, 2), (2, 1, 1)]
+
+
 def test_colors_follow_from_depth_to_depth():
-    """Tokens turned and scaled are the same picture."""
+    """Tokens turned and scaled are the same picture, also where there are fewer of them."""
     random = np.random.default_rng(0)
     tokens = random.normal(size=(50, 8)) * [9, 5, 3, 0, 0, 0, 0, 0]
     turn, _ = np.linalg.qr(random.normal(size=(8, 8)))
     first, second = look.principal_colors([tokens, 7 * tokens @ turn + 1])
     np.testing.assert_allclose(first, second, atol=1e-6)
     assert first.min() == 0 and first.max() == 1 and first.shape == (50, 3)
+    picture = tokens[:48].reshape(6, 8, 8).repeat(2, axis=0).repeat(2, axis=1)
+    large, small = look.principal_colors([picture, -picture[::2, ::2]])
+    np.testing.assert_allclose(large[::2, ::2], small, atol=0.05)  # of other percentiles
     (few,) = look.principal_colors([random.normal(size=(2, 8))])  # two tokens, one component
     assert few.shape == (2, 3) and np.isfinite(few).all()
 
@@ -83,12 +119,13 @@ def test_looking_is_what_the_network_computes(tmp_path):
     pixels = look.prepare(found, looked_at.photo(tmp_path))
     assert pixels.shape == (48, 48, 3)
     first, second = look.look(found, np.stack([pixels, pixels[::-1]]))
-    assert first.grid == (3, 3) and first.outer_attention.shape == (3, 2, 10, 10)
+    assert first.grid == (3, 3)
+    assert [x.shape for x in first.outer_attention] == [(2, 10, 10)] * 3
     assert first.inner_attention[2].shape == (9, 2, 16, 16) and first.words[0].shape == (9, 16, 4)
     np.testing.assert_array_equal(second.pixels, pixels[::-1])
     params = found.params
     for seen in (first, second):
-        token = seen.sentences[-1, 0]
+        token = seen.sentences[-1][0]
         token = (token - token.mean()) / np.sqrt(token.var() + 1e-5)
         token = token * params["norm"]["scale"] + params["norm"]["bias"]
         logits = token @ params["head"]["kernel"] + params["head"]["bias"]
@@ -98,11 +135,36 @@ def test_looking_is_what_the_network_computes(tmp_path):
     assert reached[chosen[0]] == reached.max() and len(chosen) == 2
 
 
+def test_looking_with_a_pyramid(tmp_path):
+    """The mean of the last sentences gives the answer by hand."""
+    found = read_checkpoint(looked_at.save(tmp_path, "ptnt_ti_patch16_192", size=64))
+    pixels = look.prepare(found, looked_at.photo(tmp_path))
+    (seen,) = look.look(found, pixels[None])
+    assert seen.grid == (8, 8) and seen.stages == [0, 1, 1, 2, 3]
+    maps = [(8, 8, 8), (4, 4, 16), (4, 4, 16), (2, 2, 32), (1, 1, 32)]
+    assert [x.shape for x in seen.sentence_maps()] == maps
+    read = [(2, 2, 2), (4, 2, 2), (4, 2, 2), (8, 2, 2), (8, 1, 1)]
+    assert [x.shape for x in seen.read_maps()] == read
+    for x in seen.read_maps():
+        np.testing.assert_allclose(x.mean(axis=(1, 2)), 1, rtol=1e-5)  # of all tokens alike
+    assert sorted(seen.inner_attention) == [0, 1, 3, 4]
+    norm, head = found.params["norm"], found.params["head"]
+    x = seen.sentences[-1]
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    logits = (x * norm["scale"] + norm["bias"]).mean(axis=0) @ head["kernel"] + head["bias"]
+    np.testing.assert_allclose(seen.probabilities, softmax(logits), atol=1e-4)
+    assert look.most_read(seen, 3) == [4 * 8 + 4]  # there is one sentence at the end
+
+
 @pytest.mark.slow
-def test_every_picture_is_drawn(tmp_path, capsys):
-    path, image = looked_at.save(tmp_path), looked_at.photo(tmp_path)
+@pytest.mark.parametrize(
+    "name, size, patches",
+    [("tnt_s_patch16_224", 48, ["--patches", "0,0", "2,1"]), ("ptnt_ti_patch16_192", 128, [])],
+)
+def test_every_picture_is_drawn(name, size, patches, tmp_path, capsys):
+    path, image = looked_at.save(tmp_path, name, size), looked_at.photo(tmp_path)
     out = tmp_path / "new" / "pictures"
-    visualize.main([str(path), str(image), f"--out={out}", "--patches", "0,0", "2,1"])
+    visualize.main([str(path), str(image), f"--out={out}", *patches])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["class"].startswith("class ") and 0.1 <= result["probability"] <= 1
     assert sorted(result["pictures"]) == sorted(path.name for path in out.iterdir())

@@ -20,6 +20,7 @@ from tnt_flax.data import imagenet_classes
 from tnt_flax.data.names import read_class_list
 from tnt_flax.data.transforms import CorruptImageError, eval_transform
 from tnt_flax.errors import InputError
+from tnt_flax.state import split
 
 Input = str | os.PathLike | bytes | Image.Image | np.ndarray
 
@@ -100,7 +101,8 @@ class Classifier:
         self.mean, self.std = map(tuple, (found.preprocessing[key] for key in ("mean", "std")))
         self._mesh = sharding.make_mesh(jax.local_devices())
         everywhere = sharding.replicated(self._mesh)
-        self.variables = {"params": jax.device_put(found.params, everywhere)}
+        self._params = jax.device_put(found.params, everywhere)
+        self.variables = split(self._params)
         predict_step = steps.make_predict_step(self.model, mean=self.mean, std=self.std)
         rows = sharding.batch_sharding(self._mesh)
         self._predict_step = jax.jit(
@@ -176,7 +178,7 @@ class Classifier:
         for row, image in enumerate(read):
             if not isinstance(image, str):
                 pixels[row] = image
-        probabilities = np.asarray(self._predict_step(self.variables["params"], pixels))
+        probabilities = np.asarray(self._predict_step(self._params, pixels))
         for image, row in zip(read, probabilities, strict=False):
             if isinstance(image, str) or not np.isfinite(row).all():
                 yield Outcome([], image if isinstance(image, str) else "its answer is not finite")

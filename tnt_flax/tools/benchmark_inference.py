@@ -12,10 +12,11 @@ same normalized images in memory, and random weights. The sides:
     timm eager, timm compile                float32 in inference mode; in `torch.compile`
     timm bfloat16                           timm eager in `torch.autocast`
 
-bfloat16 is left out where the CPU has no instructions for it. In a round every side works off
-some batches of every size, after a round that does not count and compiles. `latency_ms` are
-milliseconds for a single image, median and 95th percentile over all that were timed, one at a time.
-A ratio is the median over the rounds of ours / theirs, or of folded / not, in images per second.
+bfloat16 is left out where the CPU has no instructions for it, folding for PyramidTNT, which has no
+folded form. In a round every side works off some batches of every size, after a round that does not
+count and compiles. `latency_ms` are milliseconds for a single image, median and 95th percentile
+over all that were timed, one at a time. A ratio is the median over the rounds of ours / theirs, or
+of folded / not, in images per second.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from tnt_flax.models import create_model, fold
+from tnt_flax.models import TNT, class_of, create_model, fold
 from tnt_flax.tools import rounds
 from tnt_flax.tools.benchmark_model import (
     CLASSES,
@@ -75,6 +76,7 @@ def measure_inference(
         name: functools.partial(_our_passes, work, *how)
         for name, how in OURS.items()
         if how[0] == "float32" or has_bfloat16()
+        if class_of(args.model) is TNT or not how[1]
     }
     sides |= {THEIRS[how]: functools.partial(_timm_passes, work, how) for how in hows}
     with rounds.processes(sides, facts["cores"]) as runs:

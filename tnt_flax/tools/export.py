@@ -152,7 +152,7 @@ def to_timm(found: Checkpoint, path: pathlib.Path) -> Run:
     written = read_checkpoint(
         path / hub_folder.WEIGHTS, patch_size=target.model.patch_size, **heads
     )
-    return jax.jit(lambda images: written.network.model.apply({"params": written.params}, images))
+    return jax.jit(lambda images: written.network.model.apply(written.variables, images))
 
 
 FORMS = {"stablehlo": to_stablehlo, "onnx": to_onnx, "timm": to_timm}
@@ -161,7 +161,7 @@ FORMS = {"stablehlo": to_stablehlo, "onnx": to_onnx, "timm": to_timm}
 def plain(found: Checkpoint) -> Callable[[Any], Any]:
     """The network as a function of images in the forms that every machine can compute."""
     model = found.network.model.clone(inner="reference", outer="reference", remat="none")
-    variables = {"params": jax.device_get(found.params)}
+    variables = jax.device_get(found.variables)
     return lambda images: model.apply(variables, images)
 
 
@@ -186,7 +186,7 @@ def verify(found: Checkpoint, run: Run, images: np.ndarray, out: str) -> float:
     Raises:
         RunError: it is more than rounding.
     """
-    model, variables = found.network.model, {"params": found.params}
+    model, variables = found.network.model, found.variables
     with jax.default_matmul_precision("highest"):
         source = np.asarray(jax.jit(model.apply)(variables, images))
     different = [

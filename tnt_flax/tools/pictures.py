@@ -16,12 +16,13 @@ LEAST_TOP = 2  # of a scale on which 1 is what all weights alike would be
 
 
 def plot_outer_attention(seen: Look, path: pathlib.Path) -> None:
-    """Where the class token looks: a row for each block, a column for each head and their mean."""
+    """Where what the head reads looks: a row for each block, a column for each head and the mean.
+
+    Stages of PyramidTNT may have fewer heads than there are columns.
+    """
     plt = figures.pyplot()
-    weights = seen.outer_attention[:, :, 0, 1:]  # [L, heads, N]
-    weights = np.concatenate([weights, weights.mean(axis=1, keepdims=True)], axis=1)
-    weights = weights.reshape(*weights.shape[:2], *seen.grid) * (np.prod(seen.grid) + 1)
-    rows, columns = weights.shape[:2]
+    weights = seen.read_maps()
+    rows, columns = len(weights), 1 + max(map(len, weights))
     figure, axes = plt.subplots(
         rows,
         columns + 1,
@@ -29,31 +30,32 @@ def plot_outer_attention(seen: Look, path: pathlib.Path) -> None:
         layout="constrained",
         squeeze=False,
     )
-    top = max(np.percentile(weights, 99.5), LEAST_TOP)
-    for block in range(rows):
-        for column in range(columns):
-            axis = axes[block, column + 1]
-            drawn = axis.imshow(weights[block, column], cmap=COLORS, vmin=0, vmax=top)
-            if block == 0:
-                name = "mean" if column == columns - 1 else f"head {column + 1}"
-                axis.set_title(name, fontsize=9)
-        axes[block, 1].set_ylabel(f"block {block + 1}", fontsize=9)
+    top = max(np.percentile(np.concatenate([maps.ravel() for maps in weights]), 99.5), LEAST_TOP)
     for axis in axes.flat:
         bare(axis)
+    for block, maps in enumerate(weights):
+        for axis in axes[block, len(maps) + 1 : -1]:
+            axis.axis("off")
+        shown = [*zip(axes[block, 1:], maps, strict=False), (axes[block, -1], maps.mean(axis=0))]
+        for axis, values in shown:
+            drawn = axis.imshow(values, cmap=COLORS, vmin=0, vmax=top)
+        axes[block, 1].set_ylabel(f"block {block + 1}", fontsize=9)
+    for column, axis in enumerate(axes[0, 1:], start=1):
+        axis.set_title("mean" if column == columns else f"head {column}", fontsize=9)
     axes[0, 0].imshow(seen.pixels)
     axes[0, 0].set_title("image", fontsize=9)
     for axis in axes[1:, 0]:
         axis.axis("off")
     bar = figure.colorbar(drawn, ax=axes, shrink=min(1, 3 / rows), pad=0.02, extend="max")
     bar.set_label("weight, 1: all tokens alike", fontsize=9)
-    figure.suptitle("Outer attention: from the class token to the sentences", fontsize=11)
+    figure.suptitle(f"Outer attention: where {seen.reader} looks", fontsize=11)
     figures.save(figure, path)
 
 
 def plot_rollout(seen: Look, path: pathlib.Path) -> None:
-    """What of the image has reached the class token after each block, laid over the image."""
+    """What of the image has reached what the head reads after each block, laid over the image."""
     plt = figures.pyplot()
-    reached = look.rollout(seen.outer_attention)[:, 0, 1:].reshape(-1, *seen.grid)
+    reached = seen.reached()
     panels = len(reached) + 1
     columns = min(panels, 7)
     rows = -(-panels // columns)
@@ -71,7 +73,7 @@ def plot_rollout(seen: Look, path: pathlib.Path) -> None:
     for axis in axes[panels:]:
         axis.axis("off")
     figure.suptitle(
-        "Attention rollout: what of the image has reached the class token, brightest where most",
+        f"Attention rollout: what of the image has reached {seen.reader}, brightest where most",
         fontsize=11,
     )
     figures.save(figure, path)
@@ -80,7 +82,8 @@ def plot_rollout(seen: Look, path: pathlib.Path) -> None:
 def plot_inner_attention(seen: Look, patches: list[int], path: pathlib.Path) -> None:
     """Inside some patches: for each word, where it looks among the words of its patch.
 
-    Columns are blocks: the first, one in the middle, the last.
+    Columns are blocks: the first, one in the middle, the last. Those of a later stage of PyramidTNT
+    show the larger sentence that the patch lies in.
     """
     plt = figures.pyplot()
     known = sorted(seen.inner_attention)
@@ -94,8 +97,11 @@ def plot_inner_attention(seen: Look, patches: list[int], path: pathlib.Path) -> 
     )
     columns = seen.grid[1]
     side = seen.pixels.shape[1] // columns  # pixels of a patch
-    shown = [seen.inner_attention[block][patches].mean(axis=1) for block in blocks]
-    top = max(LEAST_TOP, *(maps.max() * maps.shape[-1] for maps in shown))
+    shown = {  # mean of the heads, of each patch
+        block: seen.inner_attention[block][[seen.holder(block, patch) for patch in patches]].mean(1)
+        for block in blocks
+    }
+    top = max(LEAST_TOP, *(maps.max() * maps.shape[-1] for maps in shown.values()))
     for row, patch in enumerate(patches):
         y, x = divmod(patch, columns)
         corner = (slice(y * side, (y + 1) * side), slice(x * side, (x + 1) * side))
@@ -107,7 +113,7 @@ def plot_inner_attention(seen: Look, patches: list[int], path: pathlib.Path) -> 
         axes[row, 0].set_ylabel(f"patch {y},{x}", fontsize=9)
         axes[row, 1].imshow(seen.pixels[corner])
         for column, block in enumerate(blocks):
-            maps = seen.inner_attention[block][patch].mean(axis=0)  # of the heads
+            maps = shown[block][row]
             words = round(len(maps) ** 0.5)
             tiles = look.mosaic(len(maps) * maps.reshape((words,) * 4))
             drawn = axes[row, 2 + column].imshow(tiles, cmap=COLORS, vmin=0, vmax=top)
@@ -115,7 +121,11 @@ def plot_inner_attention(seen: Look, patches: list[int], path: pathlib.Path) -> 
             axes[row, 0].set_title("image", fontsize=9)
             axes[row, 1].set_title("its pixels", fontsize=9)
             for column, block in enumerate(blocks):
-                axes[row, 2 + column].set_title(f"block {block + 1}, mean of heads", fontsize=9)
+                name = f"block {block + 1}, mean of heads"
+                if seen.grid_of(block) != seen.grid:
+                    pixels = seen.pixels.shape[1] // seen.grid_of(block)[1]
+                    name += f"\nthe {pixels} pixels that it lies in"
+                axes[row, 2 + column].set_title(name, fontsize=9)
     for axis in axes.flat:
         bare(axis)
     bar = figure.colorbar(drawn, ax=axes, shrink=0.6, pad=0.02)
@@ -127,11 +137,11 @@ def plot_inner_attention(seen: Look, patches: list[int], path: pathlib.Path) -> 
 def plot_positions(
     sentences: np.ndarray, words: np.ndarray, grid: tuple[int, int], path: pathlib.Path
 ) -> None:
-    """Similarity of the position embeddings: sentences [N + 1, D], words [M, C]."""
+    """Similarity of the position embeddings: sentences [N, D], words [M, C]."""
     plt = figures.pyplot()
     every = -(-max(grid) // MOST_TILES)
     rows, columns = (slice(every // 2, None, every),) * 2
-    maps = look.similarity(sentences[1:]).reshape(*grid, *grid)[rows, columns]
+    maps = look.similarity(sentences).reshape(*grid, *grid)[rows, columns]
     side = round(len(words) ** 0.5)
     of_words = look.mosaic(look.similarity(words).reshape((side,) * 4))
     figure, axes = plt.subplots(1, 2, figsize=(10, 5.2), layout="constrained")
@@ -156,11 +166,10 @@ def plot_features(seen: Look, path: pathlib.Path) -> None:
     """Three principal components of sentences and words as colours, at each depth."""
     plt = figures.pyplot()
     depth = len(seen.sentences)
-    sentences = look.principal_colors([tokens[1:] for tokens in seen.sentences])
+    sentences = look.principal_colors(seen.sentence_maps())
     read = sorted(seen.words)
-    words = look.principal_colors(
-        [seen.words[i].reshape(-1, seen.words[i].shape[-1]) for i in read]
-    )
+    in_place = [look.words_in_place(seen.words[i], seen.grid_of(i)) for i in read]
+    words = dict(zip(read, look.principal_colors(in_place), strict=True))
     strips = -(-depth // 6)  # of at most six blocks each
     columns = min(depth, 6)
     figure, axes = plt.subplots(
@@ -177,12 +186,11 @@ def plot_features(seen: Look, path: pathlib.Path) -> None:
     for block in range(depth):
         strip, column = divmod(block, columns)
         upper, lower = axes[2 * strip, column + 1], axes[2 * strip + 1, column + 1]
-        upper.imshow(sentences[block].reshape(*seen.grid, 3))
+        upper.imshow(sentences[block])
         upper.set_title(f"block {block + 1}", fontsize=9)
         shown = [upper]
-        if block in seen.words:
-            colors = words[read.index(block)].reshape(*seen.words[block].shape[:2], 3)
-            lower.imshow(look.words_in_place(colors, seen.grid))
+        if block in words:
+            lower.imshow(words[block])
             shown.append(lower)
         for axis in shown:
             axis.axis("on")

@@ -197,7 +197,7 @@ def attention(found, config, source, answers, hardest, names) -> list[str]:
     rows = []
     for i, seen in zip(chosen, look.look(found, pixels), strict=True):
         depth = len(seen.outer_attention)
-        reached = look.rollout(seen.outer_attention)[:, 0, 1:].reshape(-1, *seen.grid)
+        reached = seen.reached()
         label = page.text(names[answers.label[i]])
         cells = [page.image(seen.pixels, f"is {label}", f"an image of {label}")]
         for block in sorted({0, (depth - 1) // 2, depth - 1}):
@@ -205,9 +205,8 @@ def attention(found, config, source, answers, hardest, names) -> list[str]:
             cells.append(page.image(lit, f"after block {block + 1}", "attention rollout"))
         if seen.words:
             last = max(seen.words)
-            words = seen.words[last]
-            (colors,) = look.principal_colors([words.reshape(-1, words.shape[-1])])
-            colors = look.words_in_place(colors.reshape(*words.shape[:2], 3), seen.grid)
+            words = look.words_in_place(seen.words[last], seen.grid_of(last))
+            (colors,) = look.principal_colors([words])
             colors = np.rint(255 * colors).astype(np.uint8)
             cells.append(page.image(colors, f"words, block {last + 1}", "principal components"))
         rows.append(page.images(cells, "row"))

@@ -7,7 +7,8 @@
 Writes into the folder: outer_attention.png (of the class token, by block and head), rollout.png,
 inner_attention.png (inside some patches, by default those of which most reaches the class token),
 positions.png (how alike the position embeddings are) and features.png (principal components of
-sentences and words at each depth). The last line on stdout is one JSON object. Exit code 1 is a
+sentences and words at each depth). PyramidTNT has no class token: its head reads the mean of the
+sentences, and so do the pictures. The last line on stdout is one JSON object. Exit code 1 is a
 picture that cannot be written, 2 is bad input.
 """
 
@@ -69,8 +70,8 @@ def visualize(args: Any) -> dict[str, Any]:
         raise InputError(f"cannot make the folder {args.out}: {error.strerror}") from None
     print(f"looking with {found.summary()}", file=sys.stderr)
     (seen,) = look.look(found, pixels[None])
-    params = found.params
-    positions = np.asarray(params["sentence_pos"][0]), np.asarray(params["word_pos"][0])
+    sentences, words = (np.asarray(found.params[f"{of}_pos"][0]) for of in ("sentence", "word"))
+    positions = sentences[-grid[0] * grid[1] :], words  # without the class token's
     patches = patches or look.most_read(seen, PATCHES)
     drawn = {
         "outer_attention": lambda path: pictures.plot_outer_attention(seen, path),
