@@ -165,12 +165,13 @@ def test_a_grid_that_no_weights_tell():
 
 
 @pytest.mark.soak
-def test_the_example_learns_and_draws(root, tmp_path, monkeypatch):
+def test_the_example_learns_and_draws(root, tmp_path, monkeypatch, capsys):
     source = root / "examples" / "segmentation.py"
     assert len(source.read_text().splitlines()) < 60
     monkeypatch.setattr(sys, "argv", ["segmentation.py", str(tmp_path / "masks.png"), "12"])
     losses = runpy.run_path(str(source))["losses"]
     assert losses[0] == pytest.approx(np.log(3), rel=1e-3)  # of a guess
     assert len(losses) == 12 and np.mean(losses[-3:]) < 0.7 * losses[0]
+    assert capsys.readouterr().out.startswith(f"loss 1.10 to {losses[-1]:.2f}; ")
     with Image.open(tmp_path / "masks.png") as picture:
         assert picture.size == (8 * 150, 3 * 100)
