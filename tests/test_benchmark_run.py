@@ -48,6 +48,24 @@ def test_inference_of_one_side_alone(monkeypatch, capfd):
     json.dumps(result)
 
 
+@pytest.mark.parametrize("model, folded", [("tnt_ti_patch16_224", 1), ("ptnt_ti_patch16_192", 0)])
+def test_who_takes_part_in_inference(model, folded, monkeypatch):
+    """PyramidTNT has no folded form."""
+    sides = []
+
+    def processes(those, cores):
+        sides.extend(those)
+        raise RunError("enough")
+
+    monkeypatch.setattr(rounds, "processes", processes)
+    monkeypatch.setattr(benchmark_inference, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    args = benchmark.make_parser().parse_args(["inference", f"--model={model}"])
+    with pytest.raises(RunError, match="enough"):
+        args.measure(args)
+    assert sides == ["ours", "ours folded"][: 1 + folded]
+
+
 def test_the_summary_of_inference():
     latencies = {"ours": [[10, 10, 10, 90], [20] * 4], "ours folded": [[5] * 4, [10] * 4]}
     rates = {8: {"ours": [1.0, 2.0, 3.0], "ours folded": [2.0, 3.0, 3.0], "timm eager": [1.0] * 3}}

@@ -16,6 +16,7 @@ from tnt_flax.convert.__main__ import main as convert
 from tnt_flax.evaluate import evaluate_checkpoint
 from tnt_flax.state import TrainState, fingerprint, flat_names, merged, split
 from tnt_flax.steps import make_prepare, make_train_step
+from tnt_flax.tools import report
 from tnt_flax.train import train_and_evaluate
 
 STEPS = 29  # 1,437 digits in batches of 48
@@ -88,6 +89,13 @@ def test_its_weights_are_evaluated_loaded_and_converted(finished, tmp_path):
     assert convert([str(workdir), str(path), *flags]) == 0
     _, again = tnt_flax.load(path, inner_heads=1)
     assert fingerprint(merged(again)) == result["fingerprint"]
+
+
+def test_its_report(finished):
+    _, workdir, result = finished
+    found = report.report(report.make_parser().parse_args([str(workdir)]))
+    assert found["top1"] == pytest.approx(result["top1"])
+    assert "what has reached the head (attention rollout" in (workdir / "report.html").read_text()
 
 
 def test_a_step_sees_the_optimizer_without_statistics(finished):

@@ -5,7 +5,7 @@
     python -m tnt_flax.tools.report runs/tnt_s --data_root=IMAGENET --out=tnt_s.html
 
 Curves, the confusion matrix, calibration, the hardest images and the most frequent mistakes of the
-evaluation split, what reaches the class token of some images, the environment, the config. The best
+evaluation split, what of some images reaches the head, the environment, the config. The best
 checkpoint answers, with the weights that the config evaluates. The last line on stdout is one JSON
 object. Exit code 1 is a report that cannot be made, 2 is bad input.
 """
@@ -174,7 +174,7 @@ def make_page(folder, config, stored, found, source, answers, lines, summary) ->
         "<p>Those whose own class the network finds least likely.</p>",
         page.images(map(shown, hardest)),
         "<h2>What the network looks at</h2>",
-        "<p>Of the hardest image and of some others: what has reached the class token (attention "
+        "<p>Of the hardest image and of some others: what has reached the head (attention "
         "rollout, bright where most), and the words after the last block (three principal "
         "components as colours).</p>",
         *attention(found, config, source, answers, hardest, names),
