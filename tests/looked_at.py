@@ -13,7 +13,7 @@ from tnt_flax.models import create_model
 from tnt_flax.state import merged
 
 SMALL = dict(outer_dim=24, inner_dim=4, outer_heads=2, inner_heads=2, depth=3, num_classes=10)
-PYRAMID = SMALL | dict(outer_dim=8, inner_dim=2, inner_heads=1, depths=(1, 2, 1, 1))
+PYRAMID = SMALL | dict(outer_dim=8, inner_dim=2, inner_heads=1, depths=(1, 1, 1, 1))
 del PYRAMID["depth"]
 
 

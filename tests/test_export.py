@@ -71,12 +71,10 @@ def test_stablehlo(tmp_path, capsys, images, root):
 
 def test_a_pyramid(tmp_path, capsys):
     """With its running statistics. timm has no such network."""
-    path, out = looked_at.save(tmp_path, "ptnt_ti_patch16_192", 64), tmp_path / "small.stablehlo"
+    path, out = looked_at.save(tmp_path, "ptnt_ti_patch16_192", 32), tmp_path / "small.stablehlo"
     assert run(capsys, path, out)["max_abs_difference"] < 1e-4
-    images = np.random.default_rng(1).normal(size=(2, 64, 64, 3)).astype(np.float32)
-    loaded = tnt_flax.load_exported(out)
-    np.testing.assert_allclose(loaded(images), source(path, images), atol=1e-4)
-    assert loaded.info["image_size"] == 64 and loaded.info["lineage"] == "pyramid"
+    info = tnt_flax.load_exported(out).info
+    assert info["image_size"] == 32 and info["lineage"] == "pyramid"
     with pytest.raises(SystemExit) as stop:
         export.main([str(path), str(tmp_path / "folder")])
     message = capsys.readouterr().err.splitlines()[-1]
@@ -146,7 +144,8 @@ def test_onnx(name, size, tmp_path, capsys):
 
     path, out = looked_at.save(tmp_path, name, size), tmp_path / "small.onnx"
     images = np.random.default_rng(1).normal(size=(5, size, size, 3)).astype(np.float32)
-    assert run(capsys, path, out)["max_abs_difference"] < 1e-4
+    with jax.numpy_rank_promotion("allow"):  # which the exporter's convolutions need
+        assert run(capsys, path, out)["max_abs_difference"] < 1e-4
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     (inputs,) = session.get_inputs()
     assert inputs.name == "images" and inputs.shape == ["batch", size, size, 3]

@@ -137,7 +137,9 @@ def test_looking_is_what_the_network_computes(tmp_path):
 
 def test_looking_with_a_pyramid(tmp_path):
     """The mean of the last sentences gives the answer by hand."""
-    found = read_checkpoint(looked_at.save(tmp_path, "ptnt_ti_patch16_192", size=64))
+    found = read_checkpoint(
+        looked_at.save(tmp_path, "ptnt_ti_patch16_192", 64, depths=(1, 2, 1, 1))
+    )
     pixels = look.prepare(found, looked_at.photo(tmp_path))
     (seen,) = look.look(found, pixels[None])
     assert seen.grid == (8, 8) and seen.stages == [0, 1, 1, 2, 3]

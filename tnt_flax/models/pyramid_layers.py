@@ -104,6 +104,7 @@ class Averages(nn.Module):
     def __call__(self, x: Sentences) -> Float[Array, "B K D"]:
         batch, _, width = x.shape
         square = (self.ratio, self.ratio)
-        x = nn.avg_pool(x.reshape(batch, *self.grid, width), square, square)
+        x = x.reshape(batch, *self.grid, width)
+        x = nn.avg_pool(x, window_shape=square, strides=square)
         x = self.dense(width, dtype=self.dtype, name="dense")(x.reshape(batch, -1, width))
         return LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x)

@@ -138,6 +138,7 @@ class Stage(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast),
                 length=stop - start,
+                check_constancy_invariants=False,  # a second trace, in a form ONNX cannot have
             )(
                 self.inner if start == 0 else None,
                 words_to_sentences,

@@ -36,6 +36,7 @@ def plot_outer_attention(seen: Look, path: pathlib.Path) -> None:
     for block, maps in enumerate(weights):
         for axis in axes[block, len(maps) + 1 : -1]:
             axis.axis("off")
+            axis.set_box_aspect(1)  # the titles of all columns at one height
         shown = [*zip(axes[block, 1:], maps, strict=False), (axes[block, -1], maps.mean(axis=0))]
         for axis, values in shown:
             drawn = axis.imshow(values, cmap=COLORS, vmin=0, vmax=top)
