@@ -113,6 +113,15 @@ def test_kubernetes_manifest_is_of_one_piece(root):
     assert rule["onExitCodes"]["containerName"] == container["name"]
 
 
+def test_kubernetes_manifest_has_the_fields_of_jobset(root):
+    """By JobSet's own definition, whose pods are those of Kubernetes; a field unknown to it, or of
+    another type, does not come back."""
+    jobset = pytest.importorskip("kubeflow_trainer_api.models.jobset_v1alpha2_job_set")
+    manifest = yaml.safe_load((root / "launch/jobset.yaml").read_text())
+    read = jobset.JobsetV1alpha2JobSet.model_validate(manifest)
+    assert read.model_dump(by_alias=True, exclude_unset=True) == manifest
+
+
 def test_every_file_is_in_the_readme(root):
     readme = (root / "README.md").read_text()
     for path in (root / "launch").iterdir():
