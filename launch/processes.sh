@@ -7,15 +7,17 @@ processes=${1:?how many processes}
 port=${PORT:-8476}
 shift
 
-trap 'kill -TERM $children 2>/dev/null' TERM INT # each saves; this script waits for them
 process=0
 children=
+told=
+trap 'told=yes; kill -TERM $children 2>/dev/null' TERM INT # each saves; this script waits for them
 while [ "$process" -lt "$processes" ]; do
   "${PYTHON:-.venv/bin/python}" main.py "$@" \
     --coordinator="127.0.0.1:$port" --num_processes="$processes" --process_id="$process" &
   children="$children $!"
   process=$((process + 1))
 done
+[ -z "$told" ] || kill -TERM $children 2>/dev/null # it came before this script knew them all
 
 code=0
 for child in $children; do
