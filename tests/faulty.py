@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """main.py, in which something goes wrong: $FAULT says where, when and what, as JSON.
 
-{"process": 1, "at": "step 7 ", "do": "SIGTERM"}: process 1 gets SIGTERM as it reaches step 7. `at`
-is the beginning of what the guard of the run is told, or "compile" or "save".
+{"process": 1, "at": "step 7 ", "do": "SIGTERM"}: process 1 gets SIGTERM as it reaches step 7; all
+do, without "process". `at` is the beginning of what the guard of the run is told, or "compile" or
+"save".
 """
 
 import json
@@ -25,19 +26,26 @@ from tnt_flax.checkpoint import Checkpoints
 from tnt_flax.guard import Guard
 
 FAULT = json.loads(os.environ.get("FAULT", "null")) or {}
+told = threading.Event()  # this process to stop, in a run of many
+
+
+def is_here() -> bool:
+    return FAULT.get("process", jax.process_index()) == jax.process_index()
 
 
 def strike(reached: str) -> None:
     """Does what FAULT says, once, if this is the place."""
-    if not FAULT or jax.process_index() != FAULT["process"] or not reached.startswith(FAULT["at"]):
+    if told.is_set():  # JAX looks for the notice once a second; small steps are quicker
+        time.sleep(1)
+    if not FAULT or not is_here() or not reached.startswith(FAULT["at"]):
         return
     what = FAULT["do"]
     FAULT.clear()
     print(f"fault: {what} at {reached}", file=sys.stderr, flush=True)
     if what.startswith("SIG"):
         os.kill(os.getpid(), signal.Signals[what])
-        if jax.process_count() > 1:  # JAX looks for the notice once a second; small steps are quick
-            time.sleep(3)
+        if jax.process_count() > 1:
+            told.set()
     elif what == "raise":
         raise ZeroDivisionError("an injected bug")
     elif what == "hang":
@@ -68,8 +76,8 @@ def struck_train_step(jit_train_step):
             nonlocal calls
             calls += 1
             if calls == 1 and FAULT.get("at") == "compile":
-                threading.Timer(0.3, strike, ["compile"]).start()
-            if FAULT.get("do") == "nan" and FAULT["process"] == jax.process_index():
+                jax.monitoring.register_event_duration_secs_listener(struck_compiler)
+            if FAULT.get("do") == "nan" and is_here():
                 if FAULT["at"] == f"step {calls}":
                     state = state.replace(params=jax.tree.map(not_a_number, state.params))
             return train_step(state, *rest)
@@ -77,6 +85,12 @@ def struck_train_step(jit_train_step):
         return wrapped
 
     return make
+
+
+def struck_compiler(event, *args, **kwargs):
+    """JAX has made the program, which XLA now compiles."""
+    if event.endswith("jaxpr_to_mlir_module_duration"):
+        threading.Timer(0.3, strike, ["compile"]).start()
 
 
 def not_a_number(x):
@@ -92,4 +106,6 @@ if __name__ == "__main__":
     Guard.check = struck_first(Guard.check)
     Checkpoints.save = struck_after_save(Checkpoints.save)
     sharding.jit_train_step = struck_train_step(sharding.jit_train_step)
+    if FAULT.get("at") == "compile":  # a program that was kept would not be compiled
+        jax.config.update("jax_enable_compilation_cache", False)
     app.run(main.main, flags_parser=command.parse_flags)
