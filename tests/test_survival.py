@@ -18,11 +18,14 @@ KEYS = {"eval.every": "10 steps", "checkpoint.every": "8 steps", "eval.batch_siz
 
 @pytest.fixture
 def run(root, smoke_flags):
-    """Returns a function: the exit codes, last lines and stderr of two processes in `workdir`."""
+    """Returns a function: the exit codes, last lines and stderr of a run in `workdir`.
+
+    That is by two processes of a device, or as `layout` says."""
     flags = [*smoke_flags, *[f"--config.{key}={value}" for key, value in KEYS.items()]]
 
-    def run(workdir, fault=None):
-        started = start(root, workdir, flags, 2, 1, "tests/faulty.py", {"FAULT": json.dumps(fault)})
+    def run(workdir, fault=None, more=(), layout=(2, 1)):
+        env = {"FAULT": json.dumps(fault)}
+        started = start(root, workdir, [*flags, *more], *layout, "tests/faulty.py", env)
         codes, outs, errs = zip(*finish(started), strict=True)
         return list(codes), outs, errs
 
@@ -34,6 +37,11 @@ def test_two_processes_stop_fail_and_go_on_as_one(run, tmp_path):
     codes, outs, errs = run(tmp_path / "whole")
     assert codes == [0, 0], errs
     whole = json.loads(outs[0].splitlines()[-1])
+
+    # One process of two devices, which share what is stored: two numbers have but one sum.
+    codes, outs, errs = run(tmp_path / "alone", more=["--config.mesh.fsdp=2"], layout=(1, 2))
+    assert codes == [0], errs
+    assert json.loads(outs[0].splitlines()[-1])["fingerprint"] == whole["fingerprint"]
 
     # A notice to one of them, in an evaluation: both save its step and leave.
     codes, outs, errs = run(tmp_path / "run", {"process": 1, "at": "batch 2 ", "do": "SIGTERM"})
