@@ -14,22 +14,23 @@ FOLDER holds what was downloaded, unpacked; the set is named after the colon:
     real    val/n01440764, ... (or, with --config.data.source=imagenet_tars, the tar), and
             real.json of the ReaL labels (arXiv 2006.07159)
 
-With _tfds behind the name (v2_tfds) FOLDER is where tfds prepared the set. The size, crop, mean and
-standard deviation are those of the published weights; others say so when they are loaded.
+With _tfds behind the name (v2_tfds, real_tfds) FOLDER is where tfds prepared the set. The size,
+crop, mean and standard deviation are those of the published weights; others say so when they are
+loaded.
 """
 
 from configs import default
 from tnt_flax.errors import InputError
 
-# The folder or split; the tfds data set; the only answers.
+# The folder; the tfds data set and its split; the only answers.
 SETS = {
-    "v2": ("imagenetv2-matched-frequency-format-val", "imagenet_v2/matched-frequency", ""),
-    "a": ("imagenet-a", "imagenet_a", "imagenet-a"),
-    "r": ("imagenet-r", "imagenet_r", "imagenet-r"),
-    "sketch": ("sketch", "imagenet_sketch", ""),
-    "real": ("validation", "", ""),
+    "v2": ("imagenetv2-matched-frequency-format-val", "imagenet_v2/matched-frequency", "test", ""),
+    "a": ("imagenet-a", "imagenet_a", "test", "imagenet-a"),
+    "r": ("imagenet-r", "imagenet_r", "test", "imagenet-r"),
+    "sketch": ("sketch", "imagenet_sketch", "test", ""),
+    "real": ("validation", "imagenet2012_real", "validation", ""),
 }
-NAMES = [*SETS, *(f"{name}_tfds" for name, (_, tfds, _) in SETS.items() if tfds)]
+NAMES = [*SETS, *(f"{name}_tfds" for name in SETS)]
 
 
 def get_config(name="v2"):
@@ -39,11 +40,11 @@ def get_config(name="v2"):
         )
     config = default.get_config()
     config.model.name = ""  # that of the weights
-    folder, tfds, config.eval.classes = SETS[name.removesuffix("_tfds")]
+    folder, tfds, split, config.eval.classes = SETS[name.removesuffix("_tfds")]
     config.data.eval_split = folder
     if name.endswith("_tfds"):
-        config.data.source, config.data.name, config.data.eval_split = "tfds", tfds, "test"
-    if name == "real":
+        config.data.source, config.data.name, config.data.eval_split = "tfds", tfds, split
+    elif name == "real":
         config.eval.real_labels = "real.json"
     config.eval.batch_size = 256
     return config

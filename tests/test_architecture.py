@@ -25,7 +25,7 @@ ROWS = """
     --
     agreement guard models.inner_pallas models.lanes models.pyramid_layers data.outage data.index
     data.names data.opencv weights checkpoint convert.mapping convert.pickles tools.short_run
-    fine_tuning
+    fine_tuning environment
     --
     models.implementations models.block convert.torch_files data.tar data.tfds_records
     optimizer

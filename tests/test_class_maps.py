@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from photos import png
 from random_weights import random_params
+from tfds_files import write_tfds
 
 from configs import imagenet_variants
 from tnt_flax import config_check, create_model
@@ -26,6 +28,7 @@ from tnt_flax.weights import save_weights
 
 SYNSETS = imagenet_classes.synsets()
 HALF = (0.5, 0.5, 0.5)
+FLAT = png(np.full((8, 8, 3), 127, np.uint8))
 
 
 # ----------------------------------------------------------------------------------- whose class
@@ -195,10 +198,18 @@ def test_answers_are_among_the_chosen():
 
 
 def test_images_of_other_classes_do_not_count():
-    batch = {"label": np.array([0, 1, 2, 0]), "mask": np.array([True, True, True, False])}
-    (few,) = relabeled((batch for _ in range(1)), np.array([[4], [5], [6]]), (4, 6))
+    def with_labels(*labels):
+        mask = np.array([True] * (len(labels) - 1) + [False])
+        return (batch for batch in [{"label": np.array(labels), "mask": mask}])
+
+    (few,) = relabeled(with_labels(0, 1, 2, 0), np.array([4, 5, 6]), (4, 6))
     assert few["label"].tolist() == [[4], [-1], [6], [4]]
     assert few["mask"].tolist() == [True, False, True, False]
+    (all_of_them,) = relabeled(
+        with_labels([2, 0], [1, -1], [-1, -1], [0, 0]), np.arange(3)[::-1], None
+    )
+    assert all_of_them["label"].tolist() == [[0, 2], [1, -1], [-1, -1], [2, 2]]
+    assert all_of_them["mask"].tolist() == [True, True, False, False]
 
 
 # ------------------------------------------------------------------------------- from end to end
@@ -214,7 +225,6 @@ def imagenet(tmp_path_factory):
     params["head"]["bias"] = jnp.zeros(1000).at[jnp.array([0, 6, 11])].set(jnp.array([3.0, 2, 1]))
     config = {"model": {"name": "tnt_s_patch16_224", **fields}}
     save_weights(root / "w.safetensors", params, {"config": config})
-    flat = png(np.full((8, 8, 3), 127, np.uint8))
     a = imagenet_classes.synsets("imagenet-a")
     for path in (
         *(f"imagenet-a/{synset}/{i}.png" for synset in a for i in range(1 + (synset == a[0]))),
@@ -222,7 +232,7 @@ def imagenet(tmp_path_factory):
         *(f"val/{SYNSETS[i % 2]}/ILSVRC2012_val_{i + 1:08}.JPEG" for i in range(4)),
     ):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(flat)
+        (root / path).write_bytes(FLAT)
     (root / "real.json").write_text(json.dumps([[7, 0], [3], [], [0]]))
     return root
 
@@ -255,8 +265,30 @@ def test_the_sets(imagenet, tmp_path, capsys):
     real = evaluate_checkpoint(variant("real", imagenet), None, weights)
     assert (real["top1"], real["images"]) == (2 / 3, 3)  # the third has no label
     assert "mean_per_class" not in real
-    with pytest.raises(InputError, match="with eval.real_labels .*: no --per_class"):
+    with pytest.raises(InputError, match="several classes .*: no --per_class"):
         evaluate_checkpoint(variant("real", imagenet), None, weights, table)
+
+    # The same images and labels as tfds has them.
+    one = tfds.features.ClassLabel(names=SYNSETS)
+    features = {"image": tfds.features.Image(encoding_format="jpeg"), "original_label": one}
+    features |= {"real_label": tfds.features.Sequence(one), "file_name": tfds.features.Text()}
+    rows = [
+        {"image": FLAT, "original_label": 9, "real_label": labels, "file_name": "x"}
+        for labels in ([7, 0], [3], [], [0])
+    ]
+    write_tfds(
+        imagenet,
+        "imagenet2012_real",
+        "1.0.0",
+        tfds.features.FeaturesDict(features),
+        {"validation": rows},
+        file_format="tfrecord",
+        supervised=("image", "real_label"),
+    )
+    again = evaluate_checkpoint(variant("real_tfds", imagenet), None, weights)
+    assert again == pytest.approx(real)
+    with pytest.raises(InputError, match="several classes .*: no --per_class"):
+        evaluate_checkpoint(variant("real_tfds", imagenet), None, weights, table)
     with pytest.raises(InputError, match="classes.txt ends with none of"):
         evaluate_checkpoint(variant("v2", imagenet), None, weights, "classes.txt")
 

@@ -32,6 +32,9 @@ def test_it_runs(name, tmp_path, monkeypatch, capsys):
     assert said[name] in out
     if name == "fine_tune":
         assert sum(names["losses"][-8:]) < sum(names["losses"][:8])
+    elif name == "load_and_predict":
+        answers = names["classifier"].predict(names["images"], top=1)
+        assert names["logits"].argmax(axis=1).tolist() == [best.index for (best,) in answers]
     elif name == "look_inside":
         assert len(names["axes"].flat) == 2 and names["reached"].sum() == pytest.approx(1, abs=1e-5)
         figures.pyplot().close("all")

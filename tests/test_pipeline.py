@@ -323,6 +323,19 @@ def test_evaluation_masks_unreadable_records_out():
     assert not rows["image"][~rows["mask"]].any()
 
 
+def test_images_of_several_classes():
+    class Several(Numbered):
+        most_labels = 3
+
+        def __getitem__(self, index):
+            return super().__getitem__(index)[0], np.array([index, 9, -1])
+
+    batches = list(evaluate(Several(5, broken={0}), 3, corrupt="skip"))
+    labels = np.concatenate([batch["label"] for batch in batches])
+    assert labels.dtype == np.int32
+    assert labels.tolist() == [[0, 0, 0], *([i, 9, -1] for i in range(1, 5)), [0, 0, 0]]
+
+
 # ------------------------------------------------------------------------------------------ running
 
 

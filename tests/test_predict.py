@@ -2,6 +2,7 @@
 """From images of any kind to class names: the Classifier, the command, and its tables."""
 
 import csv
+import errno
 import importlib.util
 import io
 import json
@@ -240,6 +241,15 @@ def test_a_table_is_there_whole_or_not(tmp_path):
             table.write({"a": "x", "b": 1})
             raise RunError("interrupted")
         assert not list(tmp_path.iterdir())
+        with pytest.raises(RunError, match=f"cannot write {path}: No space left"):
+            with open_table(path, columns) as table:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        path.mkdir()
+        with pytest.raises(InputError, match=f"cannot write {path}: Is a directory"):
+            with open_table(path, columns):
+                pass
+        path.rmdir()
+        assert not list(tmp_path.iterdir())
     with open_table(tmp_path / "t.parquet", columns) as table:
         for i in range(25_000):
             table.write({"a": None if i % 2 else "y", "b": i})
@@ -308,3 +318,11 @@ def test_the_command(weights, folder, root):
     first, last = done.stdout.splitlines()
     assert first.startswith(f"{folder}/china.png: ")
     assert json.loads(last) == {"images": 1, "unreadable": 1}
+
+    read, write = os.pipe()
+    os.close(read)  # as `head` does
+    cut = subprocess.run(
+        [*command[:-1], str(folder / "china.png")], cwd=root, stdout=write, stderr=subprocess.PIPE
+    )
+    os.close(write)
+    assert cut.returncode == 1 and b"Traceback" not in cut.stderr and b"Broken" not in cut.stderr

@@ -108,6 +108,15 @@ def test_make_targets_exist(root):
     assert set(re.findall(r"make (train|test|soak|oracle|eval|docs)\b", README)) <= targets
 
 
+def test_the_reference_has_every_public_name_and_command(root):
+    api, tools = ((root / f"docs/{name}.md").read_text() for name in ("api", "tools"))
+    documented = re.findall(r"^::: tnt_flax\.(.+)$", api + tools, re.MULTILINE)
+    assert set(tnt_flax.__all__) <= {name.rpartition(".")[2] for name in documented}
+    files = (root / "tnt_flax/tools").glob("*.py")
+    commands = {f"tools.{file.stem}" for file in files if "__main__" in file.read_text()}
+    assert commands - {"tools.benchmark_start"} <= set(documented)  # of which benchmark starts one
+
+
 def test_the_table_of_models():
     rows = dict(re.findall(r"^\| `(p?tnt_\w+)` \| ([\d,]+) \|", README, re.MULTILINE))
     assert sorted(rows) == tnt_flax.list_models()

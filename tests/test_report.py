@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tnt_flax import environment
 from tnt_flax.tools import answers as answering
 from tnt_flax.tools import page, report
 from tnt_flax.tools.answers import Answers
@@ -61,7 +62,10 @@ def test_the_page_says_what_evaluation_says(made):
     assert np.trace(counts) == round(360 * result["top1"])
     for heading in ("Curves", "Confusion", "Calibration", "Hardest images", "Environment"):
         assert f"<h2>{heading}</h2>" in text
-    assert "<td>optimizer.learning_rate</td><td>0.001</td>" in text and "jaxlib" in text
+    assert "<td>optimizer.learning_rate</td><td>0.001</td>" in text
+    (start,) = environment.read(path.parent)
+    assert f"From step 0 on, {start['time']}" in text
+    assert f"<td>jaxlib</td><td>{start['environment']['jaxlib']}</td>" in text
 
 
 @pytest.mark.slow
@@ -102,6 +106,22 @@ def test_the_page_in_a_browser(made, tmp_path):
         # The curves, in the page's own ink: axes and text left of the middle, below the facts.
         assert marked[200:560, 40:380].mean() > 0.002
     assert grounds[LIGHT] > 240 and grounds[DARK] < 40
+
+
+def test_the_environments_of_a_run(tmp_path):
+    here = environment.describe()
+    assert here["python"] and here["numpy"] == np.__version__ and here["hosts"] == 1
+    assert report.environments(tmp_path) == [
+        "<p>Unknown: this run has left no environment.json, as older ones have not.</p>"
+    ]
+    there = {"jax": "0.1", "devices": "4 TPU <v9>"}
+    for step, seen in [(0, here), (20, here), (30, there), (40, here), (35, there), (35, there)]:
+        environment.record(tmp_path, step, seen)
+    starts = environment.read(tmp_path)
+    assert [(s["step"], s["environment"]) for s in starts] == [(0, here), (30, there)]
+    page = "".join(report.environments(tmp_path))
+    assert page.index("From step 0 on") < page.index(here["machine"]) < page.index("From step 30")
+    assert page.index("From step 30") < page.index("<td>devices</td><td>4 TPU &lt;v9&gt;</td>")
 
 
 def test_statistics_by_hand():

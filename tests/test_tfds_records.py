@@ -92,6 +92,36 @@ def test_where_both_forms_are_the_better_one_is_read(written):
     assert not list(folder.glob("*.index"))
 
 
+def test_images_of_several_classes(tmp_path):
+    """As imagenet2012_real has them."""
+    one = tfds.features.ClassLabel(names=["cat", "dog", "eel", "fox"])
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(encoding_format="jpeg"),
+            "original_label": one,
+            "real_label": tfds.features.Sequence(one),
+            "file_name": tfds.features.Text(),
+        }
+    )
+    labels = [[2], [], [3, 0]]
+    rows = [
+        {"image": image(i), "original_label": 1, "real_label": of_one, "file_name": "a.JPEG"}
+        for i, of_one in enumerate(labels)
+    ]
+    for form in tfds_records.FORMATS:
+        options = dict(file_format=form, supervised=("image", "real_label"))
+        write_tfds(tmp_path / form, "real", "1.0.0", features, {"validation": rows}, **options)
+        source = TfdsSource("real", "validation", str(tmp_path / form), several_labels=True)
+        assert source.class_names == ("cat", "dog", "eel", "fox") and source.most_labels == 4
+        assert [source[i][0] for i in range(3)] == [image(i) for i in range(3)]
+        padded = [[2, -1, -1, -1], [-1] * 4, [3, 0, -1, -1]]
+        assert [source[i][1].tolist() for i in range(3)] == padded
+        message = message_of(
+            lambda form=form: TfdsSource("real", "validation", str(tmp_path / form))
+        )
+        assert "'real' is of several classes or of none: it is for main.py --mode=eval" in message
+
+
 def test_damage_is_noticed(written):
     root, path = str(written / "tfrecord"), shard(written)
     source = TfdsSource("pets", "train", root)

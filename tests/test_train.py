@@ -19,7 +19,7 @@ from PIL import Image
 from smoke import SMOKE
 
 from configs import default
-from tnt_flax import build, checkpoint, sharding, train
+from tnt_flax import build, checkpoint, environment, sharding, train
 from tnt_flax.convert import mapping, torch_files
 from tnt_flax.convert.checkpoints import read_checkpoint
 from tnt_flax.errors import InputError, RunError, Stopped
@@ -59,6 +59,8 @@ def test_a_run_leaves_everything_behind(finished):
     assert saved == [10, 20, STEPS]
     for name in ("config.json", "weights.safetensors", "parameters.txt"):
         assert (workdir / name).stat().st_size > 0
+    (start,) = environment.read(workdir)
+    assert start["step"] == 0 and start["environment"]["jax"] == jax.__version__
     for name in ("curves.png", "predictions.png"):
         with Image.open(workdir / name) as picture:
             assert min(picture.size) > 200
@@ -241,8 +243,19 @@ def test_train_and_eval_classes_that_differ(smoke_config, tmp_path):
 
 
 def test_a_missing_data_folder(smoke_config, tmp_path):
+    """And the command corrected, in the same workdir."""
     with pytest.raises(InputError, match="nowhere"):
         train_and_evaluate(folder_config(smoke_config, tmp_path / "nowhere"), tmp_path / "run")
+    config = folder_config(smoke_config, make_folder(tmp_path / "data"))
+    with pytest.raises(InputError, match="none.pth"):
+        changed = folder_config(smoke_config, tmp_path / "data", init_from="none.pth")
+        train_and_evaluate(changed, tmp_path / "run")
+    assert train_and_evaluate(config, tmp_path / "run")["step"] == 3
+    other = make_folder(tmp_path / "other", classes=("cat", "eel"))
+    with pytest.raises(
+        InputError, match=r"checkpoints/3 is of 2 classes \(cat, dog\), the data are"
+    ):
+        train_and_evaluate(folder_config(smoke_config, other), tmp_path / "run")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -252,9 +265,10 @@ def test_a_truncated_file_stops_the_run_by_name_or_is_counted(smoke_config, tmp_
     broken.write_bytes(broken.read_bytes()[:200])
     with pytest.raises(InputError, match=f"{split}/dog/7.jpg.*data.corrupt"):
         train_and_evaluate(folder_config(smoke_config, tmp_path / "data"), tmp_path / "run")
+    # As the message advises, in the same workdir.
     config = folder_config(smoke_config, tmp_path / "data", data__corrupt="skip")
-    result = train_and_evaluate(config, tmp_path / "run2")
-    lines = read_metrics_file(tmp_path / "run2" / "metrics.jsonl")
+    result = train_and_evaluate(config, tmp_path / "run")
+    lines = read_metrics_file(tmp_path / "run" / "metrics.jsonl")
     replaced = sum(m.get("train/replaced_images", 0) for m in lines)
     assert (replaced, result["skipped"]) == ((1, 0) if split == "train" else (0, 1))
     assert result["images"] == 48 - result["skipped"]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pictures show what the network computes, in its place, and the numbers behind them add up."""
 
+import dataclasses
 import json
 
 import looked_at
@@ -173,6 +174,16 @@ def test_every_picture_is_drawn(name, size, patches, tmp_path, capsys):
     for name in result["pictures"]:
         drawn = np.asarray(Image.open(out / name).convert("RGB"))
         assert drawn.shape[1] > 500 and drawn.std() > 20, name
+
+
+def test_the_answer_is_in_words(tmp_path):
+    found = read_checkpoint(looked_at.save(tmp_path, depth=1))
+    first = np.eye(1000)[0]
+    assert visualize.answer(found, first[:10]) == {"class": "class 0", "probability": 1.0}
+    published = dataclasses.replace(found, info={})
+    assert visualize.answer(published, first)["class"] == "tench, Tinca tinca"
+    assert visualize.answer(published, first[:10])["class"] == "0"
+    assert visualize.answer(published, None) == {}
 
 
 @pytest.mark.slow

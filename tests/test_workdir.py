@@ -24,14 +24,30 @@ def test_one_trainer_per_workdir(tmp_path, root):
     assert subprocess.run(command, cwd=root).returncode == 0  # free again
 
 
-def test_a_workdir_of_another_config_is_refused_by_key(tmp_path):
+@pytest.mark.parametrize("result", ["checkpoints/10/x", "metrics.jsonl", "weights.safetensors"])
+def test_a_workdir_of_another_config_is_refused_by_key(tmp_path, result):
     with open_workdir(tmp_path, CONFIG):
         pass
-    other = json.loads(json.dumps(CONFIG)) | {"batch_size": 8}
+    (tmp_path / result).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / result).write_text("{}")
+    other = CONFIG | {"batch_size": 8}
     with pytest.raises(InputError, match=r"another config \(batch_size: 4 -> 8\)"):
         with open_workdir(tmp_path, other):
             pass
     assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+
+
+def test_a_start_of_which_nothing_came_is_corrected(tmp_path, capsys):
+    with open_workdir(tmp_path, CONFIG):
+        (tmp_path / "checkpoints").mkdir()  # as the set-up leaves them
+        (tmp_path / "metrics.jsonl").touch()
+    assert not capsys.readouterr().err
+    other = CONFIG | {"batch_size": 8}
+    with open_workdir(tmp_path, other):
+        pass
+    assert json.loads((tmp_path / "config.json").read_text()) == other
+    said = "nothing came of an earlier start; changed since then: batch_size: 4 -> 8\n"
+    assert capsys.readouterr().err == f"workdir {tmp_path}: {said}"
 
 
 def test_keys_that_a_resumed_run_may_change(tmp_path):

@@ -186,8 +186,8 @@ def build_predict_step(config: ConfigDict, model: Model):
     return steps.make_predict_step(model, mean=config.data.mean, std=config.data.std)
 
 
-def open_source(config: ConfigDict, split: str):
-    """The records of a split: `config.data.train_split` or `eval_split`."""
+def open_source(config: ConfigDict, split: str, *, several_labels: bool = False):
+    """The records of a split: `config.data.train_split` or `eval_split`; see `data.sources`."""
     data = config.data
     return sources.open_source(
         data.source,
@@ -197,6 +197,7 @@ def open_source(config: ConfigDict, split: str):
         class_list=data.class_list,
         eval_labels=data.eval_labels,
         holdout=sources.Holdout(data.holdout, data.train_split, data.eval_split),
+        several_labels=several_labels,
     )
 
 

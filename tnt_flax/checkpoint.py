@@ -24,7 +24,7 @@ from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from tnt_flax import distributed
-from tnt_flax.errors import InputError, RunError, one_line
+from tnt_flax.errors import InputError, RunError, listed, one_line
 from tnt_flax.manifest import fault, replace_file, write_manifest
 from tnt_flax.state import TrainState, check_fit
 
@@ -81,7 +81,7 @@ class Checkpoints:
         """The newest whole state, laid out as `abstract_state` says; None in an empty folder.
 
         Raises:
-            InputError: the state in it has other names, shapes or types.
+            InputError: the state in it has other names, shapes or types, or is of other classes.
             RunError: checkpoints exist but none is whole, or the newest cannot be read.
         """
         step = self.latest_step()
@@ -93,6 +93,12 @@ class Checkpoints:
                 )
             return None
         path = self.folder / str(step)
+        theirs, ours = read_info(path)["class_names"], self.info["class_names"]
+        if theirs != ours:
+            raise InputError(
+                f"{path} is of {len(theirs)} classes ({listed(theirs, 3)}), the data are of "
+                f"{len(ours)} ({listed(ours, 3)}): look at data.root, or choose another workdir"
+            )
         check_fit(path, _stored(path), abstract_state)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         try:
@@ -217,7 +223,7 @@ def find_checkpoint(folder: pathlib.Path, which: str) -> pathlib.Path:
         else:
             whole.append(step_folder)
     if not whole:
-        raise InputError(f"no whole checkpoint in {folder}: train first, or give --checkpoint=PATH")
+        raise InputError(f"no whole checkpoint in {folder}: train first, or name other weights")
     if which == "best":
         return max(whole, key=lambda p: (_score(read_metrics(p)), int(p.name)))
     return whole[-1]

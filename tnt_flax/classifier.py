@@ -89,8 +89,7 @@ class Classifier:
                 "channels; a classifier needs square images of 3 channels"
             )
         if class_names is None:
-            known = imagenet_classes.known_names(found.class_names, classes)
-            class_names = imagenet_classes.readable(known or tuple(map(str, range(classes))))
+            class_names = imagenet_classes.in_words(found.class_names, classes)
         if len(class_names) != classes:
             raise InputError(
                 f"{len(class_names)} class names for the {classes} classes of {found.path}"

@@ -117,15 +117,18 @@ def _evaluate_checkpoint(config, run, which, per_class, stop):
     config = with_network(config, path, checkpoint)
     config_check.check(config)
     mesh = build.build_mesh(config)
-    real = config.eval.real_labels
-    if real and per_class:
-        raise InputError("with eval.real_labels an image may be of several classes: no --per_class")
 
     with contextlib.ExitStack() as stack:
         table = None
         if per_class and jax.process_index() == 0:
             table = stack.enter_context(open_table(pathlib.Path(per_class), PER_CLASS))
-        source = build.open_source(config, config.data.eval_split)
+        source = build.open_source(config, config.data.eval_split, several_labels=True)
+        if real := config.eval.real_labels:
+            labels = class_maps.real_labels(storage.join(config.data.root, real), source)
+            source = class_maps.Relabeled(source, labels)
+        several = getattr(source, "most_labels", None) is not None
+        if several and per_class:
+            raise InputError("images may be of several classes in these data: no --per_class")
         params, found = build.load_params(
             config, build.build_model(config, 0), path, checkpoint=checkpoint
         )
@@ -133,20 +136,14 @@ def _evaluate_checkpoint(config, run, which, per_class, stop):
         named = (found.class_names, found.network.model.num_classes)
         model = build.build_model(config, named[1])
         classes = class_maps.chosen(config.eval.classes, *named)
-        if real:
-            labels = class_maps.real_labels(storage.join(config.data.root, real), source)
-            to_network = class_maps.to_network(imagenet_classes.synsets(), *named)
-            labels = np.where(labels < 0, labels, to_network[labels])
-            source = class_maps.Numbered(source)
-        else:
-            labels = class_maps.to_network(source.class_names, *named)[:, None]
+        to_network = class_maps.to_network(source.class_names, *named)
 
         print(f"evaluating on {len(source)} images", file=sys.stderr)
         eval_step = sharding.jit_eval_step(build.build_eval_step(config, model, classes), mesh)
-        batches = relabeled(build.eval_batches(config, source), labels, classes)
+        batches = relabeled(build.eval_batches(config, source), to_network, classes)
         metrics, sums = sums_and_means(eval_step, params, batches, mesh, stop)
         metrics["ece"] = calibration_error(sums["calibration"])
-        if not real:
+        if not several:
             metrics["mean_per_class"] = mean_per_class(sums["per_class"])
         metrics["classes"] = len(classes) if classes else model.num_classes
         if table:
@@ -157,15 +154,16 @@ def _evaluate_checkpoint(config, run, which, per_class, stop):
 
 
 def relabeled(
-    batches: build.Batches, labels: np.ndarray, classes: tuple[int, ...] | None
+    batches: build.Batches, to_network: np.ndarray, classes: tuple[int, ...] | None
 ) -> build.Batches:
-    """`batches` with rows of `labels`, int32 [labels, K], in place of their labels.
+    """`batches` with the network's classes, int32 [b, K], `to_network` of each of their labels.
 
-    Images of none of the `classes` do not count.
+    Images of none of the `classes`, or of none at all, do not count.
     """
     with contextlib.closing(batches):
         for batch in batches:
-            batch["label"] = labels[batch["label"]]
+            labels = batch["label"].reshape(len(batch["label"]), -1)
+            batch["label"] = np.where(labels < 0, labels, to_network[labels])
             if classes is not None:
                 batch["label"] = np.where(np.isin(batch["label"], classes), batch["label"], -1)
             batch["mask"] &= (batch["label"] >= 0).any(axis=1)

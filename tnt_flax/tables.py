@@ -3,14 +3,16 @@
 
 import contextlib
 import csv
+import errno
 import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tnt_flax.errors import InputError
+from tnt_flax.errors import InputError, RunError
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 GROUP = 10_000  # rows that Parquet compresses together
 
 
@@ -23,11 +25,14 @@ def open_table(path: pathlib.Path, columns: Mapping[str, type]) -> Iterator[Any]
 
     Raises:
         InputError: the name ends otherwise, or the place cannot be written.
+        RunError: the disk is full.
     """
     if path.suffix not in _KINDS:
         raise InputError(f"{path} ends with none of {', '.join(_KINDS)}: name the table so")
     temporary = path.with_name(path.name + ".tmp")
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         file = open(temporary, "wb")
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
@@ -35,6 +40,10 @@ def open_table(path: pathlib.Path, columns: Mapping[str, type]) -> Iterator[Any]
         with file, contextlib.closing(_KINDS[path.suffix](file, columns)) as table:
             yield table
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise RunError(f"cannot write {path}: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -13,7 +13,16 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from tnt_flax import agreement, build, config_check, distributed, figures, sharding, weights
+from tnt_flax import (
+    agreement,
+    build,
+    config_check,
+    distributed,
+    environment,
+    figures,
+    sharding,
+    weights,
+)
 from tnt_flax.checkpoint import Checkpoints, abstract
 from tnt_flax.convert.described import with_network
 from tnt_flax.data.outage import Outage
@@ -113,7 +122,9 @@ def _train(config: ConfigDict, workdir: pathlib.Path, guard: Guard) -> dict[str,
             (workdir / "parameters.txt").write_text(table + "\n")
     names = list(flat_names(state.params))
     start_step = int(state.step)
+    computes_on = environment.describe()
     if main:
+        environment.record(workdir, start_step, computes_on)
         print(
             f"{config.model.name}: {len(train_source)} training and {len(eval_source)} evaluation "
             f"images, {len(class_names)} classes, {sharding.describe(mesh)}, "

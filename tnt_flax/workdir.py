@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,15 +15,21 @@ from ml_collections import ConfigDict
 
 from tnt_flax.errors import InputError
 
-# A resumed run may change these: they do not touch what is computed, but for its rounding.
+# A resumed run may change these: they do not touch what is computed, but for its rounding, nor,
+# as to data.corrupt, what was computed up to the first image that cannot be read.
 FREE_GROUPS = ("log", "eval", "checkpoint")
 FREE_KEYS = ("data.root", "data.threads", "data.workers", "data.retry_seconds", "stall_minutes")
-FREE_KEYS += ("mesh.data", "mesh.fsdp", "mesh.tensor")
+FREE_KEYS += ("mesh.data", "mesh.fsdp", "mesh.tensor", "data.corrupt")
+# What a run leaves that another config would spoil; until then its workdir can take any.
+RESULTS = ("checkpoints", "metrics.jsonl", "weights.safetensors")
 
 
 @contextlib.contextmanager
 def open_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> Iterator[None]:
     """Makes `workdir` if need be and holds it for one trainer, which runs `config`.
+
+    A run that ended before it had logged or saved anything, such as one with a mistyped
+    `init_from`, leaves its config, too: that is replaced, and said.
 
     Raises:
         InputError: it cannot be written, another trainer uses it, or it belongs to another config.
@@ -46,6 +53,12 @@ def open_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> Iterator[None
         lock.flush()
         _agree(workdir, config)
         yield
+
+
+def has_results(workdir: pathlib.Path) -> bool:
+    """Has a run in `workdir` saved or logged anything?"""
+    paths = [workdir / name for name in RESULTS]
+    return any(any(p.iterdir()) if p.is_dir() else p.exists() and p.stat().st_size for p in paths)
 
 
 def check_space(workdir: pathlib.Path, state_bytes: int) -> None:
@@ -93,15 +106,21 @@ def as_config(stored: dict[str, Any]) -> ConfigDict:
 
 
 def _agree(workdir: pathlib.Path, config: dict[str, Any]) -> None:
-    """Refuses a workdir of another config; writes config.json into a new one."""
+    """Refuses a workdir with results of another config; writes config.json into any other."""
     old = read_config(workdir)
     changed = differences(old, config) if old else []
     fixed = [c for c in changed if c.split(".")[0] not in FREE_GROUPS]
     fixed = [c for c in fixed if c.split(":")[0] not in FREE_KEYS]
-    if fixed:
+    if fixed and has_results(workdir):
         raise InputError(
             f"workdir {workdir} belongs to another config ({'; '.join(fixed)}): "
             "choose another workdir, or the old values"
+        )
+    if fixed:
+        print(
+            f"workdir {workdir}: nothing came of an earlier start; changed since then: "
+            f"{'; '.join(fixed)}",
+            file=sys.stderr,
         )
     temporary = workdir / "config.json.tmp"
     temporary.write_text(json.dumps(config, indent=1))

@@ -68,18 +68,19 @@ def chosen(
     return tuple(sorted(to_network(names, network_names, num_classes).tolist()))
 
 
-class Numbered:
-    """A source whose labels are the numbers of its records."""
+class Relabeled:
+    """`source` with rows of `labels`, int32 [records, K], of ImageNet's classes."""
 
-    def __init__(self, source: Source):
-        self.source, self.class_names = source, source.class_names
-        self.name_of = source.name_of
+    def __init__(self, source: Source, labels: np.ndarray):
+        self.source, self.labels, self.most_labels = source, labels, labels.shape[1]
+        self.class_names, self.name_of = imagenet_classes.synsets(), source.name_of
+        self.place = source.place
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int):
-        return self.source[index][0], index
+        return self.source[index][0], self.labels[index]
 
 
 def real_labels(path: str, source: Source) -> np.ndarray:

@@ -41,3 +41,9 @@ def known_names(class_names: Sequence[str] | None, num_classes: int) -> tuple[st
     if class_names is not None:
         return tuple(class_names)
     return synsets() if num_classes == len(_rows()) else None
+
+
+def in_words(class_names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
+    """What to call the classes of weights: words where they are known, else their numbers."""
+    known = known_names(class_names, num_classes)
+    return readable(known or tuple(map(str, range(num_classes))))

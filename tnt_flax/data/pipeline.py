@@ -86,7 +86,8 @@ def eval_batches(
     """This host's part of one pass over the source, in order: every record exactly once.
 
     `batch_size` counts the rows of all hosts. Each batch is `image` uint8 [b, H, W, 3], `label`
-    int32 [b], `mask` bool [b] and `corrupt` bool [b], b = batch_size / num_hosts. Where `mask` is
+    int32 [b] (or [b, source.most_labels]), `mask` bool [b] and `corrupt` bool [b],
+    b = batch_size / num_hosts. Where `mask` is
     False the row is zeros and must not count: padding of the last batch, so that all hosts see
     equally many batches of one shape, or, with corrupt="skip", a record that cannot be read.
     The other arguments and the errors are those of `train_batches`.
@@ -192,10 +193,13 @@ class _EvalView:
             _refuse_or_log(self.reader.source, record, reason, self.corrupt)
             return self._columns(self.blank, corrupt=True)
 
-    def _columns(self, image, label=0, *, mask=False, corrupt=False):
+    def _columns(self, image, label=None, *, mask=False, corrupt=False):
+        if label is None:
+            most = getattr(self.reader.source, "most_labels", None)
+            label = np.zeros(() if most is None else most)
         return {
             "image": image,
-            "label": np.int32(label),
+            "label": np.asarray(label, np.int32),
             "mask": np.bool_(mask),
             "corrupt": np.bool_(corrupt),
         }

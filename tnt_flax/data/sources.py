@@ -4,6 +4,8 @@
 A source is a sequence of records. `len(source)` counts them; `source[i]` is `(image, label)`, where
 the image is either the encoded file (bytes) or uint8 pixels [H, W] or [H, W, C], and the label an
 int; `source.class_names` names the labels; `source.name_of(i)` is what a message calls record i.
+Who asks for a source with `several_labels` may get one with `most_labels`: there a label is int32
+[most_labels], the classes of an image, which may be none, padded with -1.
 Reading a record may raise OSError; `source.place` is there as long as the data set can be reached
 (see `storage.is_away`). Sources pickle, because worker processes get a copy.
 """
@@ -60,14 +62,16 @@ def open_source(
     class_list: str = "",
     eval_labels: str = "",
     holdout: Holdout | None = None,
+    several_labels: bool = False,
 ) -> Source:
     """Opens the `split` of a data set.
 
     `kind` is "folder", "imagenet_tars" or "webdataset" (all below `root`, and optionally with a
     `class_list`; the tars with `eval_labels`), "tfds" (`name`, and `root` as its data_dir; empty
     means tfds' default) or "digits". A folder without the split to evaluate on is divided as
-    `holdout` says; other kinds pass over it. Raises InputError for an unknown kind, for an argument
-    that the kind needs but did not get, and for whatever the source itself finds wrong.
+    `holdout` says; other kinds pass over it. Without `several_labels` a tfds data set with images
+    of several classes is refused. Raises InputError for an unknown kind, for an argument that the
+    kind needs but did not get, and for whatever the source itself finds wrong.
     """
     if kind not in KINDS:
         guess = difflib.get_close_matches(kind.lower(), KINDS, n=1, cutoff=0.0)[0]
@@ -87,7 +91,7 @@ def open_source(
     if kind == "webdataset":
         return webdataset(root, split, class_list)
     if kind == "tfds":
-        return TfdsSource(name, split, root)
+        return TfdsSource(name, split, root, several_labels=several_labels)
     return Digits(split)
 
 

@@ -13,6 +13,7 @@ import os
 from typing import Any
 
 import google_crc32c
+import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
 from tnt_flax.data import storage
@@ -30,12 +31,17 @@ class TfdsSource:
     `name` is a tfds name ("cifar10", "oxford_iiit_pet", "imagenet2012:5.1.0"), `split` a tfds
     split, slices such as "train[:90%]" included, `data_dir` tfds' directory ("" for its default,
     ~/tensorflow_datasets). Image and label are the data set's supervised pair; images stay encoded.
+
+    Of a data set whose images are of several classes, or of none, such as "imagenet2012_real", the
+    label is int32 [most_labels], padded with -1. Only who says `several_labels` gets these.
     """
 
-    def __init__(self, name: str, split: str, data_dir: str = ""):
+    def __init__(self, name: str, split: str, data_dir: str = "", *, several_labels: bool = False):
         builder = _prepared_builder(name, data_dir)
-        self._image_key, self._label_key = _supervised_pair(builder)
-        self.class_names = tuple(builder.info.features[self._label_key].names)
+        keys, label, several = _supervised_pair(builder, several_labels)
+        self._image_key, self._label_key = keys
+        self.class_names = tuple(label.names)
+        self.most_labels = len(self.class_names) if several else None
         self._records = _open_split(builder, split)
         self.place = os.fspath(builder.data_path)
         self._name = f"{name}/{split}"
@@ -48,7 +54,12 @@ class TfdsSource:
             example = _example_class().FromString(self._records[index])
             values = {feature.key: feature.value for feature in example.features.feature}
             image = values[self._image_key].bytes_list.value[0]
-            return image, values[self._label_key].int64_list.value[0]
+            labels = values[self._label_key].int64_list.value
+            if self.most_labels is None:
+                return image, labels[0]
+            padded = np.full(self.most_labels, -1, np.int32)
+            padded[: len(labels)] = labels
+            return image, padded
         # How array_record and protobuf report damaged files; OSError is ours.
         except (RuntimeError, ValueError, LookupError, message.DecodeError) as error:
             what = " ".join(str(error).split())
@@ -127,20 +138,27 @@ def _prepared_builder(name, data_dir):
     return builder
 
 
-def _supervised_pair(builder):
+def _supervised_pair(builder, several_labels):
+    """The keys of image and label, the ClassLabel, and whether an image has a sequence of these."""
     import tensorflow_datasets as tfds
 
     features, keys = builder.info.features, builder.info.supervised_keys or ()
-    if (
-        len(keys) != 2
-        or not isinstance(features[keys[0]], tfds.features.Image)
-        or not isinstance(features[keys[1]], tfds.features.ClassLabel)
+    image, label = (features[key] for key in keys) if len(keys) == 2 else (None, None)
+    several = isinstance(label, tfds.features.Sequence)
+    label = label.feature if several else label
+    if not isinstance(image, tfds.features.Image) or not isinstance(
+        label, tfds.features.ClassLabel
     ):
         raise InputError(
             f"tfds data set {builder.name!r} has no supervised (image, label) pair: its supervised "
             f"keys are {keys or 'not set'}; choose an image classification data set"
         )
-    return keys
+    if several and not several_labels:
+        raise InputError(
+            f"an image of tfds data set {builder.name!r} is of several classes or of none: it is "
+            "for main.py --mode=eval alone"
+        )
+    return keys, label, several
 
 
 def _open_split(builder, split):

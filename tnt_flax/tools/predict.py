@@ -26,32 +26,32 @@ from tnt_flax.command import Parser, exit_on_error
 from tnt_flax.data.names import is_image, natural_key
 from tnt_flax.errors import InputError, RunError
 from tnt_flax.tables import open_table
+from tnt_flax.tools.weights_options import add_weights_options, weights_arguments
 
 STDIN = "-"
 
 
 def make_parser() -> Parser:
     parser = Parser("python -m tnt_flax.tools.predict", __doc__)
+    add_weights_options(parser)
     add = parser.add_argument
-    add("weights_of", metavar="CHECKPOINT", help="a file of any system, a workdir, hf://OWNER/NAME")
     add("paths", metavar="PATH", nargs="+", help="a file, a folder, a pattern, or - for stdin")
     add("--top", type=int, default=5, help="answers per image")
     add("--out", type=pathlib.Path, help="a table to write: .csv, .jsonl or .parquet")
     add("--batch_size", type=int, default=64, help="images at a time")
     add("--threads", type=int, default=8, help="that read and decode")
     add("--class_list", help="a file with the name of a class on each line")
-    add("--weights", choices=["ema", "raw"], default="ema", help="where a checkpoint holds both")
-    add("--checkpoint", choices=["best", "last"], default="best", help="of a workdir")
-    add("--name", help="refuse CHECKPOINT unless it is this network")
-    for field in ("inner_heads", "outer_heads", "patch_size"):
-        add(f"--{field}", type=int, help="of sizes that were never published")
     return parser
 
 
 def main(argv: list[str]) -> None:
-    with exit_on_error("no table was written"):
-        result = predict(make_parser().parse_args(argv))
-    print(json.dumps(result))
+    try:
+        with exit_on_error("no table was written"):
+            result = predict(make_parser().parse_args(argv))
+        print(json.dumps(result), flush=True)
+    except BrokenPipeError:  # who reads this, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     sys.exit(0 if result["images"] else 1)
 
 
@@ -67,14 +67,7 @@ def predict(args: Any) -> dict[str, Any]:
     with open_table(args.out, columns(args.top)) if args.out else contextlib.nullcontext() as table:
         files = find_images(args.paths, sys.stdin)
         host.cache_compilations()
-        classifier = load_classifier(
-            args.weights_of,
-            args.name,
-            weights=args.weights,
-            checkpoint=args.checkpoint,
-            class_list=args.class_list,
-            **heads(args),
-        )
+        classifier = load_classifier(**weights_arguments(args), class_list=args.class_list)
         counts = {"images": 0, "unreadable": 0}
         outcomes = classifier.outcomes(files, args.top, args.batch_size, args.threads)
         bar = tqdm(total=len(files), unit="image", disable=None, file=sys.stderr)
@@ -97,11 +90,6 @@ def predict(args: Any) -> dict[str, Any]:
 def as_text(file: str) -> str:
     """A file's name as it can be printed: names need not be Unicode."""
     return os.fsencode(file).decode("utf-8", "replace")
-
-
-def heads(args: Any) -> dict[str, int]:
-    fields = ("inner_heads", "outer_heads", "patch_size")
-    return {f: getattr(args, f) for f in fields if getattr(args, f) is not None}
 
 
 def columns(top: int) -> dict[str, type]:

@@ -10,13 +10,10 @@ checkpoint answers, with the weights that the config evaluates. The last line on
 object. Exit code 1 is a report that cannot be made, 2 is bad input.
 """
 
-import contextlib
 import datetime
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import sys
 from typing import Any
 
@@ -25,22 +22,12 @@ from ml_collections import ConfigDict
 
 from tnt_flax import host
 from tnt_flax.command import Parser, exit_on_error
+from tnt_flax.data import imagenet_classes
 from tnt_flax.errors import InputError, RunError
 
 SHOWN = 16  # images of a kind
 LOOKED_AT = 4  # images of which attention is shown
 MATRIX = 20  # classes: of more, only the mistakes are listed
-PACKAGES = (
-    "tnt_flax",
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "numpy",
-    "pillow",
-)
 
 
 def make_parser() -> Parser:
@@ -111,7 +98,7 @@ def make_page(folder, config, stored, found, source, answers, lines, summary) ->
     from tnt_flax.tools import answers as answering
     from tnt_flax.tools import page
 
-    names = source.class_names
+    names = imagenet_classes.readable(source.class_names)
     size = config.data.image_size
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     title = f"{config.model.name} on {config.data.name or config.data.source}"
@@ -179,8 +166,7 @@ def make_page(folder, config, stored, found, source, answers, lines, summary) ->
         "components as colours).</p>",
         *attention(found, config, source, answers, hardest, names),
         "<h2>Environment</h2>",
-        "<p>Of this report, not necessarily of the run.</p>",
-        page.table(environment().items()),
+        *environments(folder),
         "<h2>Config</h2>",
         f"<details><summary>all keys</summary>{page.table(flat(stored))}</details>",
     ]
@@ -222,15 +208,21 @@ def image_of(config: ConfigDict, source, record: int) -> np.ndarray:
     return eval_transform(image, size=data.image_size, crop_fraction=data.crop_fraction)
 
 
-def environment() -> dict[str, str]:
-    import jax
+def environments(folder: pathlib.Path) -> list[str]:
+    """What the run computed on, one after the other."""
+    from tnt_flax import environment
+    from tnt_flax.tools import page
 
-    devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a mere checkout
-            versions[name] = importlib.metadata.version(name)
-    return versions | {"devices": devices, "machine": platform.platform()}
+    starts = environment.read(folder)
+    if not starts:
+        return ["<p>Unknown: this run has left no environment.json, as older ones have not.</p>"]
+    parts = []
+    for start in starts:
+        parts += [
+            f"<p>From step {start['step']:,} on, {page.text(start['time'])}</p>",
+            page.table(start["environment"].items()),
+        ]
+    return parts
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -23,6 +23,7 @@ import numpy as np
 from tnt_flax import host
 from tnt_flax.command import Parser, exit_on_error
 from tnt_flax.convert.checkpoints import Checkpoint
+from tnt_flax.data import imagenet_classes
 from tnt_flax.errors import InputError, RunError
 from tnt_flax.tools.weights_options import (
     add_weights_options,
@@ -97,8 +98,8 @@ def answer(found: Checkpoint, probabilities: np.ndarray | None) -> dict[str, Any
     if probabilities is None:
         return {}
     best = int(probabilities.argmax())
-    name = found.class_names[best] if found.class_names else str(best)
-    return {"class": name, "probability": round(float(probabilities[best]), 4)}
+    names = imagenet_classes.in_words(found.class_names, len(probabilities))
+    return {"class": names[best], "probability": round(float(probabilities[best]), 4)}
 
 
 def parse_patch(text: str, grid: tuple[int, int]) -> int:

@@ -24,12 +24,15 @@ def add_weights_options(parser: Parser) -> None:
         add(f"--{field}", type=int, help="of sizes that were never published")
 
 
+def weights_arguments(args: Any) -> dict[str, Any]:
+    """What was said, as arguments of `read_checkpoint` and `load_classifier`."""
+    said = dict(path=args.source, name=args.name, weights=args.weights, checkpoint=args.checkpoint)
+    return said | {f: getattr(args, f) for f in FIELDS if getattr(args, f) is not None}
+
+
 def read_weights(args: Any) -> Checkpoint:
     """The weights that the arguments name. Raises InputError as `read_checkpoint` does."""
-    fields = {field: getattr(args, field) for field in FIELDS if getattr(args, field) is not None}
-    return read_checkpoint(
-        args.source, args.name, weights=args.weights, checkpoint=args.checkpoint, **fields
-    )
+    return read_checkpoint(**weights_arguments(args))
 
 
 def check_takes_photos(found: Checkpoint) -> None:
