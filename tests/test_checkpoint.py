@@ -2,6 +2,7 @@
 """Whole checkpoints come back bit for bit; damaged ones never do."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -252,6 +253,14 @@ def test_weights_alone(folder, kind, offset):
     params = checkpoint.read_weights(folder / "4", kind, layout().params)
     expected = make_state(4).params["head"]["kernel"] + offset
     np.testing.assert_array_equal(params["head"]["kernel"], expected)
+
+
+def test_a_folder_is_found_by_a_relative_path(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    step = checkpoint.find_checkpoint(pathlib.Path(folder.name), "last")
+    assert checkpoint.stored_params(step).keys() == {"head"}
+    params = checkpoint.read_weights(step, "raw", layout().params)
+    np.testing.assert_array_equal(params["head"]["kernel"], make_state(4).params["head"]["kernel"])
 
 
 def test_weights_of_a_damaged_or_foreign_folder(folder, tmp_path):

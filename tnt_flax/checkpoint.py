@@ -256,7 +256,7 @@ def read_weights(step_folder: pathlib.Path, kind: str, abstract_params: Any) -> 
     )
     with _reader() as reader:
         try:
-            return reader.restore(step_folder / "state", args=args)[name]
+            return reader.restore(_state(step_folder), args=args)[name]
         except Exception as error:
             raise InputError(f"cannot read {step_folder}: {one_line(error)}") from error
 
@@ -284,7 +284,11 @@ def _stored(step_folder: pathlib.Path) -> Any:
     Orbax would find a misfit too, but only while reading, and leave its threads in disorder.
     """
     with _reader() as reader:
-        return reader.metadata(step_folder / "state").item_metadata.tree
+        return reader.metadata(_state(step_folder)).item_metadata.tree
+
+
+def _state(step_folder: pathlib.Path) -> pathlib.Path:
+    return step_folder.absolute() / "state"  # at a relative path Orbax finds nothing
 
 
 @contextlib.contextmanager
