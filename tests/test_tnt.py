@@ -719,6 +719,7 @@ def test_no_classes_give_features():
             "inner='gpu' is none of ('auto', 'reference', 'cpu', 'lanes', 'pallas')",
         ),
         (dict(outer="lanes"), "outer='lanes' is none of ('auto', 'reference', 'cpu', 'pallas')"),
+        (dict(depth=0), "depth=0: a network has one block at least"),
         (dict(dropout=1.0), "dropout=1.0 is outside [0, 1)"),
         (dict(attention_dropout=-0.1), "attention_dropout=-0.1 is outside [0, 1)"),
         (dict(drop_path=1.5), "drop_path=1.5 is outside [0, 1)"),

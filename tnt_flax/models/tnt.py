@@ -291,6 +291,8 @@ class TNT(nn.Module):
             raise InputError(f"gelu={self.gelu!r} is none of {sorted(GELU)}")
         check_known(self, remat=REMAT, inner=INNER, outer=OUTER)
         check_rates(self)
+        if self.depth < 1:
+            raise InputError(f"depth={self.depth}: a network has one block at least")
         if self.conv_first and self.patch_size % self.inner_stride:
             raise InputError(
                 f"conv_first needs a patch size ({self.patch_size}) divisible by the inner stride "
