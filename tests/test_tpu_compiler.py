@@ -115,6 +115,9 @@ def test_bundles_times_iterations():
     ]
     count = functools.partial(tpu_compiler.scheduled_bundles, TPU, schedules, [5, 5])
     assert count() == 13 * (6 * 7 + 5 * 11)
+    another = TPU.replace("%kernel.1 =", "%kernel.2 =")  # of the same kernel, compiled once
+    again = tpu_compiler.scheduled_bundles(another, schedules, [5, 5], "/inner/pallas")
+    assert again == 13 * 5 * 11
     assert count(within="/inner/pallas") == 13 * 5 * 11
     assert count(within="/outer/") == 0
 
@@ -138,6 +141,8 @@ def test_the_benchmark_changes_the_fields_that_it_compares(root, monkeypatch):
     assert (config.model.depth, config.batch_size) == (1, 8)
     function, shapes = benchmark_compile.make_forward(str(root / "configs" / "tnt_s.py"), {})
     assert jax.eval_shape(function, *shapes).shape == (128, 1000)
+    step, (_, batch, _) = benchmark_compile.make_step(str(root / "configs" / "tnt_s.py"), {})
+    assert step.__name__ == "train_step" and batch["image"].shape == (128, 224, 224, 3)
     assert "reference" in benchmark_compile.IMPLEMENTATIONS
 
 
@@ -146,10 +151,10 @@ def test_the_benchmark_compares_the_implementations(root, monkeypatch):
 
     def compile_step(args, fields, images):
         asked.append((fields["inner"], images))
-        return {"fits": images < 2000}
+        return {"fits": images < 2000, "kernel_calls": 9 * (fields["inner"] == "pallas")}
 
     monkeypatch.setattr(tpu_compiler, "devices", lambda topology: (None, range(4)))
-    monkeypatch.setattr(tpu_compiler, "count_bundles", lambda make, topology, within: 7)
+    monkeypatch.setattr(tpu_compiler, "count_bundles", lambda make, topology, within: within)
     monkeypatch.setattr(benchmark_compile, "compile_step", compile_step)
     monkeypatch.syspath_prepend(root)
     run = lambda name: benchmark_compile.measure_compile(
@@ -161,7 +166,10 @@ def test_the_benchmark_compares_the_implementations(root, monkeypatch):
     )
     found = run("tnt_s.py")
     assert asked == [("lanes", 512), ("pallas", 512), ("pallas", 2048)]
-    assert found["lanes"] == {"fits": True, "inner_bundles": 7} and not found["fits_512"]
+    assert found["pallas"]["fits"] and not found["fits_512"]
+    bundles = ("inner_bundles", "kernel_bundles")
+    assert [found["lanes"][key] for key in bundles] == ["/inner/", 0]
+    assert [found["pallas"][key] for key in bundles] == ["/inner/", "/pallas_call"]
     with pytest.raises(InputError, match=r"ptnt_s_patch16_256 has no implementations to compare"):
         run("ptnt_s.py")
 

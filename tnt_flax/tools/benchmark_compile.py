@@ -6,9 +6,10 @@
 
 A whole step takes the compiler some minutes, that of the plain form the most. Nothing runs: these
 are estimates, of two kinds that must not be mixed. `estimated_cycles` are the whole step's and have
-nothing for kernels written in Pallas, so `kernel_calls` says how often a step starts one.
-`inner_bundles` are the instructions that one chip issues for the forward pass of one inner block,
-in whatever it is written, without waits. See `tnt_flax.tools.tpu_compiler`.
+nothing for kernels written in Pallas: `kernel_calls` says how often a step starts one, and
+`kernel_bundles` how many instructions a chip issues in them, without waits. `inner_bundles` are
+those of the forward pass of one inner block, in whatever it is written. See
+`tnt_flax.tools.tpu_compiler`.
 """
 
 import argparse
@@ -55,10 +56,14 @@ def measure_compile(args: argparse.Namespace) -> dict[str, Any]:
         fields = IMPLEMENTATIONS[name]
         step = compile_step(args, fields, IMAGES * chips)
         print(f"{name}: {step}", file=sys.stderr)
+        count = functools.partial(tpu_compiler.count_bundles, topology=args.topology)
         make = functools.partial(make_forward, args.config, fields)
-        bundles = tpu_compiler.count_bundles(make, args.topology, within="/inner/")
-        found[name] = step | {"inner_bundles": bundles}
-        print(f"{name}: {bundles} inner bundles", file=sys.stderr)
+        bundles = {"inner_bundles": count(make, within="/inner/"), "kernel_bundles": 0}
+        if step["kernel_calls"]:
+            make = functools.partial(make_step, args.config, fields)
+            bundles["kernel_bundles"] = count(make, within="/pallas_call")
+        print(f"{name}: {bundles}", file=sys.stderr)
+        found[name] = step | bundles
     many = compile_step(args, fields, MANY * chips)  # with the last, by default the best one
     print(f"{name} with {MANY} images a chip: {many}", file=sys.stderr)
     return {
@@ -97,6 +102,13 @@ def make_forward(path: str, fields: dict[str, str]):
     size = config.data.image_size
     images = jax.ShapeDtypeStruct((IMAGES, size, size, 3), jnp.float32)
     return (lambda params, images: model.apply(split(params), images)), (params, images)
+
+
+def make_step(path: str, fields: dict[str, str]):
+    """The training step of one chip, and the shapes of its arguments."""
+    from tnt_flax.tools import tpu_compiler
+
+    return tpu_compiler.train_step(make_config(path, fields, IMAGES), CLASSES)
 
 
 def make_config(path: str, fields: dict[str, Any], images: int) -> ConfigDict:

@@ -93,8 +93,8 @@ def compile_train_step(config: ConfigDict, num_classes: int, topology: str) -> C
     """
     chip, chips = devices(topology)
     mesh = build.build_mesh(config, chips)
-    train_step, arguments = _train_step(config, num_classes)
-    jitted = sharding.jit_train_step(train_step, mesh, arguments[0])
+    step, arguments = train_step(config, num_classes)
+    jitted = sharding.jit_train_step(step, mesh, arguments[0])
     return compile_for(chip, jitted, arguments)
 
 
@@ -102,12 +102,12 @@ def train_step_flops(config: ConfigDict, num_classes: int) -> int:
     """Of the matrix products of a whole step in its plain form, none of them computed twice."""
     config = config.copy_and_resolve_references()
     config.model.update(inner="reference", outer="reference", remat="none")
-    train_step, arguments = _train_step(config, num_classes)
-    return 2 * count_macs(train_step, *arguments)
+    step, arguments = train_step(config, num_classes)
+    return 2 * count_macs(step, *arguments)
 
 
-def _train_step(config, num_classes):
-    """The step, and the shapes of its arguments."""
+def train_step(config: ConfigDict, num_classes: int) -> tuple[Callable, tuple]:
+    """The step that `config` describes, not yet jitted, and the shapes of its arguments."""
     model = build.build_model(config, num_classes)
     tx, schedule = build.build_optimizer(config, steps_per_epoch=1)
     init_params = build.init_params(model, config)
@@ -205,19 +205,23 @@ def scheduled_bundles(text: str, schedules: list[str], grids: list[int], within:
         for count, name in re.findall(
             r"^\s*([\d.]+) scheduled bundles \([\d.]+%\): %([\w.\-]+) = ", schedule, re.MULTILINE
         ):
-            static[name] = max(static.get(name, 0), float(count))
+            # A kernel that is started from several places is compiled, and listed, once.
+            for key in (name, name.rpartition(".")[0]):
+                static[key] = max(static.get(key, 0), float(count))
     total, grids = 0, iter(grids)
     for run in hlo.instructions(text):
         if run.fused:
             continue
+        name = run.name
         if run.is_kernel:
             iterations = next(grids)
+            name = name if name in static else name.rpartition(".")[0]
         else:
             bounds = re.search(r'"iteration_bounds":\[([^\]]*)\]', run.text)
             iterations = math.prod(int(n) for n in re.findall(r"\d+", bounds[1])) if bounds else 1
         scope = re.search(r'op_name="([^"]*)"', run.text)
         if within in (scope[1] if scope else ""):
-            total += run.times * iterations * static.get(run.name, 0)
+            total += run.times * iterations * static.get(name, 0)
     return round(total)
 
 
