@@ -205,23 +205,24 @@ def scheduled_bundles(text: str, schedules: list[str], grids: list[int], within:
         for count, name in re.findall(
             r"^\s*([\d.]+) scheduled bundles \([\d.]+%\): %([\w.\-]+) = ", schedule, re.MULTILINE
         ):
-            # A kernel that is started from several places is compiled, and listed, once.
-            for key in (name, name.rpartition(".")[0]):
-                static[key] = max(static.get(key, 0), float(count))
+            static[name] = max(static.get(name, 0), float(count))
     total, grids = 0, iter(grids)
     for run in hlo.instructions(text):
         if run.fused:
             continue
-        name = run.name
+        count = static.get(run.name, 0)
         if run.is_kernel:
             iterations = next(grids)
-            name = name if name in static else name.rpartition(".")[0]
+            # One that is started from several places is compiled, and listed, once.
+            kernel = run.name.rpartition(".")[0]
+            alike = [n for name, n in static.items() if name.rpartition(".")[0] == kernel]
+            count = count or max(alike, default=0)
         else:
             bounds = re.search(r'"iteration_bounds":\[([^\]]*)\]', run.text)
             iterations = math.prod(int(n) for n in re.findall(r"\d+", bounds[1])) if bounds else 1
         scope = re.search(r'op_name="([^"]*)"', run.text)
         if within in (scope[1] if scope else ""):
-            total += run.times * iterations * static.get(name, 0)
+            total += run.times * iterations * count
     return round(total)
 
 
