@@ -84,7 +84,7 @@ class Look(NamedTuple):
             if grid != before:
                 total = means(before, 2, grid) @ total
             attended = means(grid, ratio, reduced(grid, ratio)) @ total
-            total = (attention.mean(axis=0) @ attended + total) / 2
+            total = after(attention, attended, total)
             before = grid
             maps.append(total.mean(axis=0).reshape(self.grid))
         return np.stack(maps)
@@ -159,9 +159,14 @@ def rollout(attention: Sequence[np.ndarray]) -> np.ndarray:
     total = np.eye(attention[0].shape[-1], dtype=np.float32)
     totals = []
     for block in attention:
-        total = (block.mean(axis=0) @ total + total) / 2
+        total = after(block, total, total)
         totals.append(total)
     return np.stack(totals)
+
+
+def after(attention: np.ndarray, attended: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """The tokens after a block: half what the mean of the heads attends to, half what they were."""
+    return (attention.mean(axis=0) @ attended + tokens) / 2
 
 
 def most_read(seen: Look, number: int) -> list[int]:
