@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains or evaluates TNT. Kept short: what it does lives in `tnt_flax.train` and `.evaluate`.
+"""Trains or evaluates TNT. Kept short: what it does lives in `tnt_flax.training.train` and `.evaluate`.
 
     python main.py --config=configs/digits.py --workdir=runs/digits
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=eval
@@ -16,11 +16,12 @@ import pathlib
 
 from absl import app, flags, logging
 
-from tnt_flax import command, distributed, host
-from tnt_flax.command import CONFIG
-from tnt_flax.errors import InputError
+from tnt_flax.core.errors import InputError
+from tnt_flax.runtime import host, processes
+from tnt_flax.tools import command_line
+from tnt_flax.tools.command_line import CONFIG
 
-flags.adopt_module_key_flags(command)
+flags.adopt_module_key_flags(command_line)
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "The folder of the run: checkpoints, logs, pictures."
 )
@@ -50,8 +51,8 @@ def main(argv: list[str]) -> None:
     host.keep_memory()
     host.cache_compilations()
     workdir = pathlib.Path(WORKDIR.value).resolve() if WORKDIR.value else None
-    with command.exit_on_error("the same command goes on from the last checkpoint"):
-        distributed.start(
+    with command_line.exit_on_error("the same command goes on from the last checkpoint"):
+        processes.start(
             COORDINATOR.value,
             NUM_PROCESSES.value,
             PROCESS_ID.value,
@@ -59,18 +60,18 @@ def main(argv: list[str]) -> None:
             meeting=workdir,
         )
         if MODE.value == "eval":
-            from tnt_flax.evaluate import evaluate_checkpoint
+            from tnt_flax.training.evaluate import evaluate_checkpoint
 
             result = evaluate_checkpoint(CONFIG.value, workdir, CHECKPOINT.value, PER_CLASS.value)
         else:
-            from tnt_flax.train import train_and_evaluate
+            from tnt_flax.training.train import train_and_evaluate
 
             if workdir is None:
                 raise InputError("training needs --workdir=FOLDER")
             result = train_and_evaluate(CONFIG.value, workdir)
-    if distributed.is_main():
+    if processes.is_main():
         print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command.parse_flags)
+    app.run(main, flags_parser=command_line.parse_flags)

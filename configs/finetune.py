@@ -17,7 +17,7 @@ set more epochs.
 """
 
 from configs import default
-from tnt_flax.errors import InputError
+from tnt_flax.core.errors import InputError
 
 HOW = ("all", "probe")
 

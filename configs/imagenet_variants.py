@@ -20,7 +20,7 @@ loaded.
 """
 
 from configs import default
-from tnt_flax.errors import InputError
+from tnt_flax.core.errors import InputError
 
 # The folder; the tfds data set and its split; the only answers.
 SETS = {

@@ -20,7 +20,7 @@ average that forgets the beginning within the run, which the published 0.99996 d
 """
 
 from configs import default
-from tnt_flax.errors import InputError
+from tnt_flax.core.errors import InputError
 
 # The tfds data set ("" is an image folder), its splits, epochs, decay of the average.
 DATA = {

@@ -25,10 +25,10 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from configs import digits, finetune
-from tnt_flax import host
-from tnt_flax.command import Parser, exit_on_error
 from tnt_flax.data.sources import Digits
-from tnt_flax.train import train_and_evaluate
+from tnt_flax.runtime import host
+from tnt_flax.tools.command_line import Parser, exit_on_error
+from tnt_flax.training.train import train_and_evaluate
 
 KNOWN, NEW = range(0, 5), range(5, 10)
 COUNTS = (2, 10, 50)  # images of each new digit

@@ -10,12 +10,12 @@ import sys
 
 import numpy as np
 
-from tnt_flax import figures
-from tnt_flax.command import Parser, exit_on_error
-from tnt_flax.convert.checkpoints import read_checkpoint
 from tnt_flax.data.sources import Digits
 from tnt_flax.data.transforms import eval_transform
-from tnt_flax.tools import look, pictures
+from tnt_flax.tools import attention, pictures
+from tnt_flax.tools.command_line import Parser, exit_on_error
+from tnt_flax.training import plots
+from tnt_flax.weights.read import read_checkpoint
 
 DIGITS = (8, 4, 16, 9, 3, 11)  # of the test split
 OUT = pathlib.Path(__file__).with_suffix(".png")
@@ -29,12 +29,12 @@ def main(argv: list[str]) -> None:
         size = found.network.grid[0] * found.network.model.patch_size
         images = [Digits("test")[i][0] for i in DIGITS]
         images = np.stack([eval_transform(x, size=size, crop_fraction=1.0) for x in images])
-        draw(look.look(found, images), OUT)
+        draw(attention.look(found, images), OUT)
 
 
-def draw(seen: list[look.Look], path: pathlib.Path) -> None:
+def draw(seen: list[attention.Look], path: pathlib.Path) -> None:
     """Columns are images; rows are the image, both attentions, and the words' features."""
-    plt = figures.pyplot()
+    plt = plots.pyplot()
     rows = (
         "image",
         "sentences that\nreach the answer",
@@ -49,18 +49,20 @@ def draw(seen: list[look.Look], path: pathlib.Path) -> None:
     )
     last = max(seen[0].words)
     words = np.concatenate([one.words[last].reshape(-1, one.words[last].shape[-1]) for one in seen])
-    (colors,) = look.principal_colors([words])  # of all images: a colour means the same in each
+    (colors,) = attention.principal_colors(
+        [words]
+    )  # of all images: a colour means the same in each
     for column, (one, own) in enumerate(zip(seen, np.split(colors, len(seen)), strict=True)):
         read = one.inner_attention[0].mean(axis=(1, 2))  # by the mean of all heads and words
         axes[0, column].imshow(one.pixels)
         axes[1, column].imshow(pictures.lit(one.pixels, one.reached()[-1]))
-        axes[2, column].imshow(look.words_in_place(read, one.grid), cmap=pictures.COLORS)
-        axes[3, column].imshow(look.words_in_place(own.reshape(*read.shape, 3), one.grid))
+        axes[2, column].imshow(attention.words_in_place(read, one.grid), cmap=pictures.COLORS)
+        axes[3, column].imshow(attention.words_in_place(own.reshape(*read.shape, 3), one.grid))
     for row, name in enumerate(rows):
         axes[row, 0].set_ylabel(name, fontsize=8.5, rotation=0, ha="right", va="center")
     for axis in axes.flat:
         pictures.bare(axis)
-    figures.save(figure, path)
+    plots.save(figure, path)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_e
 
 import jax
 import pytest
-from smoke import SMOKE
+
+from tests.helpers.smoke import SMOKE
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Most of a test's time is compiling. The commands that tests start, and the oracle's, optimize.

@@ -11,12 +11,13 @@ import jax
 import pytest
 
 from configs import default, digits, transfer
-from tnt_flax import TNT, PyramidTNT, augment, build, config_check
+from tnt_flax import TNT, PyramidTNT
+from tnt_flax.core.errors import InputError
+from tnt_flax.core.trees import split
 from tnt_flax.data import randaugment
 from tnt_flax.data.plan import TrainPlan
 from tnt_flax.data.sources import Digits
-from tnt_flax.errors import InputError
-from tnt_flax.state import split
+from tnt_flax.training import config_check, experiment, mixup
 
 PUBLISHED = "rand-m9-mstd0.5-inc1"
 NAMES = [
@@ -65,19 +66,19 @@ def test_config_builds(name):
     assert set(flat(config)) == set(flat(default.get_config()))
     if not config.model.name:  # that of the weights
         with pytest.raises(InputError, match="model.name is empty.*: set init_from=FILE"):
-            build.build_model(config, 10)
+            experiment.build_model(config, 10)
         config.model.name = "tnt_s_patch16_224"
     config_check.check(config)
     classes = 10 if name == "digits" else 1000
-    model = build.build_model(config, classes)
-    shapes = jax.eval_shape(build.init_params(model, config), jax.random.key(0))
+    model = experiment.build_model(config, classes)
+    shapes = jax.eval_shape(experiment.init_params(model, config), jax.random.key(0))
     shapes = split(shapes)["params"]
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
     assert count == PARAMETERS.get(name, count)
-    tx, schedule = build.build_optimizer(config, steps_per_epoch=10)
+    tx, schedule = experiment.build_optimizer(config, steps_per_epoch=10)
     jax.eval_shape(tx.init, shapes)
     for group in ("eval", "checkpoint", "log"):
-        assert build.in_steps(group, config[group].every, 10) >= 1
+        assert experiment.in_steps(group, config[group].every, 10) >= 1
 
 
 def test_transfer_to_every_data_set():
@@ -94,7 +95,7 @@ def test_the_published_recipe_of_pyramids():
     for name in ("ti", "s", "m", "b"):
         config = importlib.import_module(f"configs.ptnt_{name}").get_config()
         assert config.model.name == f"ptnt_{name}_patch16_{config.data.image_size}"
-        _, schedule = build.build_optimizer(config, steps_per_epoch=1)
+        _, schedule = experiment.build_optimizer(config, steps_per_epoch=1)
         rates = [float(schedule(epoch)) for epoch in (0, 1, 19, 20)]
         assert rates == pytest.approx([1e-6, 5.095e-5, 9.5005e-4, 9.891831e-4], rel=1e-6)
 
@@ -132,20 +133,20 @@ def test_every_key_is_read(root):
     ],
 )
 def test_durations(duration, steps):
-    assert build.in_steps("eval.every", duration, 7) == steps
+    assert experiment.in_steps("eval.every", duration, 7) == steps
 
 
 @pytest.mark.parametrize("duration", ["", "5", "0 steps", "-1 epochs", "two epochs", "1 hours"])
 def test_bad_durations(duration):
     with pytest.raises(ValueError, match=r'eval\.every=.*is no duration: use "N epochs"'):
-        build.in_steps("eval.every", duration, 7)
+        experiment.in_steps("eval.every", duration, 7)
 
 
 def test_randaugment_is_spelled_in_the_config(smoke_config):
     config = default.get_config()
-    assert build.build_randaugment(config) == randaugment.parse(PUBLISHED, (0.5, 0.5, 0.5))
+    assert experiment.build_randaugment(config) == randaugment.parse(PUBLISHED, (0.5, 0.5, 0.5))
     config.data.mean = (0.0, 0.5, 1.0)
-    assert build.build_randaugment(config).fill == (0, 128, 255)
+    assert experiment.build_randaugment(config).fill == (0, 128, 255)
     config.augment.randaugment = "rand-q3"
     with pytest.raises(InputError, match="no section 'q3'"):
         config_check.check(config)
@@ -154,19 +155,19 @@ def test_randaugment_is_spelled_in_the_config(smoke_config):
     first = {}
     for spelled in ("", PUBLISHED):
         config = smoke_config(augment__randaugment=spelled)
-        assert (build.build_randaugment(config) is None) == (spelled == "")
-        (batch,) = build.train_batches(config, source, plan, start_step=2, num_steps=1)
+        assert (experiment.build_randaugment(config) is None) == (spelled == "")
+        (batch,) = experiment.train_batches(config, source, plan, start_step=2, num_steps=1)
         first[spelled] = batch["image"]
     changed = (first[""] != first[PUBLISHED]).any(axis=(1, 2, 3)).mean()
     assert 0.5 < changed < 0.95  # a quarter of the images draws no operation
 
 
 def test_the_plan_is_the_published_one(smoke_config):
-    plan = build.build_plan(default.get_config(), 1_281_167)
+    plan = experiment.build_plan(default.get_config(), 1_281_167)
     assert plan == TrainPlan(1_281_167, 1024, seed=42, repeats=3, groups=8)
     assert plan.steps_per_epoch == 1251
     config = smoke_config(seed=7, augment__repeats=2, augment__mix_groups=6)
-    assert build.build_plan(config, 100) == TrainPlan(100, 48, seed=7, repeats=2, groups=6)
+    assert experiment.build_plan(config, 100) == TrainPlan(100, 48, seed=7, repeats=2, groups=6)
 
 
 @pytest.mark.parametrize(
@@ -198,17 +199,19 @@ def test_without_mixing_any_batch_size_does():
 
 
 def test_a_step_mixes_and_erases_as_configured(monkeypatch):
-    monkeypatch.setattr(build.steps, "make_prepare", lambda num_classes, **options: options)
-    monkeypatch.setattr(build.steps, "make_train_step", lambda *args, **options: args[-1] | options)
+    monkeypatch.setattr(experiment.steps, "make_prepare", lambda num_classes, **options: options)
+    monkeypatch.setattr(
+        experiment.steps, "make_train_step", lambda *args, **options: args[-1] | options
+    )
     model = types.SimpleNamespace(num_classes=1000)
-    options = build.build_train_step(default.get_config(), model, None, None)
-    assert options["mix"].func is augment.mix
+    options = experiment.build_train_step(default.get_config(), model, None, None)
+    assert options["mix"].func is mixup.mix
     assert options["mix"].keywords == dict(
         groups=8, mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5
     )
-    assert options["erase"].func is augment.erase
+    assert options["erase"].func is mixup.erase
     assert options["erase"].keywords == dict(prob=0.25, area=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
     assert options["label_smoothing"] == 0.1 and options["ema_decay"] == 0.99996
     assert options["gradient_dtype"] == "float32"
-    options = build.build_train_step(digits.get_config(), model, None, None)
+    options = experiment.build_train_step(digits.get_config(), model, None, None)
     assert options["mix"] is None and options["erase"] is None

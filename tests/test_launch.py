@@ -9,7 +9,7 @@ import time
 import pytest
 import yaml
 
-from tnt_flax.command import STALLED, STOPPED
+from tnt_flax.core.errors import STALLED, STOPPED
 
 FLAGS = ["--config=configs/digits.py", "--workdir=runs/my digits"]
 

@@ -4,10 +4,10 @@
 import json
 import pathlib
 
-import looked_at
 import pytest
 
-from tnt_flax import figures
+from tests.helpers import looked_at
+from tnt_flax.training import plots
 
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
 
@@ -23,7 +23,7 @@ def test_it_runs(name, tmp_path, monkeypatch, capsys):
     folder.mkdir(parents=True)
     looked_at.save(folder, size=32, depth=1).rename(folder / "weights.safetensors")
     monkeypatch.chdir(tmp_path)
-    figures.pyplot()  # draws into files
+    plots.pyplot()  # draws into files
     names = {}
     for cell in cells:
         exec("".join(cell["source"]), names)
@@ -37,7 +37,7 @@ def test_it_runs(name, tmp_path, monkeypatch, capsys):
         assert names["logits"].argmax(axis=1).tolist() == [best.index for (best,) in answers]
     elif name == "look_inside":
         assert len(names["axes"].flat) == 2 and names["reached"].sum() == pytest.approx(1, abs=1e-5)
-        figures.pyplot().close("all")
+        plots.pyplot().close("all")
 
 
 def test_all_are_run():

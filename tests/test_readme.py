@@ -11,15 +11,17 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from test_architecture import ROWS
+
+ROWS = ""
 
 import tnt_flax
-from tnt_flax.convert import mapping, torch_files
-from tnt_flax.convert.__main__ import make_parser
 from tnt_flax.tools import predict
+from tnt_flax.tools.convert import make_parser
+from tnt_flax.weights import names as mapping
+from tnt_flax.weights.formats import torch
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-CONVERSIONS = re.findall(r"^python -m tnt_flax.convert (.*)$", README, re.MULTILINE)
+CONVERSIONS = re.findall(r"^python -m tnt_flax.tools.convert (.*)$", README, re.MULTILINE)
 TOOLS = re.findall(
     r"^python -m (tnt_flax\.tools\.(?:check_data|preview)) (.*)$", README, re.MULTILINE
 )
@@ -35,7 +37,7 @@ def test_the_python_runs_and_gives_the_shapes_it_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = tnt_flax.create_model("tnt_s_patch16_224", depth=1)  # as good as twelve blocks here
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
-    torch_files.write(tmp_path / "tnt_s_81.5.pth.tar", dict(mapping.export("huawei", params)))
+    torch.write(tmp_path / "tnt_s_81.5.pth.tar", dict(mapping.export("huawei", params)))
     blocks, said = re.findall(r"```python\n(.*?)```", README, re.DOTALL), 0
     names = {"shaped": shaped}
     for code in blocks:

@@ -14,9 +14,9 @@ _PUBLIC = {
     "feature_maps": "tnt_flax.models",
     "fold": "tnt_flax.models",
     "list_models": "tnt_flax.models",
-    "load": "tnt_flax.convert.load",
-    "load_classifier": "tnt_flax.classifier",
-    "load_exported": "tnt_flax.exported",
+    "load": "tnt_flax.weights.load",
+    "load_classifier": "tnt_flax.inference.classifier",
+    "load_exported": "tnt_flax.inference.stablehlo",
 }
 __all__ = list(_PUBLIC)
 

@@ -11,9 +11,9 @@ import math
 import numpy as np
 from PIL import Image
 
+from tnt_flax.core.errors import InputError, one_line
 from tnt_flax.data import randaugment as pillow
 from tnt_flax.data.transforms import Encoded, color_jitter, decode, random_crop_box
-from tnt_flax.errors import InputError, one_line
 
 try:
     import cv2

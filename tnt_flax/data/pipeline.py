@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterator
 import grain
 import numpy as np
 
-from tnt_flax.data.outage import Outage, PatientReader
+from tnt_flax.core.errors import InputError
 from tnt_flax.data.plan import EvalPlan, SampleKey, TrainPlan, sample_generator
 from tnt_flax.data.sources import Source
+from tnt_flax.data.sources.outage import Outage, PatientReader
 from tnt_flax.data.transforms import CorruptImageError, Encoded, decode
-from tnt_flax.errors import InputError
 
 Batch = dict[str, np.ndarray]
 Samples = list[tuple[int, dict[str, np.ndarray]]]  # of one element: (row of the batch, columns)

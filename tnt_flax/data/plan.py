@@ -12,7 +12,7 @@ import threading
 
 import numpy as np
 
-from tnt_flax.errors import InputError
+from tnt_flax.core.errors import InputError
 
 SampleKey = tuple[int, int, int]  # (seed, epoch, position within the epoch)
 

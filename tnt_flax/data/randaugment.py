@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from tnt_flax.errors import InputError
+from tnt_flax.core.errors import InputError
 
 MAX_LEVEL = 10  # magnitudes are clipped here, unless `mmax` says otherwise
 RESAMPLE = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)  # one drawn per geometric call

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tnt_flax.errors import InputError
-from tnt_flax.models.backbone import FeatureMap, feature_maps
+from tnt_flax.core.errors import InputError
+from tnt_flax.models.features import FeatureMap, feature_maps
 from tnt_flax.models.folded import fold
 from tnt_flax.models.pyramid_tnt import PyramidTNT
 from tnt_flax.models.tnt import TNT, block_outputs

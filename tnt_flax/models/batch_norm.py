@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from tnt_flax.models.platform import devices, manual_axes
+from tnt_flax.models.kernels.platform import devices, manual_axes
 
 EPSILON, MOMENTUM = 1e-5, 0.1  # torch's defaults; its momentum is the weight of the new
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from tnt_flax.errors import InputError
+from tnt_flax.core.errors import InputError
 
 
 def check_images(images: Array, patch_size: int) -> None:

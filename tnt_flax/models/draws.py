@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from tnt_flax.models.platform import manual_axes
+from tnt_flax.models.kernels.platform import manual_axes
 
 
 def uniform(key: Key[Array, ""], shape: tuple[int, ...], axes: int = 0) -> Float[Array, "..."]:

@@ -18,7 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from tnt_flax.errors import InputError
+from tnt_flax.core.errors import InputError
 from tnt_flax.models.tnt import TNT
 
 matmul = functools.partial(jnp.matmul, precision="highest")  # TPUs would round to bfloat16

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from tnt_flax.errors import InputError
+from tnt_flax.core.errors import InputError
 from tnt_flax.models import draws
 
 Tokens = Float[Array, "*batch T W"]

@@ -20,13 +20,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from tnt_flax.errors import InputError
-from tnt_flax.models.block import WordsToSentences
+from tnt_flax.core.errors import InputError
 from tnt_flax.models.checks import check_images, check_known, check_rates, positions
-from tnt_flax.models.implementations import PRIMITIVES, REMAT, choose_remat
+from tnt_flax.models.kernels.platform import platform
+from tnt_flax.models.kernels.select import PRIMITIVES, REMAT, choose_remat
 from tnt_flax.models.layers import Dense, LayerNorm, Primitives, TransformerBlock
-from tnt_flax.models.platform import platform
 from tnt_flax.models.pyramid_layers import Averages, Grid, Merge, Sentences, Stem, tiles
+from tnt_flax.models.tnt_blocks import WordsToSentences
 from tnt_flax.models.word_embedding import Images, Words
 
 WIDENING = (1, 2, 4, 4)  # widths and heads of the stages, in those of the first

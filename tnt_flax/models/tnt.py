@@ -21,11 +21,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from tnt_flax.errors import InputError
-from tnt_flax.models import lanes
-from tnt_flax.models.block import TNTBlock, WordsToSentences
+from tnt_flax.core.errors import InputError
 from tnt_flax.models.checks import check_images, check_known, check_rates, positions
-from tnt_flax.models.implementations import (
+from tnt_flax.models.kernels import lanes
+from tnt_flax.models.kernels.select import (
     INNER,
     LANES_FORMS,
     OUTER,
@@ -36,6 +35,7 @@ from tnt_flax.models.implementations import (
     choose_remat,
 )
 from tnt_flax.models.layers import GELU, Dense, Dropout, LayerNorm, TransformerBlock
+from tnt_flax.models.tnt_blocks import TNTBlock, WordsToSentences
 from tnt_flax.models.word_embedding import Images, WordEmbedding
 
 token_init = nn.initializers.normal(0.02)

@@ -25,10 +25,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from tnt_flax import command, config_check
 from tnt_flax.data.sources import Source
 from tnt_flax.data.transforms import CorruptImageError, decode
+from tnt_flax.tools import command_line
 from tnt_flax.tools.findings import FindingsFile
+from tnt_flax.training import config_check
 
 MEANING = {  # of each finding, in the order of the table
     "corrupt": 'stops training, or with data.corrupt="skip" its neighbour is taken instead',
@@ -62,8 +63,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # other libraries' remarks
     values = flags.FLAGS
     go_on = "the same command goes on from here" if values.out else "with --out it could go on"
-    with command.exit_on_error(go_on):
-        result = check_data(command.CONFIG.value, values.split, values.out)
+    with command_line.exit_on_error(go_on):
+        result = check_data(command_line.CONFIG.value, values.split, values.out)
     print(json.dumps(result))
     sys.exit(1 if result["corrupt"] else 0)
 
@@ -74,11 +75,13 @@ def check_data(config: ConfigDict, split: str = "train", out: str | None = None)
     Raises:
         InputError: the config, the data set as a whole or `out` is wrong.
     """
-    from tnt_flax import build
+    from tnt_flax.training import experiment
 
     config_check.check(config)
     splits = ("train", "eval") if split == "both" else (split,)
-    sources = {name: build.open_source(config, config.data[f"{name}_split"]) for name in splits}
+    sources = {
+        name: experiment.open_source(config, config.data[f"{name}_split"]) for name in splits
+    }
     checked = {key: value for key, value in config.data.items() if key not in OTHER_KEYS}
     checked["records"] = {name: len(source) for name, source in sources.items()}
     totals = collections.Counter({"images": 0, "classes": 0})
@@ -238,5 +241,5 @@ def _of_file(encoded):
 
 if __name__ == "__main__":
     define_flags()
-    flags.adopt_module_key_flags(command)
-    app.run(main, flags_parser=command.parse_flags)
+    flags.adopt_module_key_flags(command_line)
+    app.run(main, flags_parser=command_line.parse_flags)

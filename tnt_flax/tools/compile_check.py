@@ -18,8 +18,9 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from tnt_flax import command, config_check
-from tnt_flax.errors import InputError
+from tnt_flax.core.errors import InputError
+from tnt_flax.tools import command_line
+from tnt_flax.training import config_check
 
 
 def define_flags() -> None:
@@ -32,8 +33,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # other libraries' remarks
     os.environ["JAX_PLATFORMS"] = "cpu"  # on a TPU machine, too: its chips are left alone
     values = flags.FLAGS
-    with command.exit_on_error("nothing was found out"):
-        result = compile_check(command.CONFIG.value, values.topology, values.classes)
+    with command_line.exit_on_error("nothing was found out"):
+        result = compile_check(command_line.CONFIG.value, values.topology, values.classes)
     print(json.dumps(result))
     sys.exit(0 if result["fits"] else 1)
 
@@ -87,5 +88,5 @@ def compile_check(config: ConfigDict, topology: str | None, classes: int = 1000)
 
 if __name__ == "__main__":
     define_flags()
-    flags.adopt_module_key_flags(command)
-    app.run(main, flags_parser=command.parse_flags)
+    flags.adopt_module_key_flags(command_line)
+    app.run(main, flags_parser=command_line.parse_flags)

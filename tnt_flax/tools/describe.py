@@ -32,12 +32,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tnt_flax.command import Parser, parse_settings
-from tnt_flax.errors import InputError
+from tnt_flax.core.errors import InputError
+from tnt_flax.core.trees import flat_names
 from tnt_flax.models import Model, create_model
-from tnt_flax.models.block import TNTBlock
+from tnt_flax.models.tnt_blocks import TNTBlock
 from tnt_flax.models.word_embedding import KERNEL
-from tnt_flax.state import flat_names
+from tnt_flax.tools.command_line import Parser, parse_settings
 from tnt_flax.tools.contractions import Contraction, contractions, count_macs
 
 # Of the cost model: the first one whose expression matches the beginning of a layer's path.

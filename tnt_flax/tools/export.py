@@ -26,19 +26,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tnt_flax import host
-from tnt_flax.augment import normalize
-from tnt_flax.command import Parser, exit_on_error
-from tnt_flax.convert import hub_folder, targets
-from tnt_flax.convert.checkpoints import Checkpoint, read_checkpoint
-from tnt_flax.errors import InputError, RunError, one_line
-from tnt_flax.exported import load_exported, save_exported, trace
-from tnt_flax.tools import look
-from tnt_flax.tools.weights_options import (
-    add_weights_options,
-    check_takes_photos,
-    read_weights,
-)
+from tnt_flax.core.errors import InputError, RunError, one_line
+from tnt_flax.inference.stablehlo import load_exported, save_exported, trace
+from tnt_flax.runtime import host
+from tnt_flax.tools import attention
+from tnt_flax.tools.command_line import Parser, exit_on_error
+from tnt_flax.tools.weights_options import add_weights_options, check_takes_photos, read_weights
+from tnt_flax.training.mixup import normalize
+from tnt_flax.weights import hub_folder, write
+from tnt_flax.weights.read import Checkpoint, read_checkpoint
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 PHOTOS = ("china.jpg", "flower.jpg")  # of scikit-learn
@@ -146,7 +142,7 @@ def to_onnx(found: Checkpoint, path: pathlib.Path) -> Run:
 
 
 def to_timm(found: Checkpoint, path: pathlib.Path) -> Run:
-    target = targets.make_target(found, "timm")
+    target = write.make_target(found, "timm")
     hub_folder.write(path, target, found)
     heads = {key: getattr(target.model, key) for key in ("inner_heads", "outer_heads")}
     written = read_checkpoint(
@@ -174,7 +170,7 @@ def real_images(found: Checkpoint) -> np.ndarray:
 
     folder = pathlib.Path(sklearn.datasets.__file__).parent / "images"
     facts = hub_folder.facts(found)
-    pixels = [look.prepare(found, folder / name) for name in PHOTOS]
+    pixels = [attention.prepare(found, folder / name) for name in PHOTOS]
     pixels = np.stack([*pixels, *(image[:, ::-1] for image in pixels)])
     mean, std = tuple(facts["mean"]), tuple(facts["std"])
     return np.asarray(normalize(jnp.asarray(pixels), mean, std))

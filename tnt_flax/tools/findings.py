@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from tnt_flax.errors import InputError, RunError, one_line
+from tnt_flax.core.errors import InputError, RunError, one_line
 
 KEY = "findings_of"  # of the first line
 

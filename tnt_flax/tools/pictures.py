@@ -5,9 +5,9 @@ import pathlib
 
 import numpy as np
 
-from tnt_flax import figures
-from tnt_flax.tools import look
-from tnt_flax.tools.look import Look
+from tnt_flax.tools import attention
+from tnt_flax.tools.attention import Look
+from tnt_flax.training import plots
 
 COLORS = "viridis"
 MOST_TILES = 7  # a side, of a mosaic of sentences: more cannot be told apart
@@ -20,7 +20,7 @@ def plot_outer_attention(seen: Look, path: pathlib.Path) -> None:
 
     Stages of PyramidTNT may have fewer heads than there are columns.
     """
-    plt = figures.pyplot()
+    plt = plots.pyplot()
     weights = seen.read_maps()
     rows, columns = len(weights), 1 + max(map(len, weights))
     figure, axes = plt.subplots(
@@ -50,12 +50,12 @@ def plot_outer_attention(seen: Look, path: pathlib.Path) -> None:
     bar = figure.colorbar(drawn, ax=axes, shrink=min(1, 3 / rows), pad=0.02, extend="max")
     bar.set_label("weight, 1: all tokens alike", fontsize=9)
     figure.suptitle(f"Outer attention: where {seen.reader} looks", fontsize=11)
-    figures.save(figure, path)
+    plots.save(figure, path)
 
 
 def plot_rollout(seen: Look, path: pathlib.Path) -> None:
     """What of the image has reached what the head reads after each block, laid over the image."""
-    plt = figures.pyplot()
+    plt = plots.pyplot()
     reached = seen.reached()
     panels = len(reached) + 1
     columns = min(panels, 7)
@@ -77,7 +77,7 @@ def plot_rollout(seen: Look, path: pathlib.Path) -> None:
         f"Attention rollout: what of the image has reached {seen.reader}, brightest where most",
         fontsize=11,
     )
-    figures.save(figure, path)
+    plots.save(figure, path)
 
 
 def plot_inner_attention(seen: Look, patches: list[int], path: pathlib.Path) -> None:
@@ -86,7 +86,7 @@ def plot_inner_attention(seen: Look, patches: list[int], path: pathlib.Path) -> 
     Columns are blocks: the first, one in the middle, the last. Those of a later stage of PyramidTNT
     show the larger sentence that the patch lies in.
     """
-    plt = figures.pyplot()
+    plt = plots.pyplot()
     known = sorted(seen.inner_attention)
     blocks = sorted({known[0], known[(len(known) - 1) // 2], known[-1]})
     figure, axes = plt.subplots(
@@ -108,7 +108,7 @@ def plot_inner_attention(seen: Look, patches: list[int], path: pathlib.Path) -> 
         corner = (slice(y * side, (y + 1) * side), slice(x * side, (x + 1) * side))
         axes[row, 0].imshow(seen.pixels)
         frame = plt.Rectangle(
-            (x * side - 0.5, y * side - 0.5), side, side, fill=False, color=figures.WRONG, lw=1.5
+            (x * side - 0.5, y * side - 0.5), side, side, fill=False, color=plots.WRONG, lw=1.5
         )
         axes[row, 0].add_patch(frame)
         axes[row, 0].set_ylabel(f"patch {y},{x}", fontsize=9)
@@ -116,7 +116,7 @@ def plot_inner_attention(seen: Look, patches: list[int], path: pathlib.Path) -> 
         for column, block in enumerate(blocks):
             maps = shown[block][row]
             words = round(len(maps) ** 0.5)
-            tiles = look.mosaic(len(maps) * maps.reshape((words,) * 4))
+            tiles = attention.mosaic(len(maps) * maps.reshape((words,) * 4))
             drawn = axes[row, 2 + column].imshow(tiles, cmap=COLORS, vmin=0, vmax=top)
         if row == 0:
             axes[row, 0].set_title("image", fontsize=9)
@@ -132,24 +132,24 @@ def plot_inner_attention(seen: Look, patches: list[int], path: pathlib.Path) -> 
     bar = figure.colorbar(drawn, ax=axes, shrink=0.6, pad=0.02)
     bar.set_label("weight, 1: all words alike", fontsize=9)
     figure.suptitle("Inner attention: each tile is where the word at that place looks", fontsize=11)
-    figures.save(figure, path)
+    plots.save(figure, path)
 
 
 def plot_positions(
     sentences: np.ndarray, words: np.ndarray, grid: tuple[int, int], path: pathlib.Path
 ) -> None:
     """Similarity of the position embeddings: sentences [N, D], words [M, C]."""
-    plt = figures.pyplot()
+    plt = plots.pyplot()
     every = -(-max(grid) // MOST_TILES)
     rows, columns = (slice(every // 2, None, every),) * 2
-    maps = look.similarity(sentences).reshape(*grid, *grid)[rows, columns]
+    maps = attention.similarity(sentences).reshape(*grid, *grid)[rows, columns]
     side = round(len(words) ** 0.5)
-    of_words = look.mosaic(look.similarity(words).reshape((side,) * 4))
+    of_words = attention.mosaic(attention.similarity(words).reshape((side,) * 4))
     figure, axes = plt.subplots(1, 2, figsize=(10, 5.2), layout="constrained")
     nth = ORDINALS.get(every, f"{every}th")
     chosen = f", every {nth} row and column" if every > 1 else ""
     for axis, image, title in (
-        (axes[0], look.mosaic(maps), f"of {grid[0]} x {grid[1]} sentences{chosen}"),
+        (axes[0], attention.mosaic(maps), f"of {grid[0]} x {grid[1]} sentences{chosen}"),
         (axes[1], of_words, f"of {side} x {side} words"),
     ):
         drawn = axis.imshow(image, cmap="RdBu_r", vmin=-1, vmax=1)
@@ -160,17 +160,17 @@ def plot_positions(
     figure.suptitle(
         "Position embeddings: each tile is how alike one place is to all the others", fontsize=11
     )
-    figures.save(figure, path)
+    plots.save(figure, path)
 
 
 def plot_features(seen: Look, path: pathlib.Path) -> None:
     """Three principal components of sentences and words as colours, at each depth."""
-    plt = figures.pyplot()
+    plt = plots.pyplot()
     depth = len(seen.sentences)
-    sentences = look.principal_colors(seen.sentence_maps())
+    sentences = attention.principal_colors(seen.sentence_maps())
     read = sorted(seen.words)
-    in_place = [look.words_in_place(seen.words[i], seen.grid_of(i)) for i in read]
-    words = dict(zip(read, look.principal_colors(in_place), strict=True))
+    in_place = [attention.words_in_place(seen.words[i], seen.grid_of(i)) for i in read]
+    words = dict(zip(read, attention.principal_colors(in_place), strict=True))
     strips = -(-depth // 6)  # of at most six blocks each
     columns = min(depth, 6)
     figure, axes = plt.subplots(
@@ -203,7 +203,7 @@ def plot_features(seen: Look, path: pathlib.Path) -> None:
         "Features: three principal components as red, green, blue, alike from block to block",
         fontsize=11,
     )
-    figures.save(figure, path)
+    plots.save(figure, path)
 
 
 def lit(pixels: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -21,11 +21,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tnt_flax import host
-from tnt_flax.command import Parser, exit_on_error
-from tnt_flax.data.names import is_image, natural_key
-from tnt_flax.errors import InputError, RunError
-from tnt_flax.tables import open_table
+from tnt_flax.core.errors import InputError, RunError
+from tnt_flax.core.tables import open_table
+from tnt_flax.data.sources.names import is_image, natural_key
+from tnt_flax.runtime import host
+from tnt_flax.tools.command_line import Parser, exit_on_error
 from tnt_flax.tools.weights_options import add_weights_options, weights_arguments
 
 STDIN = "-"
@@ -62,7 +62,7 @@ def predict(args: Any) -> dict[str, Any]:
         InputError: a path that is not there, a folder without images, a table of another kind, or
             weights that `load_classifier` refuses.
     """
-    from tnt_flax.classifier import load_classifier
+    from tnt_flax.inference.classifier import load_classifier
 
     with open_table(args.out, columns(args.top)) if args.out else contextlib.nullcontext() as table:
         files = find_images(args.paths, sys.stdin)

@@ -19,8 +19,9 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from tnt_flax import command, config_check
-from tnt_flax.errors import InputError, RunError
+from tnt_flax.core.errors import InputError, RunError
+from tnt_flax.tools import command_line
+from tnt_flax.training import config_check
 
 MOST_READ = 256  # images: beyond that many, a batch is read only as far as the sheet needs it
 MOST_LETTERS = 24  # of a line of a caption
@@ -45,8 +46,8 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.ERROR)  # other libraries' remarks
     values = flags.FLAGS
-    with command.exit_on_error("nothing was written"):
-        result = preview(command.CONFIG.value, values.out, values.rows, values.columns)
+    with command_line.exit_on_error("nothing was written"):
+        result = preview(command_line.CONFIG.value, values.out, values.rows, values.columns)
     print(json.dumps(result))
 
 
@@ -57,7 +58,7 @@ def preview(config: ConfigDict, out: str | None, rows: int, columns: int) -> dic
         InputError: the config, the data or `out` is wrong.
         RunError: the picture cannot be written.
     """
-    from tnt_flax import figures
+    from tnt_flax.training import plots
 
     if not out or pathlib.Path(out).suffix.lower() != ".png":
         raise InputError(f"--out={out or ''} is no picture to write: use --out=FILE.png")
@@ -73,7 +74,7 @@ def preview(config: ConfigDict, out: str | None, rows: int, columns: int) -> dic
         f"{of_two_classes} of two classes (before label smoothing)"
     )
     try:
-        figures.plot_samples(
+        plots.plot_samples(
             to_pixels(samples.images[shown], config.data.mean, config.data.std),
             [caption(row, samples.class_names) for row in weights],
             title,
@@ -99,10 +100,10 @@ def first_samples(config: ConfigDict, wanted: int) -> Samples:
     """
     import jax
 
-    from tnt_flax import build, steps
+    from tnt_flax.training import experiment, step
 
     config_check.check(config)
-    source = build.open_source(config, config.data.train_split)
+    source = experiment.open_source(config, config.data.train_split)
     config = config.copy_and_resolve_references()
     batch_size = smaller_batch(config, wanted, len(source))
     if batch_size < config.batch_size:
@@ -112,13 +113,13 @@ def first_samples(config: ConfigDict, wanted: int) -> Samples:
             file=sys.stderr,
         )
         config.batch_size = batch_size
-    plan = build.build_plan(config, len(source))
-    with contextlib.closing(build.train_batches(config, source, plan, 0, 1)) as batches:
+    plan = experiment.build_plan(config, len(source))
+    with contextlib.closing(experiment.train_batches(config, source, plan, 0, 1)) as batches:
         batch = next(batches)
-    _, step_key = build.run_keys(config)
-    _, mix_key, erase_key = steps.step_keys(step_key, 0)
+    _, step_key = experiment.run_keys(config)
+    _, mix_key, erase_key = step.step_keys(step_key, 0)
     config.augment.label_smoothing = 0.0  # the pixels do not depend on it
-    prepare = jax.jit(build.build_prepare(config, len(source.class_names)))
+    prepare = jax.jit(experiment.build_prepare(config, len(source.class_names)))
     inputs = {name: batch[name] for name in ("image", "label")}
     images, weights = jax.device_get(prepare(inputs, mix_key, erase_key))
     return Samples(images, weights, tuple(source.class_names), config)
@@ -138,9 +139,9 @@ def smaller_batch(config: ConfigDict, wanted: int, num_records: int) -> int:
 
 def groups_of(config: ConfigDict) -> int:
     """Of consecutive rows of the batch, each with its own draw or its own views of a record."""
-    from tnt_flax import build
+    from tnt_flax.training import experiment
 
-    grouped = build.mixes(config) or config.augment.repeats > 1
+    grouped = experiment.mixes(config) or config.augment.repeats > 1
     return config.augment.mix_groups if grouped else 1
 
 
@@ -175,5 +176,5 @@ def shorten(name: str, letters: int) -> str:
 
 if __name__ == "__main__":
     define_flags()
-    flags.adopt_module_key_flags(command)
-    app.run(main, flags_parser=command.parse_flags)
+    flags.adopt_module_key_flags(command_line)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from tnt_flax import host
-from tnt_flax.command import Parser, exit_on_error
+from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.data import imagenet_classes
-from tnt_flax.errors import InputError, RunError
+from tnt_flax.runtime import host
+from tnt_flax.tools.command_line import Parser, exit_on_error
 
 SHOWN = 16  # images of a kind
 LOOKED_AT = 4  # images of which attention is shown
@@ -53,9 +53,10 @@ def report(args: Any) -> dict[str, Any]:
         InputError: there is no run, its data are not there, or the page cannot be written.
         RunError: no image could be evaluated, or the page cannot be written.
     """
-    from tnt_flax import build, metrics, workdir
-    from tnt_flax.convert.checkpoints import read_checkpoint
-    from tnt_flax.tools import answers as answering
+    from tnt_flax.runtime import workdir
+    from tnt_flax.tools import predictions as answering
+    from tnt_flax.training import experiment, metrics
+    from tnt_flax.weights.read import read_checkpoint
 
     stored = workdir.read_config(args.workdir)
     if stored is None:
@@ -68,7 +69,7 @@ def report(args: Any) -> dict[str, Any]:
     if args.data_root is not None:
         config.data.root = args.data_root
     found = read_checkpoint(args.workdir, weights=config.eval.weights, checkpoint=args.checkpoint)
-    source = build.open_source(config, config.data.eval_split)
+    source = experiment.open_source(config, config.data.eval_split)
     if found.class_names != tuple(source.class_names):
         raise InputError(
             f"{found.path} was trained on other classes than {config.data.root or 'the data'} has"
@@ -94,9 +95,9 @@ def report(args: Any) -> dict[str, Any]:
 
 
 def make_page(folder, config, stored, found, source, answers, lines, summary) -> str:
-    from tnt_flax import figures
-    from tnt_flax.tools import answers as answering
     from tnt_flax.tools import page
+    from tnt_flax.tools import predictions as answering
+    from tnt_flax.training import plots
 
     names = imagenet_classes.readable(source.class_names)
     size = config.data.image_size
@@ -135,7 +136,7 @@ def make_page(folder, config, stored, found, source, answers, lines, summary) ->
     if lines:
         parts += [
             "<h2>Curves</h2>",
-            page.drawing(lambda p: figures.plot_curves(lines, p), "Curves"),
+            page.drawing(lambda p: plots.plot_curves(lines, p), "Curves"),
         ]
     parts += ["<h2>Confusion</h2>"]
     if len(names) <= MATRIX:
@@ -155,7 +156,7 @@ def make_page(folder, config, stored, found, source, answers, lines, summary) ->
         "<h2>Calibration</h2>",
         f"<p>Expected calibration error {summary['calibration_error']:.2%}, in 15 bins.</p>",
         page.drawing(
-            lambda p: figures.plot_calibration(answers.confidence, answers.right, p), "Calibration"
+            lambda p: plots.plot_calibration(answers.confidence, answers.right, p), "Calibration"
         ),
         "<h2>Hardest images</h2>",
         "<p>Those whose own class the network finds least likely.</p>",
@@ -175,7 +176,8 @@ def make_page(folder, config, stored, found, source, answers, lines, summary) ->
 
 def attention(found, config, source, answers, hardest, names) -> list[str]:
     """A row of pictures for each of a few images."""
-    from tnt_flax.tools import look, page, pictures
+    from tnt_flax.tools import attention as look
+    from tnt_flax.tools import page, pictures
 
     others = np.linspace(0, len(answers.label) - 1, LOOKED_AT, dtype=int)[: LOOKED_AT - 1]
     chosen = list(dict.fromkeys([int(hardest[0]), *others.tolist()]))
@@ -210,7 +212,7 @@ def image_of(config: ConfigDict, source, record: int) -> np.ndarray:
 
 def environments(folder: pathlib.Path) -> list[str]:
     """What the run computed on, one after the other."""
-    from tnt_flax import environment
+    from tnt_flax.runtime import environment
     from tnt_flax.tools import page
 
     starts = environment.read(folder)

@@ -28,11 +28,12 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from tnt_flax import build, sharding
-from tnt_flax.errors import InputError, one_line
-from tnt_flax.state import TrainState
+from tnt_flax.core.errors import InputError, one_line
+from tnt_flax.runtime import sharding
 from tnt_flax.tools import hlo
 from tnt_flax.tools.contractions import count_macs
+from tnt_flax.training import experiment
+from tnt_flax.training.step import TrainState
 
 GIB = 2**30
 
@@ -92,7 +93,7 @@ def compile_train_step(config: ConfigDict, num_classes: int, topology: str) -> C
         InputError: see `devices`; or the config is wrong.
     """
     chip, chips = devices(topology)
-    mesh = build.build_mesh(config, chips)
+    mesh = experiment.build_mesh(config, chips)
     step, arguments = train_step(config, num_classes)
     jitted = sharding.jit_train_step(step, mesh, arguments[0])
     return compile_for(chip, jitted, arguments)
@@ -108,17 +109,17 @@ def train_step_flops(config: ConfigDict, num_classes: int) -> int:
 
 def train_step(config: ConfigDict, num_classes: int) -> tuple[Callable, tuple]:
     """The step that `config` describes, not yet jitted, and the shapes of its arguments."""
-    model = build.build_model(config, num_classes)
-    tx, schedule = build.build_optimizer(config, steps_per_epoch=1)
-    init_params = build.init_params(model, config)
-    init_key, step_key = build.run_keys(config)
+    model = experiment.build_model(config, num_classes)
+    tx, schedule = experiment.build_optimizer(config, steps_per_epoch=1)
+    init_params = experiment.init_params(model, config)
+    init_key, step_key = experiment.run_keys(config)
     state = jax.eval_shape(lambda key: TrainState.create(init_params(key), tx), init_key)
     size = config.data.image_size
     batch = {
         "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
     }
-    return build.build_train_step(config, model, tx, schedule), (state, batch, step_key)
+    return experiment.build_train_step(config, model, tx, schedule), (state, batch, step_key)
 
 
 def compile_for(chip: Chip, jitted: Callable, arguments: tuple) -> Compiled:

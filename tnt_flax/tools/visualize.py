@@ -20,16 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from tnt_flax import host
-from tnt_flax.command import Parser, exit_on_error
-from tnt_flax.convert.checkpoints import Checkpoint
+from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.data import imagenet_classes
-from tnt_flax.errors import InputError, RunError
-from tnt_flax.tools.weights_options import (
-    add_weights_options,
-    check_takes_photos,
-    read_weights,
-)
+from tnt_flax.runtime import host
+from tnt_flax.tools.command_line import Parser, exit_on_error
+from tnt_flax.tools.weights_options import add_weights_options, check_takes_photos, read_weights
+from tnt_flax.weights.read import Checkpoint
 
 PATCHES = 3  # shown where none are chosen
 
@@ -57,23 +53,23 @@ def visualize(args: Any) -> dict[str, Any]:
         InputError: the weights, the image, the patches or the folder are wrong.
         RunError: a picture cannot be written.
     """
-    from tnt_flax.tools import look, pictures
+    from tnt_flax.tools import attention, pictures
 
     host.cache_compilations()
     found = read_weights(args)
     check_takes_photos(found)
     grid = found.network.grid
     patches = [parse_patch(patch, grid) for patch in args.patches or ()]
-    pixels = look.prepare(found, args.image)
+    pixels = attention.prepare(found, args.image)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {args.out}: {error.strerror}") from None
     print(f"looking with {found.summary()}", file=sys.stderr)
-    (seen,) = look.look(found, pixels[None])
+    (seen,) = attention.look(found, pixels[None])
     sentences, words = (np.asarray(found.params[f"{of}_pos"][0]) for of in ("sentence", "word"))
     positions = sentences[-grid[0] * grid[1] :], words  # without the class token's
-    patches = patches or look.most_read(seen, PATCHES)
+    patches = patches or attention.most_read(seen, PATCHES)
     drawn = {
         "outer_attention": lambda path: pictures.plot_outer_attention(seen, path),
         "rollout": lambda path: pictures.plot_rollout(seen, path),

@@ -3,9 +3,9 @@
 
 from typing import Any
 
-from tnt_flax.command import Parser
-from tnt_flax.convert.checkpoints import Checkpoint, read_checkpoint
-from tnt_flax.errors import InputError
+from tnt_flax.core.errors import InputError
+from tnt_flax.tools.command_line import Parser
+from tnt_flax.weights.read import Checkpoint, read_checkpoint
 
 FIELDS = ("inner_heads", "outer_heads", "patch_size")
 

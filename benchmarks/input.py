@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast images are read, decoded and augmented, beside timm's loader on the same files.
+
+    python -m benchmarks input
+    python -m benchmarks input --images=IMAGENET/train/n01440764 --rounds=9
+
+Both sides make the batches of the published recipe: uint8, 224 pixels, random crop, flip,
+RandAugment, three views of each image; or the evaluation pixels. `train_opencv` is the first with
+`augment.resampling="opencv"` on our side, if OpenCV is installed. Neither mixes, normalizes or
+erases, which belongs on the device. Each runs in a process of its own on the same cores, one at a
+time. Ours has its default threads; timm's is `create_transform` in `create_loader` without the
+prefetcher's arithmetic, and counts with the faster of 0 and 1 worker processes in every round. A
+round is one pass over the files, from making the iterator to its end, after one pass that does not
+count. The result is the median over the rounds of ours / timm's images per second.
+
+Without torch and timm the result has our figures alone.
+"""
+
+import argparse
+import functools
+import importlib.util
+import multiprocessing
+import os
+import pathlib
+import sys
+import tempfile
+
+from PIL import Image
+
+from benchmarks import harness
+from benchmarks.synthetic_run import generate_photos
+from tnt_flax.core.errors import InputError
+from tnt_flax.data import pipeline, randaugment, sources, transforms
+from tnt_flax.data.plan import TrainPlan
+
+# The published recipe: 128 images a process, their augmentation, and the default of data.threads.
+BATCH, GROUPS, REPEATS, THREADS = 128, 8, 3, 8
+SCALE, RATIO, FLIP, RANDAUGMENT = (0.08, 1.0), (3 / 4, 4 / 3), 0.5, "rand-m9-mstd0.5-inc1"
+MEAN, CROP_FRACTION = (0.5, 0.5, 0.5), 0.9
+TASKS = ("train", "train_opencv", "eval")
+GENERATED = 1024  # files, if none are given: seconds a pass, beside which its start is short
+SUFFIXES = (".jpg", ".jpeg")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--images", type=pathlib.Path, help="a folder of JPEGs; default: generated photographs")
+    add("--rounds", type=int, default=5, help="timed passes of each side")
+    add("--cores", type=int, default=1, help="to which both sides are pinned")
+    add("--size", type=int, default=224, help="pixels, each side")
+
+
+def measure_input(args: argparse.Namespace) -> dict:
+    """Runs all rounds; returns what the JSON line says.
+
+    Raises:
+        InputError: no images, too few cores, or less than one round or pixel.
+        RunError: a side failed.
+    """
+    harness.check_counts(args, "rounds", "cores", "size")
+    with_timm = harness.has_timm()
+    packages = ["numpy", "pillow", "grain", *(["torch", "timm"] if with_timm else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        cores = harness.pick_cores(args.cores)
+        files = _link_images(args.images, pathlib.Path(folder))
+        options = (folder, min(BATCH, len(files) // GROUPS * GROUPS), args.size)
+        facts = {
+            "versions": harness.versions(*packages),
+            "cores": cores,
+            "images": len(files),
+            "kilobytes": round(sum(map(os.path.getsize, files)) / len(files) / 1e3, 1),
+            "batch_size": options[1],
+        }
+        harness.print_facts(facts)
+        harness.say_who_takes_part()
+        sides = {"ours": functools.partial(_our_passes, *options)}
+        for workers in (0, 1) if with_timm else ():
+            key = f"timm, {workers} workers"
+            sides[key] = functools.partial(_timm_passes, *options, workers)
+        tasks = [t for t in TASKS if t != "train_opencv" or importlib.util.find_spec("cv2")]
+        with harness.processes(sides, cores) as runs:
+            rates = {task: harness.measure(runs, task, args.rounds) for task in tasks}
+    others = [name for name in sides if name != "ours"]
+    ratios = {task: harness.ratios(rates[task], "ours", others) for task in tasks}
+    return {
+        **{task: harness.median(ratios.get(task)) for task in TASKS},
+        "rounds": ratios,
+        "images_per_second": {
+            task: {name: harness.median(values) for name, values in rates[task].items()}
+            for task in tasks
+        },
+        **facts,
+    }
+
+
+# ---------------------------------------------------------------------------------- the two sides
+
+
+def _our_passes(folder: str, batch_size: int, size: int, cores: int) -> dict[str, harness.Pass]:
+    del cores  # our threads are what they are on any machine
+    source = sources.open_source("folder", "train", root=folder, name="", class_list="")
+    plan = TrainPlan(len(source), batch_size, seed=0, repeats=REPEATS, groups=GROUPS)
+    train = dict(
+        size=size,
+        scale=SCALE,
+        ratio=RATIO,
+        flip=FLIP,
+        randaugment=randaugment.parse(RANDAUGMENT, MEAN),
+    )
+    evaluate = functools.partial(transforms.eval_transform, size=size, crop_fraction=CROP_FRACTION)
+    epochs = iter(range(sys.maxsize))
+
+    def train_pass(transform=transforms.train_transform):
+        transform = functools.partial(transform, **train)
+        steps = plan.steps_per_epoch
+        part = dict(start_step=next(epochs) * steps, num_steps=steps)
+        batches = pipeline.train_batches(source, plan, transform=transform, **part, threads=THREADS)
+        return sum(len(batch["image"]) for batch in batches)
+
+    def train_opencv_pass():
+        from tnt_flax.data import opencv
+
+        return train_pass(opencv.train_transform)
+
+    def eval_pass():
+        batches = pipeline.eval_batches(
+            source, transform=evaluate, batch_size=batch_size, threads=THREADS
+        )
+        return sum(int(batch["mask"].sum()) for batch in batches)
+
+    return {"train": train_pass, "train_opencv": train_opencv_pass, "eval": eval_pass}
+
+
+def _timm_passes(
+    folder: str, batch_size: int, size: int, workers: int, cores: int
+) -> dict[str, harness.Pass]:
+    import timm.data
+    import torch
+    from timm.data import auto_augment
+
+    multiprocessing.set_start_method("fork", force=True)  # its loader's choice, but for our spawn
+    torch.set_num_threads(cores)
+    # Its sampler of repeats asks how many processes there are: one, which has every view.
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    # Where Pillow 13 refuses to keep no bits at all, timm 1.0.31 stops. Older versions gave black.
+    posterize = auto_augment.NAME_TO_OP["PosterizeIncreasing"]
+    auto_augment.NAME_TO_OP["PosterizeIncreasing"] = lambda image, bits, **options: (
+        posterize(image, bits, **options) if bits else Image.new("RGB", image.size)
+    )
+    loader = functools.partial(
+        timm.data.create_loader,
+        input_size=(3, size, size),
+        batch_size=batch_size,
+        mean=MEAN,
+        std=MEAN,
+        num_workers=workers,
+        device=torch.device("cpu"),
+    )
+    loaders = {
+        "train": loader(
+            timm.data.ImageDataset(f"{folder}/train"),
+            is_training=True,
+            scale=SCALE,
+            ratio=RATIO,
+            hflip=FLIP,
+            auto_augment=RANDAUGMENT,
+            interpolation="random",
+            num_aug_repeats=REPEATS,
+            distributed=True,
+        ),
+        "eval": loader(
+            timm.data.ImageDataset(f"{folder}/train"),
+            crop_pct=CROP_FRACTION,
+            interpolation="bicubic",
+        ),
+    }
+    loaders["train_opencv"] = loaders["train"]
+    # `.loader` is below the prefetcher, which normalizes and erases: on a GPU, where there is one.
+    return {
+        task: lambda loader=loader: sum(len(images) for images, _ in loader.loader)
+        for task, loader in loaders.items()
+    }
+
+
+# -------------------------------------------------------------------------------------- the files
+
+
+def _link_images(images, folder):
+    """Puts the JPEGs below `folder`/train, as both sides read them; returns their paths there."""
+    below = folder / "train" / "images"
+    below.mkdir(parents=True)
+    if images is None:
+        generate_photos(below, GENERATED)
+        return sorted(below.iterdir())
+    if not images.is_dir():
+        raise InputError(f"--images={images} is not a folder")
+    found = sorted(p for p in images.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if len(found) < GROUPS:
+        raise InputError(f"--images={images} has {len(found)} JPEGs: at least {GROUPS} are needed")
+    links = [below / f"{i:07d}.jpg" for i in range(len(found))]
+    for link, path in zip(links, found, strict=True):
+        link.symlink_to(path.resolve())
+    return links

@@ -1,0 +1,413 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ImageNet's two tars and webdataset's shards, read in place, and every mistake one clear line."""
+
+import functools
+import gzip
+import io
+import json
+import os
+import pathlib
+import pickle
+import tarfile
+
+import fsspec
+import numpy as np
+import pytest
+import scipy.io
+import tensorflow_datasets as tfds
+
+from tests.helpers.source_checks import message_of, records
+from tests.helpers.tars import SYNSETS, image, tar, write_imagenet
+from tests.helpers.tfds_files import write_tfds
+from tnt_flax.data.pipeline import eval_batches, train_batches
+from tnt_flax.data.plan import TrainPlan
+from tnt_flax.data.sources import check_same_classes, open_source
+from tnt_flax.data.sources.imagenet import read_labels
+from tnt_flax.data.sources.webdataset import expand_braces, find_shards
+from tnt_flax.data.transforms import eval_transform, train_transform
+from tnt_flax.training import experiment
+
+TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def imagenet(root, split, **options):
+    return open_source("imagenet_tars", split, root=str(root), **options)
+
+
+def webdataset(root, split, **options):
+    return open_source("webdataset", split, root=str(root), **options)
+
+
+# ---------------------------------------------------------------------------------- ImageNet's tars
+
+
+def test_the_training_tar_is_that_of_tarfile(tmp_path):
+    write_imagenet(tmp_path)
+    source = imagenet(tmp_path, "train")
+    expected = []
+    with tarfile.open(tmp_path / TRAIN) as outer:
+        for member in outer:
+            label = sorted(SYNSETS).index(member.name.removesuffix(".tar"))
+            with tarfile.open(fileobj=outer.extractfile(member)) as inner:
+                images = [m for m in inner if m.name.endswith(".JPEG")]
+                expected += [(inner.extractfile(m).read(), label) for m in images]
+    assert source.class_names == SYNSETS[:3] and len(expected) == 6
+    assert [source[i] for i in (5, 0, 3, 1, 4, 2)] == [expected[i] for i in (5, 0, 3, 1, 4, 2)]
+    assert source.name_of(2).startswith(f"{tmp_path / TRAIN}: n01443537_0.JPEG (at byte ")
+    assert records(pickle.loads(pickle.dumps(source))) == expected
+
+
+@pytest.mark.parametrize("split", ["val", "validation"])
+def test_the_validation_tar_has_its_labels_from_a_list(tmp_path, split):
+    write_imagenet(tmp_path)
+    source = imagenet(tmp_path, split)
+    assert source.class_names == SYNSETS[:3]
+    # Lines 3, 1, 2, 4 of the list, in the order of the tar.
+    assert records(source) == [(image(103), 1), (image(101), 2), (image(102), 0), (image(104), 0)]
+    assert "ILSVRC2012_val_00000003.JPEG" in source.name_of(0)
+    check_same_classes(imagenet(tmp_path, "train"), source)
+
+
+def devkit(synsets, truth):
+    """As ILSVRC2012_devkit_t12.tar.gz: the classes in another order, and nodes above them."""
+    kinds = [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O"), ("num_children", "f8")]
+    table = np.empty((len(synsets) + 1, 1), kinds)
+    for k, synset in enumerate([*synsets, "n00001740"]):
+        table[k, 0] = (k + 1, synset, "some, words", 0)
+    meta = io.BytesIO()
+    scipy.io.savemat(meta, {"synsets": table})
+    folder = "ILSVRC2012_devkit_t12/data"
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as writer:
+        for name, data in {
+            f"{folder}/meta.mat": meta.getvalue(),
+            f"{folder}/ILSVRC2012_validation_ground_truth.txt": truth,
+        }.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            writer.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def test_every_form_of_the_labels_says_the_same(tmp_path):
+    write_imagenet(tmp_path)
+    expected = records(imagenet(tmp_path, "val"))
+    listed = (tmp_path / "imagenet_2012_validation_synset_labels.txt").read_text().split()
+    name = "ILSVRC2012_val_{:08}"
+    rows = [(name.format(k + 1), synset) for k, synset in enumerate(listed)]
+    order = (SYNSETS[1], SYNSETS[2], SYNSETS[0])
+    truth = "".join(f"{order.index(synset) + 1}\n" for synset in listed)
+    forms = {
+        "names.csv": "".join(f"{n}.JPEG,{s}\n" for n, s in rows[::-1]),
+        "columns.txt": "".join(f"val/{n}.JPEG {s}\n" for n, s in rows),
+        "LOC_val_solution.csv": "ImageId,PredictionString\n"
+        + "".join(f"{n},{s} 1 2 3 4 {s} 5 6 7 8\n" for n, s in rows[::-1]),
+        "more.csv": "".join(f"{n}\t{s}\n" for n, s in [*rows, ("other", SYNSETS[0])]),
+        "devkit.tar.gz": devkit(order, truth.encode()),
+    }
+    for file, content in forms.items():
+        data = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / file).write_bytes(data)
+        assert records(imagenet(tmp_path, "val", eval_labels=file)) == expected, file
+    absolute = str(tmp_path / "names.csv")
+    assert records(imagenet(tmp_path, "val", eval_labels=absolute)) == expected
+    (tmp_path / "devkit.tar.gz").rename(tmp_path / "ILSVRC2012_devkit_t12.tar.gz")
+    (tmp_path / "imagenet_2012_validation_synset_labels.txt").write_text("never read")
+    assert records(imagenet(tmp_path, "val")) == expected  # the devkit is asked first
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("n01440764\n" * 3, "has 3 labels for 4 images"),
+        ("n01440764\n" * 5, "has 5 labels for 4 images"),
+        ("", "has 0 labels for 4 images"),
+        ("n01440764\ntench\n", "label 2 is 'tench', not a synset"),
+        ("1\n2\n3\n4\n", "has numbers, whose order only the devkit knows"),
+        ("a.JPEG,n01440764\n", "no label of i1, i2, ... (4 in all)"),
+        ("i1,n01440764\ni2\n", "label 2 is 'i2', not a synset"),
+        (b"\xff\xfe", "cannot read the labels"),
+        (b"\x1f\x8b damaged", "is not ImageNet's devkit"),
+        (devkit(SYNSETS, b"1\n2\n9\n"), "is not ImageNet's devkit"),
+        (devkit(SYNSETS, b"1\n2\n4\n"), "has 3 labels for 4 images"),
+    ],
+)
+def test_labels_that_do_not_fit(tmp_path, content, expected):
+    path = tmp_path / "labels"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = message_of(lambda: read_labels(str(path), ["i1", "i2", "i3", "i4"]))
+    assert expected in message and str(path) in message
+
+
+def test_a_class_list_orders_the_synsets(tmp_path):
+    write_imagenet(tmp_path)
+    classes = tmp_path / "classes.txt"
+    classes.write_text("\n".join(SYNSETS[2::-1]))
+    for split in ("train", "val"):
+        source = imagenet(tmp_path, split, class_list=str(classes))
+        labels = [2 - label for _, label in records(imagenet(tmp_path, split))]
+        assert source.class_names == SYNSETS[2::-1]
+        assert [label for _, label in records(source)] == labels
+    classes.write_text("\n".join(SYNSETS[:2]))
+    message = message_of(lambda: imagenet(tmp_path, "train", class_list=str(classes)))
+    assert f"{TRAIN}/{SYNSETS[2]} is not in the class list" in message
+    classes.write_text("\n".join(SYNSETS))
+    message = message_of(lambda: imagenet(tmp_path, "train", class_list=str(classes)))
+    assert f"names {SYNSETS[3]!r}" in message and "has no such tar" in message
+
+
+def test_a_missing_class_is_noticed(tmp_path):
+    write_imagenet(tmp_path, counts=(1, 2))
+    message = message_of(
+        lambda: check_same_classes(imagenet(tmp_path, "train"), imagenet(tmp_path, "val"))
+    )
+    assert "2 and 3 classes" in message and SYNSETS[2] in message
+
+
+def test_tars_that_are_wrong(tmp_path):
+    assert "set data.root" in message_of(lambda: imagenet("", "train"))
+    assert f"cannot read {tmp_path / TRAIN}: No such" in message_of(
+        lambda: imagenet(tmp_path, "train")
+    )
+    assert "no split 'test': choose" in message_of(lambda: imagenet(tmp_path, "test"))
+    write_imagenet(tmp_path)
+    whole = (tmp_path / TRAIN).read_bytes()
+    full = tar({"n01440764.tar": tar({"a.JPEG": b"1"})})
+    for content, expected in {
+        whole[: len(whole) // 2]: "is truncated",
+        tar({"n01440764.tar": tar({"notes.txt": b"1"})}): "n01440764.tar in",
+        tar({"n01440764.tar": tar({"a.JPEG": b"1"})[:1024]}): "n01440764.tar in",
+        tar({"n01440764.tar.gz": b"1"}): "n01440764.tar.gz is compressed",
+        tar({"a.JPEG": b"1"}): "holds no tars: expected one per class",
+        full.replace(b"a.JPEG", b"b.JPEG"): "n01440764.tar in",
+    }.items():
+        (tmp_path / TRAIN).write_bytes(content)
+        message = message_of(lambda: imagenet(tmp_path, "train"))
+        assert expected in message and TRAIN in message
+    (tmp_path / TRAIN).write_bytes(full)
+    assert len(imagenet(tmp_path, "train")) == 1
+
+    (tmp_path / "imagenet_2012_validation_synset_labels.txt").unlink()
+    assert "no labels of ILSVRC2012_img_val.tar in" in message_of(lambda: imagenet(tmp_path, "val"))
+    message = message_of(lambda: imagenet(tmp_path, "val", eval_labels="nowhere.txt"))
+    assert f"cannot read the labels {tmp_path}/nowhere.txt: No such file" in message
+    (tmp_path / VALIDATION).write_bytes(tar({}))
+    assert "no records" in message_of(lambda: imagenet(tmp_path, "val", eval_labels="x"))
+
+
+def test_a_tar_that_shrank_is_an_oserror(tmp_path):
+    write_imagenet(tmp_path)
+    source = imagenet(tmp_path, "train")
+    (tmp_path / TRAIN).write_bytes(b"short")
+    with pytest.raises(OSError, match="ends before byte"):
+        source[0]
+    assert f"{TRAIN}: ? (at byte" in source.name_of(0)
+
+
+# ------------------------------------------------------------------------------ webdataset's shards
+
+
+def sample(key, value, extension="png", **files):
+    return {f"{key}.{extension}": image(value)} | {
+        f"{key}.{name}": text.encode() for name, text in files.items()
+    }
+
+
+def write_shards(folder):
+    """Two shards of a split "train" and one of "val", as ShardWriter writes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [sample(f"s{k:04}", k, cls=f"{k % 3}", txt="a caption") for k in range(7)]
+    for name, part in {"train-0": rows[:4], "train-1": rows[4:], "val-0": rows[:1]}.items():
+        files = {name: data for row in part for name, data in row.items()}
+        (folder / f"data-{name}.tar").write_bytes(tar(files, tarfile.PAX_FORMAT))
+
+
+def test_shards_are_read_in_order(tmp_path):
+    write_shards(tmp_path)
+    source = webdataset(tmp_path, "train")
+    assert records(source) == [(image(k), k % 3) for k in range(7)]
+    assert source.class_names == ("0", "1", "2")
+    assert source.name_of(5).startswith(f"{tmp_path}/data-train-1.tar: s0005.png (at byte")
+    assert records(pickle.loads(pickle.dumps(source)))[6] == (image(6), 0)
+    assert len(webdataset(tmp_path, "validation")) == len(webdataset(tmp_path, "val")) == 1
+    for pattern in ("data-train-{0..1}.tar", "data-tr*.tar", "data-train*", "data-train-[01].tar"):
+        assert records(webdataset(tmp_path, pattern)) == records(source), pattern
+    assert len(webdataset("/nowhere", f"{tmp_path}/data-train-1.tar")) == 3
+
+
+def test_labels_and_keys_of_every_kind(tmp_path):
+    def read(*rows, **options):
+        files = {name: data for row in rows for name, data in row.items()}
+        (tmp_path / "x.tar").write_bytes(tar(files))
+        source = webdataset(tmp_path, "x.tar", **options)
+        return source.class_names, [label for _, label in records(source)]
+
+    as_json = lambda label: json.dumps({"label": label, "height": 5})
+    rows = [sample("a", 1, "jpg", json=as_json(2)), sample("b", 2, "JPEG", json=as_json("0"))]
+    assert read(*rows) == (("0", "1", "2"), [2, 0])
+    assert read(sample("a", 1, cls="1\n", json=as_json(0))) == (("0", "1"), [1])
+    words = [sample("1/a", 1, cls="dog 10"), sample("2/a", 2, cls="Dog 9"), sample("b", 3, cls="ä")]
+    assert read(*words) == (("Dog 9", "dog 10", "ä"), [1, 0, 2])
+    extra = {"__meta__.json": b"{}", "README": b"", "._a.png": b"", "a.seg.png": image(0)}
+    assert read(extra, sample("a", 1, cls="0")) == (("0",), [0])
+
+    classes = tmp_path / "classes.txt"
+    classes.write_text("ä\ndog 10\nDog 9\n")
+    names = ("ä", "dog 10", "Dog 9")
+    assert read(*words, class_list=str(classes)) == (names, [1, 2, 0])
+    assert read(*rows, class_list=str(classes)) == (names, [2, 0])
+    classes.write_text("2\n1\n0\n")
+    assert read(*rows, class_list=str(classes)) == (("2", "1", "0"), [0, 2])  # names come first
+    for text, listed in (("cat", "dog\n"), ("1", "dog\n"), ("-1", "dog\n")):
+        classes.write_text(listed)
+        message = message_of(lambda t=text: read(sample("a", 1, cls=t), class_list=str(classes)))
+        assert f"has the label {text!r}, which is not in the class list" in message
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        (sample("a", 1), "sample 'a' has no label: expected a .cls file"),
+        (sample("a", 1, cls=""), "sample 'a' has no label"),
+        (sample("a", 1, json="[1]"), "sample 'a' has no label"),
+        (sample("a", 1, json='{"class": 1}'), "sample 'a' has no label"),
+        (sample("a", 1, json="{"), "sample 'a' has no label"),
+        (sample("a", 1, cls="0" * 2**21), "has a .cls of 2097152 bytes"),
+        ({"a.cls": b"1"}, "sample 'a' has no image"),
+        ({"a.cls": b"1", "a.txt": b"x"}, "sample 'a' has no image"),
+        (sample("a", 1, cls="0", jpg="x"), "sample 'a' has two images"),
+        # The files of a sample that do not follow each other are two samples without the rest.
+        ({"a.png": b"1", "b.png": b"2", "a.cls": b"0"}, "sample 'a' has no label"),
+        ({"README": b"x"}, "x.tar has no samples"),
+        ({}, "x.tar has no samples"),
+    ],
+)
+def test_samples_that_are_not_whole(tmp_path, files, expected):
+    (tmp_path / "x.tar").write_bytes(tar(files))
+    message = message_of(lambda: webdataset(tmp_path, "*.tar"))
+    assert expected in message and f"{tmp_path}/x.tar" in message
+
+
+def test_shards_are_found(tmp_path):
+    assert expand_braces("a-{08..11}.tar") == [f"a-{k}.tar" for k in ("08", "09", "10", "11")]
+    assert expand_braces("{a,b}{1..2}") == ["a1", "a2", "b1", "b2"]
+    assert expand_braces("a{b}c") == ["a{b}c"]
+
+    for name in ("in-train-9.tar", "in-train-10.tar", "constrained.tar", "trained-1.tar", "x.txt"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "in-train-9.tar.1234abcd.index").write_bytes(b"")
+    found = lambda split: [os.path.relpath(p, tmp_path) for p in find_shards(str(tmp_path), split)]
+    assert found("train") == ["in-train-9.tar", "in-train-10.tar"]  # not "trained", natural order
+    assert found("in-train-*") == ["in-train-9.tar", "in-train-10.tar"]
+    assert found("{in-train-10,constrained}.tar") == ["in-train-10.tar", "constrained.tar"]
+    (tmp_path / "train").mkdir()
+    assert found("train") == ["in-train-9.tar", "in-train-10.tar"]  # an empty folder is none
+    (tmp_path / "train/b.tar").write_bytes(b"")
+    (tmp_path / "train/.a.tar").write_bytes(b"")
+    assert found("train") == ["train/b.tar"]
+    for split in ("validation", "nothing*"):
+        message = message_of(lambda s=split: find_shards(str(tmp_path), s))
+        assert split in message and "it holds constrained.tar, in-train-10.tar, " in message
+    assert "set data.root" in message_of(lambda: webdataset("", "train"))
+    assert "cannot read /nowhere: No such" in message_of(lambda: webdataset("/nowhere", "train"))
+    assert "cannot read" in message_of(lambda: webdataset(tmp_path, "x-{0..1}.tar"))
+
+
+def test_compressed_shards_are_refused(tmp_path):
+    (tmp_path / "train-0.tar.gz").write_bytes(gzip.compress(os.urandom(5000)))
+    message = message_of(lambda: webdataset(tmp_path, "train"))
+    assert "train-0.tar.gz is compressed (gzip), so nothing in it can be read" in message
+
+
+# ------------------------------------------------------------------------------------------ common
+
+
+def test_both_are_read_from_an_address(tmp_path):
+    (tmp_path / "i").mkdir()
+    write_imagenet(tmp_path / "i")
+    write_shards(tmp_path / "w")
+    memory = fsspec.filesystem("memory")
+    for path in pathlib.Path(tmp_path).glob("*/*"):
+        memory.pipe_file(f"memory://archives/{path.parent.name}/{path.name}", path.read_bytes())
+    address = "memory://archives"
+    for split in ("train", "val"):
+        for kind, folder in (("imagenet_tars", "i"), ("webdataset", "w")):
+            here = open_source(kind, split, root=str(tmp_path / folder))
+            there = open_source(kind, split, root=f"{address}/{folder}/")
+            assert records(there) == records(here) and there.class_names == here.class_names
+            assert there.name_of(0) == here.name_of(0).replace(str(tmp_path), address)
+    assert len(webdataset(f"{address}/w", "data-train-{0..1}.tar")) == 7
+
+
+class Joined:
+    """Several sources as one, so that worker processes need to start but once."""
+
+    def __init__(self, sources):
+        self.sources, self.class_names = sources, sources[0].class_names
+
+    def __len__(self):
+        return sum(map(len, self.sources))
+
+    def __getitem__(self, index):
+        for source in self.sources:
+            if index < len(source):
+                return source[index]
+            index -= len(source)
+
+    def name_of(self, index):
+        return f"record {index}"
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_batches(tmp_path):
+    write_imagenet(tmp_path)
+    write_shards(tmp_path / "shards")
+    features = tfds.features.FeaturesDict(
+        {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=3)}
+    )
+    rows = [{"image": image(9 * k), "label": k % 3} for k in range(9)]
+    for form in ("tfrecord", "array_record"):
+        written = tmp_path / form, "nine", "1.0.0", features, {"train": rows}
+        write_tfds(*written, file_format=form, shards=2)
+    joined = Joined(
+        [
+            imagenet(tmp_path, "train"),
+            imagenet(tmp_path, "val"),
+            webdataset(tmp_path / "shards", "train"),
+            open_source("tfds", "train", root=str(tmp_path / "tfrecord"), name="nine"),
+            open_source("tfds", "train[2:]", root=str(tmp_path / "array_record"), name="nine"),
+        ]
+    )
+    assert len(joined) == 6 + 4 + 7 + 9 + 7
+    augment = functools.partial(train_transform, size=6, scale=(0.5, 1), ratio=(1, 1), flip=0.5)
+    options = dict(transform=augment, start_step=1, num_steps=9, threads=2)
+    plan = TrainPlan(len(joined), batch_size=8, seed=3)
+    here, there = (list(train_batches(joined, plan, workers=w, **options)) for w in (0, 2))
+    assert len(here) == len(there) == 9
+    for ours, theirs in zip(here, there, strict=True):
+        for name, column in ours.items():
+            np.testing.assert_array_equal(column, theirs[name])
+    evaluate = functools.partial(eval_transform, size=6, crop_fraction=0.9)
+    batches = list(eval_batches(joined, transform=evaluate, batch_size=8))
+    seen = np.concatenate([batch["label"][batch["mask"]] for batch in batches])
+    assert seen.tolist() == [label for _, label in records(joined)]
+
+
+def test_the_config_reaches_the_source(tmp_path, smoke_config):
+    write_imagenet(tmp_path)
+    (tmp_path / "imagenet_2012_validation_synset_labels.txt").rename(tmp_path / "labels.txt")
+    config = smoke_config(
+        data__source="imagenet_tars", data__root=str(tmp_path), data__eval_labels="labels.txt"
+    )
+    assert len(experiment.open_source(config, config.data.train_split)) == 6
+    assert len(experiment.open_source(config, "validation")) == 4
+
+
+def test_options_of_other_kinds_are_refused():
+    message = message_of(lambda: open_source("webdataset", "train", eval_labels="x"))
+    assert "data.eval_labels is for kind 'imagenet_tars', not 'webdataset'" in message

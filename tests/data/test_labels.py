@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation on other data than a network was trained on: whose label is whose class."""
+
+import csv
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from configs import imagenet_variants
+from tests.helpers.photos import png
+from tests.helpers.random_weights import random_params
+from tests.helpers.tfds_files import write_tfds
+from tnt_flax import create_model
+from tnt_flax.core.errors import InputError
+from tnt_flax.data import imagenet_classes
+from tnt_flax.data import labels as class_maps
+from tnt_flax.training import config_check
+from tnt_flax.training.evaluate import (
+    calibration_error,
+    evaluate_checkpoint,
+    mean_per_class,
+    relabeled,
+)
+from tnt_flax.training.step import CALIBRATION_BINS, make_eval_step
+from tnt_flax.weights.weights_file import save_weights
+
+SYNSETS = imagenet_classes.synsets()
+HALF = (0.5, 0.5, 0.5)
+FLAT = png(np.full((8, 8, 3), 127, np.uint8))
+
+
+# ----------------------------------------------------------------------------------- whose class
+
+
+def test_labels_are_mapped_by_name():
+    names = ["ant", "bee", "cat", "dog"]
+    assert class_maps.to_network(["dog", "ant"], names, 4).tolist() == [3, 0]
+    assert class_maps.to_network(names, names, 4).tolist() == [0, 1, 2, 3]
+    with pytest.raises(InputError, match=r"4 classes \(ant, .*\), none of which is 'cow' of the d"):
+        class_maps.to_network(["ant", "cow"], names, 4)
+    with pytest.raises(InputError, match="none of which is '0'"):  # numbers are no names of these
+        class_maps.to_network(["0", "1", "2", "3"], names, 4)
+
+
+def test_weights_without_names():
+    assert class_maps.to_network(["b", "a"], None, 2).tolist() == [0, 1]
+    with pytest.raises(InputError, match=r"2 classes \(of unknown names\), none of which is 'a'"):
+        class_maps.to_network(["a"], None, 2)
+    # 1,000 of them are ImageNet's.
+    r = imagenet_classes.synsets("imagenet-r")
+    assert class_maps.to_network(r, None, 1000)[:4].tolist() == [1, 2, 4, 6]
+    assert class_maps.to_network([f"class {i}" for i in range(1000)], None, 1000)[7] == 7
+
+
+def test_folders_of_imagenet_v2_are_numbers():
+    numbers = [str(i) for i in range(1000)]
+    assert class_maps.to_network(numbers, None, 1000).tolist() == list(range(1000))
+    backwards = class_maps.to_network(numbers, SYNSETS[::-1], 1000)
+    assert backwards.tolist() == list(range(999, -1, -1))
+    with pytest.raises(InputError, match="none of which is '0'"):
+        class_maps.to_network(numbers[:999], SYNSETS, 1000)
+
+
+def test_the_only_answers(tmp_path):
+    assert class_maps.chosen("", None, 7) is None
+    assert class_maps.chosen("imagenet-a", None, 1000)[:3] == (6, 11, 13)
+    (tmp_path / "few.txt").write_text("dog\nant\n")
+    few = str(tmp_path / "few.txt")
+    assert class_maps.chosen(few, ["ant", "bee", "dog"], 3) == (0, 2)
+    (tmp_path / "none.txt").write_text("\n")
+    for spelled, names, message in [
+        (
+            "imagenet-b",
+            None,
+            "'imagenet-b' is neither imagenet-a nor imagenet-r: cannot read the c",
+        ),
+        (few, ["ant", "bee"], "none of which is 'dog'"),
+        ("imagenet-r", ["ant", "bee"], "none of which is 'n01443537'"),
+        (str(tmp_path / "none.txt"), ["ant"], "names no class"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            class_maps.chosen(spelled, names, len(names or SYNSETS))
+
+
+class Named:
+    """A source of records with these names."""
+
+    class_names = SYNSETS
+
+    def __init__(self, names):
+        self.names = names
+
+    def __len__(self):
+        return len(self.names)
+
+    def name_of(self, index):
+        return self.names[index]
+
+
+def test_real_labels(tmp_path):
+    path = tmp_path / "real.json"
+    path.write_text(json.dumps([[1, 2], [], [5]]))
+    source = Named([f"val/n0/ILSVRC2012_val_{i:08}.JPEG" for i in (3, 1, 2)])
+    assert class_maps.real_labels(str(path), source).tolist() == [[5, -1], [1, 2], [-1, -1]]
+    for names, message in [
+        (["cat.jpg"], "cat.jpg is no image of ImageNet's validation split"),
+        (["ILSVRC2012_val_00000004.JPEG"], "of which .*real.json has 3"),
+        (["ILSVRC2012_val_00000000.JPEG"], "of which .*real.json has 3"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            class_maps.real_labels(str(path), Named(names))
+    for content, message in {
+        "[[1000]]": "is not ReaL's real.json",
+        '{"a": 1}': "is not ReaL's real.json",
+        "[[1": "cannot read the ReaL labels .*real.json: ",
+    }.items():
+        path.write_text(content)
+        with pytest.raises(InputError, match=message):
+            class_maps.real_labels(str(path), source)
+    with pytest.raises(InputError, match="cannot read the ReaL labels .*none.json: No such file"):
+        class_maps.real_labels(str(tmp_path / "none.json"), source)
+
+
+# --------------------------------------------------------------------------------- what is counted
+
+
+class Given:
+    """A network whose logits are the first channel of the images' first row."""
+
+    num_classes = 6
+
+    def apply(self, variables, images, train):
+        return (images[:, 0, : self.num_classes, 0] * 127.5 + 127.5) / 10
+
+
+def evaluated(logits, labels, classes=None, mask=None):
+    """The sums for these logits, of tenths from 0 to 25.5."""
+    logits = np.asarray(logits)
+    image = np.zeros((len(logits), 1, 6, 3), np.uint8)
+    image[:, 0, :, 0] = np.round(logits * 10)
+    batch = {
+        "image": jnp.asarray(image),
+        "label": jnp.asarray(labels, jnp.int32),
+        "mask": jnp.ones(len(logits), bool) if mask is None else jnp.asarray(mask),
+    }
+    step = make_eval_step(Given(), mean=HALF, std=HALF, classes=classes)
+    return jax.tree.map(np.asarray, jax.jit(step)({}, batch))
+
+
+LOGITS = [[5, 4, 3, 2, 1, 0], [0, 9, 1, 2, 3, 4], [1, 1.5, 0.5, 0, 2, 2.5], [9, 0, 1, 2, 3, 4]]
+
+
+def softmax(rows):
+    exponents = np.exp(np.asarray(rows, np.float64))
+    return exponents / exponents.sum(axis=1, keepdims=True)
+
+
+def test_sums_of_each_class_and_of_confidence():
+    sums = evaluated(LOGITS, [0, 2, 5, 0], mask=[True, True, True, False])
+    expected = np.zeros((3, 6))
+    expected[:, 0], expected[:, 2], expected[:, 5] = (1, 1, 1), (1, 0, 1), (1, 1, 1)
+    np.testing.assert_array_equal(sums["per_class"], expected)
+    assert mean_per_class(sums["per_class"]) == pytest.approx(2 / 3)
+
+    # Expected calibration error, by its definition.
+    confidence, right = softmax(LOGITS[:3]).max(axis=1), np.array([1, 0, 1])
+    bins = np.ceil(confidence * CALIBRATION_BINS)
+    error = sum(
+        (bins == b).mean() * abs(right[bins == b].mean() - confidence[bins == b].mean())
+        for b in set(bins)
+    )
+    assert calibration_error(sums["calibration"]) == pytest.approx(error, rel=1e-5)
+    assert sums["calibration"].shape == (3, CALIBRATION_BINS)
+    certain = evaluated([[25, 0, 0, 0, 0, 0]], [0])
+    assert certain["calibration"][0, -1] == 1  # a confidence of 1 is in the last bin
+    assert calibration_error(certain["calibration"]) < 1e-5
+
+
+def test_several_labels_may_be_right():
+    labels = [[1, 0, -1], [2, -1, -1], [0, 4, 5], [-1, -1, -1]]
+    sums = evaluated(LOGITS, labels, mask=[True, True, True, False])
+    assert (sums["top1"], sums["images"]) == (2, 3)
+    p = softmax(LOGITS)
+    right = [p[0, 0] + p[0, 1], p[1, 2], p[2, 0] + p[2, 4] + p[2, 5]]
+    np.testing.assert_allclose(sums["loss"], -np.log(right).sum(), rtol=1e-5)
+
+
+def test_answers_are_among_the_chosen():
+    sums = evaluated(LOGITS, [1, 4, 4, 4], classes=(1, 3, 4))
+    assert (sums["top1"], sums["images"]) == (3, 4)  # 1, 1, 4, 4
+    p = softmax(np.asarray(LOGITS)[:, [1, 3, 4]])
+    np.testing.assert_allclose(
+        sums["loss"], -np.log([p[0, 0], p[1, 2], p[2, 2], p[3, 2]]).sum(), rtol=1e-5
+    )
+    np.testing.assert_allclose(sums["calibration"][2].sum(), p.max(axis=1).sum(), rtol=1e-5)
+
+
+def test_images_of_other_classes_do_not_count():
+    def with_labels(*labels):
+        mask = np.array([True] * (len(labels) - 1) + [False])
+        return (batch for batch in [{"label": np.array(labels), "mask": mask}])
+
+    (few,) = relabeled(with_labels(0, 1, 2, 0), np.array([4, 5, 6]), (4, 6))
+    assert few["label"].tolist() == [[4], [-1], [6], [4]]
+    assert few["mask"].tolist() == [True, False, True, False]
+    (all_of_them,) = relabeled(
+        with_labels([2, 0], [1, -1], [-1, -1], [0, 0]), np.arange(3)[::-1], None
+    )
+    assert all_of_them["label"].tolist() == [[0, 2], [1, -1], [-1, -1], [2, 2]]
+    assert all_of_them["mask"].tolist() == [True, True, False, False]
+
+
+# ------------------------------------------------------------------------------- from end to end
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """A small network of ImageNet's classes without names, and tiny copies of the test sets."""
+    root = tmp_path_factory.mktemp("sets")
+    fields = dict(depth=1, outer_dim=24, inner_dim=4, outer_heads=3, inner_heads=2)
+    model = create_model("tnt_s_patch16_224", num_classes=1000, **fields)
+    params = random_params(model, 32)
+    params["head"]["bias"] = jnp.zeros(1000).at[jnp.array([0, 6, 11])].set(jnp.array([3.0, 2, 1]))
+    config = {"model": {"name": "tnt_s_patch16_224", **fields}}
+    save_weights(root / "w.safetensors", params, {"config": config})
+    a = imagenet_classes.synsets("imagenet-a")
+    for path in (
+        *(f"imagenet-a/{synset}/{i}.png" for synset in a for i in range(1 + (synset == a[0]))),
+        *(f"imagenetv2-matched-frequency-format-val/{i}/x.png" for i in range(1000)),
+        *(f"val/{SYNSETS[i % 2]}/ILSVRC2012_val_{i + 1:08}.JPEG" for i in range(4)),
+    ):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(FLAT)
+    (root / "real.json").write_text(json.dumps([[7, 0], [3], [], [0]]))
+    return root
+
+
+def variant(name, root, **changes):
+    config = imagenet_variants.get_config(name)
+    config.data.update(root=str(root), image_size=32, threads=2)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.mark.slow
+def test_the_sets(imagenet, tmp_path, capsys):
+    weights = str(imagenet / "w.safetensors")
+    # The answer is always class 0, or among those of ImageNet-A class 6, which has two images.
+    table = str(tmp_path / "classes.csv")
+    result = evaluate_checkpoint(variant("a", imagenet), None, weights, table)
+    assert (result["top1"], result["images"], result["classes"]) == (2 / 201, 201, 200)
+    assert result["top5"] >= 3 / 201 and result["mean_per_class"] == pytest.approx(1 / 200)
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 200
+    assert rows[0] == {
+        "class": SYNSETS[6], "name": "stingray", "images": "2", "top1": "1.0", "top5": "1.0",
+    }  # fmt: skip
+    v2 = evaluate_checkpoint(variant("v2", imagenet), None, weights)
+    assert (v2["top1"], v2["images"], v2["mean_per_class"]) == (0.001, 1000, 0.001)
+    assert 0 < v2["ece"] < 1
+
+    real = evaluate_checkpoint(variant("real", imagenet), None, weights)
+    assert (real["top1"], real["images"]) == (2 / 3, 3)  # the third has no label
+    assert "mean_per_class" not in real
+    with pytest.raises(InputError, match="several classes .*: no --per_class"):
+        evaluate_checkpoint(variant("real", imagenet), None, weights, table)
+
+    # The same images and labels as tfds has them.
+    one = tfds.features.ClassLabel(names=SYNSETS)
+    features = {"image": tfds.features.Image(encoding_format="jpeg"), "original_label": one}
+    features |= {"real_label": tfds.features.Sequence(one), "file_name": tfds.features.Text()}
+    rows = [
+        {"image": FLAT, "original_label": 9, "real_label": labels, "file_name": "x"}
+        for labels in ([7, 0], [3], [], [0])
+    ]
+    write_tfds(
+        imagenet,
+        "imagenet2012_real",
+        "1.0.0",
+        tfds.features.FeaturesDict(features),
+        {"validation": rows},
+        file_format="tfrecord",
+        supervised=("image", "real_label"),
+    )
+    again = evaluate_checkpoint(variant("real_tfds", imagenet), None, weights)
+    assert again == pytest.approx(real)
+    with pytest.raises(InputError, match="several classes .*: no --per_class"):
+        evaluate_checkpoint(variant("real_tfds", imagenet), None, weights, table)
+    with pytest.raises(InputError, match="classes.txt ends with none of"):
+        evaluate_checkpoint(variant("v2", imagenet), None, weights, "classes.txt")
+
+
+def test_every_set_has_a_config():
+    for name in imagenet_variants.NAMES:
+        config = imagenet_variants.get_config(name)
+        config.model.name = "tnt_s_patch16_224"
+        config_check.check(config)
+        assert (config.data.source == "tfds") == name.endswith("_tfds") == bool(config.data.name)
+    assert {"v2", "a_tfds", "r", "sketch_tfds", "real"} < set(imagenet_variants.NAMES)
+    with pytest.raises(InputError, match="imagenet_variants.py:b: after the colon comes one of"):
+        imagenet_variants.get_config("b")

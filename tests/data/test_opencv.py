@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Resampling by OpenCV: the same draws as by Pillow, and pixels within stated bounds of Pillow's.
+
+The bounds are some tenths above what OpenCV 5.0 and Pillow 13.0 gave, in levels of 255.
+"""
+
+import functools
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers.photos import all_photos
+from tests.helpers.randaugment_cases import FILL, cases, photographs
+from tnt_flax.core.errors import InputError
+from tnt_flax.data import opencv, randaugment, transforms
+from tnt_flax.data.pipeline import train_batches
+from tnt_flax.data.plan import TrainPlan, sample_generator
+from tnt_flax.data.randaugment import GEOMETRIC, PLAIN, RESAMPLE, SIGNED
+from tnt_flax.data.sources import Digits
+from tnt_flax.training import experiment
+from tnt_flax.training.train import train_and_evaluate
+
+BILINEAR, BICUBIC = RESAMPLE
+PHOTOS = {name: transforms.decode(encoded) for name, encoded in all_photos().items()}
+RECIPE = dict(size=224, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5)
+PUBLISHED = randaugment.parse("rand-m9-mstd0.5-inc1", mean=(0.5, 0.5, 0.5))
+
+
+def differences(ours, theirs):
+    return np.abs(np.asarray(ours).astype(int) - np.asarray(theirs))
+
+
+def both(image, key, **options):
+    """The sample by OpenCV and by Pillow, after which both generators must stand alike."""
+    generators = [sample_generator(key) for _ in range(2)]
+    pixels = opencv.train_transform(image, generators[0], **RECIPE, **options)
+    theirs = transforms.train_transform(image, generators[1], **RECIPE, **options)
+    assert generators[0].random() == generators[1].random()
+    assert (pixels.dtype, pixels.shape) == (np.uint8, (224, 224, 3))
+    return pixels, theirs
+
+
+@pytest.mark.parametrize("resample, mean, inside", [(BILINEAR, 0.9, 1), (BICUBIC, 1.6, 20)])
+@pytest.mark.parametrize("name", GEOMETRIC)
+def test_geometric_operations_are_near_pillows(name, resample, mean, inside):
+    for image in photographs().values():
+        for level, _ in (case for case in cases(name) if case[1] == resample):
+            if abs(level) > 10:
+                continue
+            ours = opencv.apply_op(np.asarray(image), name, level, resample, FILL)
+            theirs = randaugment.apply_op(image, name, level, resample, FILL)
+            difference = differences(ours, theirs)
+            assert difference.mean() < mean
+            # Beyond that lies only the outline, a line of pixels: less than the image's own.
+            outline = 2 * sum(image.size) / (image.width * image.height)
+            assert (difference.max(-1) > inside).mean() < outline
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *SIGNED])
+def test_operations_on_colours_are_pillows(name):
+    image = photographs()["flower"]
+    ours = opencv.apply_op(np.asarray(image), name, 9.0, BILINEAR, FILL)
+    theirs = randaugment.apply_op(image, name, 9.0, BILINEAR, FILL)
+    np.testing.assert_array_equal(ours, np.asarray(theirs))
+
+
+@pytest.mark.parametrize("resample, larger", [(BILINEAR, 0.25), (BICUBIC, 2.6)])
+@pytest.mark.parametrize("scale", [0.3, 0.7, 1.0, 1.2, 1.5, 2.0, 2.1, 3.0, 4.5])
+@pytest.mark.parametrize("name", ["china", "flower", "portrait"])
+def test_resizing_is_near_pillows(name, scale, resample, larger):
+    """`larger` is the bound where the image is enlarged: bilinear differs by rounding alone."""
+    size = 64
+    side = round(scale * size)
+    crop = PHOTOS[name].crop((5, 20, 5 + side, 20 + side))
+    difference = differences(
+        opencv.resize(np.asarray(crop), size, resample), crop.resize((size, size), resample)
+    )
+    assert difference.mean() < (3.0 if scale > 1 else larger)
+    assert difference.max() <= (1 if scale <= 1 and resample == BILINEAR else 40)
+
+
+def test_sides_are_smoothed_each_by_its_own_scale():
+    """Stripes one pixel wide turn grey where that side shrinks, and stay where it does not."""
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    shrunk = opencv.resize(np.repeat(stripes, 3, 0), 64, BILINEAR)
+    np.testing.assert_allclose(shrunk, stripes, atol=1)
+    for scale in (2, 3):
+        image = np.tile(stripes, (1, scale, 1))
+        grey = opencv.resize(image, 64, BILINEAR)[:, 2:-2].astype(int)
+        assert np.abs(grey - 127).max() < 25
+        turned = opencv.resize(np.ascontiguousarray(image.transpose(1, 0, 2)), 64, BILINEAR)
+        assert np.abs(turned[2:-2].astype(int) - 127).max() < 25
+
+
+@pytest.mark.parametrize("name, mean, worst", [("china", 1.4, 2.4), ("flower", 0.7, 1.2)])
+def test_crops_and_flips_are_pillows_and_pixels_near(name, mean, worst):
+    image = PHOTOS[name]
+    means = [differences(*both(image, (0, 0, i))).mean() for i in range(40)]
+    assert np.mean(means) < mean and max(means) < worst
+
+
+def test_the_whole_transform_is_near_pillows():
+    means = [
+        differences(*both(PHOTOS[name], (1, 0, i), randaugment=PUBLISHED)).mean()
+        for name in ("china", "flower")
+        for i in range(60)
+    ]
+    assert np.mean(means) < 1.2 and np.median(means) < 1.0
+
+
+def test_color_jitter_without_randaugment():
+    plain, _ = both(PHOTOS["flower"], (2, 0, 0))
+    ours, theirs = both(PHOTOS["flower"], (2, 0, 0), jitter=0.4)
+    assert differences(ours, theirs).mean() < 1.0 < differences(ours, plain).mean()
+
+
+@pytest.mark.parametrize("pixels", [(1, 1), (1, 300), (300, 1), (2, 3)])
+def test_the_smallest_images(pixels):
+    both(Image.new("RGB", pixels, "red"), (3, 0, 0), randaugment=PUBLISHED)
+
+
+def test_threads_do_not_change_the_stream():
+    source = Digits("test")
+    plan = TrainPlan(len(source), 16, seed=3, repeats=3, groups=4)
+    transform = functools.partial(
+        opencv.train_transform, **(RECIPE | dict(size=12)), randaugment=PUBLISHED
+    )
+    streams = [
+        list(
+            train_batches(
+                source, plan, transform=transform, start_step=0, num_steps=5, threads=threads
+            )
+        )
+        for threads in (0, 5)
+    ]
+    for one, other in zip(*streams, strict=True):
+        np.testing.assert_array_equal(one["image"], other["image"])
+
+
+def test_the_config_chooses_it(smoke_config):
+    config = smoke_config()
+    assert experiment.build_train_transform(config) is transforms.train_transform
+    config.augment.resampling = "opencv"
+    assert experiment.build_train_transform(config) is opencv.train_transform
+    source, plan = Digits("train"), TrainPlan(1437, 48, seed=0)
+    (ours,) = experiment.train_batches(config, source, plan, start_step=0, num_steps=1)
+    config.augment.resampling = "pillow"
+    (theirs,) = experiment.train_batches(config, source, plan, start_step=0, num_steps=1)
+    assert 0 < differences(ours["image"], theirs["image"]).mean() < 2
+
+
+def test_a_missing_package_is_named_before_anything_is_written(smoke_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    monkeypatch.delitem(sys.modules, "tnt_flax.data.opencv")
+    monkeypatch.delattr("tnt_flax.data.opencv")
+    with pytest.raises(InputError, match=r'pip install "tnt_flax\[opencv\]"$') as caught:
+        train_and_evaluate(smoke_config(augment__resampling="opencv"), tmp_path / "run")
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="augment.resampling='cv' is none of"):
+        train_and_evaluate(smoke_config(augment__resampling="cv"), tmp_path / "run")

@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One stream of batches, whatever evaluates it: hosts, threads, worker processes, restarts."""
+
+import collections
+import functools
+import logging
+import multiprocessing
+import os
+import pathlib
+import pickle
+import re
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tests.helpers.photos import png
+from tnt_flax.core.errors import InputError
+from tnt_flax.data import pipeline
+from tnt_flax.data.pipeline import eval_batches, train_batches
+from tnt_flax.data.plan import TrainPlan, sample_generator
+from tnt_flax.data.randaugment import parse
+from tnt_flax.data.sources import Digits, ImageFolder
+from tnt_flax.data.sources.outage import PatientReader
+from tnt_flax.data.sources.storage import DamagedError
+from tnt_flax.data.transforms import decode, eval_transform, train_transform
+
+AUGMENT = functools.partial(
+    train_transform, size=12, scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5
+)
+EVALUATE = functools.partial(eval_transform, size=12, crop_fraction=0.9)
+DIGITS = Digits("test")
+PLAN = TrainPlan(len(DIGITS), batch_size=8, seed=11)
+
+
+class Numbered:
+    """Record i is a grey image of level i with label i; reading those in `broken` fails."""
+
+    class_names = tuple(str(i) for i in range(200))
+    place = "."
+
+    def __init__(self, count, broken=(), error=None):
+        self.count, self.broken, self.error = count, frozenset(broken), error
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            if self.error:
+                raise self.error
+            return b"broken", index
+        return np.full((3, 3), index, np.uint8), index
+
+    def name_of(self, index):
+        return f"numbered record {index}"
+
+
+def train(source=DIGITS, plan=PLAN, start_step=0, num_steps=4, **options):
+    options = {"transform": AUGMENT, "threads": 2} | options
+    return train_batches(source, plan, start_step=start_step, num_steps=num_steps, **options)
+
+
+def evaluate(source=DIGITS, batch_size=8, **options):
+    return eval_batches(source, batch_size=batch_size, **({"transform": EVALUATE} | options))
+
+
+def assert_equal(actual, expected):
+    actual, expected = list(actual), list(expected)
+    assert len(actual) == len(expected) > 0
+    for a, b in zip(actual, expected, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert type(a[name]) is np.ndarray and a[name].dtype == b[name].dtype
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def side_by_side(streams):
+    """The global batches: each host's rows, in host order."""
+    for parts in zip(*streams, strict=True):
+        yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def threads_of_grain(before=()):
+    return {t for t in threading.enumerate() if t.name.startswith("grain")} - set(before)
+
+
+def wait_until(condition, seconds=5):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def test_a_training_batch_is_what_the_plan_says():
+    batches = list(train(num_steps=3, start_step=40))  # 45 steps an epoch
+    assert len(batches) == 3
+    for step, batch in zip(range(40, 43), batches, strict=True):
+        assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
+            "image": ((8, 12, 12, 3), np.uint8),
+            "label": ((8,), np.int32),
+            "replaced": ((8,), np.bool_),
+        }
+        assert batch["label"].tolist() == [DIGITS[PLAN.plan(step, r)[0]][1] for r in range(8)]
+        assert not batch["replaced"].any()
+
+
+def test_each_epoch_augments_anew():
+    plan = TrainPlan(8, batch_size=8, seed=0)
+    first, second = train(Numbered(8), plan, num_steps=2)
+    assert sorted(first["label"]) == sorted(second["label"]) == list(range(8))
+    plan = TrainPlan(1, batch_size=1, seed=0)
+    images = [batch["image"].tobytes() for batch in train(DIGITS, plan, num_steps=10)]
+    assert len(set(images)) == 10  # one record, ten epochs, ten crops
+
+
+@pytest.mark.parametrize("num_hosts", [1, 2, 4, 8])
+def test_any_number_of_hosts_sees_the_same_global_batches(num_hosts):
+    hosts = [train(host=h, num_hosts=num_hosts, num_steps=50) for h in range(num_hosts)]
+    assert_equal(side_by_side(hosts), train(num_steps=50, threads=0))
+
+
+@pytest.mark.parametrize("threads, prefetch", [(0, 2), (1, 1), (4, 1), (4, 3), (9, 0)])
+def test_any_number_of_threads_gives_the_same_stream(threads, prefetch):
+    stream = train(threads=threads, prefetch=prefetch, num_steps=6)
+    assert_equal(stream, train(num_steps=6))
+
+
+@pytest.mark.parametrize("start_step", [1, 44, 45, 46])
+def test_resuming_gives_the_tail_of_the_unbroken_run(start_step):
+    unbroken = list(train(num_steps=48))
+    resumed = train(start_step=start_step, num_steps=48 - start_step)
+    assert_equal(resumed, unbroken[start_step:])
+
+
+def test_resuming_on_other_hosts_gives_the_tail():
+    hosts = [train(start_step=44, num_steps=3, host=h, num_hosts=4) for h in range(4)]
+    assert_equal(side_by_side(hosts), list(train(num_steps=47))[44:])
+
+
+# -------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 30])
+@pytest.mark.parametrize("batch_size, num_hosts", [(4, 1), (4, 2), (8, 4), (32, 1), (32, 4)])
+def test_evaluation_shows_every_image_once(count, batch_size, num_hosts):
+    hosts = [
+        list(evaluate(Numbered(count), batch_size, host=h, num_hosts=num_hosts))
+        for h in range(num_hosts)
+    ]
+    assert len({len(host) for host in hosts}) == 1  # equally many, or a collective would hang
+    shapes = {(b["image"].shape, b["label"].shape) for host in hosts for b in host}
+    assert shapes == {((batch_size // num_hosts, 12, 12, 3), (batch_size // num_hosts,))}
+    batches = list(side_by_side(hosts))
+    rows = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
+    assert rows["label"][rows["mask"]].tolist() == list(range(count))
+    assert (rows["image"][rows["mask"]] == np.arange(count)[:, None, None, None]).all()
+    assert not rows["image"][~rows["mask"]].any() and not rows["corrupt"].any()
+    assert (rows["label"].dtype, rows["mask"].dtype) == (np.int32, np.bool_)
+
+
+def test_evaluation_does_not_depend_on_threads():
+    assert_equal(evaluate(threads=5), evaluate(threads=0))
+
+
+# ---------------------------------------------------------------------------- the published recipe
+
+PUBLISHED_PLAN = TrainPlan(len(DIGITS), batch_size=16, seed=3, repeats=3, groups=4)
+PUBLISHED = functools.partial(
+    AUGMENT, randaugment=parse("rand-m9-mstd0.5-inc1", mean=(0.5, 0.5, 0.5))
+)
+
+
+def published(**options):
+    return train(plan=PUBLISHED_PLAN, transform=PUBLISHED, **({"num_steps": 24} | options))
+
+
+def test_randaugment_and_repeats_are_one_stream_for_any_hosts_and_after_a_restart():
+    whole = list(published(threads=0))  # 22 steps an epoch
+    for num_hosts in (1, 2, 4):
+        hosts = [published(host=h, num_hosts=num_hosts) for h in range(num_hosts)]
+        assert_equal(side_by_side(hosts), whole)
+    for k in (1, 21, 23):
+        assert_equal(published(start_step=k, num_steps=24 - k), whole[k:])
+    # The views of a record are different images.
+    rows = [PUBLISHED_PLAN.plan(0, row)[0] for row in range(16)]
+    first = [whole[0]["image"][row].tobytes() for row in range(16)]
+    assert len(set(rows)) == 6 and len(set(first)) == 16
+    plain = list(train(plan=PUBLISHED_PLAN, num_steps=1))[0]["image"]
+    assert (plain != whole[0]["image"]).any(axis=(1, 2, 3)).sum() > 6
+
+
+@pytest.mark.parametrize("num_hosts, threads", [(1, 0), (1, 5), (2, 2), (4, 3), (16, 0)])
+def test_a_batch_reads_a_record_once_for_all_its_views(num_hosts, threads, monkeypatch):
+    read, decoded = collections.Counter(), collections.Counter()
+
+    class Counted(Digits):
+        def __getitem__(self, index):
+            read[index] += 1
+            return super().__getitem__(index)
+
+    def count(image):
+        decoded["images"] += 1
+        return decode(image)
+
+    monkeypatch.setattr(pipeline, "decode", count)
+    for host in range(num_hosts):
+        read.clear()
+        decoded.clear()
+        (batch,) = published(
+            source=Counted("test"), start_step=7, num_steps=1, threads=threads, host=host,
+            num_hosts=num_hosts,
+        )  # fmt: skip
+        rows = range(16 // num_hosts * host, 16 // num_hosts * (host + 1))
+        plans = [PUBLISHED_PLAN.plan(7, row) for row in rows]
+        assert read == dict.fromkeys((record for record, _ in plans), 1)
+        assert decoded["images"] == len(read)
+        for i, (record, key) in enumerate(plans):  # each row as if it were alone
+            image, label = DIGITS[record]
+            alone = PUBLISHED(image, sample_generator(key))
+            np.testing.assert_array_equal(batch["image"][i], alone)
+            assert batch["label"][i] == label
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_published_stream():
+    assert_equal(published(workers=2, num_steps=5), published(num_steps=5))
+    assert wait_until(lambda: not multiprocessing.active_children())
+
+
+# ------------------------------------------------------------------------------- unreadable records
+
+
+def error_of(stream):
+    with pytest.raises(InputError) as caught:
+        list(stream)
+    assert type(caught.value) is InputError
+    assert not getattr(caught.value, "__notes__", None)
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+REMEDY = '; remove it, or set data.corrupt="skip"'
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+@pytest.mark.parametrize("make", [train, evaluate])
+def test_a_corrupt_image_stops_with_one_line(tmp_path, make, threads):
+    bad = tmp_path / "train/a/bad.jpg"
+    bad.parent.mkdir(parents=True)
+    for i in range(8):
+        (bad.parent / f"{i}.png").write_bytes(png(np.full((4, 4, 3), i, np.uint8)))
+    bad.write_bytes(b"no image")
+    source = ImageFolder(tmp_path, "train")
+    options = {"plan": TrainPlan(len(source), 3, 0)} if make is train else {"batch_size": 3}
+    assert error_of(make(source, threads=threads, **options)) == (
+        f"{bad} is not a usable image: not an image format that PIL reads{REMEDY}"
+    )
+    bad.unlink()
+    assert error_of(make(source, threads=threads, **options)) == (
+        f"{bad} cannot be read: No such file or directory{REMEDY}"
+    )
+
+
+def test_after_an_error_the_stream_is_over_and_no_thread_is_left():
+    before = threads_of_grain()
+    stream = train(Numbered(8, {3}), TrainPlan(8, 8, 0), threads=4, num_steps=50)
+    with pytest.raises(InputError):
+        next(stream)
+    with pytest.raises(StopIteration):
+        next(stream)
+    assert wait_until(lambda: not threads_of_grain(before))
+
+
+@pytest.mark.parametrize("error", [None, DamagedError("cut short"), FileNotFoundError(2, "gone")])
+def test_training_replaces_unreadable_records(error, caplog):
+    plan = TrainPlan(10, batch_size=10, seed=0)
+    source = Numbered(10, broken={4, 5, 9}, error=error)
+    with caplog.at_level(logging.WARNING, logger=pipeline.__name__):
+        (batch,) = train(source, plan, num_steps=1, corrupt="skip")
+    records = np.array([plan.plan(0, row)[0] for row in range(10)])
+    stand_in = {4: 6, 5: 6, 9: 0}  # the next readable record, from the last on to the first
+    assert batch["label"].tolist() == [stand_in.get(r, r) for r in records]
+    assert batch["image"][:, 0, 0, 0].tolist() == batch["label"].tolist()
+    assert batch["replaced"].tolist() == [r in stand_in for r in records]
+    assert "skipped: numbered record 9 " in caplog.text
+    streams = [
+        train(source, plan, num_steps=3, corrupt="skip", host=h, num_hosts=2) for h in (0, 1)
+    ]
+    assert_equal(side_by_side(streams), train(source, plan, num_steps=3, corrupt="skip"))
+
+
+def test_a_replacement_is_augmented_as_if_it_had_been_planned():
+    plan = TrainPlan(2, batch_size=2, seed=0)
+
+    class FirstBroken(Numbered):
+        def __getitem__(self, index):
+            return (b"", 0) if index in self.broken else DIGITS[1]
+
+    (whole,) = train(FirstBroken(2), plan, num_steps=1)
+    (patched,) = train(FirstBroken(2, {0}), plan, num_steps=1, corrupt="skip")
+    np.testing.assert_array_equal(patched["image"], whole["image"])
+    assert sorted(patched["replaced"]) == [False, True]
+
+
+def test_training_gives_up_on_a_data_set_of_rubbish():
+    source = Numbered(100, broken=range(100))
+    message = error_of(train(source, TrainPlan(100, 4, 0), corrupt="skip"))
+    assert message.startswith("17 records in a row cannot be read, the first is numbered record ")
+
+
+def test_evaluation_masks_unreadable_records_out():
+    batches = list(evaluate(Numbered(7, broken={2, 6}), 4, corrupt="skip"))
+    rows = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
+    assert rows["mask"].tolist() == [True, True, False, True, True, True, False, False]
+    assert rows["corrupt"].tolist() == [False, False, True, False, False, False, True, False]
+    assert rows["label"].tolist() == [0, 1, 0, 3, 4, 5, 0, 0]
+    assert not rows["image"][~rows["mask"]].any()
+
+
+def test_images_of_several_classes():
+    class Several(Numbered):
+        most_labels = 3
+
+        def __getitem__(self, index):
+            return super().__getitem__(index)[0], np.array([index, 9, -1])
+
+    batches = list(evaluate(Several(5, broken={0}), 3, corrupt="skip"))
+    labels = np.concatenate([batch["label"] for batch in batches])
+    assert labels.dtype == np.int32
+    assert labels.tolist() == [[0, 0, 0], *([i, 9, -1] for i in range(1, 5)), [0, 0, 0]]
+
+
+# ------------------------------------------------------------------------------------------ running
+
+
+def test_close_stops_the_threads():
+    before = threads_of_grain()
+    stream = train(threads=3, num_steps=10_000)
+    next(stream)
+    assert len(threads_of_grain(before)) == 3
+    stream.close()
+    assert wait_until(lambda: not threads_of_grain(before))
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_an_exhausted_stream_leaves_no_threads():
+    before = threads_of_grain()
+    list(train(threads=3))
+    assert wait_until(lambda: not threads_of_grain(before))
+
+
+def test_views_pickle():
+    view = pipeline._TrainView(PatientReader(DIGITS, 0), PLAN, AUGMENT, "error", 3, 2, 4, 4)
+    copy = pickle.loads(pickle.dumps(view))
+    assert len(view) == 2 and [row for row, _ in view[1]] == [0, 1, 2, 3]
+    for (row, sample), (expected_row, expected) in zip(copy[1], view[1], strict=True):
+        assert row == expected_row
+        np.testing.assert_array_equal(sample["image"], expected["image"])
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: train(num_hosts=3), "a batch of 8 cannot be split evenly over 3 hosts"),
+        (lambda: evaluate(num_hosts=3), "a batch of 8 cannot be split evenly over 3 hosts"),
+        (lambda: train(host=2, num_hosts=2), "host 2 of 2"),
+        (lambda: train(corrupt="ignore"), "data.corrupt is 'ignore'"),
+        (lambda: evaluate(corrupt="ignore"), "data.corrupt is 'ignore'"),
+        (lambda: evaluate(batch_size=0), "batch_size is 0"),
+    ],
+)
+def test_bad_options_are_refused_before_the_first_batch(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+@pytest.mark.slow  # starting two processes takes seconds on a small machine
+def test_worker_processes_give_the_same_stream():
+    assert_equal(train(workers=2, num_steps=5), train(num_steps=5))
+    assert wait_until(lambda: not multiprocessing.active_children())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="only Linux tells")
+def test_what_a_worker_process_costs():
+    """Grain, numpy, Pillow and some batches, but no jax. `-s` prints what the README says."""
+    began = time.perf_counter()
+    stream = published(workers=2, num_steps=50)
+    next(stream)
+    print(f"\nthe first batch came after {time.perf_counter() - began:.1f} s")
+    processes = multiprocessing.active_children()
+    assert len(processes) == 2
+    for process in processes:
+        memory = pathlib.Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+        mebibytes = int(re.search(r"^Pss: +(\d+) kB$", memory, re.MULTILINE)[1]) / 1024
+        print(f"a worker process has {mebibytes:.0f} MiB, its share of what is shared included")
+        assert mebibytes < 200
+    stream.close()
+
+
+@pytest.mark.slow
+def test_worker_processes_evaluate_alike_and_report_the_same_line(tmp_path):
+    for i in range(9):
+        path = tmp_path / "val/a" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(np.full((4, 4, 3), i, np.uint8)))
+    source = ImageFolder(tmp_path, "val")
+    expected = list(evaluate(source, 4))
+    os.remove(source.name_of(8))
+    stream = evaluate(source, 4, workers=2)
+    assert_equal([next(stream), next(stream)], expected[:2])
+    message = error_of(stream)
+    assert message == f"{source.name_of(8)} cannot be read: No such file or directory{REMEDY}"
+    assert wait_until(lambda: not multiprocessing.active_children())

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of the data: complete, different in every epoch and for every seed, and never silently
+changed."""
+
+import collections
+import concurrent.futures
+import functools
+import pickle
+
+import numpy as np
+import pytest
+
+from tnt_flax.core.errors import InputError
+from tnt_flax.data import plan as plan_module
+from tnt_flax.data.plan import EvalPlan, TrainPlan, epoch_permutation, sample_generator
+
+# Of numpy 2.4, 1000 records, batches of 8, seed 42.
+GOLDEN_STEP_0 = [3, 884, 354, 865, 142, 764, 560, 901]
+GOLDEN_EPOCH_1 = [955, 660, 109, 211, 812, 778, 907, 262]
+GOLDEN_DRAWS = [601, 817, 212, 117]
+
+
+def records(plan, step):
+    return [plan.plan(step, row)[0] for row in range(plan.batch_size)]
+
+
+def epoch_records(plan, epoch):
+    first = epoch * plan.steps_per_epoch
+    return sum((records(plan, first + k) for k in range(plan.steps_per_epoch)), [])
+
+
+@pytest.mark.parametrize("num_records, batch_size", [(12, 4), (12, 5), (7, 7), (1, 1), (100, 3)])
+def test_an_epoch_shows_no_record_twice_and_leaves_out_only_the_remainder(num_records, batch_size):
+    plan = TrainPlan(num_records, batch_size, seed=3)
+    for epoch in range(3):
+        shown = epoch_records(plan, epoch)
+        assert len(shown) == len(set(shown)) == num_records - num_records % batch_size
+        assert set(shown) <= set(range(num_records))
+
+
+def test_epochs_and_seeds_differ():
+    a, b = TrainPlan(50, 10, seed=0), TrainPlan(50, 10, seed=1)
+    orders = [tuple(epoch_records(p, e)) for p in (a, b) for e in range(3)]
+    assert len(set(orders)) == 6
+    assert all(order != tuple(range(50)) for order in orders)
+
+
+def test_the_left_out_records_change_with_the_epoch():
+    plan = TrainPlan(11, 4, seed=0)
+    assert set().union(*(epoch_records(plan, e) for e in range(10))) == set(range(11))
+
+
+def test_the_first_records_never_change():
+    # Literal, so that a new numpy or a rewrite cannot change the order of the data unnoticed.
+    plan = TrainPlan(1000, 8, seed=42)
+    assert records(plan, 0) == GOLDEN_STEP_0
+    assert records(plan, 125) == GOLDEN_EPOCH_1
+    assert plan.plan(126, 3)[1] == (42, 1, 11)
+    draws = sample_generator((42, 1, 11)).integers(0, 1000, 4).tolist()
+    assert draws == GOLDEN_DRAWS
+
+
+def test_a_plan_is_a_pure_function():
+    plan = TrainPlan(64, 8, seed=5)
+    expected = [plan.plan(step, row) for step in range(40) for row in range(8)]
+    backwards = [plan.plan(step, row) for step in reversed(range(40)) for row in reversed(range(8))]
+    assert backwards[::-1] == expected
+    copy = pickle.loads(pickle.dumps(plan))
+    assert [copy.plan(step, row) for step in range(40) for row in range(8)] == expected
+
+
+def test_threads_around_the_end_of_an_epoch_agree():
+    plan = TrainPlan(5000, 50, seed=9)
+    calls = [(step, row) for step in range(97, 203) for row in range(0, 50, 7)]
+    expected = [plan.plan(*call) for call in calls]
+    plan_module._permutation.cache_clear()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda call: plan.plan(*call), calls)) == expected
+    assert plan_module._permutation.cache_info().misses == 3  # epochs 0, 1 and 2: once each
+
+
+def test_the_permutation_cannot_be_changed_by_its_reader():
+    with pytest.raises(ValueError, match="read-only"):
+        epoch_permutation(10, 0, 0)[0] = 3
+
+
+def test_sample_keys_are_unique_and_their_numbers_independent():
+    plan = TrainPlan(40, 4, seed=7)
+    keys = [plan.plan(step, row)[1] for step in range(50) for row in range(4)]
+    assert len(set(keys)) == len(keys)
+    first = np.array([sample_generator(key).random(4) for key in keys])
+    assert len(np.unique(first)) == first.size
+    assert abs(first.mean() - 0.5) < 0.05
+    neighbours = np.corrcoef(first[:-1, 0], first[1:, 0])[0, 1]
+    assert abs(neighbours) < 0.25  # 3.5 sigma of 200 pairs
+
+
+def test_samples_do_not_share_the_stream_of_the_permutation():
+    generator = np.random.Generator(np.random.Philox(key=np.array([7, 0], np.uint64)))
+    stream = set(generator.integers(0, 2**63, 4000).tolist())
+    drawn = sample_generator((7, 0, 0)).integers(0, 2**63, 4000).tolist()
+    assert not stream.intersection(drawn)
+    # Nor with the neighbour, however many numbers one sample draws.
+    assert not set(drawn).intersection(sample_generator((7, 0, 1)).integers(0, 2**63, 4000))
+
+
+def test_the_largest_seed_works_and_differs_from_its_neighbour():
+    high, below = TrainPlan(99, 9, seed=2**64 - 1), TrainPlan(99, 9, seed=2**64 - 2)
+    assert epoch_records(high, 0) != epoch_records(below, 0)
+
+
+# ------------------------------------------------------------------------- repeated augmentation
+
+
+@pytest.fixture
+def in_order(monkeypatch):
+    """Epochs are not shuffled, so that positions can be read off the records."""
+    identity = functools.lru_cache(lambda n, seed, epoch: np.arange(n))
+    monkeypatch.setattr(plan_module, "epoch_permutation", identity)
+
+
+def positions(plan, step):
+    return [plan.plan(step, row)[1][2] for row in range(plan.batch_size)]
+
+
+def test_the_published_placement(in_order):
+    plan = TrainPlan(1_281_167, 1024, seed=42, repeats=3)
+    assert plan.steps_per_epoch == 1251
+    rows = records(plan, 0)
+    ranks = [rows[128 * r : 128 * (r + 1)] for r in range(8)]
+    assert ranks[0][:8] == [0, 2, 5, 8, 10, 13, 16, 18]
+    assert ranks[1][:6] == [0, 3, 5, 8, 11, 13]
+    assert ranks[2][:5] == [0, 3, 6, 8, 11]
+    assert ranks[3][:4] == [1, 3, 6, 9]
+    last = records(plan, 1250)
+    assert max(last) == 1251 * 1024 // 3 - 1 == 427_007  # of 1,281,167: a third each epoch
+    assert plan.plan(1251, 0) == (0, (42, 1, 0))  # and the next begins again
+
+
+@pytest.mark.parametrize("num_records, batch_size, groups", [(200, 24, 8), (90, 8, 8), (50, 12, 4)])
+@pytest.mark.parametrize("repeats", [2, 3, 4])
+def test_each_view_has_its_own_group_and_its_own_numbers(num_records, batch_size, groups, repeats):
+    plan = TrainPlan(num_records, batch_size, seed=1, repeats=repeats, groups=groups)
+    assert plan.steps_per_epoch == num_records // batch_size
+    rows, group_size = plan.steps_per_epoch * batch_size, batch_size // groups
+    views = collections.defaultdict(list)
+    for step in range(plan.steps_per_epoch):
+        for row in range(batch_size):
+            record, key = plan.plan(step, row)
+            views[record].append((key, row // group_size))
+        assert sorted(positions(plan, step)) == [*range(step * batch_size, (step + 1) * batch_size)]
+    assert len(views) == -(-rows // repeats)
+    assert sorted(map(len, views.values()))[1:] == [repeats] * (len(views) - 1)
+    for of_record in views.values():
+        keys, where = zip(*of_record, strict=True)
+        assert len(set(keys)) == len(set(where)) == len(of_record)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_repeats_work_for_any_data_set_that_fills_a_batch(groups):
+    plan = TrainPlan(8, 8, seed=0, repeats=3, groups=groups)
+    assert plan.steps_per_epoch == 1  # the published sampler would give none below 256 records
+    shown = [records(plan, epoch) for epoch in range(60)]
+    assert all(sorted(map(rows.count, set(rows))) == [2, 3, 3] for rows in shown)
+    assert set(sum(shown, [])) == set(range(8))  # and epochs differ, with one device as with many
+    assert len({tuple(rows) for rows in shown}) > 50
+
+
+def test_repeats_of_one_leave_the_order_alone():
+    for groups in (1, 3, 8):
+        plan = TrainPlan(100, 8, seed=4, repeats=1, groups=groups)
+        assert [plan.plan(s, r) for s in range(30) for r in range(8)] == [
+            TrainPlan(100, 8, seed=4).plan(s, r) for s in range(30) for r in range(8)
+        ]
+
+
+def test_the_repeated_records_never_change():
+    plan = TrainPlan(1000, 8, seed=42, repeats=3, groups=4)  # group 0 has positions 0 and 4
+    a, b, c = GOLDEN_STEP_0[:3]
+    assert records(plan, 0) == [a, b, a, b, a, c, b, c]
+    assert positions(plan, 1) == [8, 12, 9, 13, 10, 14, 11, 15]
+
+
+@pytest.mark.parametrize("repeats, records, batch_size", [(1, 40, 8), (3, 40, 8), (3, 9, 8)])
+def test_views_are_the_rows_by_record(repeats, records, batch_size):
+    plan = TrainPlan(records, batch_size, seed=5, repeats=repeats, groups=4)
+    for rows in (range(8), range(4), range(4, 8), range(2, 3)):
+        most = 0
+        for step in range(12):
+            views = plan.views(step, rows)
+            most = max(most, len(views))
+            assert len(views) <= plan.most_records(rows)
+            assert {
+                row: (record, key) for record, shown in views.items() for row, key in shown
+            } == {row: plan.plan(step, row) for row in rows}
+        assert most == plan.most_records(rows)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("num_records", [5000, 1_281_167])
+def test_placement_equals_timms_sampler(in_order, num_records):
+    samplers = pytest.importorskip("timm.data.distributed_sampler")
+    plan = TrainPlan(num_records, 1024, seed=0, repeats=3)
+    steps = [0, 1, plan.steps_per_epoch - 1]
+    ours = np.array([records(plan, step) for step in steps]).reshape(3, 8, 128)
+    for rank in range(8):
+        sampler = samplers.RepeatAugSampler(
+            range(num_records), num_replicas=8, rank=rank, shuffle=False, num_repeats=3
+        )
+        theirs = np.array(list(sampler)[: plan.steps_per_epoch * 128]).reshape(-1, 128)
+        np.testing.assert_array_equal(ours[:, rank], theirs[steps])
+
+
+# ------------------------------------------------------------------------- evaluation and errors
+
+
+@pytest.mark.parametrize("num_records", [1, 2, 7, 8, 9, 64])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 100])
+def test_evaluation_shows_every_record_once_in_order(num_records, batch_size):
+    plan = EvalPlan(num_records, batch_size)
+    rows = [plan.plan(b, r) for b in range(plan.num_batches) for r in range(batch_size)]
+    assert [row for row in rows if row is not None] == list(range(num_records))
+    assert rows[:num_records] == list(range(num_records))  # padding comes last
+    assert len(rows) - num_records < batch_size  # and no batch is all padding
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: TrainPlan(7, 8, 0), "has 7 records, fewer than one batch of 8"),
+        (lambda: TrainPlan(7, 0, 0), "batch_size is 0"),
+        (lambda: EvalPlan(7, -1), "batch_size is -1"),
+        (lambda: TrainPlan(7, 7, -1), "seed -1 is out of range"),
+        (lambda: TrainPlan(7, 7, 2**64), "out of range"),
+        (lambda: TrainPlan(7, 7, 0, repeats=0), "augment.repeats=0 is less than 1"),
+        (
+            lambda: TrainPlan(7, 7, 0, repeats=3),
+            "a batch of 7 cannot be split evenly into 8 groups",
+        ),
+        (lambda: TrainPlan(7, 7, 0, repeats=3, groups=0), "into 0 groups"),
+    ],
+)
+def test_errors_say_the_numbers(make, message):
+    with pytest.raises(InputError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,485 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RandAugment: timm's arguments and pixels, and random numbers that are the sample's own.
+
+The hashes in golden/randaugment.json are of timm 1.0.31 (tests/goldens/scripts/randaugment.py) and the
+same with Pillow 10.1, 11.3, 12.0 and 13.0; the tests marked `oracle` compare with timm itself.
+"""
+
+import collections
+import functools
+import hashlib
+import io
+import json
+import math
+import pathlib
+import pickle
+import random
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers.photos import all_photos
+from tests.helpers.randaugment_cases import FILL, NAMES, cases, digest, photographs
+from tnt_flax.core.errors import InputError
+from tnt_flax.data import randaugment
+from tnt_flax.data.randaugment import GEOMETRIC, PLAIN, RESAMPLE, apply_op
+from tnt_flax.data.transforms import random_crop_box, train_transform
+
+GOLDEN = json.loads(
+    (pathlib.Path(__file__).parents[1] / "goldens/data" / "randaugment.json").read_text()
+)
+GOLDEN_CALLS = [
+    ("TranslateXRel", -10, "BICUBIC"),
+    ("TranslateYRel", -8.795101, "BILINEAR"),
+    ("SolarizeAdd", 9.087362, "BILINEAR"),
+    ("SolarizeIncreasing", 9.096882, "BILINEAR"),
+    ("Rotate", 8.669587, "BILINEAR"),
+]
+GOLDEN_PIXELS = "175e6f5ea67de0ed"
+PUBLISHED = "rand-m9-mstd0.5-inc1"
+HALF = (0.5, 0.5, 0.5)
+BILINEAR, BICUBIC = RESAMPLE
+PHOTOGRAPHS = photographs()
+CROP = dict(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+
+parse = functools.partial(randaugment.parse, mean=HALF)
+
+
+def generator(seed):
+    return np.random.Generator(np.random.Philox(seed))
+
+
+def draws(config, count, seed=0):
+    """The calls for `count` images, one list each."""
+    augment, numbers = parse(config), generator(seed)
+    return [augment.draw(numbers) for _ in range(count)]
+
+
+# --------------------------------------------------------------------------------- the operations
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("photo", PHOTOGRAPHS)
+def test_pixels_are_timms(photo, name):
+    golden = GOLDEN["sha256"][photo][name].split()
+    assert len(golden) == len(cases(name))
+    for case, expected in zip(cases(name), golden, strict=True):
+        image = apply_op(PHOTOGRAPHS[photo], name, *case, FILL)
+        assert (image.mode, image.size) == ("RGB", PHOTOGRAPHS[photo].size)
+        assert digest(image) == expected, case
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_image_itself_is_never_changed(name):
+    image = PHOTOGRAPHS["small"]
+    before = image.tobytes()
+    apply_op(image, name, 9.0, BICUBIC, FILL)
+    assert image.tobytes() == before
+
+
+@pytest.mark.parametrize("name, level", [("PosterizeIncreasing", 10.0), ("Posterize", 2.4)])
+def test_posterizing_to_no_bits_is_black(name, level):
+    image = apply_op(PHOTOGRAPHS["china"], name, level, BILINEAR, FILL)
+    assert image.size == PHOTOGRAPHS["china"].size
+    assert not np.asarray(image).any()
+
+
+def test_the_arguments_at_magnitude_nine():
+    """The published string's, worked out by hand on images of which the result is plain."""
+    ramp = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, -1))
+
+    def values(name, level=9.0):
+        return np.asarray(apply_op(ramp, name, level, BILINEAR, FILL))[0, :, 0].astype(int)
+
+    grey = np.arange(256)
+    assert (values("Invert") == 255 - grey).all()
+    assert (values("PosterizeIncreasing") == grey // 128 * 128).all()  # one bit is kept
+    assert (values("SolarizeIncreasing") == np.where(grey < 26, grey, 255 - grey)).all()
+    assert (values("SolarizeAdd") == np.where(grey < 128, np.minimum(255, grey + 99), grey)).all()
+    assert abs(values("BrightnessIncreasing") - np.minimum(255, 1.81 * grey)).max() < 1
+    assert abs(values("BrightnessIncreasing", -9.0) - 0.19 * grey).max() < 1
+    # 0.45 * 0.9 * 256 = 103.68 pixels to the left, grey beyond the edge; to the right the negative.
+    assert abs(values("TranslateXRel")[:152] - (grey[:152] + 103.68)).max() < 1
+    assert (values("TranslateXRel")[153:] == 128).all()
+    assert (values("TranslateXRel", -9.0)[:103] == 128).all()
+
+
+# ------------------------------------------------------------------------------------- the drawing
+
+
+def test_the_draws_never_change_silently():
+    # Ours (the random numbers are not timm's), so literals: of four images, the pixels of twenty.
+    calls = [call for calls in draws(PUBLISHED, 4, seed=21) for call in calls]
+    assert [(c.name, round(c.level, 6), c.resample.name) for c in calls] == GOLDEN_CALLS
+    hashed = hashlib.sha256()
+    for seed in range(20):
+        hashed.update(parse(PUBLISHED)(PHOTOGRAPHS["small"], generator(seed)).tobytes())
+    assert hashed.hexdigest()[:16] == GOLDEN_PIXELS
+
+
+def test_the_global_random_numbers_are_neither_used_nor_changed():
+    augment = parse(PUBLISHED)
+    expected = [augment(PHOTOGRAPHS["small"], generator(seed)) for seed in range(20)]
+    state, np_state = random.getstate(), np.random.get_state()[1].tolist()
+    random.seed(5)
+    np.random.seed(5)
+    middle = random.getstate(), np.random.get_state()[1].tolist()
+    again = [augment(PHOTOGRAPHS["small"], generator(seed)) for seed in range(20)]
+    assert again == expected
+    assert middle == (random.getstate(), np.random.get_state()[1].tolist())
+    random.setstate(state)
+    np.random.seed(np_state[0])
+
+
+def test_it_pickles():
+    augment = parse("rand-m9-mstd0.5-t3aw")
+    copy = pickle.loads(pickle.dumps(augment))
+    assert copy == augment
+    for seed in range(5):
+        image = PHOTOGRAPHS["small"]
+        assert copy(image, generator(seed)) == augment(image, generator(seed))
+
+
+def near(count, total, probability):
+    """Within four and a half standard deviations of a binomial."""
+    return abs(count - total * probability) < 4.5 * math.sqrt(
+        total * probability * (1 - probability)
+    )
+
+
+def test_the_distribution_of_the_published_string():
+    images = 15_000
+    drawn = draws(PUBLISHED, images)
+    lengths = collections.Counter(map(len, drawn))
+    assert all(near(lengths[k], images, p) for k, p in enumerate((0.25, 0.5, 0.25)))
+    same = sum(len(calls) == 2 and calls[0].name == calls[1].name for calls in drawn)
+    assert near(same, images, 0.25 / 15)  # with replacement
+    calls = [call for calls in drawn for call in calls]
+    names = collections.Counter(call.name for call in calls)
+    assert set(names) == set(randaugment.INCREASING_OPS) and len(names) == 15
+    assert all(near(count, 2 * images, 0.5 / 15) for count in names.values())
+    # Magnitudes: normal around 9 with deviation 0.5, what is above 10 becomes 10. For all alike.
+    for group in (set(names), {"AutoContrast", "Equalize", "Invert"}, set(GEOMETRIC)):
+        levels = np.abs([call.level for call in calls if call.name in group])
+        assert levels.min() > 6.5 and levels.max() == 10
+        for bound in (8.0, 8.5, 9.0, 9.5, 9.999):
+            below = (1 + math.erf((bound - 9) / 0.5 / math.sqrt(2))) / 2
+            assert near((levels < bound).sum(), len(levels), below), bound
+    # Signs and filters are even coins, and independent.
+    for name in names:
+        here = [call for call in calls if call.name == name]
+        negative = sum(call.level < 0 for call in here)
+        assert negative == 0 if name in PLAIN else near(negative, len(here), 0.5)
+        bicubic = sum(call.resample == BICUBIC for call in here)
+        assert near(bicubic, len(here), 0.5) if name in GEOMETRIC else bicubic == 0
+        if name in GEOMETRIC:
+            both = sum(call.level < 0 and call.resample == BICUBIC for call in here)
+            assert near(both, len(here), 0.25)
+
+
+def test_the_distributions_of_the_options():
+    images = 4000
+    for p in (0, 0.3, 1):
+        calls = [call for calls in draws(f"rand-p{p}-n3", images) for call in calls]
+        assert near(len(calls), 3 * images, p) or len(calls) == p * 3 * images
+        assert {abs(call.level) for call in calls} <= {10}
+    levels = np.abs([c.level for calls in draws("rand-m8-mstd101", images) for c in calls])
+    assert 0 < levels.min() and levels.max() < 8  # uniform
+    assert abs(levels.mean() - 4) < 4.5 * 8 / math.sqrt(12 * len(levels))
+    assert np.histogram(levels, 4, (0, 8))[0] == pytest.approx(len(levels) / 4, rel=0.15)
+    levels = np.abs([c.level for calls in draws("rand-m1-mstd2", images) for c in calls])
+    assert near((levels == 0).sum(), len(levels), (1 - math.erf(0.5 / math.sqrt(2))) / 2)
+    levels = np.abs([c.level for calls in draws("rand-m12-mmax14-mstd4", images) for c in calls])
+    assert levels.max() == 14
+    assert {abs(c.level) for calls in draws("rand-m12", 50) for c in calls} == {10}
+
+
+@pytest.mark.parametrize("name", ["weights", "3aw"])
+def test_weighted_sets_are_drawn_without_replacement(name):
+    images, weights = 6000, randaugment.NAMED_SETS[name]
+    drawn = draws(f"rand-n2-p1-t{name}", images)
+    assert all(len({call.name for call in calls}) == 2 for calls in drawn)
+    first = collections.Counter(calls[0].name for calls in drawn)
+    for op, weight in weights.items():
+        assert near(first[op], images, weight / sum(weights.values())), op
+
+
+# -------------------------------------------------------------------------------------- the string
+
+
+def test_the_published_string():
+    assert parse(PUBLISHED) == randaugment.RandAugment(
+        ops=tuple(randaugment.INCREASING_OPS),
+        weights=None,
+        num_ops=2,
+        probability=0.5,
+        magnitude=9,
+        magnitude_std=0.5,
+        max_magnitude=10,
+        fill=FILL,
+    )
+    assert parse("rand-inc1-mstd0.5-m9") == parse(PUBLISHED)
+
+
+def test_the_defaults_and_every_section():
+    plain = parse("rand")
+    assert plain == parse("rand-m10-n2-p0.5-mstd0-mmax10-inc0")
+    assert plain.ops == tuple(randaugment.PLAIN_OPS)
+    assert parse("rand-inc0").ops == plain.ops  # a zero is a no, which it was not in timm 0.3.2
+    full = parse("rand-m7-n3-p0.25-mstd1.5-mmax30-t3aw-inc1")
+    assert full.ops == tuple(randaugment.NAMED_SETS["3aw"])
+    assert sum(full.weights) == pytest.approx(1)
+    assert (full.magnitude, full.num_ops, full.probability) == (7, 3, 0.25)
+    assert (full.magnitude_std, full.max_magnitude) == (1.5, 30)
+    assert parse("rand-mstd100").magnitude_std == 100
+    assert parse("rand-mstd101").magnitude_std == math.inf
+    assert parse("rand-t3a-inc1").weights is None
+
+
+def test_the_sets_are_timms():
+    for name, timms in GOLDEN["sets"].items():
+        augment = parse(f"rand-{name}" if name.startswith("inc") else f"rand-t{name}")
+        assert augment.ops == tuple(timms)
+        if isinstance(timms, dict):
+            total = sum(timms.values())
+            assert augment.weights == pytest.approx([w / total for w in timms.values()])
+        else:
+            assert augment.weights is None
+
+
+def test_the_fill_is_the_mean():
+    assert randaugment.parse("rand", (0.485, 0.456, 0.406)).fill == (124, 116, 104)
+    assert randaugment.parse("rand", (0.0, 1.0, 1.2)).fill == (0, 255, 255)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ("augmix-m3-w3", "'augmix' is not known, the string begins with \"rand-\""),
+        ("", "'' is not known"),
+        ("RAND-m9", "'RAND' is not known"),
+        ("rand-mst0.5", "no section 'mst0.5', did you mean 'mstd'? (m, n, p, mstd, mmax, inc, t)"),
+        ("rand-w0", "no section 'w0', did you mean "),
+        ("rand-m9-", "no section '', did you mean "),
+        ("rand-9", "no section '9', did you mean "),
+        ("rand-tweight", "no set 'weight', did you mean 'weights'? (weights, 3a, 3aw)"),
+        ("rand-t", "no set '', did you mean "),
+        ("rand-m9.5", "'m' takes a whole number, not '9.5'"),
+        ("rand-inc", "'inc' takes a whole number, not ''"),
+        ("rand-mstd0.5x", "'mstd' takes a number, not '0.5x'"),
+        ("rand-inc2", "'inc2' is out of range: inc is 0 to 1"),
+        ("rand-p1.5", "'p1.5' is out of range: p is 0 to 1"),
+        ("rand-n0", "'n0' is out of range: n is 1 to inf"),
+        ("rand-mmax0", "'mmax0' is out of range"),
+        ("rand-m9-inc1-m8", "'m' is there twice"),
+        ("rand-n15-t3aw", "n15 is more than the 14 operations"),
+        ("rand-m9 -inc1", "'m' takes a whole number, not '9 '"),
+        ("rand-m9\n", "'m' takes a whole number"),
+    ],
+)
+def test_what_is_not_understood_is_refused_in_one_line(config, message):
+    with pytest.raises(InputError) as caught:
+        parse(config)
+    assert str(caught.value).startswith(f"augment.randaugment={config!r}: ")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+# ------------------------------------------------------------------------------------ in its place
+
+
+def test_the_transform_crops_flips_and_then_augments():
+    seen = []
+
+    def invert(image, numbers):
+        seen.append(image.size)
+        numbers.random()
+        return apply_op(image, "Invert", 0.0, BILINEAR, FILL)
+
+    encoded = all_photos()["china"]
+    for seed in range(10):
+        plain = train_transform(encoded, generator(seed), size=32, flip=0.5, **CROP)
+        inverted = train_transform(
+            encoded, generator(seed), size=32, flip=0.5, randaugment=invert, **CROP
+        )
+        np.testing.assert_array_equal(inverted, 255 - plain)
+    assert set(seen) == {(32, 32)}
+
+
+# -------------------------------------------------------------------------------------- the oracle
+
+CONFIGS = (
+    PUBLISHED,
+    "rand-m9-mstd0.5",
+    "rand-m7-mstd1-inc0",
+    "rand-m5-n3-mstd101-tweights-p0.9",
+    "rand-mstd3-t3aw-p0.8",
+    "rand-m3-n4-mstd2-t3a",
+    "rand-m17-mmax30-mstd4-inc1-n4-p0.7",
+)
+
+
+@pytest.fixture
+def timm_draws_ours(monkeypatch):
+    """Returns a function: from now on timm and torchvision draw from this generator."""
+    auto_augment = pytest.importorskip("timm.data.auto_augment")
+    import timm.data.transforms
+    import torch
+    import torchvision.transforms.transforms
+
+    from tests.goldens.scripts.randaugment import timm_posterize
+
+    for name in ("Posterize", "PosterizeIncreasing"):
+        monkeypatch.setitem(auto_augment.NAME_TO_OP, name, timm_posterize)
+
+    def use(numbers):
+        python = types.SimpleNamespace(
+            random=numbers.random,
+            gauss=numbers.normal,
+            uniform=numbers.uniform,
+            randint=lambda low, high: int(numbers.integers(low, high, endpoint=True)),
+            choice=lambda pair: pair[int(numbers.random() < 0.5)],
+        )
+        choose = lambda ops, n, replace, p: [
+            ops[i] for i in numbers.choice(len(ops), n, replace, p)
+        ]
+        monkeypatch.setattr(auto_augment, "random", python)
+        monkeypatch.setattr(timm.data.transforms, "random", python)
+        monkeypatch.setattr(auto_augment.np.random, "choice", choose)
+        monkeypatch.setattr(
+            torchvision.transforms.transforms.torch,
+            "rand",
+            lambda _: torch.tensor([numbers.random()], dtype=torch.float64),
+        )
+
+    return use
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", NAMES)
+def test_operations_equal_timms(name):
+    pytest.importorskip("timm")
+    from tests.goldens.scripts.randaugment import timm_op
+
+    levels = generator(NAMES.index(name)).uniform(0, 10, 12).tolist()
+    for image in PHOTOGRAPHS.values():
+        for level, resample in [*cases(name), *((x, BICUBIC) for x in (*levels, 15.0, 30.0))]:
+            expected = timm_op(image, name, level, resample)
+            assert apply_op(image, name, level, resample, FILL) == expected, level
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("config", CONFIGS)
+def test_equals_timm_with_the_same_random_numbers(config, timm_draws_ours):
+    from timm.data.auto_augment import rand_augment_transform
+
+    reference = rand_augment_transform(config, dict(translate_const=100, img_mean=FILL))
+    augment = parse(config)
+    changed = 0
+    for image in PHOTOGRAPHS.values():
+        for seed in range(60):
+            timm_draws_ours(generator(seed))
+            expected = reference(image)
+            assert augment(image, generator(seed)) == expected, seed
+            changed += expected != image
+    assert changed > 100
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("photo", ["china", "flower", "portrait", "small", "thin", "grey"])
+def test_the_whole_transform_equals_timms_with_the_same_random_numbers(photo, timm_draws_ours):
+    from timm.data import create_transform
+
+    reference = create_transform(
+        224,
+        is_training=True,
+        use_prefetcher=True,
+        auto_augment=PUBLISHED,
+        interpolation="random",
+        color_jitter=0.4,
+        mean=HALF,
+        std=HALF,
+    )
+    encoded = all_photos()[photo]
+    image = Image.open(io.BytesIO(encoded)).convert("RGB")
+    ours = functools.partial(
+        train_transform, size=224, flip=0.5, randaugment=parse(PUBLISHED), **CROP
+    )
+    for seed in range(40):
+        timm_draws_ours(generator(seed))
+        expected = np.asarray(reference(image)).transpose(1, 2, 0)
+        np.testing.assert_array_equal(ours(encoded, generator(seed)), expected, err_msg=str(seed))
+
+
+def largest_gap(a, b):
+    """Kolmogorov and Smirnov's distance between two samples, in units of its scale."""
+    points = np.concatenate([a, b])
+    below = [np.searchsorted(np.sort(x), points, side="right") / len(x) for x in (a, b)]
+    return np.abs(below[0] - below[1]).max() / math.sqrt(1 / len(a) + 1 / len(b))
+
+
+@pytest.mark.oracle
+def test_the_draws_are_distributed_as_timms():
+    """timm with its own random numbers, what it calls written down instead of carried out."""
+    auto_augment = pytest.importorskip("timm.data.auto_augment")
+    images, recorded = 15_000, []
+    reference = auto_augment.rand_augment_transform(
+        PUBLISHED, dict(translate_const=100, img_mean=FILL)
+    )
+    for op in reference.ops:
+
+        def take_down(level, hparams, level_fn=op.level_fn):
+            return level, level_fn(level, hparams) if level_fn else ()
+
+        def record(image, level, args, name=op.name, **kwargs):
+            auto_augment._check_args_tf(kwargs)  # draws the filter
+            middle = 1.0 if "Increasing" in name and "ize" not in name else 0.0
+            negative = bool(args) and args[0] < middle
+            recorded.append((name, -level if negative else level, kwargs["resample"]))
+            return image
+
+        op.level_fn, op.aug_fn = take_down, record
+    random.seed(0)
+    np.random.seed(0)
+    for _ in range(images):
+        reference(None)
+    ours = [tuple(call) for calls in draws(PUBLISHED, images) for call in calls]
+    assert abs(len(ours) - len(recorded)) < 4.5 * math.sqrt(2 * 2 * images / 4)
+    report = {}
+    for name in randaugment.INCREASING_OPS:
+        a, b = ([c for c in calls if c[0] == name] for calls in (ours, recorded))
+        scale = math.sqrt(len(a) + len(b))
+        report[name] = (
+            (len(a) - len(b)) / scale,
+            largest_gap(*(np.array([c[1] for c in calls]) for calls in (a, b))),
+            (sum(c[1] < 0 for c in a) / len(a) - sum(c[1] < 0 for c in b) / len(b)) * scale,
+            (sum(c[2] == BICUBIC for c in a) / len(a) - sum(c[2] == BICUBIC for c in b) / len(b))
+            * scale
+            * (name in GEOMETRIC),
+        )
+        print(name, len(a), len(b), *(f"{x:.2f}" for x in report[name]))
+    count, level, sign, interpolation = np.abs(list(report.values())).max(0)
+    assert count < 4 and level < 2.2 and sign < 4 and interpolation < 4
+
+
+@pytest.mark.oracle
+def test_crops_are_distributed_as_timms():
+    crop = pytest.importorskip("timm.data.transforms").RandomResizedCropAndInterpolation
+    width, height, numbers = 500, 375, generator(0)
+    random.seed(0)
+    image = Image.new("L", (width, height))
+    theirs = np.array([crop.get_params(image, CROP["scale"], CROP["ratio"]) for _ in range(8000)])
+    top, left, h, w = theirs.T
+    boxes = [random_crop_box(width, height, numbers, **CROP) for _ in range(8000)]
+    x, y, right, bottom = np.array(boxes).T
+    pairs = {
+        "area": ((right - x) * (bottom - y), w * h),
+        "ratio": ((right - x) / (bottom - y), w / h),
+        "left": (x, left),
+        "top": (y, top),
+    }
+    for name, (a, b) in pairs.items():
+        print(name, a.mean(), b.mean(), largest_gap(a, b))
+        assert largest_gap(a, b) < 1.95, name  # 0.1 % of the pairs of samples exceed it

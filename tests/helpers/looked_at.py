@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small random networks as files, for the commands that look at weights or hand them on."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.helpers.photos import jpeg
+from tnt_flax.core.trees import merged
+from tnt_flax.models import create_model
+from tnt_flax.weights import weights_file
+
+SMALL = dict(outer_dim=24, inner_dim=4, outer_heads=2, inner_heads=2, depth=3, num_classes=10)
+PYRAMID = SMALL | dict(outer_dim=8, inner_dim=2, inner_heads=1, depths=(1, 1, 1, 1))
+del PYRAMID["depth"]
+
+
+def save(folder: pathlib.Path, name: str = "tnt_s_patch16_224", size: int = 48, **fields):
+    """Weights of unit scale, so that attention is not uniform; returns their path."""
+    small = PYRAMID if name.startswith("ptnt_") else SMALL
+    model = create_model(name, **(small | fields))
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    shapes = merged(jax.eval_shape(model.init, jax.random.key(0), images))
+    random = np.random.default_rng(0)
+
+    def draw(path, x):
+        values = random.normal(0, 0.3, x.shape)
+        values = 1 + np.abs(values) if path[-1].key == "var" else values
+        return values.astype(x.dtype)
+
+    described = {"name": name} | {k: getattr(model, k) for k in small} | fields
+    described.pop("num_classes")
+    data = {"image_size": size, "mean": [0.5] * 3, "std": [0.25] * 3, "crop_fraction": 1.0}
+    info = {"config": {"model": described, "data": data}}
+    if model.num_classes:
+        info["class_names"] = [f"class {i}" for i in range(model.num_classes)]
+    path = folder / "small.safetensors"
+    weights_file.save_weights(path, jax.tree_util.tree_map_with_path(draw, shapes), info)
+    return path
+
+
+def photo(folder: pathlib.Path) -> pathlib.Path:
+    path = folder / "china.jpg"
+    path.write_bytes(jpeg("china"))
+    return path

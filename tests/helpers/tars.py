@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small tar files for the tests, written by the standard library."""
+
+import io
+import pathlib
+import tarfile
+
+import numpy as np
+
+from tests.helpers.photos import png
+
+SYNSETS = ("n01440764", "n01443537", "n02102040", "n09999999")
+
+
+def tar(files: dict[str, bytes], form: int = tarfile.USTAR_FORMAT) -> bytes:
+    """A tar of these files, in this order."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as writer:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            writer.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def image(value: int) -> bytes:
+    """A PNG of 7 x 5 pixels, all of this value."""
+    return png(np.full((5, 7, 3), value, np.uint8))
+
+
+def write_imagenet(folder: pathlib.Path, counts=(3, 1, 2)) -> None:
+    """Both tars, classes and images out of order, other files among them, and a list of labels."""
+    inner, value = {}, 0
+    for synset, count in list(zip(SYNSETS, counts, strict=False))[::-1]:
+        images = {f"{synset}_{k}.JPEG": image(value + k) for k in range(count)}
+        inner[f"{synset}.tar"] = tar({"README": b"no image"} | images)
+        value += count
+    (folder / "ILSVRC2012_img_train.tar").write_bytes(tar(inner))
+    names = [f"ILSVRC2012_val_{k:08}.JPEG" for k in (3, 1, 2, 4)]
+    images = {name: image(100 + int(name[-6])) for name in names}
+    (folder / "ILSVRC2012_img_val.tar").write_bytes(tar({"._x.JPEG": b"no image"} | images))
+    labels = [SYNSETS[k] for k in (2, 0, 1, 0)]
+    (folder / "imagenet_2012_validation_synset_labels.txt").write_text("\n".join(labels) + "\n")

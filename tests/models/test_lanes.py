@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inner transformer with sentences on the lanes, against the reference; and who chooses."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import numpy_tnt
+from tests.helpers.jaxprs import equations
+from tnt_flax.models import LINEAGES, TNT, block_outputs, layers
+from tnt_flax.models.kernels import inner_pallas, lanes, outer_pallas, select
+from tnt_flax.tools import hlo, tpu_compiler
+
+# Compiling is what these tests spend their time on; unoptimised code is compiled twice as fast.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+SMALL = dict(outer_dim=24, inner_dim=12, outer_heads=3, inner_heads=2, depth=2, num_classes=5)
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.RandomState(seed).standard_normal(shape), jnp.float32)
+
+
+def build(image_shape=(2, 32, 48, 3), **fields):
+    model = TNT(**(SMALL | fields))
+    images = normal(*image_shape)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    return model, numpy_tnt.random_params(shapes), images
+
+
+def value_and_gradients(model, params, images, **kwargs):
+    weights = normal(images.shape[0], 5, seed=3)
+
+    def loss(params):
+        return jnp.sum(weights * model.apply({"params": params}, images, **kwargs))
+
+    return jit(jax.value_and_grad(loss))(params)
+
+
+def check_same(found, expected, tolerance=1e-5):
+    """Every leaf to `tolerance` of its largest value; where that is rounding alone, to nothing."""
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+    for (path, x), y in zip(
+        jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True
+    ):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        # A key's bias moves all scores of a query alike: its gradient is nothing but rounding.
+        least = 1 if name.endswith("key/bias") else 1e-3
+        scale = max(float(jnp.abs(x).max()), least * largest)
+        difference = float(jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32)).max()) / scale
+        assert difference < tolerance, (name, difference)
+
+
+# The official one is that of the next test.
+@pytest.mark.parametrize("lineage", ["legacy", "mindspore", "mindspore_pets"])
+def test_every_lineage_gives_the_references_values_and_gradients(lineage):
+    model, params, images = build(inner="lanes", **LINEAGES[lineage])
+    expected = value_and_gradients(model.clone(inner="reference"), params, images)
+    check_same(value_and_gradients(model, params, images), expected, 2e-5)
+
+
+def test_the_same_sentences_are_dropped():
+    model, params, images = build(inner="lanes", drop_path=0.5, vanilla_blocks=(1,), depth=3)
+    run = functools.partial(
+        value_and_gradients,
+        params=params,
+        images=images,
+        train=True,
+        rngs={"dropout": jax.random.key(1)},
+    )
+    check_same(run(model), run(model.clone(inner="reference")), 2e-5)
+
+
+def test_a_block_in_bfloat16_stays_near():
+    module = layers.TransformerBlock(2, dtype=jnp.bfloat16)
+    x = normal(1, 7, 16, 12)
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, None, train=False))
+    params = numpy_tnt.random_params(shapes["params"])
+    exact = layers.TransformerBlock(2).apply({"params": params}, x, None, train=False)
+    x = x.astype(jnp.bfloat16)
+    ours = lanes.LanesTransformer(2, lanes.block)
+    found = ours.apply({"params": params}, lanes.to_lanes(x), None, train=False)
+    assert found.dtype == jnp.bfloat16
+    half = module.apply({"params": params}, x, None, train=False)
+    theirs = jnp.abs(half.astype(jnp.float32) - exact).max()
+    # jax 0.12 rounds each product of the attention, where 0.10 rounded their sum.
+    assert jnp.abs(found.astype(jnp.float32) - lanes.to_lanes(exact)).max() < 3 * theirs
+
+
+def test_the_scanned_blocks_transpose_no_words():
+    model, params, images = build(inner="lanes")
+    jaxpr = jax.make_jaxpr(model.apply)({"params": params}, images)
+    (scan,) = [e for e in equations(jaxpr) if e.primitive.name == "scan"]
+    words = 2 * 6 * 16 * 12
+    transposes = lambda jaxpr: [
+        e.invars[0].aval.shape
+        for e in equations(jaxpr)
+        if e.primitive.name == "transpose" and e.invars[0].aval.size >= words
+    ]
+    assert transposes(scan.params["jaxpr"]) == []
+    assert len(transposes(jaxpr)) >= 1  # to the lanes: that transposes are seen
+
+
+@pytest.mark.tpu_compiler
+def test_on_a_tpu_sentences_stay_on_the_lanes(monkeypatch):
+    """Whatever the compiler copies in the loop over the blocks: they stay its fastest axis."""
+    pytest.importorskip("libtpu")
+    model = TNT(**(SMALL | dict(outer_heads=1, depth=3)), inner="lanes", dtype=jnp.bfloat16)
+    images = jax.ShapeDtypeStruct((2, 128, 128, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    _, devices = tpu_compiler.devices("v5e:2x2")
+    mesh = jax.sharding.Mesh(devices[:1], ("data",))
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(model.apply, out_shardings=jax.NamedSharding(mesh, jax.P())).trace(
+            variables, images
+        )
+        text = lowered.lower(lowering_platforms=("tpu",)).compile().as_text()
+    words = 2 * 64 * 16 * 12  # [12, 16, 128] on lanes
+    moved = [
+        run.shape
+        for run in hlo.instructions(text)
+        if run.times == 2 and run.opcode in ("transpose", "copy")
+        if sum(hlo.array_bytes("f32", size) for _, size in hlo.SHAPE.findall(run.shape))
+        >= 4 * words
+    ]
+    assert all(re.match(r"\w+\[12,16,128\]\{2,", shape) for shape in moved), moved
+    assert any(run.shape.startswith("bf16[12,16,128]{2,") for run in hlo.instructions(text))
+
+
+def scores(model, *args, **kwargs):
+    """The shapes of what every softmax of `model` takes the exponential of."""
+    jaxpr = jax.make_jaxpr(functools.partial(model.apply, **kwargs))(*args)
+    names = ("exp", "exp2")
+    return {e.invars[0].aval.shape for e in equations(jaxpr) if e.primitive.name in names}
+
+
+REFERENCE, LANES = (2, 6, 2, 16, 16), (2, 16, 16, 12)
+
+
+@pytest.mark.parametrize(
+    "fields, kwargs, chosen",
+    [
+        (dict(inner="lanes"), {}, LANES),
+        (dict(inner="lanes", drop_path=0.1), dict(train=True), LANES),
+        (dict(inner="lanes", dropout=0.1), {}, LANES),
+        (dict(inner="lanes", dropout=0.1), dict(train=True), REFERENCE),
+        (dict(inner="lanes", attention_dropout=0.1), dict(train=True), REFERENCE),
+        (dict(inner="lanes"), dict(mutable=["intermediates"]), REFERENCE),
+        (dict(inner="reference"), {}, REFERENCE),
+        (dict(inner="auto"), {}, REFERENCE),  # on a CPU
+    ],
+)
+def test_which_implementation_runs(fields, kwargs, chosen):
+    model, params, images = build(**fields)
+    if "train" in kwargs:
+        kwargs = kwargs | {"rngs": {"dropout": jax.random.key(0)}}
+    found = scores(model, {"params": params}, images, **kwargs)
+    assert chosen in found
+    assert ({REFERENCE, LANES} - {chosen}).isdisjoint(found)
+
+
+@pytest.mark.parametrize(
+    "platform, fields, expected",
+    [
+        ("tpu", {}, "pallas"),
+        ("tpu", dict(inner_heads=4), "lanes"),
+        ("tpu", dict(mlp_ratio=3.0), "lanes"),
+        ("tpu", dict(patch_size=8), "lanes"),
+        ("gpu", {}, "lanes"),
+        ("cpu", {}, "cpu"),
+    ],
+)
+def test_auto(platform, fields, expected, monkeypatch):
+    pretend(platform, monkeypatch)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    model = TNT(**(SMALL | fields))
+    words, sentences = (2, 6, (model.patch_size // 4) ** 2, 12), (2, 7, 24)
+    choose = lambda module: module.choose_forms(words, sentences, train=False)
+    assert model.apply({"params": {}}, method=choose)[0] == expected
+
+
+def pretend(platform, monkeypatch):
+    for module in (select, inner_pallas, outer_pallas):
+        monkeypatch.setattr(module, "platform", lambda: platform)
+
+
+@pytest.mark.parametrize(
+    "platform, outer_heads, expected",
+    [
+        ("tpu", 3, "pallas"),
+        ("tpu", 24 // 5, "reference"),
+        ("gpu", 3, "reference"),
+        ("cpu", 3, "cpu"),
+    ],
+)
+def test_auto_of_sentences(platform, outer_heads, expected, monkeypatch):
+    pretend(platform, monkeypatch)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    choose = select.choose_outer
+    assert choose("auto", (2, 7, 64 * 3), outer_heads) == expected
+    assert choose("reference", (2, 7, 64 * 3), outer_heads) == "reference"
+
+
+@pytest.mark.parametrize("field", ["dropout", "attention_dropout"])
+def test_dropout_of_words_needs_the_reference(field):
+    model, params, images = build(**{"inner": "lanes", field: 0.1})
+    words, sentences = (2, 6, 16, 12), (2, 7, 24)
+    for train, expected in [(True, "reference"), (False, "lanes")]:
+        choose = lambda module, train=train: module.choose_forms(words, sentences, train=train)
+        assert model.apply({"params": {}}, method=choose)[0] == expected
+
+
+@pytest.mark.parametrize(
+    "fields, platform, message",
+    [
+        (
+            dict(inner="fast"),
+            "cpu",
+            "inner='fast' is none of ('auto', 'reference', 'cpu', 'lanes', 'pal",
+        ),
+        (
+            dict(inner="pallas"),
+            "cpu",
+            "inner='pallas' cannot run here: it is for TPUs, not for cpu",
+        ),
+        (
+            dict(inner="pallas"),
+            "tpu",
+            "inner='pallas' cannot run here: it must be told how 8 devices share it: use jax.set",
+        ),
+        (
+            dict(inner="pallas", inner_dim=8),
+            "tpu",
+            "inner='pallas' cannot run here: words of width 8 with 2 heads are none of ((12, 2),",
+        ),
+    ],
+)
+def test_impossible_choices(fields, platform, message, monkeypatch):
+    pretend(platform, monkeypatch)
+    with pytest.raises(ValueError, match="^" + re.escape(message)) as error:
+        model, params, images = build(**fields)
+        jax.eval_shape(model.apply, {"params": params}, images)
+    assert "\n" not in str(error.value)
+
+
+def test_block_outputs_are_the_references():
+    model, params, images = build(inner="lanes", depth=1)
+    (block,) = jax.eval_shape(functools.partial(block_outputs, model), {"params": params}, images)
+    assert block["words"].shape == (2, 6, 16, 12)

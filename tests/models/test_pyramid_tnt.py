@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyramidTNT beside the official code: goldens of a tiny one, see `make_goldens_pyramid`."""
+
+import functools
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import tnt_flax
+from tests.goldens.scripts.pyramid import CLASSES, FIELDS, GOLDEN, LABELS, SIZE, digest, images
+from tests.models.test_models import shapes
+from tnt_flax.core.errors import InputError
+from tnt_flax.core.trees import fingerprint, flat_names, merged, split
+from tnt_flax.models import MODELS, PyramidTNT, block_outputs, create_model
+from tnt_flax.models.batch_norm import BatchNorm
+from tnt_flax.models.pyramid_layers import tiles
+from tnt_flax.models.pyramid_tnt import block_groups, stage_grids
+from tnt_flax.runtime import sharding
+from tnt_flax.training.optimizer import decay_mask
+from tnt_flax.weights import names, write
+from tnt_flax.weights.formats import torch
+from tnt_flax.weights.read import read_checkpoint
+
+# Compiling is what these tests spend their time on; unoptimised code is compiled twice as fast.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+TINY = FIELDS | dict(num_classes=CLASSES)
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def found():
+    return read_checkpoint(GOLDEN / "tiny.pth.tar", inner_heads=1)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with np.load(GOLDEN / "expected.npz") as golden:
+        return dict(golden)
+
+
+# -- Equality with the official code
+
+
+def test_logits_and_stages_are_the_official_ones(found, expected):
+    model = found.network.model.clone(inner="reference", outer="reference")
+    run = jit(functools.partial(model.apply, mutable=["maps"]))
+    logits, state = run(found.variables, jnp.asarray(images()))
+    np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=5e-6)
+    assert np.abs(expected["logits"][0] - expected["logits"][1]).max() > 0.1
+    for i in range(4):
+        theirs = expected[f"stage_{i}"]
+        ours = state["maps"][f"stage_{i}"][0].reshape(theirs.shape)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
+
+
+def test_a_step_of_training_is_the_official_one(found, expected):
+    """Loss, gradients and BatchNorm's statistics; in the form of CPUs, with rematerialization."""
+    model = found.network.model.clone(inner="cpu", outer="cpu", remat="block")
+    variables = found.variables
+
+    def loss_of(params):
+        logits, changed = model.apply(
+            variables | {"params": params},
+            jnp.asarray(images()),
+            train=True,
+            mutable=["batch_stats"],
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(LABELS))
+        return losses.mean(), changed["batch_stats"]
+
+    step = jit(jax.value_and_grad(loss_of, has_aux=True))
+    (loss, statistics), gradients = step(variables["params"])
+    np.testing.assert_allclose(loss, expected["loss"], rtol=1e-5)
+    tree = merged({"params": gradients, "batch_stats": statistics})
+    theirs = dict(names.export("huawei_pyramid", tree))
+    compared = 0
+    for key, x in expected.items():
+        kind, _, name = key.partition(" ")
+        if name.endswith("num_batches_tracked"):
+            assert theirs[name] == x == 8 and theirs[name].dtype == np.int64
+        elif kind in ("after", "gradient"):
+            # A bias before a BatchNorm has the gradient 0, but for rounding; the other gradients
+            # pass through norms of two channels, which enlarge it to 1e-4.
+            zero = name.startswith("patch_embed") and name.endswith("bias")
+            size = max(np.abs(x).max(), 1e-2 if zero else 0)
+            atol = size * (1e-5 if kind == "after" else 3e-4)
+            np.testing.assert_allclose(theirs[name], x, rtol=0, atol=atol, err_msg=name)
+            compared += 1
+    assert compared > 30
+
+
+def test_trap_32_statistics_are_torchs():
+    """By hand, on four values: 1, 2, 3 and 6 have the mean 3 and the unbiased variance 14 / 3."""
+    x = jnp.array([1.0, 2.0, 3.0, 6.0]).reshape(2, 2, 1, 1)
+    module = BatchNorm()
+    variables = module.init(jax.random.key(0), x, train=False)
+    apply = functools.partial(module.apply, variables, x)
+    out, changed = apply(train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(out.ravel(), (x.ravel() - 3) / np.sqrt(3.5 + 1e-5), rtol=1e-6)
+    assert flat_names(changed["batch_stats"]) == pytest.approx(
+        {"mean": 0.1 * 3, "var": 0.9 + 0.1 * 14 / 3, "count": 1}
+    )
+    for frozen in (apply(train=True), apply(train=False)):
+        np.testing.assert_allclose(frozen.ravel(), x.ravel() / np.sqrt(1 + 1e-5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["jit", "shard_map"])
+def test_statistics_are_those_of_all_devices(how):
+    """Of rows that lie on eight devices: values, statistics and gradients."""
+    mesh, module = sharding.make_mesh(), BatchNorm()
+    x = jnp.asarray(np.random.RandomState(0).standard_normal((16, 2, 3)), jnp.float32)
+    weight = jnp.arange(16.0).reshape(16, 1, 1)
+    variables = module.init(jax.random.key(0), x, train=False)
+
+    def loss(scale, x, weight):
+        own = {"params": {**variables["params"], "scale": scale}}
+        out, changed = module.apply(variables | own, x, train=True, mutable=["batch_stats"])
+        return (out**3 * weight).sum(), changed
+
+    run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    scale = variables["params"]["scale"]
+    (value, changed), (d_scale, d_x) = run(scale, x, weight)
+    if how == "jit":
+        rows = NamedSharding(mesh, PartitionSpec("data"))
+        (value_2, changed_2), gradients = jax.jit(run, in_shardings=(None, rows, rows))(
+            scale, x, weight
+        )
+        value_2, d_scale_2 = value_2[None], gradients[0][None]
+    else:
+
+        def own(scale, x, weight):
+            (value, changed), (d_scale, d_x) = run(scale, x, weight)
+            return (value[None], changed), (d_scale[None], d_x)
+
+        rows, everywhere = PartitionSpec("data"), PartitionSpec()
+        (value_2, changed_2), gradients = jax.jit(
+            jax.shard_map(
+                own,
+                mesh=mesh,
+                in_specs=(everywhere, rows, rows),
+                out_specs=((rows, everywhere), (rows, rows)),
+                check_vma=False,
+            )
+        )(scale, x, weight)
+        d_scale_2 = gradients[0]
+    np.testing.assert_allclose(value_2.sum(), value, rtol=1e-5)
+    np.testing.assert_allclose(d_scale_2.sum(0), d_scale, rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(gradients[1], d_x, rtol=1e-4, atol=1e-3)
+    for name, x in flat_names(changed).items():
+        np.testing.assert_allclose(flat_names(changed_2)[name], x, rtol=1e-5, err_msg=name)
+
+
+# -- The official files
+
+
+def test_official_files_are_told_and_written_again(found):
+    assert (found.naming, found.network.grid) == ("huawei_pyramid", (8, 8))
+    model = found.network.model
+    assert isinstance(model, PyramidTNT)
+    assert {name: getattr(model, name) for name in TINY} == TINY
+    original = torch.read(GOLDEN / "tiny.pth.tar")
+    written = dict(names.export("huawei_pyramid", found.params))
+    assert sorted(written) == sorted(original)
+    for name, x in original.items():
+        assert written[name].dtype == x.dtype, name
+        np.testing.assert_array_equal(written[name], x)
+
+
+def test_another_size_other_classes_and_channels(found):
+    model, variables = tnt_flax.load(
+        GOLDEN / "tiny.pth.tar", inner_heads=1, image_size=(96, 72), num_classes=2, in_channels=1
+    )
+    images = jax.ShapeDtypeStruct((1, 96, 72, 1), jnp.float32)
+    wanted = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, dict(wanted))
+    same = tnt_flax.load(GOLDEN / "tiny.pth.tar", inner_heads=1, image_size=SIZE)[1]
+    assert fingerprint(merged(same)) == fingerprint(found.params)
+
+
+def test_other_systems_have_no_pyramid(found):
+    with pytest.raises(InputError, match="tiny.pth.tar is a PyramidTNT, which timm does not have"):
+        write.make_target(found, "timm")
+    with pytest.raises(InputError, match="words of width 2, no published size.*give inner_heads="):
+        read_checkpoint(GOLDEN / "tiny.pth.tar")
+    with pytest.raises(InputError, match="another network, not ptnt_s_patch16_256"):
+        read_checkpoint(GOLDEN / "tiny.pth.tar", "ptnt_s_patch16_256", inner_heads=1)
+    with pytest.raises(InputError, match="another network, not tnt_s_patch16_224"):
+        read_checkpoint(GOLDEN / "tiny.pth.tar", "tnt_s_patch16_224", inner_heads=1)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_misfits_are_named(change, tmp_path):
+    tensors = dict(torch.read(GOLDEN / "tiny.pth.tar"))
+    name = "patch_embed.inner_convs.1.running_var"
+    changed = {"missing": None, "extra": tensors[name], "shape": tensors[name][:1]}[change]
+    where = "extra" if change == "extra" else name
+    tensors = {k: v for k, v in (tensors | {where: changed}).items() if v is not None}
+    torch.write(tmp_path / "x.pth", tensors)
+    sign = {"missing": "-", "extra": r"\+", "shape": "!"}[change]
+    with pytest.raises(InputError, match=f"does not fit this model: {sign} {where}"):
+        read_checkpoint(tmp_path / "x.pth", inner_heads=1)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("ptnt_")])
+def test_names_and_shapes_are_the_official_ones(name):
+    size = int(name[-3:])
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    variables = jax.eval_shape(create_model(name).init, jax.random.key(0), images)
+    exported = names.exported_shapes("huawei_pyramid", merged(variables))
+    assert digest(exported) == json.loads((GOLDEN / "names.json").read_text())[name]
+
+
+# -- The network by itself
+
+
+@functools.cache
+def abstract(**fields):
+    """Shapes of the variables of a tiny network."""
+    images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
+    return jax.eval_shape(PyramidTNT(**TINY | fields).init, jax.random.key(0), images)
+
+
+def test_tiles_are_neighbouring_sentences():
+    """Words numbered by their place in the picture; what is missing of odd grids is zero."""
+    rows, columns = 3, 5
+    picture = 1.0 + jnp.arange(4 * rows * 4 * columns).reshape(4 * rows, 4 * columns)
+    words = picture.reshape(rows, 4, columns, 4).swapaxes(1, 2).reshape(1, rows * columns, 16, 1)
+    padded = np.pad(np.asarray(picture), ((0, 4), (0, 4)))
+    found = np.asarray(tiles(words, (rows, columns)))[..., 0]
+    for tile, (y, x) in zip(found, np.ndindex(2, 3), strict=True):
+        np.testing.assert_array_equal(tile, padded[8 * y : 8 * y + 8, 8 * x : 8 * x + 8])
+
+
+def test_initial_values_are_the_official_ones():
+    spread = {
+        "stem/sentences_2/conv/kernel": (2 / (9 * 40)) ** 0.5,
+        "sentence_merges_1/conv/kernel": (2 / (9 * 160)) ** 0.5,
+        "stages_0/relative_pos": 1,
+        "stages_1/blocks_2/outer/fc1/kernel": 0.02,
+        "sentence_pos": 0.02,
+    }
+    model, images = PyramidTNT(**TINY | dict(outer_dim=40)), jnp.zeros((1, SIZE, SIZE, 3))
+
+    @jit
+    def init(key):
+        params = flat_names(model.init(key, images)["params"])
+        return {n: x for n, x in params.items() if n in spread or n.endswith(("bias", "scale"))}
+
+    for name, x in init(jax.random.key(0)).items():
+        if name in spread:
+            assert x.std() == pytest.approx(spread[name], rel=0.05), name
+        else:
+            assert (x == name.endswith("scale")).all(), name
+
+
+def test_which_parameters_decay():
+    decayed = {name for name, on in flat_names(decay_mask(abstract()["params"])).items() if on}
+    kinds = {name.rpartition("/")[2] for name in decayed}
+    assert kinds == {"kernel", "relative_pos"}
+    assert sum(name.endswith("relative_pos") for name in decayed) == 4
+    assert "sentence_pos" not in decayed and "word_pos" not in decayed
+
+
+@pytest.mark.parametrize("depth, groups", [(1, [(0, 1)]), (6, [(0, 1), (1, 6)])])
+def test_which_blocks_have_words(depth, groups):
+    assert block_groups(depth) == groups
+    assert block_groups(7) == [(0, 2), (2, 7)]
+
+
+def test_block_outputs():
+    model = PyramidTNT(**TINY | dict(depths=(1, 2, 1, 1)))
+    images = jax.ShapeDtypeStruct((2, 32, 72, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    blocks = jax.eval_shape(functools.partial(block_outputs, model), variables, images)
+    assert len(blocks) == 5
+    assert [b["sentences"].shape[1] for b in blocks] == [36, 10, 10, 3, 2]
+    assert stage_grids((4, 9)) == [(4, 9), (2, 5), (1, 3), (1, 2)]
+    assert blocks[0]["outer_attention"].shape == (2, 2, 36, 2)  # two squares of 4x4 sentences
+    assert blocks[0]["inner_attention"].shape == (2, 36, 1, 16, 16)
+    assert ["inner_attention" in b for b in blocks] == [True, True, False, True, True]
+
+
+def test_paths_drop_but_for_the_first_block(found):
+    model = found.network.model.clone(drop_path=0.9)
+    apply = functools.partial(model.apply, found.variables, train=True, mutable=["maps"])
+
+    @jit
+    def run(key):  # nothing of the later stages is compiled
+        maps = apply(jnp.asarray(images()), rngs={"dropout": key})[1]["maps"]
+        return maps["stage_0"][0], maps["stage_1"][0]
+
+    one, other = run(jax.random.key(0)), run(jax.random.key(1))
+    np.testing.assert_array_equal(one[0], other[0])
+    assert (one[1] != other[1]).any()
+
+
+def test_trap_32_positions_drop_and_not_sentences(found):
+    seen = []
+
+    def watch(call, args, kwargs, context):
+        if isinstance(context.module, nn.Dropout) and len(context.module.path) == 1:
+            seen.append(args[0].shape)
+        return call(*args, **kwargs)
+
+    model = found.network.model.clone(dropout=0.5)
+    with nn.intercept_methods(watch):
+        jax.eval_shape(
+            lambda key: model.apply(
+                found.variables, jnp.asarray(images()), train=True, rngs={"dropout": key}
+            ),
+            jax.random.key(0),
+        )
+    assert seen == [(1, 64, 4)]
+
+
+def test_bfloat16_is_close(found, expected):
+    model = found.network.model.clone(dtype=jnp.bfloat16)
+
+    @jit
+    def run(variables):
+        logits, state = model.apply(variables, jnp.asarray(images()), mutable=["maps"])
+        assert logits.dtype == jnp.float32
+        return state["maps"]["stage_0"][0]
+
+    ours, theirs = run(found.variables), expected["stage_0"]
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_allclose(ours.reshape(theirs.shape), theirs, atol=0.03 * theirs.std())
+
+
+@pytest.mark.parametrize(
+    "shape, fields, message",
+    [
+        ((1, 60, 64, 3), {}, "image size 60x64 is not divisible by patch size 8"),
+        ((1, 64, 24, 3), {}, "images of 64x24 are too small: use at least 32 pixels"),
+        ((1, 72, 64, 3), {}, r"weights' sentence_pos has shape \(1, 64, 4\), but these images"),
+        ((1, 64, 64, 3), dict(inner="lanes"), "inner='lanes' is none of"),
+        ((1, 64, 64, 3), dict(drop_path=1.0), r"drop_path=1.0 is outside \[0, 1\)"),
+        ((1, 64, 64, 3), dict(depths=(1, 2)), r"depths=\(1, 2\) must be the blocks of 4 stages"),
+    ],
+)
+def test_what_is_refused(found, shape, fields, message):
+    model = found.network.model.clone(**fields)
+    with pytest.raises(InputError, match=message):
+        jax.eval_shape(model.apply, found.variables, jnp.zeros(shape))
+
+
+def test_parameters_and_statistics_in_one_tree():
+    tree = merged(abstract())
+    assert set(tree["stem"]["words"]["batch_norm"]) == {"scale", "bias", "mean", "var", "count"}
+    again = split(tree)
+    assert jax.tree.structure(again) == jax.tree.structure(dict(abstract()))
+    assert set(split(shapes("tnt_ti_patch16_224", depth=1))) == {"params"}

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How arrays lie on a mesh, and that any mesh computes what one device does."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.helpers.smoke import SMOKE
+from tnt_flax.core.errors import InputError
+from tnt_flax.core.trees import flat_names
+from tnt_flax.models import create_model, draws
+from tnt_flax.runtime import sharding
+from tnt_flax.tools import hlo
+from tnt_flax.training import experiment, mixup
+from tnt_flax.training.step import TrainState
+
+COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "collective-permute"}
+
+
+def test_the_batch_is_split_not_copied():
+    mesh = sharding.make_mesh()
+    assert mesh.shape == {"data": 8, "fsdp": 1, "tensor": 1}
+    images = np.arange(16 * 2, dtype=np.uint8).reshape(16, 2)
+    array = sharding.to_global({"image": images}, mesh)["image"]
+    assert array.shape == (16, 2)
+    for i, shard in enumerate(array.addressable_shards):
+        np.testing.assert_array_equal(shard.data, images[2 * i : 2 * i + 2])
+
+
+@pytest.mark.parametrize("size", [0, 4, 12])
+def test_a_batch_that_the_devices_cannot_share(size):
+    mesh = sharding.make_mesh()
+    sharding.check_batch_size("batch_size", 16, mesh)
+    with pytest.raises(InputError, match=f"batch_size={size} is not divisible by the 8 devices"):
+        sharding.check_batch_size("batch_size", size, mesh)
+
+
+def test_a_training_step_sees_the_mesh_that_it_runs_on():
+    mesh, seen = sharding.make_mesh(jax.devices()[2:6]), []
+
+    def train_step(state, batch, key):
+        seen.append(jax.sharding.get_abstract_mesh())
+        return state + batch.sum(), {"mean": batch.mean()}
+
+    step = sharding.jit_train_step(train_step, mesh, jnp.zeros(4))
+    before = jax.device_put(jnp.zeros(4), sharding.replicated(mesh))
+    after, metrics = step(before, np.arange(8.0), jax.random.key(0))
+    assert seen[0] == mesh.abstract_mesh and seen[0].shape["data"] == 4
+    assert before.is_deleted() and after.devices() == set(jax.devices()[2:6])
+    assert (after[0], metrics["mean"]) == (28, 3.5)
+
+
+def random_batch():
+    images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)
+    return {"image": images, "label": np.arange(16, dtype=np.int32) % 10}
+
+
+@pytest.mark.parametrize("groups", [8, 2])  # within a device; over four of them
+def test_eight_devices_augment_as_one_does(groups):
+    """To the bit: the numbers drawn do not depend on where they are drawn."""
+
+    def change(key, images, targets):
+        images, targets = mixup.mix(
+            key,
+            images,
+            targets,
+            groups=groups,
+            mixup_alpha=0.8,
+            cutmix_alpha=1.0,
+            prob=1.0,
+            switch_prob=0.5,
+        )
+        images = mixup.normalize(images, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        return mixup.erase(key, images, prob=0.5, area=(0.02, 1 / 3), ratio=(0.3, 3.3)), targets
+
+    mesh = sharding.make_mesh()
+    everywhere, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    args = jax.random.key(1), random_batch()["image"], np.eye(16, 10, dtype=np.float32)
+    compiled = jax.jit(change, in_shardings=(everywhere, split, split), out_shardings=split)
+    compiled = compiled.lower(*args).compile()
+    spread = [jax.device_put(x, split) for x in args[1:]]
+    images, targets = compiled(args[0], *spread)
+    alone, alone_targets = jax.jit(change)(*args)
+    np.testing.assert_array_equal(images, alone)
+    np.testing.assert_allclose(targets, alone_targets, rtol=0, atol=1e-7)
+    assert not np.isclose(alone, args[1] / 127.5 - 1).all(axis=(1, 2, 3)).any()
+    found = {name for name in COLLECTIVES if f" {name}" in compiled.as_text()}
+    assert found == (set() if groups == 8 else {"collective-permute"})
+
+
+# What is not here is whole on every device: norms, most biases, positions, the inner transformer.
+TNT_S = {
+    "blocks_0/outer/attention/key/kernel": (None, "fsdp", "tensor"),
+    "blocks_0/outer/attention/out/kernel": (None, "tensor", "fsdp"),
+    "blocks_0/outer/attention/query/kernel": (None, "fsdp", "tensor"),
+    "blocks_0/outer/attention/value/kernel": (None, "fsdp", "tensor"),
+    "blocks_0/outer/fc1/bias": (None, "tensor"),
+    "blocks_0/outer/fc1/kernel": (None, "fsdp", "tensor"),
+    "blocks_0/outer/fc2/kernel": (None, "tensor", "fsdp"),
+    "blocks_0/proj/dense/kernel": (None, "fsdp", None),
+    "head/kernel": ("fsdp", None),
+    "proj/dense/kernel": ("fsdp", None),
+}
+
+
+@pytest.fixture(scope="module")
+def tnt_s():
+    """Shapes of the state of TNT-S."""
+    model = create_model("tnt_s_patch16_224")
+    init = lambda key: model.init(key, jnp.zeros((1, 224, 224, 3)), train=False)["params"]
+    state = lambda key: TrainState.create(init(key), optax.adamw(1e-3))
+    return jax.eval_shape(state, jax.random.key(0))
+
+
+def split_names(tree):
+    specs = {name: tuple(spec) for name, spec in flat_names(sharding.specs(tree)).items()}
+    return {name: spec for name, spec in specs.items() if any(spec)}
+
+
+def test_how_tnt_s_is_split(tnt_s):
+    assert split_names(tnt_s.params) == split_names(tnt_s.ema) == TNT_S
+    moments = {name.split("/", 2)[2]: spec for name, spec in split_names(tnt_s.opt_state).items()}
+    assert moments == TNT_S and len(split_names(tnt_s.opt_state)) == 2 * len(TNT_S)
+    sizes = {name: x.size for name, x in flat_names(tnt_s.params).items()}
+    whole = sum(size for name, size in sizes.items() if "fsdp" not in TNT_S.get(name, ()))
+    assert whole < 0.012 * sum(sizes.values())
+
+
+def test_no_device_holds_more_than_its_part(tnt_s):
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    layout = sharding.shardings(tnt_s.params, mesh)
+    part = layout["blocks_0"]["outer"]["fc1"]["kernel"].shard_shape((12, 384, 1536))
+    assert part == (12, 96, 768)
+    x = np.arange(12 * 384 * 384, dtype=np.float32).reshape(12, 384, 384)
+    kernel = layout["blocks_0"]["outer"]["attention"]["out"]["kernel"]
+    (placed,) = sharding.place([x], [kernel])
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(12, 192, 96)}
+    np.testing.assert_array_equal(sharding.fetch(placed), x)
+    whole = sharding.whole({"outer/attention/out": {"kernel": placed}}, mesh)
+    assert {x.data.shape for x in whole["outer/attention/out"]["kernel"].addressable_shards} == {
+        (12, 192, 384)
+    }
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        (
+            dict(fsdp=3),
+            "mesh.data=2, mesh.fsdp=3 and mesh.tensor=1 need 6 devices, but there are 8",
+        ),
+        (dict(data=4), "need 4 devices, but there are 8: use data=-1"),
+        (dict(fsdp=16), "need 16 devices"),
+        (dict(fsdp=0), "mesh.fsdp=0 is less than 1"),
+        (dict(data=0), "mesh.data=0 is less than 1"),
+        (dict(tensor=-1), "mesh.tensor=-1 is less than 1"),
+    ],
+)
+def test_meshes_that_cannot_be(sizes, message):
+    with pytest.raises(InputError, match=message):
+        sharding.make_mesh(**sizes)
+
+
+def test_axes_that_do_not_divide_the_network(tnt_s, smoke_config):
+    mesh = sharding.make_mesh(jax.devices()[:5], fsdp=5)
+    with pytest.raises(InputError, match=r"mesh.fsdp=5 does not divide the 384 of params/bl"):
+        sharding.shardings(tnt_s, mesh)
+    with pytest.raises(InputError, match="mesh.tensor=2 does not divide the 3 heads of the outer"):
+        experiment.build_model(smoke_config(mesh__tensor=2), 10)
+
+
+def test_a_batch_is_split_over_data_and_fsdp():
+    mesh = sharding.make_mesh(fsdp=2, tensor=2)
+    assert mesh.shape == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert sharding.describe(mesh) == "8 cpu devices (data 2, fsdp 2, tensor 2)"
+    with pytest.raises(InputError, match="batch_size=6 is not divisible by the 4 devices in 4 gr"):
+        sharding.check_batch_size("batch_size", 6, mesh)
+    assert sharding.host_rows(mesh) == (0, 1)
+    array = sharding.to_global({"x": np.arange(8)}, mesh)["x"]
+    assert [x.data.tolist() for x in array.addressable_shards] == [
+        rows for rows in ([0, 1], [2, 3], [4, 5], [6, 7]) for _ in range(2)
+    ]
+
+
+@pytest.mark.parametrize(
+    "process, tensor, rows",
+    [(0, 1, (0, 4)), (3, 1, (3, 4)), (1, 2, (1, 4)), (3, 4, (1, 2)), (2, 8, (0, 1))],
+)
+def test_the_rows_of_a_host(monkeypatch, process, tensor, rows):
+    """Four hosts of two devices each."""
+    mesh = sharding.make_mesh(tensor=tensor)
+    split = sharding.batch_sharding(mesh)
+
+    class Split:
+        def addressable_devices_indices_map(self, shape):
+            places = split.devices_indices_map(shape).items()
+            return {device: index for device, index in places if device.id // 2 == process}
+
+    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: Split())
+    assert sharding.host_rows(mesh) == rows
+
+
+def test_hosts_that_share_rows_unevenly(monkeypatch):
+    class Split:
+        def addressable_devices_indices_map(self, shape):
+            return {0: (slice(1, 2),), 1: (slice(2, 3),)}
+
+    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: Split())
+    with pytest.raises(InputError, match=r"rows \[1, 2\] of 8: give each process as many devices"):
+        sharding.host_rows(sharding.make_mesh())
+
+
+MESHES = {
+    "data": (dict(), {"all-reduce": 1}),
+    "fsdp": (dict(fsdp=4), {"all-gather": 9, "all-reduce": 4, "reduce-scatter": 9}),
+    "tensor": (dict(fsdp=2, tensor=2), None),
+}
+
+
+@pytest.fixture(scope="module")
+def trained_alone():
+    """Twenty steps on one device, with drop path."""
+    from configs import digits
+
+    config = digits.get_config()
+    config.update_from_flattened_dict(SMOKE)
+    config.update_from_flattened_dict(
+        {
+            "model.depth": 3,
+            "model.outer_dim": 16,
+            "model.outer_heads": 2,
+            "model.drop_path": 0.3,
+        }
+    )
+    model = experiment.build_model(config, 10)
+    tx, schedule = experiment.build_optimizer(config, 29)
+    step = experiment.build_train_step(config, model, tx, schedule)
+    state = jax.jit(lambda key: TrainState.create(experiment.init_params(model, config)(key), tx))
+    start, batch, metrics = state(jax.random.key(0)), random_batch(), []
+    state, one = start, jax.jit(step)
+    for _ in range(20):
+        state, found = one(state, batch, jax.random.key(1))
+        metrics.append((found["loss"], found["grad_norm"]))
+    return config, start, metrics, state
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_eight_devices_train_as_one_does(trained_alone, name):
+    """Same batch, same state: any mesh gives the same losses and weights, and exchanges little."""
+    config, start, expected, end = trained_alone
+    sizes, wanted = MESHES[name]
+    model = experiment.build_model(config, 10)
+    step = experiment.build_train_step(config, model, *experiment.build_optimizer(config, 29))
+    mesh = sharding.make_mesh(**sizes)
+    state = sharding.place(start, sharding.shardings(start, mesh))
+    batch, key = sharding.to_global(random_batch(), mesh), jax.random.key(1)
+    compiled = sharding.jit_train_step(step, mesh, start).lower(state, batch, key).compile()
+    metrics = []
+    key = jax.device_put(key, sharding.replicated(mesh))
+    for _ in range(20):
+        state, found = compiled(state, batch, key)
+        metrics.append((found["loss"], found["grad_norm"]))
+    assert found["finite"].all()
+    np.testing.assert_allclose(metrics, expected, rtol=1e-4)  # losses, norms of gradients
+    np.testing.assert_allclose(np.array(metrics)[:, 0], np.array(expected)[:, 0], rtol=1e-5)
+    for ours, alone in zip(jax.tree.leaves(state.ema), jax.tree.leaves(end.ema), strict=True):
+        np.testing.assert_allclose(ours, alone, atol=1e-4)
+
+    exchanges = {}
+    for each in hlo.collectives(compiled.as_text()):
+        exchanges[each.kind] = exchanges.get(each.kind, 0) + each.executed
+        assert not each.in_loops or name == "tensor", each
+    assert exchanges == wanted or name == "tensor"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_type_of_the_exchange(dtype):
+    """In the program before it is compiled: a CPU exchanges float32 for bfloat16."""
+    mesh = sharding.make_mesh(fsdp=2)
+    params = {"head": {"kernel": np.ones((4, 3), np.float32), "bias": np.ones(3, np.float32)}}
+
+    def loss(params, statistics, batch, key):
+        out = batch @ params["head"]["kernel"] + params["head"]["bias"][None]
+        return out.mean(), statistics + 1
+
+    both = jax.jit(
+        sharding.on_mesh(sharding.value_and_grad(loss, dtype), mesh),
+        in_shardings=(
+            sharding.shardings(params, mesh),
+            sharding.replicated(mesh),
+            sharding.batch_sharding(mesh),
+            sharding.replicated(mesh),
+        ),
+    )
+    arguments = params, np.float32(2), np.ones((16, 4), np.float32), jax.random.key(0)
+    lowered = both.lower(*arguments)
+    exchange = r'"stablehlo.(?:all_reduce|reduce_scatter)".*?\}\) : \((.*?)\) ->'
+    types = re.findall(exchange, lowered.as_text(), re.DOTALL)
+    assert len(types) == 4  # the kernel's along "fsdp", then "data"; the loss and the bias
+    short = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+    assert [x.split("x")[-1].rstrip(">") for x in types].count(short) >= 3, types
+    (value, statistics), gradients = both(*arguments)
+    assert (value, statistics) == (5, 3) and {x.dtype.name for x in jax.tree.leaves(gradients)} == {
+        "float32"
+    }
+    np.testing.assert_allclose(gradients["head"]["kernel"], 1 / 3, rtol=4e-3)
+    assert gradients["head"]["kernel"].sharding.spec[0] == "fsdp"
+
+
+def test_draws_do_not_depend_on_the_devices():
+    """Of sentences (two numbers an image) and of words (one a sentence), of three images each."""
+    mesh, key = sharding.make_mesh(fsdp=4), jax.random.key(3)
+    rows = jax.P(sharding.BATCH)
+
+    def draw(images):
+        return draws.uniform(key, (images, 2), axes=1), draws.uniform(key, (images, 5))
+
+    split = jax.shard_map(lambda: draw(3), mesh=mesh, in_specs=(), out_specs=rows, check_vma=False)
+    for ours, alone in zip(jax.jit(split)(), draw(24), strict=True):
+        np.testing.assert_array_equal(ours, alone)
+        assert len(np.unique(alone)) == alone.size

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+
+from tnt_flax.core.errors import InputError
+from tnt_flax.runtime.workdir import as_json, check_space, differences, open_workdir
+
+CONFIG = {"batch_size": 4, "data": {"root": "a", "threads": 1}, "log": {"every": "1 steps"}}
+
+
+def test_one_trainer_per_workdir(tmp_path, root):
+    code = (
+        "import pathlib, sys; from tnt_flax.runtime.workdir import open_workdir\n"
+        "with open_workdir(pathlib.Path(sys.argv[1]), {'batch_size': 4}): pass"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with open_workdir(tmp_path, {"batch_size": 4}):
+        held = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert held.returncode and "another trainer (process" in held.stderr
+    assert subprocess.run(command, cwd=root).returncode == 0  # free again
+
+
+@pytest.mark.parametrize("result", ["checkpoints/10/x", "metrics.jsonl", "weights.safetensors"])
+def test_a_workdir_of_another_config_is_refused_by_key(tmp_path, result):
+    with open_workdir(tmp_path, CONFIG):
+        pass
+    (tmp_path / result).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / result).write_text("{}")
+    other = CONFIG | {"batch_size": 8}
+    with pytest.raises(InputError, match=r"another config \(batch_size: 4 -> 8\)"):
+        with open_workdir(tmp_path, other):
+            pass
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+
+
+def test_a_start_of_which_nothing_came_is_corrected(tmp_path, capsys):
+    with open_workdir(tmp_path, CONFIG):
+        (tmp_path / "checkpoints").mkdir()  # as the set-up leaves them
+        (tmp_path / "metrics.jsonl").touch()
+    assert not capsys.readouterr().err
+    other = CONFIG | {"batch_size": 8}
+    with open_workdir(tmp_path, other):
+        pass
+    assert json.loads((tmp_path / "config.json").read_text()) == other
+    said = "nothing came of an earlier start; changed since then: batch_size: 4 -> 8\n"
+    assert capsys.readouterr().err == f"workdir {tmp_path}: {said}"
+
+
+def test_keys_that_a_resumed_run_may_change(tmp_path):
+    with open_workdir(tmp_path, CONFIG):
+        pass
+    moved = {"batch_size": 4, "data": {"root": "b", "threads": 2}, "log": {"every": "9 steps"}}
+    with open_workdir(tmp_path, moved):
+        pass
+    assert json.loads((tmp_path / "config.json").read_text()) == moved
+
+
+def test_differences_are_dotted_and_complete():
+    old = {"a": 1, "b": {"c": 2, "d": 3}, "e": 4}
+    new = {"a": 1, "b": {"c": 5, "d": 3}, "f": 6}
+    assert differences(old, new) == ["b.c: 2 -> 5", "e: 4 -> None", "f: None -> 6"]
+
+
+def test_config_survives_the_file(smoke_config):
+    config = as_json(smoke_config())
+    assert json.loads(json.dumps(config)) == config
+    assert config["augment"]["scale"] == [0.5, 1.0]
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write to workdir .*/file: File exists"):
+        with open_workdir(tmp_path / "file", CONFIG):
+            pass
+    with pytest.raises(InputError, match="cannot write to workdir .*/file/run: Not a directory"):
+        with open_workdir(tmp_path / "file" / "run", CONFIG):
+            pass
+
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", denied)  # the tests may run as root, whom no mode stops
+    with pytest.raises(InputError, match="cannot write to workdir .*: Permission denied"):
+        with open_workdir(tmp_path, CONFIG):
+            pass
+
+
+def test_damaged_config(tmp_path):
+    (tmp_path / "config.json").write_text('{"batch_')
+    with pytest.raises(InputError, match="config.json is not JSON"):
+        with open_workdir(tmp_path, CONFIG):
+            pass
+
+
+def test_no_space(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(100, 0, 24_000_000))
+    check_space(tmp_path, 9_000_000)
+    with pytest.raises(InputError, match="has 24 MB free, checkpoints need 25 MB"):
+        check_space(tmp_path, 10_000_000)

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kind of bad image is found and named; a check that was killed goes on where it was."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers.photos import all_photos, jpeg, png
+from tnt_flax.core.errors import InputError
+from tnt_flax.tools import check_data
+from tnt_flax.tools.check_data import inspect_image
+from tnt_flax.tools.findings import FindingsFile
+
+
+def encoded(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def turned(orientation=6):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+PLAIN, RED = Image.new("RGB", (40, 40)), Image.new("RGB", (40, 40), "red")
+DEEP = np.full((40, 40), 40000, np.uint16)
+FILES = {
+    "cat/fine.jpg": (jpeg("china"), []),
+    "cat/truncated.jpg": (jpeg("china")[:20000], ["corrupt"]),
+    "cat/page.jpg": (b"<html>404</html>", ["corrupt"]),
+    "cat/empty.png": (b"", ["corrupt", "empty"]),
+    "cat/bomb.png": (encoded(Image.new("1", (10000, 10000))), ["corrupt", "huge"]),
+    "cat/cmyk.jpg": (encoded(Image.new("CMYK", (40, 40)), "JPEG"), ["cmyk"]),
+    "dog/upright.jpg": (encoded(PLAIN, "JPEG", exif=turned(1)), []),
+    "dog/turned.jpg": (encoded(PLAIN, "JPEG", exif=turned()), ["rotated"]),
+    "dog/turned.png": (encoded(PLAIN, exif=turned()), ["rotated"]),
+    "dog/turned.webp": (encoded(PLAIN, "WEBP", exif=turned()), ["rotated"]),
+    "dog/turned.tif": (encoded(PLAIN, "TIFF", exif=turned()), []),  # Pillow turns it
+    "dog/moves.webp": (encoded(PLAIN, "WEBP", save_all=True, append_images=[RED]), ["animated"]),
+    "dog/pages.tif": (encoded(PLAIN, "TIFF", save_all=True, append_images=[RED]), ["animated"]),
+    "fox/deep.png": (png(DEEP), ["16-bit", "grey"]),
+    "fox/deep.tif": (encoded(Image.fromarray(DEEP), "TIFF"), ["16-bit", "grey"]),
+    "fox/palette.png": (encoded(PLAIN.convert("P")), ["palette"]),
+    "fox/shows.png": (encoded(PLAIN.convert("P"), transparency=0), ["palette", "alpha"]),
+    "fox/rgba.png": (encoded(Image.new("RGBA", (40, 40))), ["alpha"]),
+    "fox/grey.png": (all_photos()["grey"], ["grey"]),
+    "fox/thin.png": (all_photos()["thin"], ["small"]),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "data"
+    files = {f"train/{name}": data for name, (data, _) in FILES.items()}
+    for name, data in {**files, "val/ant/1.png": png(DEEP)}.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root
+
+
+@pytest.fixture
+def config(folder, smoke_config):
+    return smoke_config(data__source="folder", data__root=str(folder), data__eval_split="val")
+
+
+def findings(out):
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    return [line for line in lines if "finding" in line]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_kind_is_found(name):
+    image, expected = FILES[name]
+    assert sorted(inspect_image(image)) == sorted(expected)
+
+
+def test_a_colour_image_of_sixteen_bits():
+    # Pillow writes none: the header of an 8-bit PNG says 16, and the pixels are twice as many.
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", 40, 40, 16, 2, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + bytes(40 * 3 * 2)) * 40)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    assert inspect_image(b"\x89PNG\r\n\x1a\n" + parts) == {"16-bit": "mode RGB"}
+
+
+@pytest.mark.parametrize(
+    "shape, expected",
+    [
+        ((40, 40, 3), []),
+        ((40, 40), ["grey"]),
+        ((40, 40, 1), ["grey"]),
+        ((40, 8, 4), ["alpha", "small"]),
+        ((0, 4, 3), ["corrupt", "empty"]),
+    ],
+)
+def test_arrays(shape, expected):
+    assert sorted(inspect_image(np.zeros(shape, np.uint8))) == expected
+
+
+def test_tables_and_lines(config, tmp_path, capsys):
+    out = tmp_path / "findings.jsonl"
+    result = check_data.check_data(config, "train", str(out))
+    expected = [(name, kind) for name, (_, kinds) in FILES.items() for kind in kinds]
+    found = [(line["name"].partition("/train/")[2], line["finding"]) for line in findings(out)]
+    assert sorted(found) == sorted(expected)
+    assert all(line["name"].split("/")[-2] == line["class"] for line in findings(out))
+    for kind in check_data.MEANING:
+        assert result[kind] == sum(k == kind for _, k in expected) > 0
+    assert result["images"] == len(FILES) and result["classes"] == 3
+    assert result["classes_with_few"] == 3 and result["classes_with_none"] == 0
+    table = capsys.readouterr().out
+    assert table.startswith("train: 20 images, 3 classes\n")
+    assert "corrupt           4  stops training" in table
+    assert "cat/empty.png: the file is empty" in table
+    assert "least                cat 6, dog 7, fox 7" in table
+
+
+def test_both_splits_add_up(config, capsys):
+    result = check_data.check_data(config, "both")
+    assert result["images"] == len(FILES) + 1 and result["16-bit"] == 3
+    assert "val: 1 images, 1 classes" in capsys.readouterr().out
+
+
+class Stops(Exception):
+    """Stands for a kill."""
+
+
+def test_a_killed_check_goes_on(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(check_data, "CHUNK", 4)
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    expected = check_data.check_data(config, "both", str(whole))
+    tables = capsys.readouterr().out
+    original, read = check_data.check_record, []
+
+    def counted(source, index, stop=None):
+        if stop is not None and index >= stop:
+            raise Stops
+        read.append(index)
+        return original(source, index)
+
+    monkeypatch.setattr(check_data, "check_record", lambda *a: counted(*a, stop=10))
+    with pytest.raises(Stops):
+        check_data.check_data(config, "both", str(out))
+    with open(out, "a") as file:  # what a kill in the middle of a chunk leaves
+        file.write('{"split": "train", "index": 9, "finding": "grey"}\n{"split": "tra')
+    read.clear()
+    monkeypatch.setattr(check_data, "check_record", counted)
+    capsys.readouterr()
+    result = check_data.check_data(config, "both", str(out))
+    assert sorted(read) == sorted([*range(8, len(FILES)), 0])
+    assert result | {"out": str(whole)} == expected
+    assert capsys.readouterr().out == tables
+    assert out.read_bytes() == whole.read_bytes()
+
+    read.clear()  # and once it is complete, there is nothing left to read
+    assert check_data.check_data(config, "both", str(out)) == result
+    assert not read and out.read_bytes() == whole.read_bytes()
+
+
+def test_a_changed_data_set_starts_anew(config, folder, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    check_data.check_data(config, "train", str(out))
+    (folder / "train/cat/more.jpg").write_bytes(b"")
+    assert "anew" not in capsys.readouterr().err
+    assert check_data.check_data(config, "train", str(out))["empty"] == 2
+    assert "out.jsonl is of another data set or config: starting anew" in capsys.readouterr().err
+    assert len([line for line in findings(out) if line["finding"] == "empty"]) == 2
+    config.data.threads = 3
+    check_data.check_data(config, "train", str(out))
+    assert "anew" not in capsys.readouterr().err
+
+
+def test_other_files_are_left_alone(tmp_path):
+    other = tmp_path / "notes.txt"
+    other.write_text("mine\n")
+    with pytest.raises(InputError, match="notes.txt exists and holds no findings"):
+        FindingsFile(str(other), {"records": 1})
+    assert other.read_text() == "mine\n"
+    with pytest.raises(InputError, match="cannot write --out=.*No such file or directory"):
+        FindingsFile(str(tmp_path / "no" / "out.jsonl"), {})
+    whole = FindingsFile(str(tmp_path / "cut"), {"records": 1})
+    whole.close()
+    (tmp_path / "cut").write_bytes((tmp_path / "cut").read_bytes()[:9])  # killed in its first line
+    FindingsFile(str(tmp_path / "cut"), {"records": 1}).close()
+    assert json.loads((tmp_path / "cut").read_text()) == {"findings_of": {"records": 1}}
+
+
+def test_a_record_that_cannot_be_read(config, folder):
+    from tnt_flax.training import experiment
+
+    source = experiment.open_source(config, "train")
+    (folder / "train/cat/bomb.png").unlink()
+    label, (line,) = check_data.check_record(source, 0)
+    assert label is None and line["finding"] == "corrupt"
+    assert line["detail"] == "cannot be read: No such file or directory"
+
+
+class Sparse:
+    """Four records of the first two of three classes."""
+
+    class_names = ("many", "one", "none")
+    place = "."
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return np.zeros((40, 40, 3), np.uint8), int(index == 3)
+
+    def name_of(self, index):
+        return f"record {index}"
+
+
+def test_classes_without_images(config, monkeypatch, capsys):
+    monkeypatch.setattr("tnt_flax.training.experiment.open_source", lambda config, split: Sparse())
+    monkeypatch.setattr(check_data, "FEW", 2)
+    result = check_data.check_data(config)
+    assert (result["classes_with_none"], result["classes_with_few"]) == (1, 1)
+    table = capsys.readouterr().out
+    assert "none              1  none 0\n" in table and "below 2           1  one 1\n" in table
+    assert "least                none 0, one 1, many 3\n" in table
+
+
+@pytest.mark.parametrize(
+    "changes, code", [({}, 1), ({"data.source": "digits"}, 0), ({"data.root": ""}, 2)]
+)
+def test_exit_codes(config, changes, code, monkeypatch, capsys):
+    config.update_from_flattened_dict(changes)
+    monkeypatch.setattr(check_data.command, "CONFIG", types.SimpleNamespace(value=config))
+    values = types.SimpleNamespace(split="train", out=None)
+    monkeypatch.setattr(check_data, "flags", types.SimpleNamespace(FLAGS=values))
+    with pytest.raises(SystemExit) as ended:
+        check_data.main([])
+    assert ended.value.code == code
+    said = capsys.readouterr()
+    if code == 2:
+        assert said.out == "" and said.err == (
+            "error: an image folder needs its root directory: set data.root\n"
+        )
+    else:
+        assert json.loads(said.out.splitlines()[-1])["corrupt"] == (4 if code else 0)
+
+
+def test_the_command_itself(root):
+    command = [sys.executable, "-m", "tnt_flax.tools.check_data", "--config=configs/digits.py"]
+    run = subprocess.run(
+        [*command, "--split=test"], cwd=root, capture_output=True, text=True, env=os.environ
+    )
+    assert run.returncode == 2 and run.stdout == ""
+    assert "--split=test: value should be one of <train|eval|both>" in run.stderr

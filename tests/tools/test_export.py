@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is handed on computes what the source computes, and says so only after it was run."""
+
+import datetime
+import json
+import subprocess
+import sys
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+
+import tnt_flax
+from tests.helpers import looked_at
+from tnt_flax.core.errors import InputError, RunError
+from tnt_flax.inference import stablehlo
+from tnt_flax.tools import export
+from tnt_flax.weights.read import read_checkpoint
+
+
+def run(capsys, *arguments):
+    export.main([*map(str, arguments)])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def source(path, images):
+    model, variables = tnt_flax.load(path)
+    return np.asarray(jax.jit(model.apply)(variables, images))
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(1).normal(size=(5, 48, 48, 3)).astype(np.float32)
+
+
+def test_stablehlo(tmp_path, capsys, images, root):
+    path, out = looked_at.save(tmp_path), tmp_path / "small.stablehlo"
+    result = run(capsys, path, out)
+    assert result["path"] == str(out) and result["max_abs_difference"] < 1e-4
+    assert [p.name for p in tmp_path.iterdir() if "tmp" in p.name] == []
+
+    wanted = source(path, images)
+    assert np.abs(wanted).max() > 0.1
+    loaded = tnt_flax.load_exported(out)
+    for count in (1, 5):  # any number of images
+        np.testing.assert_allclose(loaded(images[:count]), wanted[:count], atol=1e-4)
+    assert loaded.program.platforms == ("cpu", "cuda", "tpu")
+    info = loaded.info
+    assert info["class_names"][3] == "class 3" and info["image_size"] == 48
+    assert info["std"] == [0.25] * 3 and info["jax"] == jax.__version__
+    created, expires = map(datetime.date.fromisoformat, (info["created"], info["expires"]))
+    assert expires - created == stablehlo.LIFETIME
+
+    # It needs neither the models nor the weights.
+    np.save(tmp_path / "images.npy", images)
+    code = (
+        "import sys, numpy, tnt_flax; images = numpy.load(sys.argv[2]); "
+        "print(tnt_flax.load_exported(sys.argv[1])(images).tolist()); "
+        "assert 'tnt_flax.models' not in sys.modules"
+    )
+    own = subprocess.run(
+        [sys.executable, "-c", code, str(out), str(tmp_path / "images.npy")],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    assert own.returncode == 0, own.stderr
+    np.testing.assert_allclose(json.loads(own.stdout), wanted, atol=1e-4)
+
+
+def test_a_pyramid(tmp_path, capsys):
+    """With its running statistics. timm has no such network."""
+    path, out = looked_at.save(tmp_path, "ptnt_ti_patch16_192", 32), tmp_path / "small.stablehlo"
+    assert run(capsys, path, out)["max_abs_difference"] < 1e-4
+    info = tnt_flax.load_exported(out).info
+    assert info["image_size"] == 32 and info["lineage"] == "pyramid"
+    with pytest.raises(SystemExit) as stop:
+        export.main([str(path), str(tmp_path / "folder")])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "is a PyramidTNT, which timm does not have" in message
+
+
+def rewrite(path, **changes):
+    with zipfile.ZipFile(path) as file:
+        info, program = json.loads(file.read("export.json")), file.read("program")
+    program = changes.pop("program", program)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("export.json", json.dumps(info | changes))
+        file.writestr("program", program)
+
+
+def test_an_export_that_cannot_be_used_says_why(tmp_path, monkeypatch):
+    path = tmp_path / "f.stablehlo"
+    stablehlo.save_exported(
+        path, stablehlo.trace(lambda x: x.sum(axis=(1, 2, 3)), 16, ("cuda",)), {}
+    )
+    with pytest.raises(InputError, match="is for cuda, this is cpu"):
+        stablehlo.load_exported(path)
+    rewrite(path, program=b"no program")
+    with pytest.raises(InputError, match="cannot read .*: export it again"):
+        stablehlo.load_exported(path)
+    today = datetime.date.today()
+    rewrite(path, expires=(today - datetime.timedelta(days=1)).isoformat())
+    with pytest.raises(InputError, match="expired on .*: export it again from the weights"):
+        stablehlo.load_exported(path)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(InputError, match="or damaged"):
+        stablehlo.load_exported(path)
+    with pytest.raises(InputError, match="cannot read .*No such file"):
+        stablehlo.load_exported(tmp_path / "none.stablehlo")
+
+
+def test_a_wrong_export_is_not_written(tmp_path, monkeypatch, capsys):
+    """It computes something else: the comparison has to notice, and nothing may remain."""
+
+    def wrong(found, path):
+        path.write_bytes(b"half a file")
+        model, variables = found.network.model, {"params": found.params}
+        return jax.jit(lambda images: model.apply(variables, 1.01 * images))
+
+    monkeypatch.setitem(export.FORMS, "stablehlo", wrong)
+    with pytest.raises(SystemExit) as stop:
+        export.main([str(looked_at.save(tmp_path, depth=1)), str(tmp_path / "x.stablehlo")])
+    assert stop.value.code == 1
+    assert "x.stablehlo differs from its source by" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["small.safetensors"]
+
+
+def test_the_comparison_uses_photographs(tmp_path):
+    found = read_checkpoint(looked_at.save(tmp_path, depth=1))
+    images = export.real_images(found)
+    assert images.shape == (4, 48, 48, 3) and images.std() > 0.5  # std 0.25 a channel
+    np.testing.assert_array_equal(images[2], images[0, :, ::-1])
+    with pytest.raises(RunError, match="differs"):
+        export.verify(found, lambda x: np.full((len(x), 10), np.nan), images, "x")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the exporter's plugins
+@pytest.mark.slow
+@pytest.mark.parametrize("name, size", [("tnt_s_patch16_224", 48), ("ptnt_ti_patch16_192", 64)])
+def test_onnx(name, size, tmp_path, capsys):
+    pytest.importorskip("jax2onnx")
+    import onnx
+    import onnxruntime
+
+    path, out = looked_at.save(tmp_path, name, size), tmp_path / "small.onnx"
+    images = np.random.default_rng(1).normal(size=(5, size, size, 3)).astype(np.float32)
+    with jax.numpy_rank_promotion("allow"):  # which the exporter's convolutions need
+        assert run(capsys, path, out)["max_abs_difference"] < 1e-4
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    (inputs,) = session.get_inputs()
+    assert inputs.name == "images" and inputs.shape == ["batch", size, size, 3]
+    wanted = source(path, images)
+    for count in (2, 5):
+        (logits,) = session.run(["logits"], {"images": images[:count]})
+        np.testing.assert_allclose(logits, wanted[:count], atol=1e-4)
+    metadata = {entry.key: json.loads(entry.value) for entry in onnx.load(out).metadata_props}
+    assert metadata["class_names"][0] == "class 0" and metadata["mean"] == [0.5] * 3
+
+
+def test_onnx_without_its_packages(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(SystemExit) as stop:
+        export.main([str(looked_at.save(tmp_path, depth=1)), str(tmp_path / "x.onnx")])
+    assert stop.value.code == 2
+    assert "pip install --no-deps jax2onnx" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_folder_for_timm(tmp_path, capsys):
+    path, out = looked_at.save(tmp_path, "tnt_s_legacy_patch16_224"), tmp_path / "folder"
+    result = run(capsys, path, out)
+    assert result["form"] == "timm" and result["max_abs_difference"] < 1e-4
+    assert sorted(p.name for p in out.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    config = json.loads((out / "config.json").read_text())
+    assert config["num_classes"] == 10 and config["label_names"][9] == "class 9"
+    assert config["pretrained_cfg"]["input_size"] == [3, 48, 48]
+    assert config["model_args"]["num_heads_inner"] == 2
+    assert config["architecture"] == "tnt_s_patch16_224" and config["model_args"]["legacy"] is True
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: timm\n") and "images of 48 pixels" in card
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ["tnt_s_patch16_224", "tnt_s_legacy_patch16_224"])
+def test_timm_takes_the_folder(name, tmp_path, capsys, images):
+    import timm
+    import torch
+
+    path, out = looked_at.save(tmp_path, name), tmp_path / "folder"
+    run(capsys, path, out)
+    config = json.loads((out / "config.json").read_text())
+    by_overlay = timm.create_model(
+        config["architecture"],
+        pretrained=True,
+        pretrained_cfg_overlay=dict(
+            file=str(out / "model.safetensors"), num_classes=10, input_size=(3, 48, 48)
+        ),
+        num_classes=10,
+        **config["model_args"],
+    )
+    by_folder = timm.create_model(f"local-dir:{out}", pretrained=True)
+    assert timm.data.resolve_model_data_config(by_folder)["std"] == [0.25] * 3
+    assert by_folder.pretrained_cfg["label_names"][1] == "class 1"
+    wanted = source(path, images)
+    for network in (by_overlay, by_folder):
+        with torch.no_grad():
+            logits = network.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+        np.testing.assert_allclose(logits.numpy(), wanted, atol=1e-4)
+
+
+@pytest.mark.oracle
+def test_timm_takes_a_published_size(tmp_path, capsys):
+    """As printed in the README: nothing but the name and the file."""
+    import timm
+    import torch
+
+    fields = dict(outer_dim=384, inner_dim=24, outer_heads=6, inner_heads=4, depth=12)
+    path = looked_at.save(tmp_path, size=224, num_classes=1000, **fields)
+    out = tmp_path / "tnt_s_timm"
+    run(capsys, path, out)
+    file = str(out / "model.safetensors")
+    network = timm.create_model(
+        "tnt_s_patch16_224", pretrained=True, pretrained_cfg_overlay=dict(file=file)
+    ).eval()
+    images = np.random.default_rng(1).normal(size=(1, 224, 224, 3)).astype(np.float32)
+    with torch.no_grad():
+        logits = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+    wanted = source(path, images)
+    np.testing.assert_allclose(logits, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["CHECKPOINT", "x.tflite"], "x.tflite: give FILE.stablehlo, FILE.onnx, or a folder"),
+        (["CHECKPOINT", "CHECKPOINT"], "give FILE.stablehlo"),
+        (["CHECKPOINT", "no/x.onnx"], "there is no folder"),
+        (["CHECKPOINT", "."], "exists already"),
+        (["no.pth", "x"], "no.pth"),
+        (["CHECKPOINT"], "the following arguments are required: OUT"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path, capsys, monkeypatch):
+    path = looked_at.save(tmp_path, depth=1)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        export.main([a.replace("CHECKPOINT", str(path)) for a in arguments])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_what_timm_has_not_is_refused(tmp_path, capsys):
+    path = looked_at.save(tmp_path, depth=2, vanilla_blocks=(1,))
+    with pytest.raises(SystemExit) as stop:
+        export.main([str(path), str(tmp_path / "folder")])
+    assert stop.value.code == 2
+    assert "timm cannot build blocks without words" in capsys.readouterr().err
+    assert not (tmp_path / "folder").exists()

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sheet shows what the network gets: pixel for pixel, with the weights of its targets."""
+
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import matplotlib.axes
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+
+from tnt_flax.core.errors import InputError
+from tnt_flax.tools import preview
+from tnt_flax.training import experiment
+from tnt_flax.training.step import TrainState
+
+MIXING = {
+    "augment__mixup_alpha": 0.8,
+    "augment__cutmix_alpha": 1.0,
+    "augment__erase_prob": 0.5,
+    "augment__repeats": 3,
+}
+
+
+class Recorder:
+    """A network that keeps what it gets. Its logits are such that the loss shows the targets."""
+
+    num_classes = 10
+
+    def __init__(self):
+        self.images = []
+
+    def apply(self, variables, images, *, train, rngs, mutable):
+        jax.debug.callback(lambda x: self.images.append(np.asarray(x)), images)
+        return variables["params"]["logits"], {}
+
+
+def test_the_images_are_those_that_a_training_step_gives_the_network(smoke_config, monkeypatch):
+    # Compiling its sampler takes longer than all the rest.
+    monkeypatch.setattr(jax.random, "beta", lambda key, a, b, shape: jax.random.uniform(key, shape))
+    config = smoke_config(**MIXING)
+    samples = preview.first_samples(config, 32)
+    assert samples.config.batch_size == 48 == len(samples.images)
+
+    source = experiment.open_source(config, config.data.train_split)
+    batch = next(
+        experiment.train_batches(config, source, experiment.build_plan(config, len(source)), 0, 1)
+    )
+    tx, model = optax.sgd(1.0), Recorder()
+    step = jax.jit(experiment.build_train_step(config, model, tx, lambda count: 1.0))
+    state = TrainState.create({"logits": jnp.zeros((48, 10))}, tx)
+    inputs = {name: batch[name] for name in ("image", "label")}
+    after, _ = step(state, inputs, experiment.run_keys(config)[1])
+    jax.effects_barrier()
+    (seen,) = model.images
+    np.testing.assert_allclose(samples.images, seen, atol=1e-6)
+
+    # The gradient of the loss is (softmax - targets) / 48, and the softmax of zeros is 1 / 10.
+    targets = 0.1 + 48 * np.asarray(after.params["logits"])
+    np.testing.assert_allclose(samples.weights * 0.9 + 0.01, targets, atol=1e-5)
+    np.testing.assert_allclose(samples.weights.sum(axis=1), 1, atol=1e-6)
+    assert ((samples.weights > 0).sum(axis=1) <= 2).all()
+    assert 0 < (samples.weights.max(axis=1) < 1).sum()  # some are mixed
+    assert (samples.images.max(axis=(1, 2, 3)) > 1.01).any()  # and some erased, by noise
+    assert config.augment.label_smoothing == 0.1  # the caller's config stays as it was
+
+
+def test_pixels_come_back():
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.5)
+    normalized = (pixels / np.float32(255) - np.float32(mean)) / np.float32(std)
+    np.testing.assert_array_equal(preview.to_pixels(normalized, mean, std), pixels)
+    beyond = preview.to_pixels(np.float32([[[[-9, 0, 9]]]]), (0.5,) * 3, (0.5,) * 3)
+    assert beyond.ravel().tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize(
+    "weights, text",
+    [
+        ([0, 1, 0], "dog"),
+        ([0.63, 0.37, 0], "cat 0.63 + dog 0.37"),
+        ([0.37, 0.63, 0], "dog 0.63 + cat 0.37"),
+        ([0.996, 0.004, 0], "cat"),
+        ([0, 0.5, 0.5], "dog 0.50\n+ an animal with a… 0.50"),
+        ([0, 0, 1], "an animal with a long n…"),
+    ],
+)
+def test_captions(weights, text):
+    names = ("cat", "dog", "an animal with a long name")
+    assert preview.caption(np.float32(weights), names) == text
+    assert all(len(line) <= preview.MOST_LETTERS for line in text.splitlines())
+
+
+def test_the_numbers_of_a_caption_sum_to_one():
+    for share in np.linspace(0.5, 0.994, 300, dtype=np.float32):
+        text = preview.caption(np.float32([share, 1 - share]), ("a", "b"))
+        first, second = (float(part.split()[1]) for part in text.split(" + "))
+        assert round(first + second, 6) == 1
+    assert preview.caption(np.float32([1]), ("only",)) == "only"
+
+
+def test_every_group_is_on_the_sheet():
+    assert preview.spread(12, 3, 5).tolist() == [0, 4, 8, 1, 5]
+    assert preview.spread(4, 1, 9).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "batch_size, wanted, records, size",
+    [
+        (48, 32, 1000, 48),  # the run's own
+        (256, 32, 1000, 256),
+        (1024, 32, 5000, 32),
+        (1024, 40, 5000, 48),  # whole groups of pairs
+        (1024, 1, 5000, 16),
+        (1024, 2000, 5000, 1024),
+        (1024, 32, 30, 16),  # no more than there are
+        (1024, 32, 9, 1024),  # too few for any: the plan will say so
+    ],
+)
+def test_a_large_batch_becomes_smaller(smoke_config, batch_size, wanted, records, size):
+    config = smoke_config(batch_size=batch_size, **MIXING)
+    assert preview.smaller_batch(config, wanted, records) == size
+
+
+def test_the_sheet(smoke_config, tmp_path, monkeypatch, capsys):
+    captions = []
+    original = matplotlib.axes.Axes.text
+    monkeypatch.setattr(
+        matplotlib.axes.Axes,
+        "text",
+        lambda self, x, y, s, **kw: captions.append(s) or original(self, x, y, s, **kw),
+    )
+    config = smoke_config(batch_size=320)  # nothing is mixed
+    out = tmp_path / "sheet.png"
+    monkeypatch.setattr(preview.command, "CONFIG", types.SimpleNamespace(value=config))
+    values = types.SimpleNamespace(out=str(out), rows=2, columns=5)
+    monkeypatch.setattr(preview, "flags", types.SimpleNamespace(FLAGS=values))
+    preview.main([])
+    said = capsys.readouterr()
+    assert said.err.startswith("a batch of 10 instead of 320: drawn alike")
+    assert json.loads(said.out.splitlines()[-1]) == {
+        "out": str(out),
+        "images": 10,
+        "of_two_classes": 0,
+        "batch_size": 10,
+        "classes": 10,
+    }
+    assert len(captions) == 10 and set(captions) <= set("0123456789")
+    config.batch_size = 10
+    samples = preview.first_samples(config, 10)
+    first = preview.to_pixels(samples.images, config.data.mean, config.data.std)[0]
+    with Image.open(out) as file:
+        sheet = np.asarray(file.convert("RGB"))
+    assert sheet.shape[1] == 12 + 5 * (160 + 12)
+    np.testing.assert_array_equal(sheet[44:204:5, 12:172:5], first)  # each pixel is 5 x 5 of these
+
+
+@pytest.mark.parametrize(
+    "out, message",
+    [
+        (None, "--out= is no picture to write: use --out=FILE.png"),
+        ("a.pdf", "--out=a.pdf is no picture to write"),
+        ("/nowhere/a.png", "there is no folder /nowhere for --out=/nowhere/a.png"),
+    ],
+)
+def test_where_nothing_can_be_written(smoke_config, out, message):
+    with pytest.raises(InputError, match=message):
+        preview.preview(smoke_config(), out, 1, 1)
+
+
+def test_a_write_that_fails_ends_with_one(smoke_config, tmp_path, monkeypatch, capsys):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tnt_flax.training.plots.plot_samples", full)
+    monkeypatch.setattr(preview.command, "CONFIG", types.SimpleNamespace(value=smoke_config()))
+    values = types.SimpleNamespace(out=str(tmp_path / "a.png"), rows=1, columns=1)
+    monkeypatch.setattr(preview, "flags", types.SimpleNamespace(FLAGS=values))
+    with pytest.raises(SystemExit) as ended:
+        preview.main([])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.endswith("a.png: No space left on device\n")

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of a run: its numbers are those of the evaluation, and it opens in a real browser."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tnt_flax.runtime import environment
+from tnt_flax.runtime.workdir import as_config, as_json
+from tnt_flax.tools import page, report
+from tnt_flax.tools import predictions as answering
+from tnt_flax.tools.predictions import Answers
+from tnt_flax.training.train import train_and_evaluate
+
+CHROMIUM = shutil.which("chromium")
+QUIET = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
+QUIET += "--disable-background-networking --disable-component-update --disable-sync"
+DARK, LIGHT = 0, 1  # Blink's numbers of the preferred colour scheme
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(page, what the command said, the run's own last evaluation) of a run of 29 steps."""
+    from configs import digits
+    from tests.helpers.smoke import SMOKE
+
+    workdir = tmp_path_factory.mktemp("run<b>")
+    config = digits.get_config()
+    config.update_from_flattened_dict(SMOKE)
+    evaluated = train_and_evaluate(config, workdir)
+    result = report.report(report.make_parser().parse_args([str(workdir)]))
+    return workdir / "report.html", result, evaluated
+
+
+class Links(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.links, self.tags = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [v for k, v in attributes if k in ("src", "href", "xlink:href", "srcset")]
+
+
+@pytest.mark.slow
+def test_the_page_says_what_evaluation_says(made):
+    path, result, evaluated = made
+    for name in ("top1", "top5", "loss", "images"):
+        assert result[name] == pytest.approx(evaluated[name], rel=1e-5), name
+    text = path.read_text()
+    assert f"<b>{result['top1']:.2%}</b>top-1" in text
+    cells = re.findall(r'<td style="background[^>]*>(\d*)</td>', text)
+    counts = np.array([int(cell or 0) for cell in cells]).reshape(10, 10)
+    assert counts.sum() == 360
+    assert np.trace(counts) == round(360 * result["top1"])
+    for heading in ("Curves", "Confusion", "Calibration", "Hardest images", "Environment"):
+        assert f"<h2>{heading}</h2>" in text
+    assert "<td>optimizer.learning_rate</td><td>0.001</td>" in text
+    (start,) = environment.read(path.parent)
+    assert f"From step 0 on, {start['time']}" in text
+    assert f"<td>jaxlib</td><td>{start['environment']['jaxlib']}</td>" in text
+
+
+@pytest.mark.slow
+def test_the_page_asks_for_nothing(made):
+    path, _, _ = made
+    text, links = path.read_text(), Links()
+    links.feed(text)
+    assert len(links.links) > 30 and "script" not in links.tags
+    assert all(link.startswith(("data:", "#")) for link in links.links)
+    assert "@import" not in text and not re.search(r"url\((?!#)", text)
+    assert links.tags.count("svg") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_the_page_in_a_browser(made, tmp_path):
+    path, _, _ = made
+    grounds = {}
+    for scheme in (LIGHT, DARK):
+        picture = tmp_path / f"{scheme}.png"
+        options = [
+            *QUIET.split(),
+            f"--user-data-dir={tmp_path / f'profile{scheme}'}",
+            f"--blink-settings=preferredColorScheme={scheme}",
+            "--window-size=1120,2400",
+            f"--screenshot={picture}",
+        ]
+        subprocess.run(
+            [CHROMIUM, *options, path.as_uri()], check=True, timeout=120, capture_output=True
+        )
+        pixels = np.asarray(Image.open(picture).convert("L"), np.int16)
+        ground = int(np.median(pixels))
+        grounds[scheme] = ground
+        # Ink and pictures, all the way down, with contrast to the ground.
+        marked = np.abs(pixels - ground) > 100
+        assert marked.mean() > 0.005
+        assert all(part.any() for part in np.array_split(marked, 8))
+        # The curves, in the page's own ink: axes and text left of the middle, below the facts.
+        assert marked[200:560, 40:380].mean() > 0.002
+    assert grounds[LIGHT] > 240 and grounds[DARK] < 40
+
+
+def test_the_environments_of_a_run(tmp_path):
+    here = environment.describe()
+    assert here["python"] and here["numpy"] == np.__version__ and here["hosts"] == 1
+    assert report.environments(tmp_path) == [
+        "<p>Unknown: this run has left no environment.json, as older ones have not.</p>"
+    ]
+    there = {"jax": "0.1", "devices": "4 TPU <v9>"}
+    for step, seen in [(0, here), (20, here), (30, there), (40, here), (35, there), (35, there)]:
+        environment.record(tmp_path, step, seen)
+    starts = environment.read(tmp_path)
+    assert [(s["step"], s["environment"]) for s in starts] == [(0, here), (30, there)]
+    page = "".join(report.environments(tmp_path))
+    assert page.index("From step 0 on") < page.index(here["machine"]) < page.index("From step 30")
+    assert page.index("From step 30") < page.index("<td>devices</td><td>4 TPU &lt;v9&gt;</td>")
+
+
+def test_statistics_by_hand():
+    answers = Answers(
+        record=np.arange(6),
+        label=np.array([0, 0, 1, 1, 1, 2]),
+        predicted=np.array([0, 1, 1, 0, 0, 2]),
+        confidence=np.array([0.9, 0.9, 0.5, 0.6, 0.6, 1.0]),
+        loss=np.zeros(6),
+        rank=np.zeros(6),
+    )
+    matrix = [[1, 1, 0], [2, 1, 0], [0, 0, 1]]
+    assert answering.confusion(answers, 3).tolist() == matrix
+    assert answering.most_confused(answers, 5) == [(1, 0, 2), (0, 1, 1)]
+    assert answering.most_confused(answers, 1) == [(1, 0, 2)]
+    # Bins of a fifteenth: {.9, .9} half right, {.5} right, {.6, .6} wrong, {1} right.
+    expected = (2 * 0.4 + 0.5 + 2 * 0.6 + 0) / 6
+    assert answering.calibration_error(answers) == pytest.approx(expected)
+
+
+def test_names_are_text_and_not_markup():
+    matrix = page.matrix(np.eye(2, dtype=int), ["<b>", "a & b"])
+    assert "&lt;b&gt;" in matrix and "a &amp; b" in matrix and "<b>" not in matrix
+
+
+def test_a_config_survives_its_file(smoke_config):
+    config = smoke_config()
+    stored = json.loads(json.dumps(as_json(config)))
+    assert as_config(stored).to_dict() == config.to_dict()
+    assert as_config(stored).data.mean == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["no/such"], "no/such is no workdir of a run: it has no config.json"),
+        (["RUN", "--out=x.txt"], "--out=x.txt: give a file that ends in .html"),
+        (["RUN", "--out=no/x.html"], "in a folder that exists"),
+        (["RUN"], "checkpoint"),
+        ([], "the following arguments are required: WORKDIR"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path, capsys, smoke_config):
+    (tmp_path / "config.json").write_text(json.dumps(as_json(smoke_config())))
+    with pytest.raises(SystemExit) as stop:
+        report.main([a.replace("RUN", str(tmp_path)) for a in arguments])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1

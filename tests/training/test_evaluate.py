@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every image counts exactly once, whatever the batch size and the number of devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tnt_flax.core.errors import InputError, RunError
+from tnt_flax.runtime import sharding
+from tnt_flax.runtime.workdir import as_json
+from tnt_flax.training import experiment
+from tnt_flax.training.evaluate import evaluate, evaluate_checkpoint, sums_and_means
+from tnt_flax.weights.weights_file import save_weights
+
+
+@pytest.fixture
+def setting(smoke_config):
+    config = smoke_config()
+    model = experiment.build_model(config, 10)
+    params = experiment.init_params(model, config)(jax.random.key(3))
+    params["head"]["kernel"] *= 50  # so that logits differ
+    return config, model, params
+
+
+def test_exact_for_any_batch_size(setting):
+    config, model, params = setting
+    mesh = sharding.make_mesh()
+    source = experiment.open_source(config, "test")
+    step = jax.jit(experiment.build_eval_step(config, model))
+    results = []
+    for batch_size in (8, 56, 360, 368):
+        config.eval.batch_size = batch_size
+        result, sums = sums_and_means(step, params, experiment.eval_batches(config, source), mesh)
+        results.append(result)
+        for name in ("per_class", "calibration"):  # images, hits, ...
+            assert sums[name][0].sum() == 360
+            assert sums[name][1].sum() == pytest.approx(360 * result["top1"])
+    for result in results:
+        assert (result["images"], result["skipped"]) == (360, 0)
+        assert result["top1"] == results[0]["top1"] and result["top5"] == results[0]["top5"]
+        np.testing.assert_allclose(result["loss"], results[0]["loss"], rtol=1e-6)
+
+    # The same by hand, without batches, masks or devices.
+    config.eval.batch_size = 360
+    (batch,) = experiment.eval_batches(config, source)
+    pixels = (jnp.asarray(batch["image"], jnp.float32) - 127.5) / 127.5
+    order = np.argsort(-np.asarray(model.apply({"params": params}, pixels)), axis=1)
+    hits = order == batch["label"][:, None]
+    assert results[0]["top1"] == hits[:, 0].mean()
+    assert results[0]["top5"] == hits[:, :5].any(axis=1).mean()
+    assert 0 < results[0]["top1"] < results[0]["top5"] < 1
+
+
+def test_a_weights_file(setting, tmp_path):
+    config, _, params = setting
+    path = tmp_path / "w.safetensors"
+    names = [str(i) for i in range(10)]
+    save_weights(path, params, {"config": as_json(config), "class_names": names})
+    result = evaluate_checkpoint(config, None, str(path))
+    assert result["images"] == 360
+    assert result["checkpoint"] == str(path)
+
+    config.model.depth = 2
+    with pytest.raises(InputError, match="another network, not the tnt_ti_.*depth: 1 -> 2"):
+        evaluate_checkpoint(config, None, str(path))
+    config.model.depth = 1
+    config.model.dtype = "bfloat16"  # how it is computed is free
+    assert evaluate_checkpoint(config, None, str(path))["images"] == 360
+
+    save_weights(path, params, {"config": as_json(config), "class_names": [*"abcdefghi0"]})
+    with pytest.raises(
+        InputError, match=r"10 classes \(a, b, c, d, e, ... \(10 in all\)\), none of"
+    ):
+        evaluate_checkpoint(config, None, str(path))
+
+
+def test_nothing_to_evaluate(setting, tmp_path):
+    config, model, params = setting
+    with pytest.raises(InputError, match="--checkpoint=best needs the --workdir"):
+        evaluate_checkpoint(config, None, "best")
+    with pytest.raises(InputError, match="no whole checkpoint in"):
+        evaluate_checkpoint(config, tmp_path, "best")
+    with pytest.raises(InputError, match="none.safetensors: No such file"):
+        evaluate_checkpoint(config, None, str(tmp_path / "none.safetensors"))
+    step = experiment.build_eval_step(config, model)
+    with pytest.raises(RunError, match="no image could be evaluated"):
+        evaluate(step, params, (batch for batch in ()), sharding.make_mesh())
+
+
+def test_weights_that_give_nan(setting):
+    config, model, params = setting
+    params["head"]["bias"] = jnp.full(10, jnp.nan)
+    source = experiment.open_source(config, "test")
+    step = jax.jit(experiment.build_eval_step(config, model))
+    with pytest.raises(RunError, match="the evaluation loss is nan"):
+        evaluate(step, params, experiment.eval_batches(config, source), sharding.make_mesh())

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer-wise learning rates and freezing, over stacked blocks; the network of the weights."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import digits, finetune
+from tests.helpers.jaxprs import equations
+from tests.helpers.random_weights import random_params
+from tests.helpers.smoke import SMOKE
+from tnt_flax import create_model
+from tnt_flax.core.errors import InputError
+from tnt_flax.core.trees import flat_names
+from tnt_flax.runtime.workdir import as_json
+from tnt_flax.training import config_check, experiment, fine_tuning
+from tnt_flax.training.evaluate import evaluate_checkpoint
+from tnt_flax.training.model_config import describe, with_network
+from tnt_flax.training.optimizer import make_optimizer
+from tnt_flax.training.step import TrainState
+from tnt_flax.training.train import train_and_evaluate
+from tnt_flax.weights.read import read_checkpoint
+from tnt_flax.weights.weights_file import save_weights
+
+layer_scales = fine_tuning.layer_scales
+SMALL = dict(outer_dim=12, inner_dim=4, outer_heads=2, inner_heads=2, num_classes=5)
+ADAMW = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, clip_norm=0.0)
+
+
+@functools.cache
+def make(depth=3, vanilla=()):
+    """A small network with random weights in every tensor."""
+    model = create_model("tnt_s_patch16_224", depth=depth, vanilla_blocks=vanilla, **SMALL)
+    return model, random_params(model, 32)
+
+
+def test_every_layer_has_its_factor():
+    _, params = make(depth=4, vanilla=(1,))  # three groups of blocks: 0, 1, and 2 to 3
+    scales = {n: np.ravel(x).tolist() for n, x in flat_names(layer_scales(params, 0.5)).items()}
+    for name in ("word_embed/conv/kernel", "proj/dense/kernel", "sentence_pos", "cls_token"):
+        assert scales[name] == [0.5**5], name
+    assert scales["blocks_0/inner/fc1/kernel"] == [0.5**4]
+    assert scales["blocks_1/outer/fc1/kernel"] == [0.5**3]
+    assert scales["blocks_2/proj/dense/kernel"] == [0.5**2, 0.5]
+    assert scales["norm/scale"] == [0.5] and scales["head/bias"] == [1.0]
+    headless = layer_scales({k: x for k, x in params.items() if k != "head"}, 0.5)
+    assert headless["norm"]["scale"] == 1
+    with pytest.raises(InputError, match="is for TNT, which has no tail/kernel"):
+        layer_scales(params | {"tail": {"kernel": jnp.zeros(1)}}, 0.5)
+
+
+def test_a_step_of_each_layer_is_shorter_by_its_factor_decay_included():
+    _, params = make()
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    def updates(**options):
+        tx = make_optimizer(lambda step: 0.1, **ADAMW, **options)
+        return jax.jit(lambda: tx.update(grads, tx.init(params), params)[0])()
+
+    scaled = jax.tree.map(jnp.multiply, updates(), layer_scales(params, 0.75))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-6), updates(layer_decay=0.75), scaled
+    )
+    first, last = updates(layer_decay=0.75)["blocks_0"]["outer"]["fc1"]["kernel"][jnp.array([0, 2])]
+    assert 1.6 < np.abs(last).mean() / np.abs(first).mean() < 2  # 0.75^-2
+
+
+def stepped(freeze, params=None, steps=2, **options):
+    """State before and after some steps with dropout, decay and clipping."""
+    model, initial = make()
+    params = initial if params is None else params
+    config = digits.get_config()
+    config.optimizer.update(freeze=freeze, clip_norm=1.0, **options)
+    tx, schedule = experiment.build_optimizer(config, 1)
+    state = before = TrainState.create(params, tx)
+    step = jax.jit(experiment.build_train_step(config, model, tx, schedule))
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    batch = {"image": jnp.asarray(images), "label": jnp.arange(8) % 5}
+    for _ in range(steps):
+        state, _ = step(state, batch, jax.random.key(1))
+    return before, state
+
+
+def test_freezing_leaves_exactly_the_named_tensors_as_they_are():
+    _, params = make()
+    params = params | {"sentence_pos": params["sentence_pos"].at[0, 1].set(-0.0)}
+    freeze = "^blocks/[02]/|sentence_pos|norm/scale$"
+    before, after = stepped(freeze, params, layer_decay=0.9)
+    frozen = 0
+    for tree in ("params", "ema"):
+        old, new = flat_names(getattr(before, tree)), flat_names(getattr(after, tree))
+        for name, leaf in new.items():
+            rows = fine_tuning.names_of(name, leaf)
+            stacked = len(rows) > 1 or rows[0] != name
+            for i, row in enumerate(rows):
+                a, b = (np.asarray(x[i] if stacked else x) for x in (old[name], leaf))
+                matched = (
+                    row.startswith(("blocks/0/", "blocks/2/"))
+                    or row == "sentence_pos"
+                    or row.endswith("norm/scale")
+                )
+                frozen += matched
+                assert (a.tobytes() == b.tobytes()) == matched, row
+    assert frozen == 2 * (2 * 31 + 2)
+
+
+def test_frozen_tensors_have_no_moments():
+    _, params = make()
+    tx = make_optimizer(lambda step: 0.1, **ADAMW, layer_decay=0.9, freeze="^(?!head/)")
+    moments = [x for x in jax.tree.leaves(jax.eval_shape(tx.init, params)) if x.ndim]
+    assert sum(x.size for x in moments) == 2 * sum(x.size for x in jax.tree.leaves(params["head"]))
+
+
+def test_a_probe_computes_no_gradient_of_the_blocks():
+    model, params = make()
+
+    def passes(freeze):
+        def loss(params):
+            learns = fine_tuning.trained(params, freeze)
+            params = fine_tuning.without_gradients(params, learns)
+            return model.apply({"params": params}, jnp.zeros((1, 32, 32, 3))).sum()
+
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(params)
+        return sum(e.primitive.name == "scan" for e in equations(jaxpr))
+
+    assert passes("^(?!head/)") == 1  # forward only
+    assert passes("^head/") == 2
+
+
+@pytest.mark.parametrize(
+    "freeze, message",
+    [
+        ("blocks/(", "is no regular expression: missing \\)"),
+        ("haed", "matches no parameter: names are such as"),
+        (".", "matches every parameter"),
+        ("^blocks/3/", "matches no parameter"),
+    ],
+)
+def test_bad_patterns(smoke_config, freeze, message):
+    with pytest.raises(InputError, match="optimizer.freeze=.*" + message):
+        fine_tuning.trained(make()[1], freeze)
+    with pytest.raises(InputError, match="optimizer.freeze=.*" + message):  # before any workdir
+        config_check.check(smoke_config(optimizer__freeze=freeze))
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.5, -1.0])
+def test_bad_decays(smoke_config, decay):
+    with pytest.raises(InputError, match=r"optimizer.layer_decay=.* is outside \(0, 1\]"):
+        config_check.check(smoke_config(optimizer__layer_decay=decay))
+
+
+# ------------------------------------------------------------------- the network of the weights
+
+
+def test_a_config_takes_the_network_of_the_weights(tmp_path):
+    fields = dict(depth=2, vanilla_blocks=(1,), se=True, mlp_ratio=2.0, patch_size=8)
+    model = create_model("tnt_b_legacy_patch16_224", **(SMALL | fields))
+    told = describe("x", model)
+    assert create_model(**told, num_classes=5) == model and "legacy" in told["name"]
+    assert describe("x", create_model("tnt_ti_patch16_224", num_classes=3)) == {
+        "name": "tnt_ti_patch16_224"
+    }
+    with pytest.raises(InputError, match="x is a network of no published lineage"):
+        describe("x", model.clone(gelu="tanh"))
+
+    config = finetune.get_config()
+    with pytest.raises(InputError, match="model.name is empty.*: set init_from=FILE"):
+        with_network(config)
+    config.init_from = str(tmp_path / "none.pth")
+    with pytest.raises(InputError, match="none.pth: No such file"):
+        with_network(config)
+
+
+def test_only_a_network_without_a_name_is_looked_up():
+    config = digits.get_config()
+    config.init_from = "none.pth"
+    assert with_network(config) is config
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A network of ten digits, not trained."""
+    config = digits.get_config()
+    config.update_from_flattened_dict(SMOKE)
+    model = experiment.build_model(config, 10)
+    params = random_params(model, 32)
+    path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
+    save_weights(path, params, {"config": as_json(config), "class_names": [*"0123456789"]})
+    return path
+
+
+def finetune_config(weights, root, how="all", **changes):
+    config = finetune.get_config(how)
+    config.init_from, config.data.root = str(weights), str(root)
+    config.data.update(image_size=32, threads=2)
+    config.update(batch_size=8, epochs=1)
+    config.eval.batch_size = 8
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.mark.slow
+def test_any_folder_is_fine_tuned_on(weights, tmp_path, capsys):
+    """No splits, other classes than the weights', and nothing said about the network."""
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog", "emu"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = generator.integers(0, 256, (40, 36, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
+    config = finetune_config(weights, tmp_path / "data", "probe", **{"optimizer.layer_decay": 0.9})
+    result = train_and_evaluate(config, tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "has no split 'validation': holding out 6 of the images" in said
+    assert "a new head for 3 classes" in said
+    assert (result["images"], result["step"]) == (6, 3)
+    found = read_checkpoint(tmp_path / "run", weights="raw")
+    assert found.class_names == ("cat", "dog", "emu")
+    before, after = read_checkpoint(weights).params, found.params
+    for name in before.keys() - {"head"}:
+        jax.tree.map(np.testing.assert_array_equal, before[name], after[name])
+    assert np.any(after["head"]["bias"])  # a new one begins with 0
+
+    # The run describes its network itself; whoever evaluates it need not.
+    assert json.loads((tmp_path / "run/config.json").read_text())["model"]["name"]
+    again = evaluate_checkpoint(config, tmp_path / "run", "last")
+    assert [again[k] for k in ("top1", "images")] == [result[k] for k in ("top1", "images")]
+
+
+def test_another_normalization_is_said(weights, tmp_path, capsys):
+    config = with_network(finetune_config(weights, tmp_path, **{"data.mean": (0.4, 0.5, 0.5)}))
+    experiment.load_params(config, experiment.build_model(config, 10), config.init_from)
+    assert "warning: made with data.mean=(0.5, 0.5, 0.5), used with (0.4" in capsys.readouterr().err
+
+
+def test_an_unknown_way_of_fine_tuning():
+    with pytest.raises(InputError, match="finetune.py:head: after the colon comes one of"):
+        finetune.get_config("head")
+
+
+# ---------------------------------------------------------------------------------------- oracle
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ["tnt_s_patch16_224", "tnt_s_legacy_patch16_224"])
+def test_factors_are_timms(name):
+    import timm
+    import timm.models.tnt
+    from timm.optim import param_groups_layer_decay
+
+    from tnt_flax.weights import names as mapping
+
+    network = timm.create_model(name)
+    names = {id(p): n for n, p in network.named_parameters()}
+    groups = param_groups_layer_decay(network, layer_decay=0.7)
+    theirs = {names[id(p)]: g["lr_scale"] for g in groups for p in g["params"]}
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    shapes = jax.eval_shape(create_model(name).init, jax.random.key(0), images)["params"]
+    ours = {}
+    for stacked, scales in flat_names(layer_scales(shapes, 0.7)).items():
+        rows = fine_tuning.names_of(stacked, flat_names(shapes)[stacked])
+        ours |= dict(zip(rows, np.ravel(scales).tolist(), strict=True))
+    compared = {n: (ours[n], theirs[mapping.place_of("timm", n).name]) for n in ours}
+    assert len(compared) == len(ours) > 200
+    assert {mapping.place_of("timm", n).name for n in ours} == set(theirs)
+    for ours_name, (mine, timms) in compared.items():
+        assert mine == pytest.approx(timms, rel=1e-6), ours_name

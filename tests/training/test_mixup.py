@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixing, normalizing and erasing, against closed forms; `test_oracle_augment.py` runs timm."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tnt_flax.training import mixup
+from tnt_flax.training.mixup import Mix, normalize
+
+PUBLISHED_MIX = dict(mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5)
+PUBLISHED_ERASE = dict(prob=0.25, area=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
+EMPTY = (0, 0, 0, 0)
+
+
+def test_normalize_as_published():
+    pixels = np.array([0, 127, 128, 255], np.uint8).repeat(3).reshape(1, 2, 2, 3)
+    out = normalize(jnp.asarray(pixels), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert out.dtype == jnp.float32
+    np.testing.assert_array_equal(out, ((pixels.astype(np.float32)) - 127.5) / 127.5)
+
+
+def test_normalize_per_channel():
+    out = normalize(jnp.full((1, 1, 1, 3), 255, jnp.uint8), (0.0, 0.5, 0.25), (1.0, 0.5, 0.25))
+    np.testing.assert_allclose(out[0, 0, 0], [1, 1, 3], rtol=1e-6)
+
+
+# ---------------------------------------------------------------- mixing, with the draws given
+
+
+def apply(images, drawn, targets=None):
+    targets = jnp.eye(len(images)) if targets is None else targets
+    blend, box = jnp.asarray(drawn[0], jnp.float32), jnp.asarray(drawn[1], jnp.int32)
+    mixed, targets = jax.jit(mixup.apply_mix)(images, targets, Mix(blend, box))
+    assert mixed.dtype == jnp.uint8 and targets.dtype == jnp.float32
+    return np.asarray(mixed), np.asarray(targets)
+
+
+def random_images(batch, height=10, width=14):
+    return np.random.default_rng(0).integers(0, 256, (batch, height, width, 3), np.uint8)
+
+
+def test_partners_are_mirrored_within_groups_of_consecutive_rows():
+    images = np.arange(12, dtype=np.uint8).repeat(3).reshape(12, 1, 1, 3)
+    mixed, targets = apply(images, ([0, 1, 0], [EMPTY] * 3))
+    partners = [3, 2, 1, 0, 4, 5, 6, 7, 11, 10, 9, 8]
+    assert mixed[:, 0, 0, 0].tolist() == partners
+    np.testing.assert_array_equal(targets, np.eye(12)[partners])
+
+
+def test_trap_25_mixed_pixels_are_rounded_halves_to_even():
+    images = np.array([[1, 2, 3], [2, 3, 4]], np.uint8)[:, None, None]
+    mixed, _ = apply(images, ([0.5], [EMPTY]))
+    assert mixed.tolist() == [[[[2, 2, 4]]]] * 2  # 1.5, 2.5, 3.5
+
+
+def test_mixup_is_correctly_rounded_for_every_pair_of_pixels():
+    """Weights are multiples of 2^-16: products are exact, so a fused multiply-add cannot differ."""
+    own, partner = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
+    pair = np.stack([own, partner])[..., None].repeat(3, axis=3)
+    lam = np.random.default_rng(0).integers(1, 2**16, 6) / 2**16
+    mixed, targets = apply(np.tile(pair, (6, 1, 1, 1)), (lam, [EMPTY] * 6))
+    for i, weight in enumerate(lam):
+        exact = own * weight + partner * (1 - weight)  # in float64
+        np.testing.assert_array_equal(mixed[2 * i, ..., 0], np.rint(exact))
+        exact = partner * weight + own * (1 - weight)
+        np.testing.assert_array_equal(mixed[2 * i + 1, ..., 2], np.rint(exact))
+        np.testing.assert_array_equal(targets[2 * i, 2 * i : 2 * i + 2], [weight, 1 - weight])
+
+
+def test_cutmix_pastes_the_box_and_corrects_the_targets():
+    images = random_images(4)
+    mixed, targets = apply(images, ([1, 1], [(2, 5, 0, 14), EMPTY]))
+    expected = images.copy()
+    expected[:2, 2:5] = images[1::-1, 2:5]
+    np.testing.assert_array_equal(mixed, expected)
+    share = 1 - 3 * 14 / 140
+    np.testing.assert_allclose(targets[:2, :2], [[share, 1 - share], [1 - share, share]], rtol=1e-6)
+    np.testing.assert_array_equal(targets[2:], np.eye(4)[2:])
+
+
+def test_trap_27_the_box_is_that_of_python_for_every_weight():
+    lam = np.arange(2**16 + 1) / 2**16
+    height, width = 224, 96
+    y, x = np.random.default_rng(0).integers(0, (height, width), (len(lam), 2)).T
+    boxes = mixup.cut_box(
+        jnp.asarray(lam, jnp.float32), jnp.asarray(y), jnp.asarray(x), height, width
+    )
+    for size, center, low, high in ((height, y, 0, 1), (width, x, 2, 3)):
+        half = np.trunc(size * np.sqrt(1 - lam)).astype(int) // 2
+        np.testing.assert_array_equal(boxes[:, low], np.maximum(center - half, 0))
+        np.testing.assert_array_equal(boxes[:, high], np.minimum(center + half, size))
+    assert boxes[-1].tolist() == [y[-1], y[-1], x[-1], x[-1]]  # nothing at lam = 1
+
+
+# ---------------------------------------------------------------- mixing, drawn
+
+
+def draw(**changes):
+    """Draws for 20,000 groups of images of 224 x 224 pixels: blend [20000], box [20000, 4]."""
+    options = PUBLISHED_MIX | changes
+    draw = jax.jit(lambda key: mixup.draw_mix(key, 20_000, 224, 224, **options))
+    return [np.asarray(x) for x in draw(jax.random.key(0))]
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return draw()
+
+
+def ks_distance(samples, cdf):
+    """Kolmogorov-Smirnov: the largest distance between the samples' distribution and `cdf`."""
+    samples = np.sort(samples)
+    steps = np.arange(len(samples) + 1) / len(samples)
+    expected = np.asarray(cdf(samples))
+    return max(np.abs(expected - steps[1:]).max(), np.abs(expected - steps[:-1]).max())
+
+
+def test_half_of_the_groups_are_mixup_with_beta_weights(drawn):
+    blend, box = drawn
+    is_mixup = blend < 1
+    assert is_mixup.mean() == pytest.approx(0.5, abs=0.015)
+    assert (box[is_mixup, 0] == box[is_mixup, 1]).all()
+    np.testing.assert_array_equal(blend * 2**16, np.rint(blend * 2**16))
+    beta = lambda x: jax.scipy.special.betainc(0.8, 0.8, x)
+    assert ks_distance(blend[is_mixup], beta) < 0.02  # 1.95 / sqrt(10,000): one run in a thousand
+
+
+def test_boxes_of_cutmix(drawn):
+    size = 224
+    blend, box = drawn
+    top, bottom, left, right = box[blend == 1].T
+    height, width = bottom - top, right - left
+    assert (top >= 0).all() and (bottom <= size).all() and (height >= 0).all()
+    # Given lam, the sides are independent: average over every center, then over every lam.
+    half = np.trunc(size * np.sqrt(1 - np.arange(0, 2**16, 16) / 2**16)).astype(int)[:, None] // 2
+    center = np.arange(size)[None]
+    sides = np.minimum(center + half, size) - np.maximum(center - half, 0)
+    area = (sides.mean(axis=1) ** 2).mean()
+    assert (height * width).mean() == pytest.approx(area, rel=0.04)
+    known = np.sort(sides.ravel())
+    cdf = lambda x: np.searchsorted(known, x, side="right") / len(known)
+    jitter = np.random.default_rng(0).random(len(height))  # makes whole numbers continuous
+    for side in (height, width):
+        smooth = lambda x: cdf(x // 1 - 1) + (x % 1) * (cdf(x // 1) - cdf(x // 1 - 1))
+        assert ks_distance(side + jitter, smooth) < 0.02
+
+
+def test_mixup_alone_and_only_sometimes():
+    blend, box = draw(cutmix_alpha=0.0, prob=0.3)
+    assert (blend < 1).mean() == pytest.approx(0.3, abs=0.015)
+    np.testing.assert_array_equal(box[:, 0], box[:, 1])
+    np.testing.assert_array_equal(box[:, 2], box[:, 3])
+
+
+def test_every_group_has_its_own_draw():
+    images = random_images(32)
+
+    @jax.jit
+    def mix(key, images):
+        mixed = mixup.mix(key, images, jnp.eye(32), groups=4, **PUBLISHED_MIX)
+        return mixed, mixup.draw_mix(key, 4, 10, 14, **PUBLISHED_MIX)
+
+    (mixed, targets), (blend, box) = mix(jax.random.key(2), images)
+    assert len({(float(b), *map(int, x)) for b, x in zip(blend, box, strict=True)}) == 4
+    expected, expected_targets = apply(images, (blend, box))
+    np.testing.assert_array_equal(mixed, expected)
+    np.testing.assert_allclose(targets, expected_targets, rtol=1e-6)
+
+
+# ---------------------------------------------------------------- erasing
+
+
+@pytest.fixture(scope="module")
+def boxes():
+    """Those of 60,000 images of 224 x 224 pixels."""
+    draw = jax.jit(lambda key: mixup.draw_boxes(key, 60_000, 224, 224, **PUBLISHED_ERASE))
+    return np.asarray(draw(jax.random.key(0)))
+
+
+def test_the_first_box_smaller_than_the_image_is_taken():
+    areas = np.random.default_rng(0).uniform(0.02, 1 / 3, (500, 10)).astype(np.float32)
+    ratios = np.exp(np.random.default_rng(1).uniform(-3, 3, (500, 10))).astype(np.float32)
+    height, width = 40, 24
+    ours = np.asarray(mixup.first_fit(jnp.asarray(areas), jnp.asarray(ratios), height, width))
+    nth = []
+    for i in range(500):
+        for n, (area, ratio) in enumerate(zip(areas[i] * (height * width), ratios[i], strict=True)):
+            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if h < height and w < width:
+                assert ours[:, i].tolist() == [h, w]
+                nth.append(n)
+                break
+    assert len(nth) == 500 and set(nth) >= {0, 1, 2, 3}
+
+
+def test_sides_are_rounded_halves_to_even_and_must_be_smaller_than_the_image():
+    cases = [  # pixels and ratios of two tries; height and width that come of them
+        ((2.25, 4.0), (1.0, 1.0), (2, 2)),
+        ((6.25, 9.0), (1.0, 1.0), (2, 2)),
+        ((12.25, 9.0), (1.0, 1.0), (4, 4)),
+        ((64.0, 49.0), (1.0, 1.0), (7, 7)),  # the first is as large as the image
+        ((16.0, 9.0), (4.0, 4.0), (6, 2)),  # 8 high
+        ((16.0, 9.0), (0.25, 0.25), (2, 6)),  # 8 wide
+        ((64.0, 16.0), (1.0, 4.0), (0, 0)),
+    ]
+    pixels, ratios, expected = map(jnp.array, zip(*cases, strict=True))
+    np.testing.assert_array_equal(mixup.first_fit(pixels / 64, ratios, 8, 8), expected.T)
+
+
+def test_a_quarter_of_the_images_is_erased_inside_their_borders(boxes):
+    top, bottom, left, right = boxes.T
+    erased = bottom > top
+    assert erased.mean() == pytest.approx(0.25, abs=0.0075)
+    np.testing.assert_array_equal(erased, right > left)
+    assert (top >= 0).all() and (left >= 0).all() and (bottom <= 224).all() and (right <= 224).all()
+
+
+def test_areas_ratios_and_places_of_erased_boxes(boxes):
+    size = 224
+    top, bottom, left, right = boxes[boxes[:, 1] > boxes[:, 0]].T
+    height, width = bottom - top, right - left
+    # The first try that fits is distributed as any try, given that it fits.
+    areas, logs = np.meshgrid(
+        np.linspace(0.02, 1 / 3, 801), np.linspace(math.log(0.3), -math.log(0.3), 801)
+    )
+    h = np.rint(np.sqrt(areas * size**2 * np.exp(logs)))
+    w = np.rint(np.sqrt(areas * size**2 / np.exp(logs)))
+    fits = (h < size) & (w < size)
+    assert 0.95 < fits.mean() < 1
+    for ours, expected in ((height * width, (h * w)[fits]), (height / width, (h / w)[fits])):
+        expected = np.sort(expected)
+        cdf = lambda x, known=expected: np.searchsorted(known, x) / len(known)
+        assert ks_distance(ours, cdf) < 0.018
+    # top / (size - height + 1) is uniform, but for top being whole
+    for start, room in ((top, size - height + 1), (left, size - width + 1)):
+        jitter = np.random.default_rng(0).random(len(start))
+        assert ks_distance((start + jitter) / room, lambda x: x) < 0.014
+        assert (start == 0).any() and (start == room - 1).any()  # both ends are included
+
+
+def test_erased_pixels_are_noise_and_the_others_untouched():
+    options = PUBLISHED_ERASE | {"prob": 0.5}
+
+    @jax.jit
+    def erase(key, images):
+        boxes = mixup.draw_boxes(jax.random.split(key)[0], 64, 32, 24, **options)
+        return mixup.erase(key, images, **options), boxes
+
+    erased, boxes = map(np.asarray, erase(jax.random.key(0), jnp.full((64, 32, 24, 3), 7.0)))
+    noise = []
+    for image, (top, bottom, left, right) in zip(erased, boxes, strict=True):
+        changed = np.zeros((32, 24), bool)
+        changed[top:bottom, left:right] = True
+        np.testing.assert_array_equal(image != 7, np.repeat(changed[..., None], 3, axis=2))
+        noise.append(image[changed])
+    noise = np.concatenate(noise)  # [pixels, 3]
+    assert len(noise) > 3000
+    normal = lambda x: jax.scipy.stats.norm.cdf(x)
+    assert ks_distance(noise.ravel(), normal) < 1.95 / math.sqrt(noise.size)
+    correlation = np.corrcoef(noise.T) - np.eye(3)
+    assert np.abs(correlation).max() < 0.07  # channels are drawn apart
+    assert len(np.unique(noise)) > 0.99 * noise.size  # and so is every pixel

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run of PyramidTNT: BatchNorm's statistics go wherever the weights go."""
+
+import functools
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tnt_flax
+from tests.helpers.smoke import SMOKE
+from tnt_flax.core.trees import fingerprint, flat_names, merged, split
+from tnt_flax.runtime import checkpoints
+from tnt_flax.tools import report
+from tnt_flax.tools.convert import main as convert
+from tnt_flax.training import experiment
+from tnt_flax.training.evaluate import evaluate_checkpoint
+from tnt_flax.training.step import TrainState, make_prepare, make_train_step
+from tnt_flax.training.train import train_and_evaluate
+
+STEPS = 29  # 1,437 digits in batches of 48
+MODEL = dict(
+    name="ptnt_ti_patch16_192", outer_dim=8, inner_dim=2, outer_heads=2, inner_heads=1, remat="none"
+)
+DIGITS = tuple("0123456789")
+HALF = (0.5, 0.5, 0.5)
+
+
+pytestmark = pytest.mark.soak
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A smoke run from start to end: (config, workdir, result)."""
+    from configs import digits
+
+    config = digits.get_config()
+    config.update_from_flattened_dict({k: v for k, v in SMOKE.items() if "model." not in k})
+    fields = MODEL | dict(depths=(1, 1, 1, 1), depth=None)
+    config.update_from_flattened_dict({f"model.{key}": value for key, value in fields.items()})
+    workdir = tmp_path_factory.mktemp("pyramid")
+    return config, workdir, train_and_evaluate(config, workdir)
+
+
+def stored(workdir, step, kind, config):
+    model = experiment.build_model(config, 10)
+    abstract = jax.eval_shape(experiment.init_params(model, config), jax.random.key(0))
+    return checkpoints.read_weights(workdir / "checkpoints" / str(step), kind, abstract)
+
+
+def test_statistics_move_and_are_averaged(finished):
+    config, workdir, _ = finished
+    raw, ema = (flat_names(stored(workdir, STEPS, kind, config)) for kind in ("raw", "ema"))
+    for name, x in raw.items():
+        if name.endswith("/count"):
+            assert x == ema[name] == STEPS and x.dtype == np.int32
+        elif name.endswith(("/mean", "/var")):
+            initial = float(name.endswith("/var"))
+            assert (x != initial).all() and (ema[name] != x).any(), name
+            # The average (0.99 a step) is behind, between the beginning and the end.
+            assert np.abs(ema[name] - initial).mean() < np.abs(x - initial).mean(), name
+
+
+def test_a_resumed_run_ends_bit_identical(finished, tmp_path):
+    config, workdir, result = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    for step in (20, STEPS):
+        shutil.rmtree(copy / "checkpoints" / str(step))
+    assert train_and_evaluate(config, copy) == result  # the fingerprint covers the statistics
+    again, first = ((folder / "weights.safetensors").read_bytes() for folder in (copy, workdir))
+    assert again == first
+
+
+def test_its_weights_are_evaluated_loaded_and_converted(finished, tmp_path):
+    config, workdir, result = finished
+    found = evaluate_checkpoint(config, None, str(workdir / "weights.safetensors"))
+    assert (found["top1"], found["loss"]) == (result["top1"], result["loss"])
+    model, variables = tnt_flax.load(workdir, checkpoint="last", weights="raw")
+    assert fingerprint(merged(variables)) == result["fingerprint"]
+    assert model.depths == (1, 1, 1, 1) and set(variables) == {"params", "batch_stats"}
+    path = tmp_path / "x.pth"
+    flags = ["--to=huawei", "--checkpoint=last", "--weights=raw"]
+    params, _ = experiment.load_params(
+        config, experiment.build_model(config, 10), str(workdir), DIGITS, checkpoint="last"
+    )
+    assert fingerprint(params) == fingerprint(stored(workdir, STEPS, "ema", config))
+    assert convert([str(workdir), str(path), *flags]) == 0
+    _, again = tnt_flax.load(path, inner_heads=1)
+    assert fingerprint(merged(again)) == result["fingerprint"]
+
+
+def test_its_report(finished):
+    _, workdir, result = finished
+    found = report.report(report.make_parser().parse_args([str(workdir)]))
+    assert found["top1"] == pytest.approx(result["top1"])
+    assert "what has reached the head (attention rollout" in (workdir / "report.html").read_text()
+
+
+def test_a_step_sees_the_optimizer_without_statistics(finished):
+    config, workdir, _ = finished
+    model = experiment.build_model(config, 10)
+    tx, schedule = experiment.build_optimizer(config, 29)
+    init = experiment.init_params(model, config)
+    create = lambda key: TrainState.create(init(key), tx)
+    state = jax.eval_shape(create, jax.random.key(0))
+    moments = [name for name in flat_names(state.opt_state) if "/mu/" in name]
+    assert len(moments) == len(flat_names(split(state.params)["params"]))
+    prepare = make_prepare(10, label_smoothing=0.1, mean=HALF, std=HALF)
+    step = make_train_step(model, tx, schedule, prepare, ema_decay=0.9)
+    batch = {
+        "image": jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((8,), jnp.int32),
+    }
+    new, metrics = jax.eval_shape(step, state, batch, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
+    same = jax.tree.map(lambda a, b: a.dtype == b.dtype, new, state)
+    assert functools.reduce(lambda a, b: a and b, jax.tree.leaves(same))
+    assert metrics["finite"].shape == (2 * len(flat_names(state.params)),)

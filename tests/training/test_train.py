@@ -1,0 +1,452 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop and its glue: cadence, resume, kills, NaN, and what a run leaves behind."""
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import default
+from tests.helpers.smoke import SMOKE
+from tnt_flax.core.errors import InputError, RunError, Stopped
+from tnt_flax.core.trees import fingerprint
+from tnt_flax.runtime import checkpoints, environment, sharding
+from tnt_flax.runtime.watchdog import Guard
+from tnt_flax.training import experiment, train
+from tnt_flax.training.metrics import read_metrics_file
+from tnt_flax.training.train import due, train_and_evaluate
+from tnt_flax.weights import names
+from tnt_flax.weights.formats import torch
+from tnt_flax.weights.read import read_checkpoint
+
+STEPS = 29  # 1,437 digits in batches of 48
+
+
+@pytest.mark.parametrize(
+    "every, total, expected",
+    [(1, 4, [1, 2, 3, 4]), (3, 7, [3, 6, 7]), (7, 7, [7]), (9, 7, [7]), (3, 6, [3, 6])],
+)
+def test_cadence(every, total, expected):
+    assert [step for step in range(1, total + 1) if due(step, every, total)] == expected
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A smoke run from start to end: (config, workdir, result)."""
+    from configs import digits
+
+    config = digits.get_config()
+    config.update_from_flattened_dict(SMOKE)
+    workdir = tmp_path_factory.mktemp("finished")
+    return config, workdir, train_and_evaluate(config, workdir)
+
+
+def test_a_run_leaves_everything_behind(finished):
+    config, workdir, result = finished
+    assert result["step"] == STEPS and result["images"] == 360 and result["skipped"] == 0
+    assert 0 <= result["top1"] <= result["top5"] <= 1
+    assert len(result["fingerprint"]) == 64
+    saved = [int(p.name) for p in checkpoints.step_folders(workdir / "checkpoints")]
+    assert saved == [10, 20, STEPS]
+    for name in ("config.json", "weights.safetensors", "parameters.txt"):
+        assert (workdir / name).stat().st_size > 0
+    (start,) = environment.read(workdir)
+    assert start["step"] == 0 and start["environment"]["jax"] == jax.__version__
+    for name in ("curves.png", "predictions.png"):
+        with Image.open(workdir / name) as picture:
+            assert min(picture.size) > 200
+
+
+def test_the_log_of_a_run(finished):
+    config, workdir, result = finished
+    lines = read_metrics_file(workdir / "metrics.jsonl")
+    assert [m["step"] for m in lines if "train/loss" in m] == [10, 20, STEPS]
+    assert [m["step"] for m in lines if "eval/top1" in m] == [STEPS]
+    assert lines[-1] == {"step": STEPS, "fingerprint": result["fingerprint"]}
+    rates = [m["train/learning_rate"] for m in lines if "train/loss" in m]
+    assert rates == pytest.approx([1e-3] * 3)  # epoch 0 of a cosine without warm-up
+    assert lines[0]["train/epoch"] == pytest.approx(10 / STEPS)
+    assert 0 <= lines[0]["train/data_wait"] <= 1
+
+
+def test_the_first_loss_is_that_of_a_guess(finished):
+    _, workdir, _ = finished
+    first = read_metrics_file(workdir / "metrics.jsonl")[0]["train/loss"]
+    assert first == pytest.approx(np.log(10), abs=0.1)
+
+
+def test_restarting_a_finished_run_changes_nothing(finished):
+    config, workdir, result = finished
+    assert train_and_evaluate(config, workdir) == result
+
+
+def test_a_damaged_latest_checkpoint_costs_only_the_steps_since(finished, tmp_path, capsys):
+    """The run falls back to the checkpoint before, and still ends bit-identical to the first."""
+    config, workdir, result = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    for step in (20, STEPS):
+        array_file = max(
+            (copy / "checkpoints" / str(step) / "state").rglob("d/*"),
+            key=lambda p: p.stat().st_size,
+        )
+        content = bytearray(array_file.read_bytes())
+        content[100] ^= 4
+        array_file.write_bytes(content)
+    assert train_and_evaluate(config, copy) == result
+    err = capsys.readouterr().err
+    assert err.count("is damaged") == 2
+    assert "from step 10 to 29" in err
+
+
+def test_an_evaluation_is_saved_even_off_the_checkpoint_cadence(smoke_config, tmp_path):
+    config = smoke_config(eval__every="14 steps", checkpoint__every="20 steps", checkpoint__keep=9)
+    train_and_evaluate(config, tmp_path)
+    folders = checkpoints.step_folders(tmp_path / "checkpoints")
+    assert [int(p.name) for p in folders] == [14, 20, 28, STEPS]
+    evaluated = [int(p.name) for p in folders if checkpoints.read_metrics(p)]
+    assert evaluated == [14, 28, STEPS]
+
+
+def test_nan_stops_the_run_with_its_cause(smoke_config, tmp_path):
+    config = smoke_config(optimizer__learning_rate=1e30, checkpoint__every="1 steps")
+    with pytest.raises(RunError) as caught:
+        train_and_evaluate(config, tmp_path)
+    message = str(caught.value)
+    assert "the loss of step" in message and "at learning rate 1e+30" in message
+    assert "first bad tensor: parameter " in message or "first bad tensor: gradient of" in message
+    last = checkpoints.find_checkpoint(tmp_path / "checkpoints", "last")
+    assert message.endswith(f"the last good checkpoint is step {last.name}")
+    for leaf in jax.tree.leaves(read_checkpoint(last, weights="raw").params):
+        assert np.isfinite(leaf).all()
+
+
+def test_training_begins_from_weights_of_any_system(finished, smoke_config, tmp_path, capsys):
+    """With a learning rate of zero the run ends with the weights that it began from."""
+    _, workdir, result = finished
+    params = read_checkpoint(workdir, weights="raw", checkpoint="last").params
+    torch.write(tmp_path / "x.pth", dict(names.export("huawei", params)))
+    config = smoke_config(
+        init_from=str(tmp_path / "x.pth"),
+        optimizer__learning_rate=0.0,
+        optimizer__min_learning_rate=0.0,
+    )
+    again = train_and_evaluate(config, tmp_path / "run")
+    assert again["fingerprint"] == result["fingerprint"]
+    assert "official network, huawei names, torch file" in capsys.readouterr().err
+    average = read_checkpoint(tmp_path / "run", weights="ema").params  # it began there, too
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), average, params)
+
+
+def test_other_classes_get_a_new_head(finished, smoke_config, capsys):
+    config, workdir, _ = finished
+    model = experiment.build_model(config, 10)
+    same, renamed = tuple("0123456789"), tuple("abcdefghij")
+    params = read_checkpoint(workdir).params
+
+    def load(model, class_names, config=config):
+        return experiment.load_params(config, model, str(workdir), class_names)
+
+    kept, _ = load(model, class_names=same)
+    assert fingerprint(kept) == fingerprint(params)
+    assert "a new head" not in capsys.readouterr().err
+    new, _ = load(model, class_names=renamed)  # as many, but others
+    assert "a new head for 10 classes" in capsys.readouterr().err
+    assert fingerprint(new["head"]) != fingerprint(params["head"])
+    assert fingerprint(new["blocks_0"]) == fingerprint(params["blocks_0"])
+
+    config = smoke_config(data__image_size=64)
+    fewer, _ = load(model.clone(num_classes=3), class_names=same[:3], config=config)
+    assert fewer["head"]["kernel"].shape == (24, 3)
+    assert fewer["sentence_pos"].shape == (1, 17, 24)
+    kept, found = load(model.clone(num_classes=0), class_names=None)  # to evaluate
+    assert fingerprint(kept) != fingerprint(fewer) and found.class_names == same
+    assert kept["head"]["kernel"].shape == (24, 10)
+    with pytest.raises(InputError, match=r"not the tnt_ti_.* that the config describes \(depth: 1"):
+        load(model.clone(depth=2), class_names=same)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (dict(init_from="none.pth"), "cannot read none.pth: No such file or directory"),
+        (dict(batch_size=44), "batch_size=44 is not divisible by the 8 devices"),
+        (dict(eval__batch_size=12), "eval.batch_size=12 is not divisible by the 8 devices"),
+        (dict(batch_size=1440), "1437.*1440"),
+        (dict(data__image_size=40), "data.image_size=40 is not divisible by the patch size 16"),
+        (dict(data__image_size=0), "data.image_size=0"),
+        (dict(data__source="digit"), "did you mean 'digits'"),
+        (dict(data__corrupt="ignore"), "data.corrupt='ignore' is none of"),
+        (dict(eval__weights="both"), "eval.weights='both' is none of"),
+        (dict(eval__every="sometimes"), "eval.every='sometimes' is no duration"),
+        (dict(model__name="tnt_s_patch16_22"), "did you mean 'tnt_s_patch16_224'"),
+        (dict(model__remat="all"), "remat='all'"),
+        (dict(model__drop_path=1.0), "drop_path=1.0 is outside"),
+        (dict(model__outer_heads=5), "width 24 is not divisible by 5 attention heads"),
+        (dict(model__dtype="float12"), "dtype='float12'"),
+        (dict(epochs=0), "epochs=0 is less than 1"),
+        (dict(ema__decay=1.0), "ema.decay=1.0 is outside"),
+        (dict(data__mean=(0.5,)), "data.mean=.* must have three values"),
+        (dict(checkpoint__keep=0), "checkpoint.keep=0 is less than 1"),
+    ],
+    ids=lambda x: "" if isinstance(x, str) else ",".join(x),
+)
+def test_bad_configs(smoke_config, tmp_path, overrides, message):
+    with pytest.raises(InputError, match=message) as caught:
+        train_and_evaluate(smoke_config(**overrides), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def make_folder(root, classes=("cat", "dog"), splits=("train", "val"), count=24):
+    generator = np.random.default_rng(0)
+    for split in splits:
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (40, 36, 3), np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.jpg")
+    return root
+
+
+def folder_config(smoke_config, root, **overrides):
+    return smoke_config(
+        data__source="folder",
+        data__root=str(root),
+        data__eval_split="validation",
+        batch_size=16,
+        eval__batch_size=16,
+        log__every="1 steps",
+        **overrides,
+    )
+
+
+def test_an_image_folder_trains(smoke_config, tmp_path):
+    config = folder_config(smoke_config, make_folder(tmp_path / "data"))
+    result = train_and_evaluate(config, tmp_path / "run")
+    assert (result["step"], result["images"], result["top5"]) == (3, 48, 1.0)
+
+
+def test_train_and_eval_classes_that_differ(smoke_config, tmp_path):
+    make_folder(tmp_path / "data", splits=("train",))
+    make_folder(tmp_path / "data", classes=("cat", "fox"), splits=("val",))
+    with pytest.raises(InputError, match="dog.*fox"):
+        train_and_evaluate(folder_config(smoke_config, tmp_path / "data"), tmp_path / "run")
+
+
+def test_a_missing_data_folder(smoke_config, tmp_path):
+    """And the command corrected, in the same workdir."""
+    with pytest.raises(InputError, match="nowhere"):
+        train_and_evaluate(folder_config(smoke_config, tmp_path / "nowhere"), tmp_path / "run")
+    config = folder_config(smoke_config, make_folder(tmp_path / "data"))
+    with pytest.raises(InputError, match="none.pth"):
+        changed = folder_config(smoke_config, tmp_path / "data", init_from="none.pth")
+        train_and_evaluate(changed, tmp_path / "run")
+    assert train_and_evaluate(config, tmp_path / "run")["step"] == 3
+    other = make_folder(tmp_path / "other", classes=("cat", "eel"))
+    with pytest.raises(
+        InputError, match=r"checkpoints/3 is of 2 classes \(cat, dog\), the data are"
+    ):
+        train_and_evaluate(folder_config(smoke_config, other), tmp_path / "run")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_truncated_file_stops_the_run_by_name_or_is_counted(smoke_config, tmp_path, split):
+    make_folder(tmp_path / "data")
+    broken = tmp_path / "data" / split / "dog" / "7.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(InputError, match=f"{split}/dog/7.jpg.*data.corrupt"):
+        train_and_evaluate(folder_config(smoke_config, tmp_path / "data"), tmp_path / "run")
+    # As the message advises, in the same workdir.
+    config = folder_config(smoke_config, tmp_path / "data", data__corrupt="skip")
+    result = train_and_evaluate(config, tmp_path / "run")
+    lines = read_metrics_file(tmp_path / "run" / "metrics.jsonl")
+    replaced = sum(m.get("train/replaced_images", 0) for m in lines)
+    assert (replaced, result["skipped"]) == ((1, 0) if split == "train" else (0, 1))
+    assert result["images"] == 48 - result["skipped"]
+
+
+def run(root, workdir, flags, **kwargs):
+    command = [
+        sys.executable,
+        "main.py",
+        "--config=configs/digits.py",
+        f"--workdir={workdir}",
+        *flags,
+    ]
+    return subprocess.Popen(
+        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_bit_identical_to_undisturbed(root, tmp_path, smoke_flags):
+    """kill -9 of the real command, twice: the same command goes on at the exact sample.
+
+    Everything that is random is on: the whole published augmentation, and drop path.
+    """
+    flags = [*smoke_flags, "--config.checkpoint.every=4 steps", "--config.model.drop_path=0.2"]
+    published = default.get_config().augment
+    flags += [f"--config.augment.{key}={value}" for key, value in published.items()]
+    process = run(root, tmp_path / "whole", flags)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    whole = json.loads(out.splitlines()[-1])
+
+    for first_step in (4, 12):
+        process = run(root, tmp_path / "killed", flags)
+        while not (tmp_path / "killed" / "checkpoints" / str(first_step)).exists():
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = run(root, tmp_path / "killed", flags)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "from step 0 " not in err  # it did resume
+    assert json.loads(out.splitlines()[-1]) == whole
+    weights = [
+        (tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "killed")
+    ]
+    assert weights[0] == weights[1]
+    logs = [read_metrics_file(tmp_path / n / "metrics.jsonl") for n in ("whole", "killed")]
+    assert [m["step"] for m in logs[0]] == [m["step"] for m in logs[1]]
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """Returns a function: what to call when the guard of a run is told `reached`."""
+
+    def register(reached, action):
+        original = Guard.reached
+
+        def wrapped(self, what):
+            if what.startswith(reached):
+                action()
+            return original(self, what)
+
+        monkeypatch.setattr(Guard, "reached", wrapped)
+
+    return register
+
+
+def test_notices_to_stop_cost_nothing(finished, tmp_path, at):
+    """In a step, in an evaluation, while a save is in flight: it ends as if undisturbed."""
+    config, _, result = finished
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(
+        {"eval.every": "10 steps", "checkpoint.every": "4 steps", "checkpoint.keep": 9}
+    )
+    config.eval.batch_size = 120
+    sent = []
+
+    def send(number):
+        if number not in sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    at("step 7 ", lambda: send(signal.SIGTERM))
+    at("batch 2 ", lambda: send(signal.SIGINT))
+    for step in (7, 10):
+        with pytest.raises(Stopped, match=f"^step {step} is saved"):
+            train_and_evaluate(config, tmp_path)
+        assert checkpoints.find_checkpoint(tmp_path / "checkpoints", "last").name == str(step)
+    assert checkpoints.read_metrics(tmp_path / "checkpoints" / "10") == {}
+    assert train_and_evaluate(config, tmp_path)["fingerprint"] == result["fingerprint"]
+    lines = read_metrics_file(tmp_path / "metrics.jsonl")
+    assert [m["step"] for m in lines if "eval/top1" in m] == [10, 20, STEPS]
+    assert checkpoints.read_metrics(tmp_path / "checkpoints" / "10")["images"] == 360
+
+
+def test_data_that_goes_away_ends_the_run_with_its_state_saved(smoke_config, tmp_path, at):
+    make_folder(tmp_path / "data")
+    config = folder_config(smoke_config, tmp_path / "data", epochs=4, data__retry_seconds=0.0)
+    whole = train_and_evaluate(config, tmp_path / "whole")
+
+    at("step 2 ", lambda: os.rename(tmp_path / "data", tmp_path / "away"))
+    with pytest.raises(RunError, match=r"cannot be read: No such file.*\(data.retry_seconds\)"):
+        train_and_evaluate(config, tmp_path / "run")
+    saved = int(checkpoints.find_checkpoint(tmp_path / "run" / "checkpoints", "last").name)
+    assert 2 <= saved < 9  # every 10 steps would be the cadence
+    os.rename(tmp_path / "away", tmp_path / "data")
+    assert train_and_evaluate(config, tmp_path / "run")["fingerprint"] == whole["fingerprint"]
+
+
+def test_config_of_the_workdir_must_match(finished):
+    config, workdir, _ = finished
+    other = config.copy_and_resolve_references()
+    other.optimizer.learning_rate = 5.0
+    with pytest.raises(InputError, match="optimizer.learning_rate: 0.001 -> 5.0"):
+        train_and_evaluate(other, pathlib.Path(workdir))
+
+
+def test_too_little_space(smoke_config, tmp_path, monkeypatch):
+    def full(workdir, state_bytes):
+        assert state_bytes > 4 * 4 * 5_000  # weights, average and two moments in float32
+        raise InputError("no space")
+
+    monkeypatch.setattr(train, "check_space", full)
+    with pytest.raises(InputError, match="no space"):
+        train_and_evaluate(smoke_config(), tmp_path)
+
+
+class Sealed:
+    """A metric that nothing but `jax.device_get` can read: not float(), numpy, or a print."""
+
+    def __init__(self, array):
+        self.array = array
+
+
+def test_the_loop_waits_for_no_step_in_flight_and_moves_data_only_on_purpose(
+    smoke_config, tmp_path, monkeypatch
+):
+    """JAX's guard sees no transfer from a CPU to itself, hence the seals."""
+    events = []
+    jit_train_step, train_batches, get = (
+        sharding.jit_train_step,
+        experiment.train_batches,
+        jax.device_get,
+    )
+
+    def sealed_step(*args):
+        step = jit_train_step(*args)
+
+        def run(state, batch, key):
+            state, metrics = step(state, batch, key)
+            events.append("step")
+            return state, jax.tree.map(Sealed, metrics)
+
+        return run
+
+    def opened(tree):
+        leaves, structure = jax.tree.flatten(tree)
+        if any(isinstance(x, Sealed) for x in leaves):
+            events.append("get")
+        leaves = [x.array if isinstance(x, Sealed) else x for x in leaves]
+        return get(structure.unflatten(leaves))
+
+    def guarded(*args):
+        with (
+            contextlib.closing(train_batches(*args)) as batches,
+            jax.transfer_guard("disallow"),
+        ):
+            yield from batches
+
+    monkeypatch.setattr(sharding, "jit_train_step", sealed_step)
+    monkeypatch.setattr(experiment, "train_batches", guarded)
+    monkeypatch.setattr(jax, "device_get", opened)
+    result = train_and_evaluate(smoke_config(), tmp_path)
+    assert result["step"] == STEPS
+    # Between two reports the metrics of a step are fetched when the next one has been started.
+    window = ["step"] + ["step", "get"] * 9 + ["get"]
+    assert events == 2 * window + (["step"] + ["step", "get"] * 8 + ["get"])

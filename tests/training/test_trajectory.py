@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fifty steps of training equal timm's: mixed pixels, soft targets, AdamW, rates, average.
+
+The ordinary test compares with a file that `make_goldens_trajectory.py` wrote; the live one
+(`python -m pytest -m oracle tests/training/test_trajectory.py`) runs timm and compares every tensor.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import default
+from tests.goldens.scripts import trajectory as reference
+from tests.helpers import timm_weights
+from tnt_flax.core.trees import flat_names
+from tnt_flax.models import TNT
+from tnt_flax.training import experiment, mixup
+from tnt_flax.training.step import TrainState, make_prepare, make_train_step
+
+FIXED_MIX = mixup.Mix(
+    jnp.array([reference.LAM, 1.0]), jnp.array([(0, 0, 0, 0), reference.BOX], jnp.int32)
+)
+
+
+def train(initial):
+    """Losses and rates of the 50 steps, and the final state, from the weights `initial`."""
+    config = default.get_config()
+    config.epochs = reference.EPOCHS
+    config.optimizer.warmup_epochs = reference.WARMUP
+    config.optimizer.cooldown_epochs = reference.COOLDOWN
+    tx, schedule = experiment.build_optimizer(config, reference.STEPS_PER_EPOCH)
+    model = TNT(**reference.OUR_FIELDS)
+    prepare = make_prepare(
+        model.num_classes,
+        label_smoothing=config.augment.label_smoothing,
+        mean=config.data.mean,
+        std=config.data.std,
+        mix=lambda key, images, targets: mixup.apply_mix(images, targets, FIXED_MIX),
+    )
+    step = make_train_step(model, tx, schedule, prepare, ema_decay=reference.EMA_DECAY)
+    step = jax.jit(step, donate_argnums=0)
+    state = TrainState.create(jax.tree.map(jnp.asarray, initial), tx)
+    losses, rates = [], []
+    with jax.default_matmul_precision("highest"):
+        for images, labels in reference.batches():
+            batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
+            state, metrics = step(state, batch, jax.random.key(0))
+            losses.append(metrics["loss"])
+            rates.append(metrics["learning_rate"])
+    return np.array(losses), np.array(rates), state
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(reference.GOLDEN) as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def initial(golden):
+    words = [line.split() for line in golden["shapes"]]
+    shapes = {name: tuple(map(int, shape)) for name, *shape in words}
+    return timm_weights.to_flax(timm_weights.random_state(shapes))
+
+
+@pytest.fixture(scope="module")
+def ours(initial):
+    return train(initial)
+
+
+def test_losses_and_rates_of_every_step(ours, golden):
+    losses, rates, state = ours
+    assert int(state.step) == 50 == len(losses)
+    np.testing.assert_allclose(rates, golden["rates"], rtol=1e-6)
+    assert len(set(np.round(golden["rates"], 9))) == 8  # seven epochs, and the minimum
+    np.testing.assert_allclose(losses, golden["losses"], rtol=1e-4)
+    assert losses[-5:].mean() < 0.7 * losses[:5].mean()  # something was learnt
+
+
+@pytest.mark.parametrize("tree", ["parameters", "average"])
+def test_final_weights_and_average(tree, ours, golden, initial):
+    _, _, state = ours
+    tensors = flat_names(state.params if tree == "parameters" else state.ema)
+    probes = [reference.probe(x) for x in tensors.values()]
+    ends = np.cumsum([len(x) for x in probes])
+    expected = np.split(golden[tree], ends[:-1])
+    assert ends[-1] == len(golden[tree])
+    starts = map(reference.probe, jax.tree.leaves(initial))
+    for name, x, y, start in zip(tensors, probes, expected, starts, strict=True):
+        moved = np.abs(y - start).max()
+        assert moved > 5e-4, name
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-3 * moved, err_msg=name)
+
+
+@pytest.mark.oracle
+def test_every_tensor_equals_timms(ours, initial, golden, record_property):
+    theirs = reference.train()
+    losses, _, state = ours
+    difference = {"loss": float(np.abs(losses / theirs["losses"] - 1).max())}
+    for tree, tensors in (("parameters", state.params), ("average", state.ema)):
+        pairs = zip(flat_names(tensors).items(), jax.tree.leaves(theirs[tree]), strict=True)
+        starts = jax.tree.leaves(initial)
+        norms = np.array(
+            [
+                [np.linalg.norm(x - y), np.linalg.norm(y), np.linalg.norm(y - start)]
+                for ((_, x), y), start in zip(pairs, starts, strict=True)
+            ]
+        )
+        for what, scale in (("", norms[:, 1]), (" by how far it moved", norms[:, 2])):
+            relative = norms[:, 0] / scale
+            name = list(flat_names(tensors))[relative.argmax()]
+            difference[f"{tree}{what}, {name}"] = float(relative.max())
+    for what, value in difference.items():
+        print(f"  largest relative difference of {what}: {value:.2g}")
+        record_property(what, value)
+    assert max(difference.values()) < 1e-3
+    for name, x in reference.summary(theirs).items():  # the file is what the script writes
+        if name == "shapes":
+            assert x.tolist() == golden[name].tolist()
+        else:
+            np.testing.assert_allclose(x, golden[name], rtol=1e-5, atol=1e-7)

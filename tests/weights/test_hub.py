@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fetching weights, against a server on this machine that speaks the hub's protocol.
+
+huggingface_hub reads its environment when it is imported, so its side runs in processes of its own.
+"""
+
+import contextlib
+import hashlib
+import http.server
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from tests.goldens.scripts.weights import FIELDS, GOLDEN
+from tnt_flax.core.errors import InputError
+from tnt_flax.weights import hub
+
+pytest.importorskip("huggingface_hub", reason='pip install ".[hub]"')
+NEW, OLD = "b" * 40, "a" * 40  # commits
+SAFE, PICKLE = "model.safetensors", "pytorch_model.bin"
+FILES = {  # (repository, commit) -> the files in it
+    ("timm/tnt_s_patch16_224.in1k", NEW): {SAFE: b"new", PICKLE: b"pickle", "sub/x.bin": b"sub"},
+    ("timm/tnt_s_patch16_224.in1k", OLD): {SAFE: b"old"},
+    ("lab/pickle", NEW): {PICKLE: b"pickle only"},
+    ("lab/empty", NEW): {"README.md": b""},
+    ("lab/large", NEW): {SAFE: b"kept elsewhere"},
+    ("lab/short", NEW): {SAFE: b"cut off"},
+    ("lab/tnt", NEW): {SAFE: (GOLDEN / "timm.safetensors").read_bytes()},
+}
+REVISIONS = {"main": NEW, "v1": OLD, "refs/pr/7": OLD, NEW: NEW, OLD: OLD}
+FAILING = {  # repository -> status, X-Error-Code
+    "lab/gated": (403, "GatedRepo"),
+    "lab/ill": (500, None),
+    "lab/private": (401, "RepoNotFound"),
+    "lab/token": (401, None),
+    "lab/odd": (418, None),
+}
+S = "hf://timm/tnt_s_patch16_224.in1k"
+
+CLIENT = """
+import errno, json, pathlib, sys, time
+from tnt_flax.convert.hub import fetch
+time.sleep = lambda seconds: None  # the library waits before each retry
+if sys.argv[1] == "missing":
+    sys.modules["huggingface_hub"] = None
+elif sys.argv[1] == "full":
+    import huggingface_hub
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    huggingface_hub.hf_hub_download = full
+for address in sys.argv[2:]:
+    try:
+        found = fetch(address)
+        answer = [found.path.read_text(), found.address, found.revision]
+    except Exception as error:
+        answer = [type(error).__name__, str(error)]
+    print(json.dumps(answer))
+"""
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """HEAD and GET of /OWNER/NAME/resolve/REVISION/FILE, and of /large/FILE in another store."""
+
+    def do_HEAD(self):
+        self.server.asked.append(f"{self.command} {self.path}")
+        path = self.path.replace("%2F", "/")
+        if path.startswith("/large/"):
+            return self.send(200, FILES["lab/large", NEW][SAFE])
+        repo, _, rest = path.removeprefix("/").partition("/resolve/")
+        if repo in FAILING:
+            status, code = FAILING[repo]
+            return self.send(status, code=code)
+        if not any(repo == known for known, _ in FILES):
+            return self.send(404, code="RepoNotFound")
+        revision = next((r for r in REVISIONS if rest.startswith(f"{r}/")), None)
+        commit = REVISIONS.get(revision)
+        if (repo, commit) not in FILES:
+            return self.send(404, code="RevisionNotFound")
+        content = FILES[repo, commit].get(rest.removeprefix(f"{revision}/"))
+        if content is None:
+            return self.send(404, code="EntryNotFound", commit=commit)
+        if repo == "lab/short" and self.command == "GET":
+            return self.send(200, content[:-1], commit=commit)
+        if repo == "lab/large":
+            return self.send_elsewhere(content, commit)
+        return self.send(200, content, commit=commit)
+
+    do_GET = do_HEAD
+
+    def send_elsewhere(self, content, commit):
+        """A redirect to another host, to which the library sends no token."""
+        self.send_response(302)
+        self.send_header("Location", f"http://localhost:{self.server.server_port}/large/{SAFE}")
+        self.send_header("X-Linked-Size", str(len(content)))
+        self.send_header("X-Linked-ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", commit)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def send(self, status, content=b"", code=None, commit=None):
+        self.send_response(status)
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
+        for name, value in {"X-Error-Code": code, "X-Repo-Commit": commit}.items():
+            if value:
+                self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+class Client:
+    """One machine: its cache, and the server that it asks."""
+
+    def __init__(self, home: pathlib.Path, server: http.server.HTTPServer):
+        self.home, self.server = home, server
+
+    def fetch(self, *addresses, mode="", offline=False):
+        """What became of each address, in a new process; and the downloads that it took."""
+        out = self.run("-c", CLIENT, mode, *addresses, offline=offline)
+        answers = [json.loads(line) for line in out.splitlines()]
+        assert len(answers) == len(addresses)
+        return answers, sum(
+            line.startswith("GET") and "/api/" not in line for line in self.server.asked
+        )
+
+    def run(self, *arguments, offline=False):
+        """What a Python process on this machine prints."""
+        self.server.asked.clear()
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+        env |= {
+            "HF_ENDPOINT": f"http://127.0.0.1:{self.server.server_port}",
+            "HF_HOME": str(self.home),
+            "HF_HUB_OFFLINE": str(int(offline)),
+            "NO_PROXY": "*",
+        }
+        out = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=pathlib.Path(__file__).parents[1],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert out.returncode == 0, out.stderr
+        assert "B/s" not in out.stderr  # no progress bar where nobody looks
+        return out.stdout
+
+
+@contextlib.contextmanager
+def serving():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked = []
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_what_is_fetched_is_what_was_asked_for(tmp_path):
+    wanted = {
+        "tnt_s_patch16_224": ["new", f"{S}@main/{SAFE}", NEW],
+        f"{S}@main/sub/x.bin": ["sub", f"{S}@main/sub/x.bin", NEW],
+        f"{S}/{PICKLE}": ["pickle", f"{S}@main/{PICKLE}", NEW],
+        f"{S}@v1": ["old", f"{S}@v1/{SAFE}", OLD],
+        f"{S}@{OLD}": ["old", f"{S}@{OLD}/{SAFE}", OLD],
+        f"{S}@refs/pr/7": ["old", f"{S}@refs/pr/7/{SAFE}", OLD],
+        "hf://lab/pickle": ["pickle only", f"hf://lab/pickle@main/{PICKLE}", NEW],
+        "hf://lab/large": ["kept elsewhere", f"hf://lab/large@main/{SAFE}", NEW],
+    }
+    with serving() as server:
+        client = Client(tmp_path, server)
+        first, downloads = client.fetch(*wanted)
+        assert first == list(wanted.values())
+        assert downloads == 6  # three of the eight are the same file
+        assert client.fetch(*wanted) == (first, 0)
+        assert client.fetch(*wanted, offline=True) == (first, 0)
+        assert server.asked == []
+    assert client.fetch(*wanted) == (first, 0)  # the server is gone
+
+
+def test_weights_are_loaded_from_the_hub(tmp_path):
+    heads = [f"--{key}={FIELDS['timm'][key]}" for key in ("inner_heads", "outer_heads")]
+    command = ["-m", "tnt_flax.tools.convert", "--check", *heads]
+    with serving() as server:
+        out = Client(tmp_path, server).run(*command, "hf://lab/tnt")
+    here, fetched = (
+        json.loads(text.splitlines()[-1])
+        for text in (Client(tmp_path, server).run(*command, str(GOLDEN / "timm.safetensors")), out)
+    )
+    assert fetched["source"] == f"hf://lab/tnt@main/{SAFE}"
+    assert fetched["digest"] == here["digest"]
+    assert fetched["notes"] == [f"fetched revision {NEW}"]
+
+
+ERRORS = {
+    "hf://lab/none": r"no such repository, or a private one; check OWNER/NAME",
+    "hf://lab/private": r"no such repository, or a private one",
+    "hf://lab/token": r".*\(HfHubHTTPError: .*401 .*; try again, or download",
+    "hf://lab/a--b": r"HFValidationError: .*; write hf://OWNER/NAME",
+    "hf://lab/gated": r"it is gated; accept its terms at http://127.0.0.1:\d+/lab/gated",
+    f"{S}@v9": r"no such revision; see the branches at http",
+    f"{S}/none.bin": r"no such file .*; see http",
+    f"{S}@v1/{PICKLE}": r"no such file",
+    "hf://lab/empty": r"no such file \(without /FILE it is model.safetensors or pytorch_model",
+    "hf://lab/ill": r"not in the cache, and the server is no help \(.*500 .*; try again, or "
+    r"download the file by hand from http://127.0.0.1:\d+/lab/ill and give its path",
+    "hf://lab/odd": r"not in the cache, and the server is no help \(.*418",
+    "hf://lab/short": r"the download failed \(OSError: Consistency check failed: .*; try again",
+}
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory):
+    """What became of each address in ERRORS."""
+    home = tmp_path_factory.mktemp("home")
+    with serving() as server:
+        answers, _ = Client(home, server).fetch(*ERRORS)
+    assert not [p for p in home.rglob("snapshots/*/*")]  # nothing that is cut off stays
+    return dict(zip(ERRORS, answers, strict=True))
+
+
+def check_error(answer, address, reason):
+    kind, message = answer
+    assert kind == "InputError", message
+    with pytest.raises(InputError, match=f"^cannot fetch .*: {reason}"):
+        raise InputError(message)
+    assert address in message and "\n" not in message and len(message) < 500
+
+
+@pytest.mark.parametrize("address", ERRORS)
+def test_every_failure_is_one_line(errors, address):
+    check_error(errors[address], address, ERRORS[address])
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({}, r"not in the cache, and the server is no help \(Connect.*; try again, or download"),
+        ({"offline": True}, r"not in the cache, .*offline"),
+        ({"mode": "full"}, r"the disk of the cache is full; make room, or set HF_HOME"),
+        ({"mode": "missing"}, r'huggingface_hub is not installed: pip install "tnt_flax\[hub\]"$'),
+    ],
+    ids=["no server", "offline", "disk full", "no huggingface_hub"],
+)
+def test_nothing_can_be_fetched(tmp_path, options, reason):
+    with serving() as server:
+        pass
+    ([answer], _) = Client(tmp_path, server).fetch("tnt_s_patch16_224", **options)
+    check_error(answer, "tnt_s_patch16_224", reason)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "tnt",
+        "/a/b",
+        "/a/b/",
+        "a/b//c",
+        "a/b/../c",
+        "a/b/.",
+        "a/b@",
+        "a/b@../c",
+        "a/b\n",
+        "a/b c",
+    ],
+)
+def test_bad_addresses(address):
+    with pytest.raises(InputError, match=r"is no address of weights: write hf://OWNER/NAME") as e:
+        hub.fetch(f"hf://{address}")
+    assert "\n" not in str(e.value)
+
+
+def test_a_name_without_published_weights():
+    with pytest.raises(InputError, match=r"no weights of 'tnt_ti_patch16_224' were ever published"):
+        hub.fetch("tnt_ti_patch16_224")
+
+
+def test_what_is_an_address():
+    assert all(hub.is_address(text) for text in [*hub.HUB, "hf://lab/pickle", "hf://nonsense"])
+    assert not any(
+        hub.is_address(text) for text in ["w.safetensors", "./hf/x", "tnt_ti_patch16_224"]
+    )

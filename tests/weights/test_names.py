@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of names: complete, one to one, and equal to what the real systems write."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from tnt_flax.core.errors import InputError
+from tnt_flax.models import LINEAGES, TNT, create_model
+from tnt_flax.weights import identify, name_tables, names
+
+NAMES = json.loads(
+    (pathlib.Path(__file__).parents[1] / "goldens/data/weights/names.json").read_text()
+)
+OTHERS = [naming for naming in names.NAMINGS if naming != "tnt_flax"]
+SMALL = dict(outer_dim=12, inner_dim=4, outer_heads=3, inner_heads=2, depth=2, num_classes=5)
+HELD = [(naming, lineage) for naming in OTHERS for lineage in identify.LINEAGES_OF[naming]]
+
+
+def random_params(lineage, sentences=4, **fields):
+    model = TNT(**SMALL | LINEAGES[lineage] | fields)
+    abstract = identify.Network(model, sentences, 3).abstract_params()
+    rng = np.random.RandomState(0)
+    return tree_map(lambda x: rng.standard_normal(x.shape).astype(np.float32), abstract)
+
+
+def tree_map(function, x):
+    return {k: tree_map(function, v) for k, v in x.items()} if isinstance(x, dict) else function(x)
+
+
+def expand(published):
+    """The names and shapes of a published network: those with {i} once per block."""
+    return {
+        name.format(i=i): tuple(shape)
+        for name, shape in published["tensors"].items()
+        for i in (range(published["depth"]) if "{i}" in name else [0])
+    }
+
+
+PUBLISHED = [
+    (system, name, expand(published))
+    for system, networks_of in NAMES.items()
+    for name, published in networks_of.items()
+]
+
+
+@pytest.mark.parametrize("system, name, shapes", PUBLISHED, ids=lambda x: str(x)[:30])
+def test_every_published_network_is_told_and_complete(system, name, shapes):
+    naming = names.detect_naming("file", shapes)
+    assert naming == system.removesuffix("_legacy")
+    weights = {n: s for n, s in shapes.items() if names.why_no_weight(naming, n) is None}
+    ours = {
+        our_name: names.to_ours(naming, our_name, place, names.hollow(shape)).shape
+        for theirs, shape in weights.items()
+        for our_name, place in names.our_names(naming, theirs)
+    }
+    network = identify.identify("file", naming, ours)
+    abstract = network.abstract_params()
+    assert names.exported_shapes(naming, abstract) == weights
+    tensors = names.unstacked(names.hollow_tree(abstract))
+    assert weights | names.extra_shapes(naming, tensors) == shapes
+    expected = {
+        "tnt-small-p16": "tnt_s_legacy_patch16_224",
+        "mindspore": {
+            "tnt_s": "tnt_s_mindspore_patch16_224",
+            "tnt_b": "tnt_b_mindspore_patch16_224",
+        },
+        "mindspore_pets": {"tnt_b": "tnt_b_mindspore_pets_patch16_384"},
+    }
+    expected = expected.get(name) or expected.get(system, {}).get(name[:5], name)
+    assert identify.name_of(network.model) == expected
+
+
+def test_every_system_has_published_names():
+    pyramids = set(name_tables.PYRAMID_NAMINGS)  # theirs are in tests/goldens/data/pyramid
+    assert {system.removesuffix("_legacy") for system in NAMES} == set(OTHERS) - pyramids
+
+
+TABLES = {
+    name_tables.STEM: list(name_tables.BLOCK_PREFIX),
+    name_tables.BLOCK: list(name_tables.BLOCK_PREFIX),
+}
+TABLES |= {table: ["tnt_flax", *name_tables.PYRAMID_NAMINGS] for _, _, table in name_tables.PYRAMID}
+
+
+@pytest.mark.parametrize(
+    "table, naming", [(table, n) for table, namings in TABLES.items() for n in namings[1:]]
+)
+def test_the_tables_are_one_to_one(naming, table):
+    places = list(names._rows(naming, table).values())
+    assert len(set(places)) == len(places)  # nothing is used twice
+    for place in places:  # and every part of a tensor has a row
+        parts = {p.part for p in places if p.name == place.name}
+        assert parts == set(range(place.parts))
+    for ours, place in names._rows(naming, table).items():
+        assert (ours, place) in names._inverse(naming, table)[place.name]
+
+
+def test_every_row_has_every_column():
+    for table, namings in TABLES.items():
+        header, *rows = [line.split() for line in table.strip().splitlines()]
+        assert header == namings
+        assert {len(row) for row in rows} == {len(header)}
+
+
+@pytest.mark.parametrize("naming, lineage", HELD)
+def test_export_and_back_is_the_identity(naming, lineage):
+    params = random_params(lineage, se=naming == "huawei")
+    exported = dict(names.export(naming, params))
+    tensors = names.unstacked(params)
+    for ours, x in tensors.items():
+        place = names.place_of(naming, ours)
+        again = names.to_ours(naming, ours, place, exported[place.name])
+        np.testing.assert_array_equal(again, x)
+    read = lambda ours: names.to_ours(
+        naming, ours, names.place_of(naming, ours), exported[names.place_of(naming, ours).name]
+    )
+    stacked = names.restacked(read, "blocks_0/outer/fc1/kernel", (2, 12, 48))
+    np.testing.assert_array_equal(stacked, params["blocks_0"]["outer"]["fc1"]["kernel"])
+
+
+def test_trap_9_queries_keys_and_values():
+    params = random_params("official")
+    attention = params["blocks_0"]["outer"]["attention"]
+    query, key, value = (attention[name]["kernel"][1].T for name in ("query", "key", "value"))
+    timm = dict(names.export("timm", params))
+    np.testing.assert_array_equal(timm["blocks.1.attn_out.qk.weight"], np.concatenate([query, key]))
+    np.testing.assert_array_equal(timm["blocks.1.attn_out.v.weight"], value)
+
+    params = random_params("legacy")
+    attention = params["blocks_0"]["inner"]["attention"]
+    parts = [attention[name]["kernel"][0].T for name in ("query", "key", "value")]
+    packed = dict(names.export("mmpretrain", params))
+    name = "backbone.layers.0.inner_block.attn.attn.in_proj_weight"
+    np.testing.assert_array_equal(packed[name], np.concatenate(parts))
+
+
+def test_trap_10_positions_of_words():
+    params = random_params("official")
+    words = params["word_pos"][0]  # (M, C)
+    np.testing.assert_array_equal(dict(names.export("huawei", params))["inner_pos"][0], words)
+    picture = dict(names.export("timm", params))["pixel_pos"]
+    assert picture.shape == (1, 4, 4, 4)
+    for word, channel in np.ndindex(words.shape):
+        assert picture[0, channel, word // 4, word % 4] == words[word, channel]
+    params = random_params("mindspore_pets")
+    flat = dict(names.export("mindspore_pets", params))["pixel_pos"]
+    np.testing.assert_array_equal(flat[0], params["word_pos"][0].T)
+
+
+def test_kernels_are_turned():
+    params = random_params("official")
+    kernel = params["word_embed"]["conv"]["kernel"]  # (height, width, in, out)
+    weight = dict(names.export("timm", params))["pixel_embed.proj.weight"]
+    assert weight.shape == (4, 3, 7, 7)
+    assert weight[1, 2, 3, 4] == kernel[3, 4, 2, 1]
+    assert not any(x.base is not None for _, x in names.export("timm", params) if x.ndim == 4)
+
+
+def test_zeros_that_others_hold():
+    params = random_params("official")
+    zeros = dict(names.export("huawei", params))["outer_tokens"]
+    assert zeros.shape == (1, 4, 12) and not zeros.any()
+    exported = dict(names.export("mindspore_pets", random_params("mindspore_pets")))
+    extra = {n: x.shape for n, x in exported.items() if names.why_no_weight("mindspore_pets", n)}
+    assert extra == {
+        "patch_embed": (1, 4, 12),
+        "fake": (1, 1, 12),
+        "pixel2patch.fake": (1, 1, 12),
+        "encoder.layers.0.pixel2patch.fake": (1, 1, 12),
+        "encoder.layers.1.pixel2patch.fake": (1, 1, 12),
+    }
+
+
+def test_what_a_system_has_no_place_for_is_named():
+    params = random_params("official", se=True)
+    with pytest.raises(InputError, match=r"timm has no place for blocks/0/outer/se/fc1/bias, .* 7"):
+        list(names.export("timm", params))
+
+
+def test_groups_of_blocks_may_start_anywhere():
+    params = random_params("official", depth=5, vanilla_blocks=(2,))
+    assert set(params) > {"blocks_0", "blocks_2", "blocks_3"}
+    tensors = names.unstacked(params)
+    np.testing.assert_array_equal(
+        tensors["blocks/4/outer/fc1/bias"], params["blocks_3"]["outer"]["fc1"]["bias"][1]
+    )
+    assert "blocks/2/inner/fc1/bias" not in tensors
+    exported = dict(names.export("huawei", params))
+    np.testing.assert_array_equal(
+        exported["blocks.4.outer_mlp.fc1.bias"], tensors["blocks/4/outer/fc1/bias"]
+    )
+
+
+def test_what_is_no_tnt():
+    with pytest.raises(InputError, match="holds no TNT that we know: of its 2 tensors, .*'conv1"):
+        names.detect_naming("resnet.pth", ["conv1.weight", "fc.bias"])
+    assert names.our_names("timm", "blocks.00.norm_in.weight") == []  # 0 is written 0
+    assert names.our_names("timm", "blocks.99999.norm_in.weight") == []
+
+
+@pytest.mark.parametrize(
+    "ours, name, shape, message",
+    [
+        ("blocks/0/inner/fc1/kernel", "x", (3,), r"x \[3\] should have rank 2"),
+        ("word_embed/conv/kernel", "x", (3, 3), r"x \[3, 3\] should have rank 4"),
+        ("word_pos", "x", (1, 4, 16), r"x \[1, 4, 16\] should have rank 4"),
+    ],
+)
+def test_wrong_ranks(ours, name, shape, message):
+    with pytest.raises(InputError, match=message):
+        names.to_ours("timm", ours, names.Place(name), names.hollow(shape))
+
+
+def test_rows_that_cannot_be_split():
+    for shape in ((5, 4), ()):
+        with pytest.raises(InputError, match="cannot be split into 2 parts"):
+            place = names.Place("qk", 0, 2)
+            names.to_ours("timm", "blocks/0/inner/attention/query/kernel", place, np.zeros(shape))
+
+
+def test_networks_have_names():
+    model = create_model("tnt_s_patch16_224", num_classes=7, dtype="bfloat16", drop_path=0.3)
+    assert identify.name_of(model) == "tnt_s_patch16_224"
+    assert identify.lineage_of(model) == "official"
+    assert identify.name_of(model.clone(depth=3)) is None
+    mixture = model.clone(norm_eps=1e-7)
+    assert (identify.name_of(mixture), identify.lineage_of(mixture)) == (None, "other")
+    for lineage in LINEAGES:
+        assert identify.lineage_of(TNT(**SMALL | LINEAGES[lineage])) == lineage

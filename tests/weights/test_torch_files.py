@@ -1,0 +1,764 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that torch wrote, files that it could not have written, and files written for it."""
+
+import collections
+import copy
+import functools
+import io
+import itertools
+import os
+import pathlib
+import pickle
+import pickletools
+import random
+import re
+import struct
+import tarfile
+import tracemalloc
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests.goldens.scripts import torch_files as make_goldens_torch
+from tests.goldens.scripts.torch_files import EXPECTED, GOLDEN, ramp
+from tnt_flax.core.errors import InputError
+from tnt_flax.weights.formats import inert, restricted_pickle
+from tnt_flax.weights.formats import torch as torch_files
+
+CONTENT = {
+    "state_dict": {
+        "float32": ramp(2, 3),
+        "transposed": ramp(2, 3, 4).T,
+        "scalar": np.array(1.5, np.float32),
+        "empty": np.zeros((0, 3), np.float32),
+    }
+    | {str(x): np.ones(3, x) for x in (np.float16, ml_dtypes.bfloat16, np.float64, np.bool_)}
+    | {str(x): np.array([7, 1], x) for x in (np.uint8, np.int8, np.int16, np.int32, np.int64)},
+    "meta": {"text": "für\n", "none": None, "flags": [True, False], "pair": (1, (2.5,)), "no": {}},
+    "numbers": [0, -1, 127, 128, 255, 2**31, -(2**63), 2**200, float("-inf"), 0.1],
+}
+
+
+def assert_same(found, expected):
+    if isinstance(expected, dict):
+        assert isinstance(found, dict) and list(found) == list(expected)
+        for key in expected:
+            assert_same(found[key], expected[key])
+    elif isinstance(expected, list | tuple):
+        assert type(found) is type(expected) and len(found) == len(expected)
+        for a, b in zip(found, expected, strict=True):
+            assert_same(a, b)
+    elif isinstance(expected, np.ndarray):
+        assert type(found) is np.ndarray
+        assert found.dtype == expected.dtype and found.shape == expected.shape
+        assert found.tobytes() == expected.tobytes()
+    else:
+        assert type(found) is type(expected) and found == expected
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Reads a file with these bytes."""
+
+    def run(content: bytes):
+        path = tmp_path / "x.pth"
+        path.unlink(missing_ok=True)
+        path.write_bytes(content)
+        return torch_files.read(path)
+
+    return run
+
+
+@pytest.fixture
+def refused(read, tmp_path):
+    """The file is refused, in one line that begins with its name and then says `why`."""
+
+    def check(content: bytes, why: str):
+        with pytest.raises(InputError) as error:
+            read(content)
+        message = str(error.value)
+        assert "\n" not in message and len(message) < 400 + len(str(tmp_path))
+        assert message.startswith(str(tmp_path / "x.pth") + " ") and re.search(why, message)
+
+    return check
+
+
+SIX = bytes(range(24))  # as float32
+SIX_IN_STREAM = struct.pack("<q", 6) + SIX
+
+
+def opcodes(value) -> bytes:
+    """What pushes a value, without the first and the last opcode of a pickle."""
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def name(module, attribute) -> bytes:
+    return f"c{module}\n{attribute}\n".encode()
+
+
+def program(*parts: bytes) -> bytes:
+    return b"\x80\x02" + b"".join(parts) + b"."
+
+
+def archive(content: bytes, storages=None, *, method=zipfile.ZIP_STORED, **other: bytes) -> bytes:
+    files = {"data.pkl": content} | other
+    files |= {f"data/{key}": x for key, x in (storages or {"0": SIX}).items()}
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as f:
+        for key, x in files.items():
+            f.writestr(f"x/{key.replace('__', '/')}", x)
+    return buffer.getvalue()
+
+
+def stream(content: bytes, keys=("0",), storages=SIX_IN_STREAM, **system):
+    system = {"little_endian": True} | system
+    parts = [pickle.dumps(x, 2) for x in (1001, system)] + [content, pickle.dumps(list(keys), 2)]
+    return torch_files.STREAM + b"".join(parts) + storages
+
+
+def tensor(offset, size, stride, *, count=6, kind=("torch", "FloatStorage"), key="0", rest=b""):
+    """Six elements of float32 are there."""
+    parts = [name("torch._utils", "_rebuild_tensor_v2"), b"((", opcodes("storage"), name(*kind)]
+    parts += [opcodes(key), opcodes("cuda:0"), opcodes(count), rest, b"tQ"]
+    parts += [opcodes(x) for x in (offset, size, stride, False)]
+    return b"".join(parts) + name("collections", "OrderedDict") + b")RtR"
+
+
+# Reading what torch wrote
+
+
+@pytest.mark.parametrize("file", EXPECTED)
+def test_reads_what_torch_wrote(file):
+    found = torch_files.read(GOLDEN / file)
+    if "optimizer" in found:  # versions of torch differ in what else they keep
+        group = found["optimizer"]["param_groups"][0]
+        assert group["amsgrad"] is False and group["foreach"] is None
+        found["optimizer"]["param_groups"] = [{key: group[key] for key in make_goldens_torch.GROUP}]
+    assert_same(found, EXPECTED[file])
+    assert torch_files.looks_like((GOLDEN / file).read_bytes()[:64])
+
+
+def test_goldens_are_small():
+    assert sum(path.stat().st_size for path in GOLDEN.iterdir()) < 40_000
+    assert {path.name for path in GOLDEN.iterdir()} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("form", [archive, stream])
+def test_both_forms_of_the_handmade_files_are_read(read, form):
+    expected = np.frombuffer(SIX, np.float32).reshape(2, 3).T[1:]
+    assert_same(read(form(program(tensor(1, (2, 2), (1, 3))))), expected)
+
+
+@pytest.mark.parametrize("file", ["zoo.pth", "zoo_stream.pth"])
+def test_tensors_are_views_of_the_file(file):
+    found = torch_files.read(GOLDEN / file)
+    assert np.shares_memory(found["whole"], found["same_storage"])
+    for x in found.values():
+        assert not isinstance(x, np.ndarray) or not x.flags.writeable
+    assert found["transposed"].strides == ramp(2, 3, 4).transpose(2, 0, 1).strides
+
+
+@pytest.mark.parametrize("form", [archive, stream])
+def test_what_nobody_looks_at_is_not_in_memory(tmp_path, form):
+    content = program(tensor(0, (2**22,), (1,), count=2**22))
+    if form is archive:
+        blob = archive(content, {"0": bytes(2**24)})
+    else:
+        blob = stream(content, storages=struct.pack("<q", 2**22) + bytes(2**24))
+    path = tmp_path / "large.pth"
+    path.write_bytes(blob)
+    tracemalloc.start()
+    found = torch_files.read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.shape == (2**22,) and peak < 2**20
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_protocols_and_names_of_older_numpy(read, protocol):
+    content = {"a": ramp(2, 3), "b": np.float64(1.5), "c": [1, "x" * 300, b"y" * 300], 2: ()}
+    blob = pickle.dumps(content, protocol)
+    assert_same(read(archive(blob)), content)
+    if protocol < 4:  # where names are lines
+        assert_same(read(archive(blob.replace(b"numpy._core.", b"numpy.core."))), content)
+
+
+def test_an_older_tensor_and_device(read):
+    old = tensor(0, (6,), (1,)).replace(b"_rebuild_tensor_v2", b"_rebuild_tensor")
+    old = old[: old.rindex(b"\x89")] + b"tR"  # neither requires_grad nor hooks
+    assert read(archive(program(old))).shape == (6,)
+    device = program(name("torch", "device"), opcodes(("cuda", 1)), b"R")
+    assert read(archive(device)) == "cuda:1"
+
+
+def test_looks_like():
+    assert torch_files.looks_like(archive(program(b"N"))[:64])
+    assert torch_files.looks_like(stream(program(b"N"))[:64])
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as f:
+        f.addfile(tarfile.TarInfo("storages"))
+    for other in (tar.getvalue(), bytes(64), b"\x89HDF", pickle.dumps({}, 2), b""):
+        assert not torch_files.looks_like(other[:64])
+
+
+# Programs
+
+
+class Trap:
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+TOUCH = (os.system, ("touch marker",))
+STATE = opcodes({"__globals__": 1})
+REBUILD = name("torch._utils", "_rebuild_tensor_v2")
+ENCODE = name("_codecs", "encode")
+NAMESPACE = name("argparse", "Namespace") + b")\x81"
+
+
+@pytest.mark.parametrize(
+    "asked, content",
+    [
+        ("posix.system", pickle.dumps(Trap(*TOUCH), 2)),
+        ("posix.system", pickle.dumps({"a": [Trap(*TOUCH)]}, 4)),  # STACK_GLOBAL
+        ("posix.system", program(name("posix", "system"), b"0", tensor(0, (6,), (1,)))),
+        ("i?o.open", pickle.dumps(Trap(open, ("marker", "w")), 3)),
+        ("__builtin__.eval", pickle.dumps(Trap(eval, ("open('marker', 'w')",)), 2)),
+        ("builtins.getattr", pickle.dumps(Trap(getattr, ("a", "b")), 4)),
+        ("__builtin__.setattr", pickle.dumps(Trap(setattr, ("a", "b", 1)), 2)),
+        ("torch.load", program(name("torch", "load"), opcodes(("marker",)), b"R")),
+        ("torch.hub.load", program(name("torch", "hub.load"))),
+        ("torch._utils._rebuild_tensor_v2.__globals__", program(REBUILD[:-1], b".__globals__\n")),
+        ("collections.OrderedDict.update", program(name("collections", "OrderedDict.update"))),
+        ("os.pa[?]h", program(b"cos\npa\x1bh\n")),
+    ],
+)
+def test_nothing_is_run(refused, tmp_path, monkeypatch, asked, content):
+    monkeypatch.chdir(tmp_path)
+    for form in archive, stream:
+        refused(
+            form(content), f"asks to run _?{asked}: refused. It is not a plain weights file; if"
+        )
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    "module", ["tnt_flax.weights.formats.inert", "mmengine.logging", "timm.utils"]
+)
+def test_objects_of_a_framework(refused, module):
+    refused(archive(program(name(module, "Known"))), f"an object of {module}.Known, .* state_dict")
+
+
+@pytest.mark.parametrize(
+    "why, parts",
+    [
+        ("asks to set attributes of a Known", [REBUILD, STATE, b"b"]),
+        ("asks to set attributes of a Tensor", [tensor(0, (6,), (1,)), STATE, b"b"]),
+        ("asks to set attributes of a str", [opcodes("a"), STATE, b"b"]),
+        ("asks to set attributes of a list", [b"]", STATE, b"b"]),
+        ("Namespace without values", [NAMESPACE, opcodes((None, {"a": 1})), b"b"]),
+        ("Namespace without values", [NAMESPACE, opcodes({"a": 1}), b"b", STATE, b"b"]),
+        ("asks to call str", [opcodes("a"), b")R"]),
+        ("asks to call torch float32", [name("torch", "float32"), b")R"]),
+        ("asks to call torch Size", [name("torch", "Size"), b"]R"]),
+        ("torch Size with 9 arguments", [name("torch", "Size"), opcodes((1,) * 9), b"R"]),
+        ("asks to set items of a Known", [REBUILD, b"(NNu"]),
+        ("asks to set items of a list", [b"](NNu"]),
+        ("asks to set items of a dict", [b"}(Nu"]),
+        ("asks to append to a dict", [b"}Na"]),
+        ("asks to append to a tuple", [b")(NNe"]),
+        ("holds torch._utils _rebuild_tensor_v2, which", [b"](", REBUILD, b"e"]),
+        ("holds a storage without a tensor", [tensor(0, (6,), (1,)).partition(b"Q")[0][34:], b"Q"]),
+        ("something without a name", [b"NN\x93"]),
+        ("other than latin1", [ENCODE, opcodes(("a", "zlib")), b"R"]),
+        ("other than latin1", [ENCODE, opcodes((b"a", "latin1")), b"R"]),
+        ("is damaged: .*TypeError", [name("__builtin__", "bytes"), opcodes((2**40,)), b"R"]),
+        ("is damaged: .*TypeError", [name("argparse", "Namespace"), opcodes(({},)), b"R"]),
+        ("opcode INT, which", [b"I1\n"]),
+        ("opcode LONG4, which", [b"\x8b\xff\xff\xff\x7f"]),
+        ("opcode PERSID, which", [b"Pos\n"]),
+        ("opcode INST, which", [b"(ios\nsystem\n"]),
+        ("opcode EXT1, which", [b"\x82\x01"]),
+        ("opcode BINSTRING, which", [b"T\xff\xff\xff\x7f"]),
+        ("unknown opcode 240", [b"\xf0"]),
+        ("dict with a tuple as a key", [b"}", opcodes((1,)), b"Ns"]),
+        ("dict with a int as a key", [b"}", opcodes(2**64), b"Ns"]),
+        ("dict with a float32 as a key", [b"}", opcodes(np.float32(1)), b"Ns"]),
+        ("deeper than any", [b"]" * 70, b"a" * 69]),
+        ("deeper than any", [b"]q\x00h\x00a"]),
+        ("beyond reason", [b"]q\x00", b"h\x00h\x00\x86q\x00" * 60]),
+        (
+            "beyond reason",
+            [ENCODE, b"q\x70", opcodes("a" * 9999), opcodes("latin1"), b"\x86q\x71R"]
+            + [b"h\x70h\x71R" * 99],
+        ),
+        (
+            "beyond reason",
+            [opcodes(dict.fromkeys(range(999))), b"q\x00](", (NAMESPACE + b"h\x00b") * 99, b"e"],
+        ),
+        ("refers to a value that it does not hold", [b"h\x07"]),
+        ("takes values that are not there", [b"\x87"]),
+        ("is damaged: .*IndexError", [b"t"]),
+        ("is damaged: .*IndexError", [b"q\x00"]),
+        ("is damaged: .*UnicodeDecodeError", [b"X\x01\x00\x00\x00\xff"]),
+        ("a name without an end", [b"cos"]),
+        ("is cut off", [b"X\xff\xff\xff\xff"]),
+    ],
+)
+def test_programs_that_make_no_sense(refused, why, parts):
+    refused(archive(program(*parts)), why)
+
+
+def test_the_memo_takes_no_more_than_what_is_in_it(read):
+    assert read(archive(program(b"Nr\xff\xff\xff\x7f"))) is None
+
+
+def test_a_pickle_has_a_largest_size(refused, monkeypatch):
+    monkeypatch.setattr(restricted_pickle, "LARGEST", 1000)
+    for form in archive, stream:
+        refused(form(program(opcodes("a" * 1000))), "absurdly long pickle")
+
+
+def array_of(dtype, shape=(2,), content=bytes(8), order="<"):
+    parts = [name("numpy.core.multiarray", "_reconstruct"), name("numpy", "ndarray")]
+    parts += [opcodes((0,)), opcodes("b"), b"\x87R(", opcodes(1), opcodes(shape)]
+    parts += [name("numpy", "dtype"), opcodes((dtype, 0, 1)), b"R("]
+    parts += [opcodes(3), opcodes(order), b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"]
+    return program(*parts, opcodes(False), pickle.dumps(content, 3)[2:-1], b"tb")
+
+
+def test_arrays_of_numpy(read, refused):
+    assert_same(read(archive(array_of("f4"))), np.zeros(2, np.float32))
+    refused(archive(array_of("O8")), "holds a numpy array of Python objects")
+    refused(archive(pickle.dumps(np.array([{}]), 2)), "holds a numpy array of Python objects")
+    refused(archive(pickle.dumps(np.array([{}]), 4)), "holds a numpy array of Python objects")
+    refused(archive(array_of("V4")), "holds a numpy array of 'V4'")
+    refused(archive(array_of("f4", order="=")), "unknown byte order")
+    for shape in ((3,), (1,), (-2,), (-1, -2), (2**40, 0, 2**40), (1.0,), (1,) * 40, [2]):
+        refused(archive(array_of("f4", shape=shape)), "numpy array of the wrong size")
+    refused(archive(array_of("f4", content="a" * 8)), "numpy array of the wrong size")
+    refused(archive(array_of("f4").replace(b"ndarray", b"matrix")), "asks to run numpy.matrix")
+    refused(archive(array_of("f4").replace(b"numpy\nndarray", b"torch\nSize")), "unknown class")
+    refused(archive(array_of("f4").partition(b"(")[0] + b"."), "numpy array without content")
+    refused(archive(array_of("f4").replace(b"K\x00tb", b"K\x00t")), "numpy array without a dtype")
+    scalar = pickle.dumps(np.float64(1.0), 3)
+    refused(archive(scalar.replace(b"f8", b"f4")), "numpy scalar of the wrong size")
+
+
+# Tensors
+
+
+@pytest.mark.parametrize(
+    "offset, size, stride",
+    [
+        (1, (6,), (1,)),
+        (0, (7,), (1,)),
+        (0, (2, 3), (4, 1)),
+        (0, (2,), (6,)),
+        (6, (1,), (1,)),
+        (0, (7,), (0,)),
+        (0, (2**20, 2**20), (0, 0)),
+    ],
+)
+def test_tensors_stay_in_their_storage(refused, offset, size, stride):
+    for form in archive, stream:
+        content = program(tensor(offset, size, stride))
+        refused(form(content), r"has a tensor \(.*\) that leaves its storage of 6 elements")
+
+
+@pytest.mark.parametrize(
+    "offset, size, stride",
+    [
+        (-1, (1,), (1,)),
+        (0, (-1,), (1,)),
+        (0, (-2, -3), (3, 1)),
+        (5, (2,), (-1,)),
+        (0, (2, 3), (1,)),
+        (0, (0, 2**60), (1, 1)),
+        (0, (0, 2**40, 2**40), (1, 1, 1)),
+        (2**200, (1,), (1,)),
+        (0, (1,), (2**200,)),
+        (0, (1,) * 40, (1,) * 40),
+        (True, (1,), (1,)),
+        (0, (1.0,), (1,)),
+        (0, [1], (1,)),
+        (0, (1,), [1]),
+        (0, (1,), None),
+    ],
+)
+def test_shapes_are_sensible(refused, offset, size, stride):
+    refused(archive(program(tensor(offset, size, stride))), "absurd (shape|strides)")
+
+
+def test_tensors_without_content(read):
+    for size in ((0,), (3, 0), (0, 2**30)):
+        found = read(archive(program(tensor(99, size, (1,) * len(size)))))
+        assert found.shape == size and found.dtype == np.float32
+    assert read(archive(program(tensor(5, (), ())))).shape == ()
+    assert read(archive(program(tensor(0, (0,), (1,), count=0)), {"0": b""})).shape == (0,)
+
+
+def test_tensors_that_repeat_themselves_within_their_storage(read):
+    assert_same(
+        read(archive(program(tensor(1, (3,), (0,))))), np.full(3, np.frombuffer(SIX, np.float32)[1])
+    )
+
+
+@pytest.mark.parametrize(
+    "why, changes",
+    [
+        ("storage '0' has 24 bytes, its tensors want 28", {"count": 7}),
+        ("storage '0' has 24 bytes, its tensors want 20", {"count": 5, "stride": (2,)}),
+        ("storage '0' has 24 bytes, its tensors want 48", {"kind": ("torch", "LongStorage")}),
+        ("storage of an absurd size", {"count": 2**60}),
+        ("storage of an absurd size", {"count": -6}),
+        ("storage of an absurd size", {"count": "6"}),
+        ("storage of an absurd size", {"key": 0}),
+        ("storage of an unknown kind", {"kind": ("torch", "Size")}),
+        ("storage of an unknown kind", {"rest": opcodes(("1", 0, 6))}),
+        ("asks to run torch.QInt8Storage", {"kind": ("torch", "QInt8Storage")}),
+        ("storage '1' is not in it", {"key": "1"}),
+        ("storage '../0' is not in it", {"key": "../0"}),
+    ],
+)
+def test_storages_are_what_the_tensors_want(refused, why, changes):
+    size = {"offset": 0, "size": (2,), "stride": (1,)}
+    refused(archive(program(tensor(**size | changes))), why)
+
+
+def test_what_is_no_storage(refused):
+    refused(archive(program(opcodes(("module", "a")), b"Q")), "refers to something")
+    refused(archive(program(b"NQ")), "refers to something")
+    other = tensor(0, (3,), (1,), kind=("torch", "DoubleStorage"), count=3)
+    refused(archive(program(tensor(0, (6,), (1,)), other)), "storage '0' in two ways")
+    refused(archive(program(REBUILD, opcodes((1, 0, (), (), False, {})), b"R")), "more than a view")
+    flags = tensor(0, (6,), (1,))[:-2] + opcodes({"neg": True}) + b"tR"
+    refused(archive(program(flags)), "more than a view")
+    value = tensor(0, (6,), (1,)).replace(b"_v2", b"_v3")
+    for dtype, why in ("complex64", "tensor of complex64"), ("Size", "tensor of None"):
+        refused(archive(program(value[:-2], name("torch", dtype), b"tR")), why)
+    parameter = name("torch._utils", "_rebuild_parameter") + opcodes((1, True, {})) + b"R"
+    refused(archive(program(parameter)), "parameter without a tensor")
+    refused(archive(program(name("torch", "Size"), opcodes(("a",)), b"\x85R")), "torch.Size")
+    for device in (1,), ("a" * 99,), ("cuda", "0"):
+        refused(archive(program(name("torch", "device"), opcodes(device), b"R")), "torch.device")
+
+
+# Containers
+
+
+WHOLE = archive(program(tensor(0, (6,), (1,))), byteorder=b"little")
+
+
+def test_files_that_are_not_there_or_empty(refused, tmp_path):
+    with pytest.raises(InputError, match="there is no weights file .*none.pth"):
+        torch_files.read(tmp_path / "none.pth")
+    with pytest.raises(InputError, match="cannot be read"):
+        torch_files.read(tmp_path)
+    refused(b"", "cannot be read")
+    refused(b"not a weights file", "is not a weights file of torch: give")
+
+
+@pytest.mark.parametrize("file", ["flat.pth", "flat_stream.pth"])
+def test_every_truncation_is_refused(refused, file):
+    content = (GOLDEN / file).read_bytes()
+    for size in range(1, len(content), 7):
+        refused(content[:size], "cut off|damaged|is not a weights file")
+
+
+def test_archives_that_torch_does_not_write(refused):
+    pickled = program(tensor(0, (6,), (1,)))
+    refused(archive(pickled, method=zipfile.ZIP_DEFLATED), "compressed or encrypted")
+    encrypted = re.sub(rb"PK\x01\x02.{6}", lambda x: x[0][:8] + b"\x01\x00", WHOLE, flags=re.S)
+    refused(encrypted, "compressed or encrypted")
+    refused(archive(pickled, byteorder=b"big"), "is big-endian")
+    refused(archive(pickled, constants__pkl=b"", **{"constants.pkl": b""}), "TorchScript program")
+    refused(archive(pickled, code__a=b""), "TorchScript program, .* state_dict")
+    refused(archive(pickled).replace(b"data.pkl", b"meta.pkl"), "zip archive, but not of torch")
+    refused(archive(pickled, data__data__pkl=b"", **{"y/data.pkl": b""}), "but not of torch")
+
+
+def change(blob: bytes, entry: str, field: int, value: int, *, central=True) -> bytes:
+    """Sets four bytes, `field` bytes into the header of an entry."""
+    blob = bytearray(blob)
+    found = blob.rindex(entry.encode()) if central else blob.index(entry.encode())
+    header = found - (46 if central else 30)
+    blob[header + field : header + field + 4] = struct.pack("<I", value)
+    return bytes(blob)
+
+
+def test_entries_that_are_not_where_they_are_said_to_be(refused):
+    with zipfile.ZipFile(io.BytesIO(WHOLE)) as f:
+        at = {x.filename: x.header_offset for x in f.infolist()}
+    refused(change(WHOLE, "x/data/0", 42, at["x/data.pkl"]), "unclear names|overlap")
+    refused(change(WHOLE, "x/data/0", 42, at["x/data/0"] + 1), "overlap or are not there")
+    refused(change(WHOLE, "x/data/0", 42, 2**31), "damaged|cut off")
+    for size in (0, 20, 28):
+        larger = change(change(WHOLE, "x/data/0", 20, size), "x/data/0", 24, size)
+        refused(larger, f"storage '0' has {size} bytes")
+    huge = change(change(WHOLE, "x/data/0", 20, 2**30), "x/data/0", 24, 2**30)
+    refused(huge, "cut off")
+    refused(change(WHOLE, "x/data/0", 24, 23), "cut off")  # stored, yet of two sizes
+    size = len(program(tensor(0, (6,), (1,))))
+    over = change(change(WHOLE, "x/data.pkl", 20, size + 9), "x/data.pkl", 24, size + 9)
+    refused(over, "overlap")
+    refused(change(WHOLE, "x/data/0", 28, 0xFFFF0008, central=False), "cut off|unclear|damaged")
+    refused(WHOLE.replace(b"x/data/0", b"x/data/1", 1), "unclear names")
+    refused(WHOLE.replace(b"x/byteorder", b"x/data/0\0or"), "unclear names")
+
+
+def test_streams_that_torch_does_not_write(refused):
+    pickled = program(tensor(0, (6,), (1,)))
+    refused(stream(pickled, little_endian=False), "is big-endian")
+    refused(torch_files.STREAM + pickle.dumps(1000, 2), "of an unknown version, 1000")
+    for keys in ((), ("1",), ("0", "0"), ("0", "1")):
+        refused(stream(pickled, keys), "other storages than its tensors are in")
+    refused(stream(pickled, (0,)), "damaged")
+    for count in (-1, 0, 5, 7, 2**62, -(2**63)):
+        refused(stream(pickled, storages=struct.pack("<q", count) + bytes(24)), "damaged: storage")
+    refused(stream(pickled, storages=struct.pack("<q", 6) + bytes(23)), "is cut off")
+    refused(stream(pickled, storages=struct.pack("<i", 6)), "is damaged")
+    refused(torch_files.STREAM + pickled, "is damaged")  # a tensor for a version
+
+
+# Writing
+
+
+def test_round_trip_is_the_identity(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch_files.write(path, CONTENT)
+    assert_same(torch_files.read(path), CONTENT)
+    torch_files.write(path, torch_files.read(path))
+    assert_same(torch_files.read(path), CONTENT)
+    assert [x.name for x in tmp_path.iterdir()] == ["weights.pth"]
+
+
+def test_the_same_content_is_the_same_bytes(tmp_path):
+    a, b = tmp_path / "a.pth", tmp_path / "b.pth"
+    torch_files.write(a, CONTENT)
+    torch_files.write(b, copy.deepcopy(CONTENT))
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_layout_is_that_of_torch(tmp_path):
+    torch_files.write(tmp_path / "a.pth", EXPECTED["flat.pth"])
+    with zipfile.ZipFile(tmp_path / "a.pth") as f, zipfile.ZipFile(GOLDEN / "flat.pth") as golden:
+        assert f.testzip() is None
+        assert {x.create_system for x in f.infolist()} == {0}  # the same bytes on every system
+        found = {x.filename.partition("/")[2]: f.read(x) for x in f.infolist()}
+        theirs = {x.filename.partition("/")[2]: golden.read(x) for x in golden.infolist()}
+    del found["data.pkl"]
+    assert found.items() <= theirs.items() and "data/3" in found and "version" in found
+    with open(tmp_path / "a.pth", "rb") as file:
+        data = file.read()
+        for array in EXPECTED["flat.pth"].values():
+            assert data.index(array.tobytes()) % 64 == 0
+
+
+def test_scalars_of_numpy_and_ordered_dicts_are_written_as_python_has_them(tmp_path):
+    content = collections.OrderedDict(a=np.float64(0.5), b=np.int64(3), c=np.bool_(True))
+    torch_files.write(tmp_path / "a.pth", content)
+    assert_same(torch_files.read(tmp_path / "a.pth"), {"a": 0.5, "b": 3, "c": True})
+
+
+@pytest.mark.parametrize(
+    "content", [{1: 2}, {"a": {"b": {1, 2}}}, {"a": object()}, np.array(["a"]), {"a": 1j}]
+)
+def test_what_torch_would_not_read_is_not_written(tmp_path, content):
+    with pytest.raises(InputError, match=r"a\.pth cannot be written: (torch reads no|it would)"):
+        torch_files.write(tmp_path / "a.pth", content)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    torch_files.write(tmp_path / "a.pth", {"a": 1})
+
+    def full(array):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch_files, "_raw", full)
+    with pytest.raises(OSError, match="no space left"):
+        torch_files.write(tmp_path / "a.pth", {"a": ramp(2)})
+    assert [x.name for x in tmp_path.iterdir()] == ["a.pth"]
+    assert torch_files.read(tmp_path / "a.pth") == {"a": 1}
+
+
+def test_writing_holds_one_tensor_at_a_time(tmp_path):
+    class Late:
+        """As an array of jax: it becomes one of numpy when it is asked for."""
+
+        shape, dtype = (2**20,), np.dtype(np.float32)
+
+        def __array__(self, dtype=None, copy=None):
+            return np.zeros(self.shape, self.dtype)
+
+    tracemalloc.start()
+    torch_files.write(tmp_path / "a.pth", {str(i): Late() for i in range(8)})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.5 * 2**22
+    assert torch_files.read(tmp_path / "a.pth")["7"].shape == (2**20,)
+
+
+# Garbage
+
+EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**64 - 1)
+
+
+def touch(value) -> int:
+    """Looks at every byte; the number of values."""
+    if isinstance(value, np.ndarray | np.generic):
+        value.tobytes()
+    elif isinstance(value, dict):
+        return 1 + sum(map(touch, value.values()))
+    elif isinstance(value, list | tuple):
+        return 1 + sum(map(touch, value))
+    return 1
+
+
+def mutated(content: bytes, rng: random.Random) -> bytes:
+    content = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        at, size = rng.randrange(len(content) + 1), rng.choice((1, 2, 4, 8, 60))
+        kind = rng.randrange(7)
+        if kind == 0 and at < len(content):
+            content[at] ^= 1 << rng.randrange(8)
+        elif kind == 1 and at < len(content):
+            content[at] = rng.choice(b"".join(restricted_pickle.STEPS))
+        elif kind == 2:
+            value = rng.choice(EXTREMES).to_bytes(8, rng.choice(("little", "big")))
+            size = rng.choice((1, 2, 4, 8))
+            content[at : at + size] = value[:size] if rng.random() < 0.5 else value[-size:]
+        elif kind == 3:
+            del content[at : at + size]
+        elif kind == 4:
+            content[at:at] = rng.randbytes(size)
+        elif kind == 5:
+            start = rng.randrange(len(content) + 1)
+            content[at:at] = content[start : start + size]
+        elif rng.random() < 0.2:
+            del content[at:]
+    return bytes(content)
+
+
+@functools.cache
+def starts_of(content: bytes) -> list[int]:
+    return [at for _, _, at in pickletools.genops(content)] + [len(content)]
+
+
+def shuffled(content: bytes, rng: random.Random) -> bytes:
+    """Mutates a pickle by whole opcodes."""
+    parts = [content[a:b] for a, b in itertools.pairwise(starts_of(content))]
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        at, other = rng.randrange(len(parts)), rng.randrange(len(parts))
+        kind, size = rng.randrange(4), rng.choice((1, 1, 2, 6))
+        if kind == 0 and len(parts) > size:
+            del parts[at : at + size]
+        elif kind == 1:
+            parts[at:at] = parts[other : other + size]
+        elif kind == 2:
+            parts[at] = parts[other]
+        else:
+            parts[at : at + 1] = [opcodes(rng.choice((*EXTREMES, -1, "a", (), {}, None, 0.5)))]
+    return b"".join(parts)
+
+
+def mutants(file: str, rng: random.Random):
+    """Endless, alternating between mutants of the file and of its pickle in a whole file."""
+    whole = (GOLDEN / file).read_bytes()
+    is_stream = whole.startswith(torch_files.STREAM)
+    if is_stream:
+        ends = [0]
+        for _ in range(5):
+            part = io.BytesIO(whole[ends[-1] :])
+            collections.deque(pickletools.genops(part), 0)
+            ends.append(ends[-1] + part.tell())
+        before, content, after = whole[: ends[3]], whole[ends[3] : ends[4]], whole[ends[4] :]
+    else:
+        with zipfile.ZipFile(io.BytesIO(whole)) as f:
+            files = {x.partition("/")[2]: f.read(x) for x in f.namelist()}
+        content = files.pop("data.pkl")
+    while True:
+        yield mutated(whole, rng)
+        other = shuffled(content, rng) if rng.random() < 0.6 else mutated(content, rng)
+        yield before + other + after if is_stream else archive(other, {"": b""}, **files)
+
+
+def survive(path: pathlib.Path, rng: random.Random, count: int) -> dict[str, int]:
+    """Reads mutants of every golden; how many were read, or refused and why."""
+    tally = collections.Counter()
+    for file in EXPECTED:
+        source = mutants(file, rng)
+        for _ in range(count):
+            content = next(source)
+            path.unlink(missing_ok=True)
+            path.write_bytes(content)
+            if watched := rng.random() < 0.1:  # it takes its time
+                tracemalloc.start()
+            try:
+                values = touch(torch_files.read(path))
+                tally["read"] += 1
+                assert values < 5 * len(content) + 1000
+            except InputError as error:
+                message = str(error)
+                assert message.startswith(f"{path} ") and "\n" not in message
+                reason = message.removeprefix(str(path))
+                tally[re.sub(r"( run| of| call|[\d'(\[]).*|refused.*", "", reason)] += 1
+            if watched:
+                peak = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
+                assert peak < 2**19 + 40 * len(content), "large allocation"
+    return tally
+
+
+@pytest.mark.slow
+def test_garbage_is_read_or_refused(tmp_path):
+    tally = survive(tmp_path / "x.pth", random.Random(0), 500)
+    assert tally["read"] > 200 and len(tally) > 25
+
+
+# With torch
+
+
+@pytest.mark.oracle
+def test_torch_reads_what_we_write(tmp_path):
+    import torch
+
+    torch_files.write(tmp_path / "a.pth", CONTENT)
+    for mmap in False, True:
+        found = torch.load(tmp_path / "a.pth", weights_only=True, mmap=mmap)
+        for key, x in found["state_dict"].items():
+            assert x.is_contiguous() and x.device.type == "cpu" and not x.requires_grad
+            is_bfloat16 = x.dtype == torch.bfloat16
+            x = x.view(torch.int16).numpy() if is_bfloat16 else x.numpy()
+            found["state_dict"][key] = x.view(ml_dtypes.bfloat16) if is_bfloat16 else x
+        assert_same(found, CONTENT)
+
+
+@pytest.mark.oracle
+def test_goldens_are_what_torch_writes(tmp_path):
+    make_goldens_torch.main(tmp_path)
+    for file in EXPECTED:
+        found = torch_files.read(tmp_path / file)
+        if "optimizer" in found:
+            group = found["optimizer"]["param_groups"][0]
+            kept = {key: group[key] for key in make_goldens_torch.GROUP}
+            found["optimizer"]["param_groups"] = [kept]
+        assert_same(found, EXPECTED[file])
+
+
+@pytest.mark.oracle
+def test_names_of_dtypes_are_those_of_torch():
+    import torch
+
+    for key in (*inert.DTYPES, *inert.OTHER_DTYPES):
+        assert str(getattr(torch, key)) == f"torch.{key}"
+    for storage, key in inert.STORAGES.items():
+        kind = torch.tensor([], dtype=getattr(torch, key)).type()
+        assert kind.replace("Tensor", "Storage") == f"torch.{storage}"
+        assert getattr(torch, key).itemsize == np.dtype(inert.DTYPES[key]).itemsize

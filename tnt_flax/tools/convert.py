@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Converts TNT weights from any system to any other, or says what a file is.
+
+    python -m tnt_flax.tools.convert tnt_s_81.5.pth.tar tnt_s.safetensors
+    python -m tnt_flax.tools.convert runs/tnt_s tnt_s.pth --to=timm --checkpoint=last --weights=raw
+    python -m tnt_flax.tools.convert --check tnt_b_pets.ckpt --names
+    python -m tnt_flax.tools.convert --check tnt_s_81.5.pth.tar --against=timm
+
+The last line on stdout is one JSON object. Exit code 1 is a failure to write, or with --against a
+difference that is no rounding; 2 is bad input.
+"""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+from tnt_flax.core.errors import InputError, RunError
+from tnt_flax.core.trees import fingerprint
+from tnt_flax.tools.command_line import Parser
+from tnt_flax.tools.weights_options import add_weights_options, read_weights
+from tnt_flax.weights import write
+from tnt_flax.weights.identify import lineage_of
+from tnt_flax.weights.read import Checkpoint
+
+TOLERANCE = 5e-5  # float32 logits of a standard deviation around 1
+
+
+def make_parser() -> Parser:
+    parser = Parser("python -m tnt_flax.tools.convert", __doc__)
+    add_weights_options(parser)
+    add = parser.add_argument
+    add("destination", nargs="?", type=pathlib.Path, help="the file to write")
+    add("--to", choices=list(write.SUFFIXES), help="for which system; default by the file's end")
+    add("--check", action="store_true", help="say what CHECKPOINT is and convert nothing")
+    add("--against", choices=["timm"], help="run CHECKPOINT in timm too, and compare (needs torch)")
+    add("--names", action="store_true", help="list every tensor: its name there and here")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    try:
+        args = make_parser().parse_args(argv)
+        if args.check == (args.destination is not None):
+            raise InputError("give a destination, or --check and none")
+        if not args.check:
+            system = args.to or write.default_system(args.destination)
+            write.check_destination(args.destination, system)
+        found = read_weights(args)
+        result = report(found, names=args.names)
+        if not args.check:
+            target = write.make_target(found, system)
+            write.write(args.destination, system, target, found)
+            size = args.destination.stat().st_size
+            print_row("written", f"{args.destination} for {system}, {size / 1e6:.1f} MB")
+            for note in target.notes:
+                print_row("note", note)
+            result |= {
+                "destination": str(args.destination),
+                "to": system,
+                "same_function": target.same_function,
+            }
+        code = 0
+        if args.against:
+            from tnt_flax.tools import compare_timm
+
+            differences = compare_timm.compare_with_timm(found)
+            for place, difference in differences.items():
+                print_row(f"|timm - ours| {place}", f"{difference:.1e}")
+            result["against_timm"] = differences
+            code = int(not differences["head"] <= TOLERANCE)
+    except (InputError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        for line in getattr(error, "details", ()):
+            print(f"  {line}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    print(json.dumps(result))
+    return code
+
+
+def report(found: Checkpoint, *, names: bool) -> dict[str, Any]:
+    """Prints the table of what was found; returns it for the JSON line."""
+    model, grid = found.network.model, found.network.grid
+    facts = {
+        "source": found.path,
+        "container": found.container,
+        "names": found.naming,
+        "network": found.name,  # None: no published size
+        "lineage": lineage_of(model),
+        "weights": found.weights,  # None: the source does not tell
+        "parameters": found.num_params,
+        "image_size": grid and grid[0] * model.patch_size,  # None: not square
+        "channels": found.network.channels,
+        "num_classes": model.num_classes,
+        **found.preprocessing,
+        "digest": fingerprint(found.params),
+    }
+    for key, value in facts.items():
+        print_row(key, "-" if value is None else f"{value:,}" if isinstance(value, int) else value)
+    for note in found.notes:
+        print_row("note", note)
+    width = max(map(len, found.renamed), default=0)
+    for theirs, ours in found.renamed.items() if names else ():
+        print_row(theirs.ljust(width), ours)
+    return facts | {"notes": found.notes}
+
+
+def print_row(key: str, value: Any) -> None:
+    print(f"{key:<14} {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

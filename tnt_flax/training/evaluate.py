@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact evaluation: every image counts once, for any batch size and number of devices."""
+
+import contextlib
+import math
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from tnt_flax.core.errors import InputError, RunError
+from tnt_flax.core.tables import open_table
+from tnt_flax.data import imagenet_classes
+from tnt_flax.data import labels as class_maps
+from tnt_flax.data.sources import storage
+from tnt_flax.runtime import processes, sharding
+from tnt_flax.runtime.watchdog import Guard
+from tnt_flax.training import config_check, experiment
+from tnt_flax.training.model_config import with_network
+
+EvalStep = Callable[..., dict[str, jax.Array]]
+Stop = Callable[[str], bool | None]  # asked after every batch, which it is told of
+PER_CLASS = {"class": str, "name": str, "images": int, "top1": float, "top5": float}
+
+
+def evaluate(
+    eval_step: EvalStep,
+    params: Any,
+    batches: experiment.Batches,
+    mesh: Mesh,
+    stop: Stop = lambda what: False,
+) -> dict[str, float]:
+    """Returns top1 and top5 (shares of 1), loss (mean), images, and skipped (unreadable images).
+
+    `stop` is told of every batch, and says whether to give up; then the result is empty.
+
+    Raises:
+        RunError: there is no image, or the loss is not finite.
+    """
+    metrics, _ = sums_and_means(eval_step, params, batches, mesh, stop)
+    return metrics
+
+
+def sums_and_means(
+    eval_step: EvalStep,
+    params: Any,
+    batches: experiment.Batches,
+    mesh: Mesh,
+    stop: Stop = lambda what: False,
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """What `evaluate` returns, and the sums of `steps.make_eval_step` over all batches."""
+    totals: dict[str, np.ndarray] = {}
+    skipped = 0
+
+    def add(sums):  # in double precision, in the order of the data
+        for name, x in jax.device_get(sums).items():
+            totals[name] = totals.get(name, 0) + np.asarray(x, np.float64)
+
+    params = sharding.whole(params, mesh)
+    pending = {}  # added one batch late: the device never waits, nor do batches pile up on it
+    with contextlib.closing(batches):
+        for number, batch in enumerate(batches, start=1):
+            skipped += int(batch.pop("corrupt").sum())
+            sums = eval_step(params, sharding.to_global(batch, mesh))
+            add(pending)
+            pending = sums
+            if stop(f"batch {number} of an evaluation"):
+                return {}, {}
+    add(pending)
+    images = int(totals.get("images", 0))
+    if not images:
+        raise RunError("no image could be evaluated")
+    metrics = {name: totals[name].item() / images for name in ("top1", "top5", "loss")}
+    if not math.isfinite(metrics["loss"]):
+        raise RunError(f"the evaluation loss is {metrics['loss']}: these weights are not usable")
+    return {**metrics, "images": images, "skipped": processes.total(skipped)}, totals
+
+
+def calibration_error(calibration: np.ndarray) -> float:
+    """The expected calibration error (arXiv 1706.04599) of the sums [3, bins] of an eval step."""
+    images, hits, confidence = calibration
+    return float(np.abs(hits - confidence).sum() / images.sum())
+
+
+def mean_per_class(per_class: np.ndarray) -> float:
+    """The mean of the top1 of all classes that have images, of sums [3, classes]."""
+    images, top1, _ = per_class[:, per_class[0] > 0]
+    return float((top1 / images).mean())
+
+
+def evaluate_checkpoint(
+    config: ConfigDict, run: pathlib.Path | None, which: str, per_class: str | None = None
+) -> dict[str, float | str]:
+    """Evaluates weights on the evaluation split of `config`, of which they need not know the names.
+
+    `which` is "best" or "last" of the run in `run`, or weights of any system that are of the
+    config's network: a file, a workdir, an address. `per_class` is a table to write, a row for each
+    class that has images. Returns the metrics of `evaluate`; ece, the expected calibration error;
+    mean_per_class, the mean of the classes' top1; classes, how many could be the answer; and as
+    `checkpoint` where the weights were.
+
+    Raises:
+        InputError: also where labels and classes do not fit together, see `data.class_maps`.
+    """
+    with Guard(config.stall_minutes) as guard:
+        return _evaluate_checkpoint(config, run, which, per_class, guard.check)
+
+
+def _evaluate_checkpoint(config, run, which, per_class, stop):
+    path, checkpoint = which, "best"
+    if which in ("best", "last"):
+        if run is None:
+            raise InputError(f"--checkpoint={which} needs the --workdir of a run")
+        path, checkpoint = str(run), which
+    config = with_network(config, path, checkpoint)
+    config_check.check(config)
+    mesh = experiment.build_mesh(config)
+
+    with contextlib.ExitStack() as stack:
+        table = None
+        if per_class and jax.process_index() == 0:
+            table = stack.enter_context(open_table(pathlib.Path(per_class), PER_CLASS))
+        source = experiment.open_source(config, config.data.eval_split, several_labels=True)
+        if real := config.eval.real_labels:
+            labels = class_maps.real_labels(storage.join(config.data.root, real), source)
+            source = class_maps.Relabeled(source, labels)
+        several = getattr(source, "most_labels", None) is not None
+        if several and per_class:
+            raise InputError("images may be of several classes in these data: no --per_class")
+        params, found = experiment.load_params(
+            config, experiment.build_model(config, 0), path, checkpoint=checkpoint
+        )
+        params = sharding.place(params, sharding.shardings(params, mesh, (sharding.TENSOR,)))
+        named = (found.class_names, found.network.model.num_classes)
+        model = experiment.build_model(config, named[1])
+        classes = class_maps.chosen(config.eval.classes, *named)
+        to_network = class_maps.to_network(source.class_names, *named)
+
+        print(f"evaluating on {len(source)} images", file=sys.stderr)
+        eval_step = sharding.jit_eval_step(experiment.build_eval_step(config, model, classes), mesh)
+        batches = relabeled(experiment.eval_batches(config, source), to_network, classes)
+        metrics, sums = sums_and_means(eval_step, params, batches, mesh, stop)
+        metrics["ece"] = calibration_error(sums["calibration"])
+        if not several:
+            metrics["mean_per_class"] = mean_per_class(sums["per_class"])
+        metrics["classes"] = len(classes) if classes else model.num_classes
+        if table:
+            names = imagenet_classes.known_names(*named) or tuple(map(str, range(named[1])))
+            write_per_class(table, sums["per_class"], names)
+            metrics["per_class"] = per_class
+    return {**metrics, "checkpoint": found.path}
+
+
+def relabeled(
+    batches: experiment.Batches, to_network: np.ndarray, classes: tuple[int, ...] | None
+) -> experiment.Batches:
+    """`batches` with the network's classes, int32 [b, K], `to_network` of each of their labels.
+
+    Images of none of the `classes`, or of none at all, do not count.
+    """
+    with contextlib.closing(batches):
+        for batch in batches:
+            labels = batch["label"].reshape(len(batch["label"]), -1)
+            batch["label"] = np.where(labels < 0, labels, to_network[labels])
+            if classes is not None:
+                batch["label"] = np.where(np.isin(batch["label"], classes), batch["label"], -1)
+            batch["mask"] &= (batch["label"] >= 0).any(axis=1)
+            yield batch
+
+
+def write_per_class(table: Any, per_class: np.ndarray, names: tuple[str, ...]) -> None:
+    rows = zip(names, imagenet_classes.readable(names), per_class.T, strict=True)
+    for synset, name, (images, top1, top5) in rows:
+        if images:
+            shares = {"top1": top1 / images, "top5": top5 / images}
+            table.write({"class": synset, "name": name, "images": int(images), **shares})

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opens a weights file of any system, told apart by its content, without running what is in it.
+
+What comes back is one flat set of named tensors, read when asked for.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from tnt_flax.core.errors import InputError
+from tnt_flax.weights.formats import mindspore, torch
+from tnt_flax.weights.name_tables import MINDSPORE_TRAINING
+from tnt_flax.weights.names import STACKED, unstacked_name
+from tnt_flax.weights.weights_file import HEADER
+
+# Where trainers keep the weights and their average: DeiT, then huawei and timm, then mmengine.
+STATES = [
+    ("model", "model_ema"),
+    ("state_dict", "state_dict_ema"),
+    ("state_dict", "ema_state_dict"),
+]
+# Wrappers that put their own name before every tensor's.
+WRAPPERS = ("module.", "_orig_mod.", "model.", "network.", "_backbone.", "_network.")
+MOST_BLOCKS = 10_000  # a file may claim any number, without holding a byte for them
+# Counters that some averages carry along with the weights.
+COUNTERS = ("steps", "n_averaged")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Shape and type of a tensor that has not been read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass
+class Content:
+    """The weights in a file: `read(name)` for every name in `specs`."""
+
+    container: str  # in words
+    specs: dict[str, Spec]
+    read: Callable[[str], np.ndarray]
+    info: dict[str, Any]  # what our own files say of themselves
+    weights: str | None = None  # "ema" or "raw" where the file knows; None where it does not say
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+def open_file(path: pathlib.Path, weights: str) -> Content:
+    """Opens `path`. `weights` is "ema" or "raw", which matters where a file holds both.
+
+    Raises:
+        InputError: there is no such file, it is none of the known containers or is damaged, it
+            would have to run code to be read, or it holds no set of named tensors.
+    """
+    try:
+        with open(path, "rb") as f:
+            head = f.read(512)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    if torch.looks_like(head):
+        return _open_torch(path, weights)
+    if len(head) > 8 and int.from_bytes(head[:8], "little") < 1 << 40 and head[8:9] == b"{":
+        return _open_safetensors(path)
+    if mindspore.looks_like(head):
+        return _open_mindspore(path)
+    raise InputError(f"{path} is no weights file: {_guess(head)}")
+
+
+def _arrays(container: str, tensors: Mapping[str, np.ndarray], **more: Any) -> Content:
+    specs = {name: Spec(x.shape, str(x.dtype)) for name, x in tensors.items()}
+    return Content(container, specs, tensors.__getitem__, {}, **more)
+
+
+def _guess(head: bytes) -> str:
+    if not head:
+        return "it is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a git-lfs pointer; fetch the file itself with `git lfs pull`"
+    if head.lstrip()[:1] == b"<":
+        return "it is a web page; download the file itself"
+    if head[257:262] == b"ustar":
+        return "it is a tar archive; unpack it first"
+    if head[:2] == b"\x80\x02" or head[:2] == b"\x80\x04":
+        return "it is a pickle of something else than torch's (Paddle's are not supported)"
+    return "neither torch's (.pth, .bin), nor safetensors, nor a MindSpore checkpoint (.ckpt)"
+
+
+def _open_safetensors(path: pathlib.Path) -> Content:
+    try:
+        file = safetensors.safe_open(path, framework="numpy")
+        metadata = file.metadata() or {}
+        specs = {}
+        for name in file.keys():
+            tensor = file.get_slice(name)
+            specs[name] = Spec(tuple(tensor.get_shape()), tensor.get_dtype())
+        info = json.loads(metadata.get(HEADER, "{}"))
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is not a whole safetensors file: {reason}") from error
+    if not isinstance(info, dict):
+        raise InputError(f"{path} has a {HEADER!r} header that is not an object")
+    return Content("safetensors", *_per_block(specs, file.get_tensor), info)
+
+
+def _per_block(specs: Mapping[str, Spec], read: Callable) -> tuple[dict[str, Spec], Callable]:
+    """Our own file, in which equal blocks are stacked, as one that holds them one by one."""
+    slices = {}
+    for name, spec in specs.items():
+        match = STACKED.fullmatch(name)
+        if match and spec.shape and spec.shape[0] <= MOST_BLOCKS:
+            for i in range(spec.shape[0]):
+                slices[unstacked_name(match, i)] = (name, i)
+        else:
+            slices[name] = (name, None)
+    read = functools.lru_cache(maxsize=1)(read)  # the blocks of one stack are read in a row
+
+    def read_block(name: str) -> np.ndarray:
+        stacked, i = slices[name]
+        return read(stacked) if i is None else read(stacked)[i]
+
+    per_block = {
+        name: specs[stacked] if i is None else Spec(specs[stacked].shape[1:], specs[stacked].dtype)
+        for name, (stacked, i) in slices.items()
+    }
+    return per_block, read_block
+
+
+def _open_torch(path: pathlib.Path, weights: str) -> Content:
+    content = torch.read(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    held = {key for key, value in content.items() if _is_state(value)}
+    raw, ema = next((pair for pair in STATES if pair[1] in held), (None, None))
+    raw = raw if raw in held else next((key for key, _ in STATES if key in held), None)
+    notes: list[str] = []
+    if not raw and not ema:
+        state, which = content, None
+    elif ema and weights == "ema":
+        state, which = content[ema], "ema"
+        notes.append(f"took the averaged weights, {ema}; weights='raw' takes {raw or 'nothing'}")
+    elif raw:
+        state, which = content[raw], "raw"
+        notes.append(f"took {raw}; " + (f"{ema} is there too" if ema else "there is no average"))
+    else:
+        raise InputError(f"{path} holds only averaged weights ({ema}): ask for weights='ema'")
+    if not _is_state(state):
+        listed = ", ".join(map(repr, list(state)[:5]))
+        raise InputError(f"{path} holds no set of named tensors, but {listed or 'nothing'}")
+    state, more = _unwrapped(path, state)
+    return _arrays("torch file", state, weights=which, notes=notes + more)
+
+
+def _open_mindspore(path: pathlib.Path) -> Content:
+    state, left_out = {}, []
+    for name, x in mindspore.read(path).items():
+        training = x.dtype.kind == "U" or re.fullmatch(MINDSPORE_TRAINING, name)
+        if training:
+            left_out.append(name)
+        else:
+            state[name] = x
+    state, notes = _unwrapped(path, state)
+    if left_out:
+        notes.append(f"left out {len(left_out)} values of its trainer, such as {left_out[0]}")
+    return _arrays("MindSpore checkpoint", state, notes=notes)
+
+
+def _is_state(state: Any) -> bool:
+    return (
+        isinstance(state, dict)
+        and len(state) > 0
+        and all(isinstance(k, str) and isinstance(x, np.ndarray) for k, x in state.items())
+    )
+
+
+def _unwrapped(path: Any, state: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list]:
+    """Without counters and without the prefixes that wrappers put before all names."""
+    notes = [f"left out {name}, a counter" for name in COUNTERS if name in state]
+    state = {name: x for name, x in state.items() if name not in COUNTERS}
+    stripped = ""
+    while prefix := next(
+        (w for w in WRAPPERS if state and all(name.startswith(w) for name in state)), None
+    ):
+        state = {name.removeprefix(prefix): x for name, x in state.items()}
+        stripped += prefix
+    mixed = [name for name in state if "module." + name in state]
+    if mixed:
+        raise InputError(f"{path} holds {mixed[0]} twice: also as module.{mixed[0]}")
+    return state, notes + ([f"removed the prefix {stripped!r}"] if stripped else [])

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights files of torch, read and written without torch.
+
+Two containers hold the same kind of pickle: a zip archive (torch 1.6 and newer) and, before that, a
+stream. Tensors are views into the mapped file, so what nobody looks at is never in memory; the file
+must therefore not be overwritten in place while they live.
+"""
+
+import itertools
+import math
+import mmap
+import os
+import pathlib
+import struct
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from tnt_flax.core.errors import InputError
+from tnt_flax.weights.formats.inert import DTYPES, STORAGES, TRUSTED, Fault
+from tnt_flax.weights.formats.restricted_pickle import Machine
+
+ZIP = b"PK\x03\x04"
+STREAM = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # the pickled magic number
+STREAM_VERSION = 1001
+LOCAL_HEADER = 30  # bytes, without the name and the extra field
+ALIGNMENT = 64
+DAMAGE = (  # whatever zipfile, struct and the machine meet in garbage
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+
+
+def looks_like(head: bytes) -> bool:
+    """Whether a file that begins with `head`, at least 64 bytes of it, may be one of torch."""
+    return head.startswith((ZIP, STREAM))
+
+
+def read(path: pathlib.Path) -> Any:
+    """The object in the file: dicts, lists, tuples, scalars, strings and numpy arrays.
+
+    Tensors and parameters are read-only views of the file, wherever they were when it was written.
+    An argparse.Namespace is a dict, a torch.Size a tuple, and a device or dtype of torch its name.
+
+    Raises:
+        InputError: no such file; not one of torch; damaged; or one that holds, or asks to run,
+            anything else.
+    """
+    try:
+        with open(path, "rb") as f:
+            data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError as error:
+        raise InputError(f"there is no weights file {path}") from error
+    except (OSError, ValueError) as error:  # a ValueError: the file is empty
+        raise InputError(f"{path} cannot be read: {error}") from error
+    try:
+        if data[: len(ZIP)] == ZIP:
+            return _read_zip(data)
+        if data[: len(STREAM)] == STREAM:
+            return _read_stream(data)
+        raise Fault("is not a weights file of torch: give one that torch.save has written")
+    except Fault as fault:
+        raise InputError(f"{path} {fault}") from fault
+    except DAMAGE as error:
+        why = type(error).__name__
+        raise InputError(f"{path} is damaged: copy or download it again ({why})") from error
+
+
+def _read_zip(data: mmap.mmap) -> Any:
+    ranges = _zip_ranges(data)
+    roots = [name[: -len("data.pkl")] for name in ranges if name.endswith("/data.pkl")]
+    if len(roots) != 1:
+        raise Fault("is a zip archive, but not of torch: give the file that torch.save has written")
+    root = roots[0]
+    start, end = ranges.get(root + "byteorder", (0, 0))
+    if data[start : min(end, start + 9)] not in (b"", b"little"):
+        raise Fault("is big-endian: load it where it was written and save it on a usual machine")
+    start, end = ranges[root + "data.pkl"]
+    machine = Machine(data, start, end)
+    value = machine.run()
+    raw = {}
+    for key, storage in machine.storages.items():
+        start, end = ranges.get(f"{root}data/{key}", (0, -1))
+        _check_size(storage, end - start)
+        raw[key] = memoryview(data)[start:end]
+    return machine.plain(value, raw)
+
+
+def _zip_ranges(data: mmap.mmap) -> dict[str, tuple[int, int]]:
+    """Where the content of each file in the archive begins and ends. They do not overlap."""
+    with zipfile.ZipFile(data) as archive:
+        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    if any(x.filename.endswith("/constants.pkl") or "/code/" in x.filename for x in entries):
+        raise Fault(f"is a TorchScript program, not weights: {TRUSTED}")
+    ranges, last_end = {}, 0
+    for entry in entries:
+        name = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 0x41:
+            raise Fault("is a compressed or encrypted archive: unpack it and torch.save it again")
+        header = entry.header_offset
+        if data[header : header + len(ZIP)] != ZIP or header < last_end:
+            raise Fault("is damaged: the entries of its archive overlap or are not there")
+        name_size, extra_size = struct.unpack("<HH", data[header + 26 : header + LOCAL_HEADER])
+        start = header + LOCAL_HEADER + name_size + extra_size
+        last_end = start + entry.file_size
+        if entry.compress_size != entry.file_size or last_end > len(data):
+            raise Fault("is cut off: copy or download it again")
+        local_name = data[header + LOCAL_HEADER : header + LOCAL_HEADER + name_size]
+        if local_name != name or entry.filename in ranges:
+            raise Fault("is damaged: the entries of its archive have unclear names")
+        ranges[entry.filename] = (start, last_end)
+    return ranges
+
+
+def _read_stream(data: mmap.mmap) -> Any:
+    """The magic number, the version, the machine, the object, the keys; then each storage."""
+    version, position = _read_value(data, len(STREAM))
+    if version != STREAM_VERSION:
+        raise Fault(f"is of an unknown version, {ascii(version)[:20]}: save it with a newer torch")
+    system, position = _read_value(data, position)
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise Fault("is big-endian: load it where it was written and save it on a usual machine")
+    machine = Machine(data, position, len(data))
+    value = machine.run()
+    keys, position = _read_value(data, machine.position)
+    if not isinstance(keys, list) or sorted(keys) != sorted(machine.storages):
+        raise Fault("is damaged: it lists other storages than its tensors are in")
+    raw = {}
+    for key in keys:
+        storage = machine.storages[key]
+        (elements,) = struct.unpack("<q", data[position : position + 8])
+        _check_size(storage, elements * storage.dtype.itemsize)
+        start, position = position + 8, position + 8 + elements * storage.dtype.itemsize
+        if position > len(data):
+            raise Fault("is cut off: copy or download it again")
+        raw[key] = memoryview(data)[start:position]
+    return machine.plain(value, raw)
+
+
+def _read_value(data: mmap.mmap, position: int) -> tuple[Any, int]:
+    """A pickled value without tensors, and where it ends."""
+    machine = Machine(data, position, len(data))
+    return machine.plain(machine.run(), {}), machine.position
+
+
+def _check_size(storage, size: int) -> None:
+    wanted = storage.size * storage.dtype.itemsize
+    if size < 0:
+        raise Fault(f"is damaged: storage {ascii(storage.key)[:20]} is not in it")
+    if size != wanted:
+        key = ascii(storage.key)[:20]
+        raise Fault(f"is damaged: storage {key} has {size} bytes, its tensors want {wanted}")
+
+
+def write(path: pathlib.Path, content: Any) -> None:
+    """Writes what `torch.load(path, weights_only=True)` reads, in one atomic step.
+
+    `content` is nested dicts with strings as keys, of arrays, strings, numbers, bools, None, lists
+    and tuples. The same content is the same bytes. Every array is a tensor of its own.
+
+    Raises:
+        InputError: the content has something else in it.
+    """
+    arrays = []
+    try:
+        pickle = b"\x80\x02" + b"".join(_pickle(content, arrays)) + b"."
+    except Fault as fault:
+        raise InputError(f"{path} cannot be written: {fault}") from fault
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with zipfile.ZipFile(temporary, "w") as archive:
+            _add(archive, "data.pkl", pickle)
+            _add(archive, "byteorder", b"little")
+            for key, array in enumerate(arrays):
+                _add(archive, f"data/{key}", _raw(array))
+            _add(archive, "version", b"3\n")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _raw(array: Any) -> memoryview:
+    return memoryview(np.asarray(array).reshape(-1).view(np.uint8))
+
+
+def _add(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
+    """Adds a file whose content is aligned, by an extra field of the header, as torch does it."""
+    info = zipfile.ZipInfo(f"archive/{name}")  # of 1980-01-01
+    info.create_system = 0
+    large = len(content) * 1.05 > zipfile.ZIP64_LIMIT  # as zipfile decides it
+    header = LOCAL_HEADER + len(info.filename) + 20 * large + 4
+    padding = -(archive.fp.tell() + header) % ALIGNMENT
+    info.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding
+    archive.writestr(info, content)
+
+
+def _pickle(value: Any, arrays: list[Any]):
+    """The opcodes that make `value`; its arrays are added to `arrays`."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool):
+        yield {None: b"N", True: b"\x88", False: b"\x89"}[value]
+    elif isinstance(value, int):
+        size = value.bit_length() // 8 + 1
+        yield b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True)
+    elif isinstance(value, float):
+        yield b"G" + struct.pack(">d", value)
+    elif isinstance(value, str):
+        yield b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+    elif isinstance(value, list | tuple):
+        yield b"]("[isinstance(value, tuple) :]
+        for item in value:
+            yield from _pickle(item, arrays)
+        yield b"t" if isinstance(value, tuple) else b"e"
+    elif isinstance(value, dict):
+        yield b"}("
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise Fault(f"it would need a dict with {ascii(key)[:50]} as a key, not a string")
+            yield from itertools.chain(_pickle(key, arrays), _pickle(item, arrays))
+        yield b"u"
+    elif getattr(value, "dtype", None) in NAMES and hasattr(value, "shape"):
+        yield from _pickle_tensor(value.shape, NAMES[value.dtype], str(len(arrays)))
+        arrays.append(value)
+    else:
+        kind = getattr(value, "dtype", type(value).__name__)
+        raise Fault(f"torch reads no {kind} with weights_only=True")
+
+
+def _pickle_tensor(shape: tuple[int, ...], storage: str, key: str):
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    yield b"ctorch._utils\n_rebuild_tensor_v2\n(("
+    yield from _pickle("storage", [])
+    yield f"ctorch\n{storage}\n".encode()
+    for value in (key, "cpu", math.prod(shape)):
+        yield from _pickle(value, [])
+    yield b"tQ"
+    for value in (0, shape, strides, False):
+        yield from _pickle(value, [])
+    yield b"ccollections\nOrderedDict\n)RtR"  # no hooks
+
+
+NAMES = {np.dtype(DTYPES[name]): storage for storage, name in STORAGES.items()}

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published weights from the Hugging Face hub, by address, through the hub's own cache.
+
+An address is a name in HUB, or `hf://OWNER/NAME[@REVISION][/FILE]`. REVISION is a branch or a tag
+without slashes, a commit hash, or `refs/pr/NUMBER`; without it, the branch main. FILE is a path in
+the repository; without it, the first of DEFAULT_FILES that the repository has.
+"""
+
+import dataclasses
+import errno
+import pathlib
+import re
+
+from tnt_flax.core.errors import InputError, one_line
+
+HUB = {  # our name -> the repository of its weights; of the other models none were published
+    "tnt_b_patch16_224": "timm/tnt_b_patch16_224.in1k",
+    "tnt_s_legacy_patch16_224": "timm/tnt_s_legacy_patch16_224.in1k",
+    "tnt_s_patch16_224": "timm/tnt_s_patch16_224.in1k",
+}
+DEFAULT_FILES = ("model.safetensors", "pytorch_model.bin")
+GRAMMAR = "hf://OWNER/NAME[@REVISION][/FILE]"
+ADDRESS = re.compile(
+    r"hf://([\w.-]+/[\w.-]+)(?:@(refs/pr/\d+|\w[\w.+-]*))?((?:/(?!\.\.?(?:/|$))[^/\\\s]+)*)",
+    re.ASCII,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fetched:
+    path: pathlib.Path  # in the cache, which is shared: only to be read
+    address: str  # what was asked for, in full: hf://OWNER/NAME@REVISION/FILE
+    revision: str  # the commit that REVISION stood for: 40 hexadecimal digits
+
+
+def is_address(text: str) -> bool:
+    return text.startswith("hf://") or text in HUB
+
+
+def fetch(address: str) -> Fetched:
+    """Downloads a file unless it is cached. What is cached is also found without a network.
+
+    Raises:
+        InputError: the address is wrong, or what it names is neither there nor in the cache.
+    """
+    if not is_address(address):
+        known = f"{', '.join(HUB)} or {GRAMMAR}"
+        raise InputError(f"no weights of {address!r} were ever published: give {known}")
+    match = ADDRESS.fullmatch(f"hf://{HUB[address]}" if address in HUB else address)
+    if match is None:
+        raise InputError(f"{address!r} is no address of weights: write {GRAMMAR}")
+    repo, revision, file = match[1], match[2] or "main", match[3].removeprefix("/")
+    try:
+        file, path = _download(repo, revision, (file,) if file else DEFAULT_FILES)
+    except Exception as error:  # a dozen types, and those of whichever HTTP client is in use
+        raise InputError(f"cannot fetch {address}: {_explain(error, repo)}") from error
+    commit = path.parents[file.count("/")].name  # .../snapshots/COMMIT/FILE
+    return Fetched(path, f"hf://{repo}@{revision}/{file}", commit)
+
+
+def _download(repo: str, revision: str, files: tuple[str, ...]) -> tuple[str, pathlib.Path]:
+    """The first of `files` that exists, and where it now lies."""
+    from huggingface_hub import errors, hf_hub_download
+
+    failure: Exception | None = None
+    for file in files:
+        # Where the server was no help, the cache decides: asking again takes another 20 seconds.
+        offline = isinstance(failure, errors.LocalEntryNotFoundError)
+        try:
+            path = hf_hub_download(repo, file, revision=revision, local_files_only=offline)
+            return file, pathlib.Path(path)
+        except errors.EntryNotFoundError as error:
+            failure = failure if offline else error
+    raise failure
+
+
+def _explain(error: Exception, repo: str) -> str:
+    """What went wrong and what to do."""
+    if isinstance(error, ImportError):
+        return 'huggingface_hub is not installed: pip install "tnt_flax[hub]"'
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{repo}"
+    by_hand = f"try again, or download the file by hand from {page} and give its path"
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk of the cache is full; make room, or set HF_HOME to a folder elsewhere"
+    for kind, text in {  # a class comes before its bases
+        errors.HFValidationError: f"{one_line(error)}; write {GRAMMAR}",
+        errors.GatedRepoError: f"it is gated; accept its terms at {page} and run `hf auth login`",
+        errors.RepositoryNotFoundError: "no such repository, or a private one; "
+        "check OWNER/NAME, or run `hf auth login`",
+        errors.RevisionNotFoundError: f"no such revision; see the branches at {page}",
+        errors.LocalEntryNotFoundError: "not in the cache, and the server is no help "
+        f"({one_line(error.__cause__ or error)}); {by_hand}",
+        errors.EntryNotFoundError: "no such file "
+        f"(without /FILE it is {' or '.join(DEFAULT_FILES)}); see {page}",
+    }.items():
+        if isinstance(error, kind):
+            return text
+    return f"the download failed ({one_line(error)}); {by_hand}"

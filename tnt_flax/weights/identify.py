@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which network a set of tensors is: its lineage, its sizes, its name."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tnt_flax.core.errors import InputError
+from tnt_flax.core.trees import merged
+from tnt_flax.models import LINEAGES, MODELS, TNT, Model, PyramidTNT, class_of, create_model
+from tnt_flax.weights.names import place_of
+
+# The lineages that each system's code can run.
+LINEAGES_OF = {
+    "tnt_flax": tuple(LINEAGES),
+    "huawei": ("official",),
+    "timm": ("official", "legacy"),
+    "mmpretrain": ("legacy",),
+    "mindspore": ("mindspore",),
+    "mindspore_pets": ("mindspore_pets",),
+    "huawei_pyramid": (),
+}
+
+# Fields of TNT that say how it is computed or trained, not which function it is.
+FREE_FIELDS = {"dtype", "remat", "inner", "outer", "dropout", "attention_dropout", "drop_path"}
+FREE_FIELDS |= {"folded", "parent", "name"}
+LINEAGE_FIELDS = sorted({field for fields in LINEAGES.values() for field in fields} - {"qkv_bias"})
+
+# How the published weights of a lineage want their images: mean and standard deviation per channel
+# on the scale 0..1, and the share of the resized image that the central crop keeps (reference: the
+# systems' own evaluation settings).
+_HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+PREPROCESSING = {
+    "official": _HALF | dict(crop_fraction=0.9),
+    "legacy": _HALF | dict(crop_fraction=0.9),
+    "mindspore": dict(
+        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_fraction=224 / 256
+    ),
+    "mindspore_pets": _HALF | dict(crop_fraction=1.0),
+}
+
+
+def function_fields(model: Model) -> dict[str, Any]:
+    """The fields that say which function the model is, and their values."""
+    names = (field.name for field in dataclasses.fields(model))
+    return {name: getattr(model, name) for name in names if name not in FREE_FIELDS}
+
+
+def unstored_fields(model: Model) -> dict[str, Any]:
+    """Of these, those that no other system's files tell."""
+    known = function_fields(model)
+    return {k: known[k] for k in ("outer_heads", "inner_heads", "patch_size") if k in known}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A model and what its tensors say besides: sentences (N) and channels of the images."""
+
+    model: Model
+    sentences: int
+    channels: int
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(rows, columns) of the sentences if they form a square, else None: no file says more."""
+        side = math.isqrt(self.sentences)
+        return (side, side) if side * side == self.sentences else None
+
+    def abstract_params(self) -> Any:
+        """Shapes and types of the parameters, and of the statistics among them: see `merged`.
+
+        Raises:
+            InputError: the sentences of a PyramidTNT form no square.
+        """
+        side, grid = self.model.patch_size, (1, self.sentences)
+        if isinstance(self.model, PyramidTNT):
+            if self.grid is None:
+                raise InputError(f"{self.sentences} sentences form no square")
+            grid = self.grid
+        shape = (1, side * grid[0], side * grid[1], self.channels)
+        images = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return merged(jax.eval_shape(self.model.init, jax.random.key(0), images))
+
+
+def identify(
+    path: Any,
+    naming: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    name: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Network:
+    """The network of these tensors: `shapes` by our per-block names, of a file of `naming`.
+
+    No file stores the numbers of heads: they come from `name`, a published size of the same widths,
+    or `overrides`, which are further fields of `TNT`.
+
+    Raises:
+        InputError: a tensor that every TNT has is missing, the heads are not known, or the network
+            is not the one called `name`.
+    """
+    overrides = dict(overrides or {})
+    pyramid = naming == "huawei_pyramid" or "stem/shared/conv/kernel" in shapes
+
+    def shape(ours: str, rank: int) -> tuple[int, ...]:
+        if len(shapes.get(ours, ())) != rank or 0 in shapes[ours]:
+            place = place_of(naming, ours)
+            raise InputError(
+                f"{path} is no whole {naming} TNT: {place.name if place else ours} is "
+                + (f"{list(shapes[ours])}" if ours in shapes else "missing")
+            )
+        return shapes[ours]
+
+    if pyramid:
+        return _identify_pyramid(path, shapes, shape, name, overrides)
+    depth = 1 + max((int(n.split("/")[1]) for n in shapes if n.startswith("blocks/")), default=-1)
+    inner = [f"blocks/{i}/inner/norm1/scale" in shapes for i in range(depth)]
+    words = shape("word_pos", 3)[1]
+    fields = dict(
+        outer_dim=shape("cls_token", 3)[2],
+        inner_dim=shape("word_embed/conv/kernel", 4)[3],
+        depth=depth,
+        num_classes=shape("head/kernel", 2)[1] if "head/kernel" in shapes else 0,
+        se="blocks/0/outer/se/fc1/kernel" in shapes,
+        vanilla_blocks=tuple(i for i in range(depth) if not inner[i]),
+        qkv_bias="blocks/0/outer/attention/query/bias" in shapes,
+        patch_size=overrides.get("patch_size", 16),
+    )
+    fields["inner_stride"] = _stride(path, words, fields["patch_size"])
+    hidden = shape("blocks/0/outer/fc1/kernel", 2)[1]
+    fields["mlp_ratio"] = hidden / fields["outer_dim"]
+    fields |= lineage_fields(_lineage(naming, shapes, fields))
+    fields |= _heads(path, fields, name, overrides, TNT)
+    model = create_model("tnt_s_patch16_224", **(fields | overrides))
+    if name is not None:
+        check_same(path, model, create_model(name, num_classes=model.num_classes), name)
+    return Network(model, shape("sentence_pos", 3)[1] - 1, shape("word_embed/conv/kernel", 4)[2])
+
+
+def _identify_pyramid(path: Any, shapes, shape, name: str | None, overrides) -> Network:
+    depths = []
+    for i in range(4):
+        numbers = [int(n.split("/")[2]) for n in shapes if n.startswith(f"stages_{i}/blocks/")]
+        depths.append(1 + max(numbers, default=-1))
+    _, sentences, outer_dim = shape("sentence_pos", 3)
+    fields = dict(
+        outer_dim=outer_dim,
+        inner_dim=shape("word_pos", 3)[2],
+        outer_heads=shape("stages_0/relative_pos", 4)[1],
+        depths=tuple(depths),
+        num_classes=shape("head/kernel", 2)[1] if "head/kernel" in shapes else 0,
+        mlp_ratio=shape("stages_0/blocks/0/outer/fc1/kernel", 2)[1] / outer_dim,
+        se="stages_0/blocks/0/outer/se/fc1/kernel" in shapes,
+    )
+    fields |= _heads(path, fields, name, overrides, PyramidTNT)
+    model = create_model("ptnt_s_patch16_256", **(fields | overrides))
+    if name is not None:
+        check_same(path, model, create_model(name, num_classes=model.num_classes), name)
+    return Network(model, sentences, shape("stem/shared/conv/kernel", 4)[2])
+
+
+def name_of(model: Model) -> str | None:
+    """The published name of a network of these sizes and this lineage; classes do not matter."""
+    for name in MODELS:
+        if not differences(model, create_model(name, num_classes=model.num_classes)):
+            return name
+    return None
+
+
+def lineage_fields(lineage: str) -> dict[str, Any]:
+    """All fields by which lineages differ, as `lineage` has them; qkv_bias only where it must."""
+    return {f: TNT.__dataclass_fields__[f].default for f in LINEAGE_FIELDS} | LINEAGES[lineage]
+
+
+def lineage_of(model: Model) -> str:
+    """The published lineage of a model; "other" for a mixture."""
+    if isinstance(model, PyramidTNT):
+        return "pyramid"
+    for lineage in LINEAGES:
+        if all(getattr(model, f) == value for f, value in lineage_fields(lineage).items()):
+            return lineage
+    return "other"
+
+
+def differences(a: Model, b: Model) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two models are different functions, with both values."""
+    if type(a) is not type(b):
+        return {"network": (type(a).__name__, type(b).__name__)}
+    ours, theirs = function_fields(a), function_fields(b)
+    return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+
+
+def check_same(path: Any, found: Model, wanted: Model, wanted_name: str) -> None:
+    """Raises InputError, with what differs, unless both are the same function of an image."""
+    changed = differences(found, wanted)
+    if changed:
+        listed = "; ".join(f"{name}: {a} -> {b}" for name, (a, b) in changed.items())
+        raise InputError(
+            f"{path} is {name_of(found) or 'another network'}, not {wanted_name} ({listed})"
+        )
+
+
+def _lineage(naming: str, shapes: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+    """By the tensors that only it has; the strict check of all tensors comes later."""
+    if len(LINEAGES_OF[naming]) == 1:
+        return LINEAGES_OF[naming][0]
+    if naming == "tnt_flax" and "proj/norm2/scale" not in shapes:
+        return "mindspore_pets"
+    if naming == "tnt_flax" and "word_embed/conv/bias" not in shapes:
+        return "mindspore"
+    inner = [i for i in range(fields["depth"]) if i not in fields["vanilla_blocks"]]
+    has_norm = not inner or f"blocks/{inner[0]}/proj/norm2/scale" in shapes
+    return "official" if has_norm else "legacy"
+
+
+def _stride(path: Any, words: int, patch_size: int) -> int:
+    side = math.isqrt(words)
+    stride = math.ceil(patch_size / max(side, 1))
+    if side * side != words or math.ceil(patch_size / stride) != side:
+        raise InputError(
+            f"{path} has {words} words per sentence, which no stride gives in patches of "
+            f"{patch_size} pixels: give patch_size="
+        )
+    return stride
+
+
+def _heads(
+    path: Any,
+    fields: Mapping[str, Any],
+    name: str | None,
+    overrides: Mapping[str, Any],
+    network: type[Model],
+) -> dict[str, int]:
+    """The heads that `fields` does not know: of the published network of these widths."""
+    keys = [key for key in ("inner_heads", "outer_heads") if key not in fields]
+    widths = {key: fields[key] for key in ("outer_dim", "inner_dim")}
+    known = [name] if name else [known for known in MODELS if class_of(known) is network]
+    for model in map(MODELS.__getitem__, known):
+        if all(model[key] == width for key, width in widths.items()):
+            return {key: model[key] for key in keys}
+    missing = [key for key in keys if key not in overrides]
+    if missing:
+        raise InputError(
+            f"{path} has sentences of width {widths['outer_dim']} and words of width "
+            f"{widths['inner_dim']}, no published size, and no file stores the heads: "
+            f"give {' and '.join(key + '=' for key in missing)}"
+        )
+    return {}

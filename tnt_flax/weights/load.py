@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tnt_flax.load`: weights of any system as a model and variables, fitted to what is wanted."""
+
+import functools
+import math
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from tnt_flax.core.errors import InputError
+from tnt_flax.models import Model, PyramidTNT
+from tnt_flax.models.features import Grid, resampled_positions
+from tnt_flax.weights.read import Checkpoint, read_checkpoint
+
+Sharding = jax.sharding.Sharding
+
+
+def load(
+    path: str | pathlib.Path,
+    name: str | None = None,
+    *,
+    weights: str = "ema",
+    checkpoint: str = "best",
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    in_channels: int | None = None,
+    sharding: Sharding | Callable[[str, tuple[int, ...]], Sharding] | None = None,
+    **overrides: Any,
+) -> tuple[Model, dict[str, Any]]:
+    """Loads weights of any system; says on stderr what they were.
+
+    Args:
+        path, name, weights, checkpoint, overrides: see `convert.checkpoints.read_checkpoint`.
+        num_classes: another number replaces the head by a new one; 0 removes it, for features.
+        image_size: pixels, one number or (height, width); another size than the weights' resamples
+            the positions.
+        in_channels: another number than the weights' adapts the stem.
+        sharding: where the parameters go: one for all, or a function of a parameter's name
+            ("blocks_0/outer/fc1/kernel") and shape; by default, the first device.
+
+    Returns:
+        (model, variables), for `model.apply(variables, images)`: images (B, H, W, channels),
+        normalized, to logits (B, num_classes). `variables` are {"params": parameters}, of
+        PyramidTNT also {"batch_stats": the statistics of its BatchNorms}.
+
+    Raises:
+        InputError: see `read_checkpoint`; also a size that the patch size does not divide.
+    """
+
+    def put(parameter: str, x: Any) -> jax.Array:
+        where = sharding(parameter, x.shape) if callable(sharding) else sharding
+        return jax.device_put(x, where)
+
+    found = read_checkpoint(
+        path, name, weights=weights, checkpoint=checkpoint, put=put, **overrides
+    )
+    summary = found.summary()
+    model = adapt(found, num_classes, image_size, in_channels, put=put)
+    print("; ".join([f"loaded {summary}", *found.notes]), file=sys.stderr)
+    return model, found.variables
+
+
+def adapt(
+    found: Checkpoint,
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    in_channels: int | None = None,
+    *,
+    new_head: bool = False,
+    put: Callable[[str, Any], Any] = lambda name, x: x,
+) -> Model:
+    """Fits `found.params` to other classes, image size and channels, in place; None keeps them.
+
+    `new_head` forgets the head even where the number of classes stays; `put` is called with every
+    parameter that changes, as in `read_checkpoint`. What was done is added to `found.notes`.
+    Returns the model, which may have another head.
+    """
+    model, network, params = found.network.model, found.network, found.params
+    changes: dict[tuple[str, ...], np.ndarray] = {}
+    if num_classes is not None and (new_head or num_classes != model.num_classes):
+        if num_classes < 0:
+            raise InputError(f"num_classes={num_classes} is negative")
+        model = model.clone(num_classes=num_classes)
+        params.pop("head", None)
+        changes |= {("head", leaf): x for leaf, x in _new_head(model).items()}
+        found.notes.append(f"a new head for {num_classes} classes" if num_classes else "no head")
+    if image_size is not None:
+        new = _grid(image_size, model.patch_size)
+        if network.grid is None and math.prod(new) != network.sentences:
+            raise InputError(
+                f"{found.path} has {network.sentences} sentences, which form no square: "
+                f"cannot resample their positions for {new[0]}x{new[1]}"
+            )
+        if network.grid not in (None, new):
+            resampled = resampled_positions(model, params, network.grid, new)
+            changes |= {path: np.asarray(x) for path, x in resampled.items()}
+            sizes = "{}x{} to {}x{}".format(*network.grid, *new)
+            found.notes.append(f"resampled the positions from {sizes}")
+    if in_channels is not None and in_channels != network.channels:
+        stem = ("stem", "shared") if isinstance(model, PyramidTNT) else ("word_embed",)
+        path = (*stem, "conv", "kernel")
+        kernel = np.asarray(functools.reduce(lambda tree, name: tree[name], path, params))
+        changes[path] = adapt_channels(kernel, in_channels)
+        found.notes.append(f"adapted the stem to {in_channels} channels")
+    for (*groups, leaf), x in changes.items():
+        node = params
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[leaf] = put("/".join([*groups, leaf]), x)
+    return model
+
+
+def _grid(image_size: int | tuple[int, int], patch_size: int) -> Grid:
+    """(rows, columns) of the sentences."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if min(height, width) < patch_size or height % patch_size or width % patch_size:
+        raise InputError(
+            f"image_size {height}x{width} is not divisible by the patch size {patch_size}"
+        )
+    return height // patch_size, width // patch_size
+
+
+def _new_head(model: Model) -> dict[str, np.ndarray]:
+    """As the network's own initial head, the same each time."""
+    if not model.num_classes:
+        return {}
+    shape = (model.num_features, model.num_classes)
+    head = {"kernel": np.asarray(0.02 * jax.random.normal(jax.random.key(0), shape))}
+    has_bias = isinstance(model, PyramidTNT) or model.output_bias
+    return head | ({"bias": np.zeros(shape[1], np.float32)} if has_bias else {})
+
+
+def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """The first kernel (height, width, 3, C) for images of `channels` channels, as timm adapts it.
+
+    One channel: the sum over the three. More: they are repeated in turn, scaled by 3 / channels.
+    """
+    old = kernel.shape[2]
+    if channels < 1 or old != 3:
+        raise InputError(f"cannot adapt a stem of {old} channels to {channels}: only one of 3")
+    if channels == 1:
+        return kernel.sum(axis=2, keepdims=True)
+    repeated = np.tile(kernel, (1, 1, math.ceil(channels / old), 1))[:, :, :channels]
+    return repeated * np.float32(old / channels)
