@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains or evaluates TNT. Kept short: what it does lives in `tnt_flax.training.train` and `.evaluate`.
+"""Trains or evaluates TNT; see `tnt_flax.training.train` and `.evaluate`.
 
     python main.py --config=configs/digits.py --workdir=runs/digits
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=eval

@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-ROWS = ""
-
 import tnt_flax
 from tnt_flax.tools import predict
 from tnt_flax.tools.convert import make_parser
@@ -127,10 +125,3 @@ def test_the_table_of_models():
         images = jax.ShapeDtypeStruct((1, size, size, 3), "float32")
         shapes = jax.eval_shape(tnt_flax.create_model(name).init, jax.random.key(0), images)
         assert sum(x.size for x in jax.tree.leaves(shapes["params"])) == int(count.replace(",", ""))
-
-
-def test_the_dependency_table():
-    table = README[README.index("| a file imports only") :]
-    rows = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
-    printed = [{name.replace("/", ".") for name in re.findall(r"`(.*?)`", row)} for row in rows]
-    assert printed == [set(row.split()) for row in ROWS.split("--")]

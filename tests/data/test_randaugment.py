@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """RandAugment: timm's arguments and pixels, and random numbers that are the sample's own.
 
-The hashes in golden/randaugment.json are of timm 1.0.31 (tests/goldens/scripts/randaugment.py) and the
-same with Pillow 10.1, 11.3, 12.0 and 13.0; the tests marked `oracle` compare with timm itself.
+The hashes in golden/randaugment.json are of timm 1.0.31 (tests/goldens/scripts/randaugment.py) and
+the same with Pillow 10.1, 11.3, 12.0 and 13.0; the tests marked `oracle` compare with timm itself.
 """
 
 import collections

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does to real runs what machines do to them, and checks what is left.
 
-    python tests/helpers/chaos.py                          # every fault once, in runs of 1 and 2 processes
+    python tests/helpers/chaos.py                       # every fault once, 1 and 2 processes
     python tests/helpers/chaos.py --only=kills --kills=50  # kill -9 at random moments of one run
     python tests/helpers/chaos.py --only=kills --processes=2  # the same to one of two processes
 

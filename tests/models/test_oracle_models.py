@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parity with timm, live: `python -m pytest -m oracle tests/models/test_oracle_models.py` (needs torch, timm).
+"""Parity with timm, live: `pytest -m oracle tests/models/test_oracle_models.py` (torch, timm).
 
 Weights are random in every tensor, norms and biases included; the head's have variance 1 / inputs,
 so that logits have a spread around 1. If torch or timm is missing these tests fail.

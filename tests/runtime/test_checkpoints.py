@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 
-from tnt_flax.core import manifest
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.trees import fingerprint
 from tnt_flax.runtime import checkpoints as checkpoint
@@ -80,12 +79,12 @@ def test_best_survives_a_restart(folder):
 
 def test_every_commit_holds_the_digest_of_its_files(folder):
     for step_folder in checkpoint.step_folders(folder):
-        listed = json.loads((step_folder / manifest.MANIFEST).read_text())
+        listed = json.loads((step_folder / checkpoint.MANIFEST).read_text())
         files = {str(p.relative_to(step_folder)) for p in step_folder.rglob("*") if p.is_file()}
         unlisted = {f.rpartition("/")[2] for f in files - set(listed)}
-        assert unlisted == manifest.NOT_IN_MANIFEST
+        assert unlisted == checkpoint.NOT_IN_MANIFEST
         assert any("state" in name and "/d/" in name for name in listed)
-        assert checkpoint.fault(step_folder) is None
+        assert checkpoint.integrity_error(step_folder) is None
 
 
 @pytest.mark.parametrize(
@@ -95,7 +94,7 @@ def test_every_commit_holds_the_digest_of_its_files(folder):
         (lambda f: largest_array_file(f, 4).write_bytes(b""), "has changed"),
         (lambda f: largest_array_file(f, 4).unlink(), "is missing"),
         (lambda f: (f / "4" / "metrics" / "metrics").write_text("{"), "has changed"),
-        (lambda f: (f / "4" / manifest.MANIFEST).unlink(), "MANIFEST.json is missing"),
+        (lambda f: (f / "4" / checkpoint.MANIFEST).unlink(), "MANIFEST.json is missing"),
         (lambda f: (f / "99").mkdir(), "MANIFEST.json is missing"),
     ],
     ids=["flipped bit", "emptied", "deleted", "metrics cut", "no manifest", "empty folder"],
@@ -119,7 +118,7 @@ def test_damage_is_found_named_and_passed_over(folder, damage, why, capsys):
 
 def test_a_deletion_that_a_kill_interrupted_is_finished(folder, capsys):
     """2 is the best; behind two whole ones it would be kept, but it is beyond repair."""
-    (folder / "2" / manifest.MANIFEST).unlink()
+    (folder / "2" / checkpoint.MANIFEST).unlink()
     Checkpoints(folder, keep=2, info=INFO).close()
     assert steps(folder) == [3, 4] and not (folder / "damaged").exists()
     assert capsys.readouterr().err == ""
@@ -135,7 +134,7 @@ def test_an_uncommitted_save_is_ignored(folder):
     assert checkpoints.latest_step() == 4
     checkpoints.save(make_state(5), 5)
     checkpoints.close()
-    assert checkpoint.fault(folder / "5") is None
+    assert checkpoint.integrity_error(folder / "5") is None
 
 
 def test_never_starts_anew_where_every_checkpoint_is_damaged(folder):
@@ -180,7 +179,7 @@ def test_saving_twice_is_an_error_not_a_silence(folder):
 @pytest.fixture
 def full_disk(monkeypatch):
     """Returns a list: saving fails as long as there is something in it, one item a save."""
-    left, digest = [], manifest.digest
+    left, digest = [], checkpoint.sha256
 
     def read(path):
         if left:
@@ -188,7 +187,7 @@ def full_disk(monkeypatch):
             raise OSError(28, "No space left on device")
         return digest(path)
 
-    monkeypatch.setattr(manifest, "digest", read)
+    monkeypatch.setattr(checkpoint, "sha256", read)
     monkeypatch.setattr(checkpoint, "RETRY", 0)
     return left
 
@@ -209,7 +208,7 @@ def test_a_failed_save_is_reported_and_left_out(tmp_path, full_disk, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1"]  # nothing half is left
     checkpoints.save(make_state(4), 4)
     checkpoints.close()
-    assert steps(tmp_path) == [4] and checkpoint.fault(tmp_path / "4") is None
+    assert steps(tmp_path) == [4] and checkpoint.integrity_error(tmp_path / "4") is None
 
 
 def test_saves_that_keep_failing_end_the_run(tmp_path, full_disk, capsys):
@@ -242,7 +241,10 @@ def test_an_evaluation_can_be_added_to_a_checkpoint(tmp_path):
     checkpoints.wait()
     assert checkpoints.metrics(1) == {}
     checkpoints.add_metrics(1, {"top1": 0.5})
-    assert checkpoints.metrics(1) == {"top1": 0.5} and checkpoint.fault(tmp_path / "1") is None
+    assert (
+        checkpoints.metrics(1) == {"top1": 0.5}
+        and checkpoint.integrity_error(tmp_path / "1") is None
+    )
     for step in (2, 3):  # it counts: step 1 stays as the best
         checkpoints.save(make_state(step), step)
     checkpoints.close()

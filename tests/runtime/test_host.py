@@ -38,7 +38,7 @@ def test_runs_on_cpu(asked, device, expected, monkeypatch):
 
 FAULTS = """
 import json, resource, sys
-from tnt_flax import host
+from tnt_flax.runtime import host
 kept = host.keep_memory() if {keep} else None
 import jax, jax.numpy as jnp
 square = lambda x: jax.lax.optimization_barrier(x[:, None] * x)  # 64 MB
@@ -68,7 +68,8 @@ def test_memory_that_was_freed_is_there_for_the_next_step(root):
 
 
 def test_compiled_programs_are_kept(root, tmp_path):
-    code = "from tnt_flax import host; host.cache_compilations(); import jax, jax.numpy as jnp; "
+    code = "from tnt_flax.runtime import host; host.cache_compilations(); import jax; "
+    code += "import jax.numpy as jnp; "
     code += "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0); "
     code += "print(jax.jit(lambda x: jnp.sin(x) + 1)(jnp.ones(3)))"
     for own in ({}, {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}):

@@ -24,7 +24,7 @@ from tests.helpers.photos import all_photos, png
 from tests.helpers.random_weights import random_params
 from tests.helpers.smoke import SMOKE
 from tnt_flax.core.errors import InputError, RunError
-from tnt_flax.core.tables import open_table
+from tnt_flax.core.files import open_table
 from tnt_flax.data import imagenet_classes
 from tnt_flax.data.transforms import eval_transform
 from tnt_flax.runtime.workdir import as_json
@@ -233,7 +233,7 @@ def test_the_three_tables_hold_the_same(weights, folder, tmp_path):
     ]
     (bad,) = [row for row in rows if row["error"]]
     assert "not a usable image" in bad["error"] and bad["label_1"] is None
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.tmp*"))
 
 
 def test_a_table_is_there_whole_or_not(tmp_path):
@@ -290,7 +290,7 @@ def test_paths_of_every_kind(folder, tmp_path, monkeypatch):
     "arguments, message",
     [
         (["{w}"], "the following arguments are required: PATH"),
-        (["{w}", "{f}", "--out=answers.xls"], "answers.xls ends with none of .csv, .jsonl, .parq"),
+        (["{w}", "{f}", "--out=answers.xls"], "answers.xls is not a known kind of table: use .csv"),
         (["{w}", "{f}", "--out=/nowhere/a.csv"], "cannot write /nowhere/a.csv: No such file"),
         (["none.pth", "{f}"], "cannot read none.pth: No such file"),
         (["{w}", "{f}", "--name=tnt_s_patch16_224"], "not tnt_s_patch16_224"),

@@ -2,7 +2,7 @@
 """Fifty steps of training equal timm's: mixed pixels, soft targets, AdamW, rates, average.
 
 The ordinary test compares with a file that `make_goldens_trajectory.py` wrote; the live one
-(`python -m pytest -m oracle tests/training/test_trajectory.py`) runs timm and compares every tensor.
+(`pytest -m oracle tests/training/test_trajectory.py`) runs timm and compares every tensor.
 """
 
 import jax

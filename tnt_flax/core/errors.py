@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways a command ends early. Each message is one line: what, where, and what to do."""
+"""Exceptions, their exit codes, and helpers for messages: one line with what, where, what to do."""
 
+import difflib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-# Exit codes. A launcher starts the same command again after STOPPED and STALLED.
-FAILED = 1  # the run failed: a NaN, data or disk that went away; or a bug
+# Exit codes. Launchers restart the same command after STOPPED and STALLED.
+FAILED = 1  # the run failed: a NaN, unavailable data, a full disk, a bug
 BAD_INPUT = 2
-STOPPED = 42  # told to stop (SIGTERM, Ctrl-C); the state is saved
-STALLED = 75  # something hangs, or another process is gone; EX_TEMPFAIL of sysexits.h
-INTERRUPTED = 130  # Ctrl-C where nothing is saved: a second one, or in another command
+STOPPED = 42  # stopped by a signal (SIGTERM, Ctrl-C) with the state saved
+STALLED = 75  # a hang or a dead process; EX_TEMPFAIL of sysexits.h
+INTERRUPTED = 130  # Ctrl-C without saving: in a command, or the second one in a training run
 
 
 class InputError(ValueError):
-    """The user's input is wrong: a path, a key, a file, a size. Commands exit with code 2.
+    """Invalid input: a path, a config key, a file, a size. Commands exit with code 2.
 
-    `details` are lines that a command may print below the message, such as all tensors of a misfit
-    of which the message names the first.
+    `details` are lines that a command may print below the message, for instance all tensors that
+    do not fit where the message names the first five.
     """
 
     def __init__(self, message: str, details: Sequence[str] = ()):
@@ -26,27 +27,34 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """The run itself failed: a NaN, a full disk. Commands exit with code 1."""
+    """A failure at run time: a NaN loss, a full disk. Commands exit with code 1."""
 
 
 class Stopped(RuntimeError):
-    """The run was told to stop, and the same command goes on. Commands exit with code 42."""
+    """A signal stopped the run; the same command resumes it. Commands exit with code 42."""
 
 
 def one_line(error: BaseException) -> str:
-    """Another library's error as part of our message: its type and its first line."""
+    """Returns the type and the first line of an error, for use inside another message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def listed(items: Sequence[str], limit: int = 5, separator: str = ", ") -> str:
-    """The first few of many as part of a message, and how many more there are."""
+    """Joins the first `limit` items and counts the rest: "a, b and 7 more"."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return separator.join(items[:limit]) + more
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns " (did you mean 'x'?)" for the closest of `known`; "" if none is similar."""
+    by_lower_case = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
+    return f" (did you mean {by_lower_case[close[0]]!r}?)" if close else ""
+
+
 def print_error(error: BaseException) -> int:
-    """Prints why a command ends to stderr, a bug with its traceback; returns the exit code."""
+    """Prints an error to stderr, a bug with its traceback, and returns the exit code."""
     if isinstance(error, Stopped):
         print(f"stopped: {error}", file=sys.stderr)
         return STOPPED

@@ -79,14 +79,8 @@ def feature_maps(
     grid = (max(-(-height // patch), least), max(-(-width // patch), least))
     padding = (grid[0] * patch - height, grid[1] * patch - width)
     images = jnp.pad(images, ((0, 0), (0, padding[0]), (0, padding[1]), (0, 0)))
-    params = with_positions(model, variables["params"], grid)
-    _, state = model.apply(
-        {**variables, "params": params},
-        images,
-        train=train,
-        rngs=rngs,
-        mutable=["maps", *mutable],
-    )
+    variables = {**variables, "params": with_positions(model, variables["params"], grid)}
+    _, state = model.apply(variables, images, train=train, rngs=rngs, mutable=["maps", *mutable])
     found = state.pop("maps")
     if pyramid:
         maps = [found[f"stage_{i}"][0] for i in at]

@@ -4,7 +4,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import pathlib
 import time
 import uuid
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 
 from tnt_flax.core.errors import InputError, listed
+from tnt_flax.core.files import write_atomic
 from tnt_flax.runtime.processes import PATIENCE, exchange, is_main, name_of
 from tnt_flax.runtime.workdir import differences
 
@@ -61,9 +61,7 @@ def check_shared(workdir: pathlib.Path, timeout: float = PATIENCE) -> None:
     """
     token = workdir / ".token"
     if is_main():
-        temporary = token.with_name(".token.tmp")
-        temporary.write_text(uuid.uuid4().hex)
-        os.replace(temporary, token)
+        write_atomic(token, uuid.uuid4().hex)
     mine = token.read_text() if is_main() else ""
     expected = exchange("workdir token", mine, timeout)[0]
     seen = _wait_for(token, expected, timeout)

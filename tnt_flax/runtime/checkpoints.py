@@ -24,10 +24,12 @@ from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from tnt_flax.core.errors import InputError, RunError, listed, one_line
-from tnt_flax.core.manifest import fault, replace_file, write_manifest
+from tnt_flax.core.files import sha256, write_atomic
 from tnt_flax.core.trees import check_fit
 from tnt_flax.runtime import processes
 
+MANIFEST = "MANIFEST.json"  # SHA-256 of every file; Orbax restores damaged files without noticing
+NOT_IN_MANIFEST = {MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"}  # written by Orbax later
 MAX_FAILURES = 3  # saves in a row that may fail before the run ends
 RETRY = 10  # seconds before a save that must not be left out is tried again
 
@@ -164,7 +166,7 @@ class Checkpoints:
         folder = self.folder / str(step)
         if processes.is_main():
             (folder / "metrics").mkdir(exist_ok=True)
-            replace_file(folder / "metrics" / "metrics", json.dumps(metrics))
+            write_atomic(folder / "metrics" / "metrics", json.dumps(metrics), fsync=True)
             write_manifest(folder)
         processes.total(0)  # the others wait for it
         self._manager.reload()
@@ -203,6 +205,32 @@ class Checkpoints:
         write_manifest(self._temporary(self._saving_step))
 
 
+def write_manifest(folder: pathlib.Path) -> None:
+    """Writes MANIFEST.json, the SHA-256 of every file in the folder of a checkpoint."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    content = {
+        str(path.relative_to(folder)): sha256(path)
+        for path in files
+        if path.name not in NOT_IN_MANIFEST
+    }
+    write_atomic(folder / MANIFEST, json.dumps(content, indent=1), fsync=True)
+
+
+def integrity_error(folder: pathlib.Path) -> str | None:
+    """Describes the first file that differs from the manifest; None for an intact checkpoint."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} is missing or unreadable ({one_line(error)})"
+    for name, expected in content.items():
+        try:
+            if sha256(folder / name) != expected:
+                return f"{name} has changed"
+        except OSError:
+            return f"{name} is missing"
+    return None
+
+
 def step_folders(folder: pathlib.Path) -> list[pathlib.Path]:
     """The committed checkpoints in `folder`, oldest first."""
     if not folder.is_dir():
@@ -217,7 +245,7 @@ def find_checkpoint(folder: pathlib.Path, which: str) -> pathlib.Path:
     """
     whole = []
     for step_folder in step_folders(folder):
-        why = fault(step_folder)
+        why = integrity_error(step_folder)
         if why:
             print(f"warning: {step_folder} is damaged ({why}): passed over", file=sys.stderr)
         else:
@@ -245,7 +273,7 @@ def read_info(step_folder: pathlib.Path) -> dict[str, Any]:
 
 def read_weights(step_folder: pathlib.Path, kind: str, abstract_params: Any) -> Any:
     """The parameters of a checkpoint as numpy arrays; `kind` is "ema" or "raw"."""
-    why = fault(step_folder)
+    why = integrity_error(step_folder)
     if why:
         raise InputError(f"{step_folder} is damaged: {why}")
     name = "ema" if kind == "ema" else "params"
@@ -314,7 +342,7 @@ def _quarantine(folder: pathlib.Path, keep: int) -> list[pathlib.Path]:
     """
     moved, whole = [], 0
     for step_folder in reversed(step_folders(folder)):
-        why = fault(step_folder)
+        why = integrity_error(step_folder)
         if not why:
             whole += 1
         elif whole >= keep and "is missing" in why:

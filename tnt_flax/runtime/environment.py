@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from tnt_flax.core.manifest import replace_file
+from tnt_flax.core.files import write_atomic
 from tnt_flax.runtime import processes
 
 FILE = "environment.json"
@@ -51,7 +51,7 @@ def record(workdir: pathlib.Path, step: int, environment: dict[str, Any]) -> Non
     if not starts or starts[-1]["environment"] != environment:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         starts.append({"step": step, "time": now, "environment": environment})
-    replace_file(workdir / FILE, json.dumps(starts, indent=1))
+    write_atomic(workdir / FILE, json.dumps(starts, indent=1), fsync=True)
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:

@@ -7,6 +7,8 @@ import os
 
 import jax
 
+from tnt_flax.core.files import cache_folder
+
 # Devices of TPUs, and of GPUs by NVIDIA and AMD.
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
 # Of mallopt(3), from glibc's malloc.h.
@@ -44,5 +46,4 @@ def cache_compilations() -> None:
     JAX finds a program again by what it computes, versions, flags and kind of device.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", f"{cache}/tnt_flax/compiled")
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))

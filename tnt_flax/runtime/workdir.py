@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError
+from tnt_flax.core.files import write_atomic
 
 # A resumed run may change these: they do not touch what is computed, but for its rounding, nor,
 # as to data.corrupt, what was computed up to the first image that cannot be read.
@@ -122,6 +123,4 @@ def _agree(workdir: pathlib.Path, config: dict[str, Any]) -> None:
             f"{'; '.join(fixed)}",
             file=sys.stderr,
         )
-    temporary = workdir / "config.json.tmp"
-    temporary.write_text(json.dumps(config, indent=1))
-    os.replace(temporary, workdir / "config.json")
+    write_atomic(workdir / "config.json", json.dumps(config, indent=1))

@@ -22,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tnt_flax.core.errors import InputError, RunError
-from tnt_flax.core.tables import open_table
+from tnt_flax.core.files import open_table
 from tnt_flax.data.sources.names import is_image, natural_key
 from tnt_flax.runtime import host
 from tnt_flax.tools.command_line import Parser, exit_on_error

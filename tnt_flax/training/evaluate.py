@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError, RunError
-from tnt_flax.core.tables import open_table
+from tnt_flax.core.files import open_table
 from tnt_flax.data import imagenet_classes
 from tnt_flax.data import labels as class_maps
 from tnt_flax.data.sources import storage

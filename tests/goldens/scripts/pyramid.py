@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes tests/goldens/data/pyramid: what the official PyramidTNT saves and computes, of a tiny one.
+"""Writes tests/goldens/data/pyramid: what the official PyramidTNT saves and computes, in small.
 
-    python tests/goldens/scripts/pyramid.py SOURCE                                (needs torch, timm)
+    python tests/goldens/scripts/pyramid.py SOURCE                             (needs torch, timm)
     python tests/goldens/scripts/pyramid.py SOURCE --compare=ptnt_s_patch16_256
 
 The second writes nothing, but runs a network in its full size there and here, with random weights.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes tests/goldens/data/weights: tiny networks as their own systems save them, and what they compute.
+"""Writes tests/goldens/data/weights: tiny networks in their own file formats, and their outputs.
 
 Each system lives in an environment of its own, so each has a subcommand, which rewrites its own
 files and its own entries of the two files that all share. SOURCE is the system's source code, which

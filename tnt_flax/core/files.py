@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files: atomic writes, the cache folder, tables that are written row by row."""
+
+import contextlib
+import csv
+import errno
+import hashlib
+import json
+import os
+import pathlib
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+from tnt_flax.core.errors import InputError, RunError
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+ROW_GROUP = 10_000  # rows per row group of a Parquet file
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a temporary path next to `path`; the file or folder written there replaces `path`.
+
+    The temporary name is unique and keeps the suffix. On an error `path` stays as it was and the
+    temporary file or folder is removed. After a kill `path` is the old file or the new one.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def write_atomic(
+    path: str | os.PathLike,
+    content: str | bytes | Callable[[BinaryIO], object],
+    *,
+    fsync: bool = False,
+) -> None:
+    """Writes a file in one atomic step, see `atomic_path`.
+
+    Args:
+        path: the file.
+        content: text (written as UTF-8), bytes, or a function that writes to the open file.
+        fsync: flush the content to the disk before `path` is replaced, so that it also survives a
+            power failure.
+    """
+    if isinstance(content, str):
+        content = content.encode()
+    with atomic_path(path) as temporary:
+        with open(temporary, "xb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
+            if fsync:
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Returns the SHA-256 of a file in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder() -> pathlib.Path:
+    """Returns $XDG_CACHE_HOME/tnt_flax, by default ~/.cache/tnt_flax. Does not create it."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return pathlib.Path(cache) / "tnt_flax"
+
+
+@contextlib.contextmanager
+def open_table(path: pathlib.Path, columns: Mapping[str, type]) -> Iterator[Any]:
+    """Opens a table for atomic writing; the suffix chooses the format: .csv, .jsonl, .parquet.
+
+    Yields an object with `write(row)`, for rows {column: value or None}. A column missing in a row
+    is left empty.
+
+    Raises:
+        InputError: unknown suffix, or `path` cannot be written.
+        RunError: the disk is full.
+    """
+    if path.suffix not in _TABLES:
+        raise InputError(f"{path} is not a known kind of table: use {', '.join(_TABLES)}")
+    with contextlib.ExitStack() as stack:
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            temporary = stack.enter_context(atomic_path(path))
+            file = open(temporary, "xb")
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from error
+        try:
+            with file, contextlib.closing(_TABLES[path.suffix](file, columns)) as table:
+                yield table
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            raise RunError(f"cannot write {path}: {error.strerror}") from error
+
+
+class _Csv:
+    def __init__(self, file, columns):
+        self._text = open(file.fileno(), "w", encoding="utf-8", newline="", closefd=False)
+        self._writer = csv.DictWriter(self._text, list(columns))
+        self._writer.writeheader()
+
+    def write(self, row):
+        self._writer.writerow(row)
+
+    def close(self):
+        self._text.close()
+
+
+class _JsonLines:
+    def __init__(self, file, columns):
+        self._file, self._columns = file, columns
+
+    def write(self, row):
+        full = {column: row.get(column) for column in self._columns}
+        self._file.write(json.dumps(full, ensure_ascii=False).encode() + b"\n")
+
+    def close(self):
+        pass
+
+
+class _Parquet:
+    def __init__(self, file, columns):
+        import pyarrow.parquet  # a slow import that only this format needs
+
+        self._arrow = pyarrow
+        types = {str: pyarrow.string(), float: pyarrow.float64(), int: pyarrow.int64()}
+        self._schema = pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
+        self._writer = pyarrow.parquet.ParquetWriter(file, self._schema)
+        self._rows = []
+
+    def write(self, row):
+        self._rows.append(row)
+        if len(self._rows) == ROW_GROUP:
+            self._flush()
+
+    def _flush(self):
+        if self._rows:
+            self._writer.write_table(self._arrow.Table.from_pylist(self._rows, self._schema))
+            self._rows = []
+
+    def close(self):
+        self._flush()
+        self._writer.close()
+
+
+_TABLES = {".csv": _Csv, ".jsonl": _JsonLines, ".parquet": _Parquet}
