@@ -7,16 +7,15 @@
 Each side runs in a process of its own, one at a time, on the same cores of the CPU. All have the
 same normalized images in memory, and random weights. The sides:
 
-    ours, ours folded                       float32, as `tnt_flax.load` gives it; by `tnt_flax.fold`
-    ours bfloat16, ours folded bfloat16     the same with dtype="bfloat16"
-    timm eager, timm compile                float32 in inference mode; in `torch.compile`
-    timm bfloat16                           timm eager in `torch.autocast`
+    ours                        float32, as `tnt_flax.load` gives it
+    ours bfloat16               the same with dtype="bfloat16"
+    timm eager, timm compile    float32 in inference mode; in `torch.compile`
+    timm bfloat16               timm eager in `torch.autocast`
 
-bfloat16 is left out where the CPU has no instructions for it, folding for PyramidTNT, which has no
-folded form. In a round every side works off some batches of every size, after a round that does not
-count and compiles. `latency_ms` are milliseconds for a single image, median and 95th percentile
-over all that were timed, one at a time. A ratio is the median over the rounds of ours / theirs, or
-of folded / not, in images per second.
+bfloat16 is left out where the CPU has no instructions for it. In a round every side works off some
+batches of every size, after a round that does not count and compiles. `latency_ms` are milliseconds
+for a single image, median and 95th percentile over all that were timed, one at a time. A ratio is
+the median over the rounds of ours / theirs, in images per second.
 """
 
 import argparse
@@ -38,14 +37,9 @@ from benchmarks.model import (
     set_up,
     timm_network,
 )
-from tnt_flax.models import TNT, class_of, create_model, fold
+from tnt_flax.models import create_model
 
-OURS = {  # how weights and activations are held, and whether they are folded
-    "ours": ("float32", False),
-    "ours folded": ("float32", True),
-    "ours bfloat16": ("bfloat16", False),
-    "ours folded bfloat16": ("bfloat16", True),
-}
+OURS = {"ours": "float32", "ours bfloat16": "bfloat16"}  # the type of the computation
 IMAGES = 8  # at least, in a pass over batches
 SINGLES = 10  # in a round
 
@@ -73,10 +67,9 @@ def measure_inference(
     harness.print_facts(facts)
     harness.say_who_takes_part()
     sides = {
-        name: functools.partial(_our_passes, work, *how)
-        for name, how in OURS.items()
-        if how[0] == "float32" or has_bfloat16()
-        if class_of(args.model) is TNT or not how[1]
+        name: functools.partial(_our_passes, work, dtype)
+        for name, dtype in OURS.items()
+        if dtype == "float32" or has_bfloat16()
     }
     sides |= {THEIRS[how]: functools.partial(_timm_passes, work, how) for how in hows}
     with harness.processes(sides, facts["cores"]) as runs:
@@ -127,9 +120,7 @@ def summarize(
             str(size): {name: harness.median(values) for name, values in found.items()}
             for size, found in rates.items()
         },
-        "folded_vs_plain": ratio("ours folded", "ours"),
-        "folded_vs_plain_bfloat16": ratio("ours folded bfloat16", "ours bfloat16"),
-        **{f"folded_vs_{how}": ratio("ours folded", theirs) for how, theirs in THEIRS.items()},
+        **{f"vs_{how}": ratio("ours", theirs) for how, theirs in THEIRS.items()},
         "rounds": {
             name: {side: [round(rate, 3) for rate in values] for side, values in table.items()}
             for name, table in tables.items()
@@ -146,7 +137,7 @@ def _batches(work: Work):
     }
 
 
-def _our_passes(work: Work, dtype: str, folded: bool, cores: int) -> dict[str, harness.Pass]:
+def _our_passes(work: Work, dtype: str, cores: int) -> dict[str, harness.Pass]:
     del cores  # XLA has a thread for each that the process has
     import jax
     import jax.numpy as jnp
@@ -155,8 +146,6 @@ def _our_passes(work: Work, dtype: str, folded: bool, cores: int) -> dict[str, h
     model = create_model(work.model, num_classes=CLASSES, dtype=dtype, **work.fields)
     batches = {task: (jnp.asarray(x), times) for task, (x, times) in _batches(work).items()}
     variables = jax.jit(model.init)(jax.random.key(0), batches["single"][0])
-    if folded:
-        model, variables = fold(model, variables)
     predict = jax.jit(model.apply)
 
     def run(images, times):

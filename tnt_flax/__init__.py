@@ -12,7 +12,6 @@ _PUBLIC = {
     "block_outputs": "tnt_flax.models",
     "create_model": "tnt_flax.models",
     "feature_maps": "tnt_flax.models",
-    "fold": "tnt_flax.models",
     "list_models": "tnt_flax.models",
     "load": "tnt_flax.weights.load",
     "load_classifier": "tnt_flax.inference.classifier",

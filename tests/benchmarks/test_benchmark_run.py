@@ -26,24 +26,20 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.slow
 def test_inference_of_one_side_alone(monkeypatch, capfd):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(inference, "OURS", {"ours folded": inference.OURS["ours folded"]})
+    monkeypatch.setattr(inference, "OURS", {"ours": "float32"})
     arguments = ["inference", "--model=tnt_ti_patch16_224", "--rounds=1", "--batch-sizes", "3", "1"]
     args = __main__.make_parser().parse_args(arguments)
     result = args.measure(args, image_size=32, depth=1)
     assert list(result["images_per_second"]) == ["1", "3"] and result["batch_size"] == [1, 3]
-    assert (
-        0
-        < result["latency_ms"]["ours folded"]["median"]
-        <= result["latency_ms"]["ours folded"]["p95"]
-    )
-    assert result["folded_vs_plain"] == {} == result["folded_vs_eager"]
-    assert "batch 3 round 1: images/s: ours folded" in capfd.readouterr().err
+    assert 0 < result["latency_ms"]["ours"]["median"] <= result["latency_ms"]["ours"]["p95"]
+    assert result["vs_eager"] == {}
+    assert "batch 3 round 1: images/s: ours" in capfd.readouterr().err
     json.dumps(result)
 
 
-@pytest.mark.parametrize("model, folded", [("tnt_ti_patch16_224", 1), ("ptnt_ti_patch16_192", 0)])
-def test_who_takes_part_in_inference(model, folded, monkeypatch):
-    """PyramidTNT has no folded form."""
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_who_takes_part_in_inference(bfloat16, monkeypatch):
+    """bfloat16 only where the CPU has instructions for it."""
     sides = []
 
     def processes(those, cores):
@@ -51,22 +47,21 @@ def test_who_takes_part_in_inference(model, folded, monkeypatch):
         raise RunError("enough")
 
     monkeypatch.setattr(harness, "processes", processes)
-    monkeypatch.setattr(inference, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(inference, "has_bfloat16", lambda: bfloat16)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    args = __main__.make_parser().parse_args(["inference", f"--model={model}"])
+    args = __main__.make_parser().parse_args(["inference", "--model=tnt_ti_patch16_224"])
     with pytest.raises(RunError, match="enough"):
         args.measure(args)
-    assert sides == ["ours", "ours folded"][: 1 + folded]
+    assert sides == ["ours", "ours bfloat16"][: 1 + bfloat16]
 
 
 def test_the_summary_of_inference():
-    latencies = {"ours": [[10, 10, 10, 90], [20] * 4], "ours folded": [[5] * 4, [10] * 4]}
-    rates = {8: {"ours": [1.0, 2.0, 3.0], "ours folded": [2.0, 3.0, 3.0], "timm eager": [1.0] * 3}}
+    latencies = {"ours": [[10, 10, 10, 90], [20] * 4], "timm eager": [[20] * 4, [40] * 4]}
+    rates = {8: {"ours": [1.0, 2.0, 3.0], "ours bfloat16": [1.0] * 3, "timm eager": [1.0] * 3}}
     result = inference.summarize(latencies, rates)
     assert result["latency_ms"]["ours"] == {"median": 20.0, "p95": pytest.approx(65.5)}
-    assert result["folded_vs_plain"] == {"latency": 2.0, "8": 1.5}
-    assert result["folded_vs_eager"] == {"8": 3.0} and result["folded_vs_compile"] == {}
-    assert result["rounds"]["latency"]["ours folded"] == [200.0, 100.0]  # images per second
+    assert result["vs_eager"] == {"latency": 2.0, "8": 2.0} and result["vs_compile"] == {}
+    assert result["rounds"]["latency"]["timm eager"] == [50.0, 25.0]  # images per second
 
 
 # ----------------------------------------------------------------------------- a run of few steps

@@ -177,8 +177,8 @@ def test_import_is_cheap_and_dir_lists_the_public_names():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == [
         "[]",
-        "PyramidTNT TNT block_outputs create_model feature_maps fold list_models load "
-        "load_classifier load_exported",
+        "PyramidTNT TNT block_outputs create_model feature_maps list_models load load_classifier "
+        "load_exported",
         "TNT 192",
     ]
 

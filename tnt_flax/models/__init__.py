@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.models.features import FeatureMap, feature_maps
-from tnt_flax.models.folded import fold
 from tnt_flax.models.pyramid_tnt import PyramidTNT
 from tnt_flax.models.tnt import TNT, block_outputs
 
@@ -23,7 +22,6 @@ __all__ = [
     "block_outputs",
     "create_model",
     "feature_maps",
-    "fold",
     "list_models",
 ]
 

@@ -103,8 +103,6 @@ class Attention(nn.Module):
 
     With `queries` only the first so many tokens attend, to all of them. With `context` they attend
     to its K tokens instead of to each other. `bias` is added to the logits `(*batch, heads, T, K)`.
-    `folded` is explained in `tnt_flax.models.folded`: the query's scale is in its weights, and it
-    alone has a bias.
     """
 
     num_heads: int
@@ -114,7 +112,6 @@ class Attention(nn.Module):
     attention_dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
     primitives: Primitives = Primitives()
-    folded: bool = False
 
     @nn.compact
     def __call__(
@@ -137,11 +134,11 @@ class Attention(nn.Module):
             projected = dense(use_bias=use_bias, name=name)(x)
             return projected.reshape(*x.shape[:-1], self.num_heads, width // self.num_heads)
 
-        query = project("query", x[..., :queries, :], self.qkv_bias or self.folded)
+        query = project("query", x[..., :queries, :], self.qkv_bias)
         context = x if context is None else context
-        key = project("key", context, self.qkv_bias and not self.folded)
-        value = project("value", context, self.qkv_bias and not self.folded)
-        scale = 1.0 if self.folded else query.shape[-1] ** -0.5
+        key = project("key", context, self.qkv_bias)
+        value = project("value", context, self.qkv_bias)
+        scale = query.shape[-1] ** -0.5
 
         weights_are_needed = (
             self.attention_dropout and train or self.is_mutable_collection("intermediates")
@@ -158,7 +155,7 @@ class Attention(nn.Module):
             x = jnp.einsum("...hqk,...khd->...qhd", weights.astype(self.dtype), value)
 
         x = x.reshape(*x.shape[:-2], width)
-        x = dense(use_bias=self.out_bias or self.folded, name="out")(x)
+        x = dense(use_bias=self.out_bias, name="out")(x)
         return Dropout(self.dropout)(x, train=train)
 
 
@@ -195,7 +192,6 @@ class TransformerBlock(nn.Module):
     attention_dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
     primitives: Primitives = Primitives()
-    folded: bool = False  # norms without an affine, see `tnt_flax.models.folded`
     norm: Callable[..., nn.Module] = LayerNorm
     reduce: Callable[..., nn.Module] | None = None
 
@@ -209,8 +205,7 @@ class TransformerBlock(nn.Module):
         bias: Float[Array, "#B heads T K"] | None = None,
         train: bool,
     ) -> Float[Array, "*batch Q W"]:
-        affine = dict(use_scale=not self.folded, use_bias=not self.folded)
-        norm = functools.partial(self.norm, epsilon=self.norm_eps, dtype=self.dtype, **affine)
+        norm = functools.partial(self.norm, epsilon=self.norm_eps, dtype=self.dtype)
         dense = functools.partial(Dense, dtype=self.dtype, dot_general=self.primitives.dot_general)
 
         attention = Attention(
@@ -221,7 +216,6 @@ class TransformerBlock(nn.Module):
             self.attention_dropout,
             self.dtype,
             self.primitives,
-            self.folded,
             name="attention",
         )
         normal = norm(name="norm1")(x)

@@ -73,7 +73,6 @@ class TNT(nn.Module):
     remat: str = "auto"  # what is computed twice, to save memory; see `models.implementations`
     inner: str = "auto"  # which form computes words, see `models.implementations`; same results
     outer: str = "auto"  # which form computes sentences
-    folded: bool = False  # for inference, with the weights of `tnt_flax.fold`
     # What the published lineages do differently.
     conv_first: bool = False  # convolve, then cut patches: timm legacy, mmpretrain, MindSpore Pets
     norm_each_word: bool = False  # normalise C before proj, not M * C: timm legacy, mmpretrain
@@ -90,8 +89,6 @@ class TNT(nn.Module):
     def __call__(self, images: Images, *, train: bool = False) -> Float[Array, "B out"]:
         self.check_fields()
         check_images(images, self.patch_size)
-        if self.folded and train:
-            raise InputError("a folded network is for inference: train the one that was folded")
         images = images.astype(self.dtype)
 
         # Words, and the sentences they begin as.
@@ -112,7 +109,6 @@ class TNT(nn.Module):
             norm_out=self.stem_norm,
             norm_eps=self.norm_eps,
             dtype=self.dtype,
-            folded=self.folded,
             name="proj",
         )
         stem_sentences = stem(words)
@@ -135,14 +131,11 @@ class TNT(nn.Module):
             block = self.make_block(f"blocks_{start}", inner, outer, vanilla)
             words, sentences = self.run_blocks(block, start, stop, words, sentences, train=train)
 
-        affine = not (self.folded and self.num_classes)
-        norm = functools.partial(LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
-        norm = norm(use_scale=affine, use_bias=affine, name="norm")
+        norm = LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
         features = norm(sentences[:, 0])  # of the class token alone: no other token is used
         if not self.num_classes:
             return features.astype(jnp.float32)
-        use_bias = self.output_bias or self.folded
-        head = Dense(self.num_classes, use_bias=use_bias, dtype=self.dtype, name="head")
+        head = Dense(self.num_classes, use_bias=self.output_bias, dtype=self.dtype, name="head")
         return head(features).astype(jnp.float32)
 
     def choose_forms(self, words_shape, sentences_shape, train: bool) -> tuple[str, str]:
@@ -165,7 +158,6 @@ class TNT(nn.Module):
             dropout=self.dropout,
             attention_dropout=self.attention_dropout,
             dtype=self.dtype,
-            folded=self.folded,
         )
         primitives = PRIMITIVES[outer_form]
         outer = functools.partial(transformer, self.outer_heads, se=self.se, primitives=primitives)
@@ -193,7 +185,6 @@ class TNT(nn.Module):
                 norm_eps=self.norm_eps,
                 dtype=self.dtype,
                 primitives=primitives,
-                folded=self.folded,
             )
         inner = inner if self.inner_heads and not vanilla else None
         remat_inner = choose_remat(self.remat) == "inner"

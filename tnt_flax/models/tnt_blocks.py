@@ -24,19 +24,18 @@ class WordsToSentences(nn.Module):
     norm_eps: float = 1e-5
     dtype: DTypeLike = jnp.float32
     primitives: Primitives = Primitives()
-    folded: bool = False  # the first norm without an affine, see `tnt_flax.models.folded`
 
     @nn.compact
     def __call__(self, words: Words) -> Float[Array, "B N D"]:
         norm = functools.partial(LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
-        norm_in = norm(use_scale=not self.folded, use_bias=not self.folded, name="norm1")
+        norm_in = norm(name="norm1")
         words = norm_in(words) if self.norm_each_word else words
         batch, sentences, num_words, width = words.shape
         x = words.reshape(batch, sentences, num_words * width)  # word 0's channels, word 1's, ...
         x = x if self.norm_each_word else norm_in(x)
         x = Dense(
             self.outer_dim,
-            use_bias=self.use_bias or self.folded,
+            use_bias=self.use_bias,
             dtype=self.dtype,
             dot_general=self.primitives.dot_general,
             name="dense",

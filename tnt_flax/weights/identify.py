@@ -27,7 +27,7 @@ LINEAGES_OF = {
 
 # Fields of TNT that say how it is computed or trained, not which function it is.
 FREE_FIELDS = {"dtype", "remat", "inner", "outer", "dropout", "attention_dropout", "drop_path"}
-FREE_FIELDS |= {"folded", "parent", "name"}
+FREE_FIELDS |= {"parent", "name"}
 LINEAGE_FIELDS = sorted({field for fields in LINEAGES.values() for field in fields} - {"qkv_bias"})
 
 # How the published weights of a lineage want their images: mean and standard deviation per channel

@@ -29,19 +29,16 @@ def fold(params: dict, heads: int) -> Weights:
     """The weights of `layers.TransformerBlock` as four matrices [inputs + 1, outputs], bias last.
 
     Of query, key and value side by side, out, fc1, fc2. The affine of each LayerNorm is in the
-    matrix behind it, head_dim**-0.5 and log2(e) are in the query: softmax is then 2**s / sum. Of
-    a network that was folded as a whole only log2(e) is left to do.
+    matrix behind it, head_dim**-0.5 and log2(e) are in the query: softmax is then 2**s / sum.
     """
     attention = params["attention"]
-    scale = math.log2(math.e)
-    if "norm1" in params:
-        scale *= (attention["query"]["kernel"].shape[1] // heads) ** -0.5
+    scale = math.log2(math.e) * (attention["query"]["kernel"].shape[1] // heads) ** -0.5
     parts = [with_bias(attention[name]) for name in ("query", "key", "value")]
     qkv = jnp.concatenate([parts[0] * scale, *parts[1:]], axis=1)
     return (
-        behind_norm(params.get("norm1"), qkv),
+        behind_norm(params["norm1"], qkv),
         with_bias(attention["out"]),
-        behind_norm(params.get("norm2"), with_bias(params["fc1"])),
+        behind_norm(params["norm2"], with_bias(params["fc1"])),
         with_bias(params["fc2"]),
     )
 
@@ -52,9 +49,7 @@ def with_bias(dense: dict) -> Array:
     return jnp.concatenate([kernel, bias[None]])
 
 
-def behind_norm(norm: dict | None, weight: Array) -> Array:
-    if norm is None:
-        return weight
+def behind_norm(norm: dict, weight: Array) -> Array:
     kernel, bias = weight[:-1], weight[-1]
     return jnp.concatenate([norm["scale"][:, None] * kernel, (norm["bias"] @ kernel + bias)[None]])
 
@@ -137,14 +132,12 @@ class LanesToSentences(nn.Module):
         params = self.variables["params"]
         width, num_words, _ = words.shape
         x = normalize(words, 0 if self.norm_each_word else (0, 1), self.norm_eps)
-        if "norm1" in params:
-            affine = (params["norm1"][name] for name in ("scale", "bias"))
-            if self.norm_each_word:
-                scale, bias = (x[:, None, None] for x in affine)
-            else:
-                scale, bias = (x.reshape(num_words, width).T[:, :, None] for x in affine)
-            x = x * scale + bias
-        x = x.astype(self.dtype)
+        affine = (params["norm1"][name] for name in ("scale", "bias"))
+        if self.norm_each_word:
+            scale, bias = (x[:, None, None] for x in affine)
+        else:
+            scale, bias = (x.reshape(num_words, width).T[:, :, None] for x in affine)
+        x = (x * scale + bias).astype(self.dtype)
         kernel = params["dense"]["kernel"].astype(self.dtype)
         x = jnp.einsum("cmp,mcd->pd", x, kernel.reshape(num_words, width, -1))
         if "bias" in params["dense"]:
