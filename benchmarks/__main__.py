@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast this is: the network, its training step and run, the input pipeline; beside timm's.
+"""Benchmarks of the network, its training step and run, and the input pipeline, relative to timm.
 
     python -m benchmarks input
     python -m benchmarks forward --against=timm
@@ -9,48 +9,48 @@
     python -m benchmarks loop --config=configs/digits.py
     python -m benchmarks compile --topology=v5e:2x2
 
-Each has a --help that says what it measures. `compile` runs nothing: it asks the TPU compiler.
+`python -m benchmarks COMMAND --help` describes what is measured. Run them in the checkout.
 
-The last line on stdout is one JSON object; every round is on stderr. Exit code 1 is a failure of
-one side, 2 is bad input.
+The last line on stdout is one JSON object; progress goes to stderr. Exit code 1 means that a
+contender failed, 2 that the input was wrong.
 """
 
 import json
 import sys
 
-from benchmarks import inference, input, model, run, start, tpu
+from benchmarks import input, model, run, tpu
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.tools.command_line import Parser
+
+COMMANDS = {  # name: (module, arguments, function, help)
+    "input": (input, input.add_arguments, input.measure_input, "input pipeline"),
+    "forward": (model, model.add_arguments, model.measure_model, "forward pass"),
+    "step": (model, model.add_arguments, model.measure_model, "training step"),
+    "inference": (
+        model,
+        model.add_inference_arguments,
+        model.measure_inference,
+        "latency of one image, throughput of batches",
+    ),
+    "start": (run, run.add_start_arguments, run.measure_start, "from main.py to its first step"),
+    "loop": (run, run.add_loop_arguments, run.measure_loop, "training loop relative to its step"),
+    "compile": (tpu, tpu.add_arguments, tpu.measure_compile, "training step compiled for TPUs"),
+}
 
 
 def make_parser() -> Parser:
     parser = Parser("python -m benchmarks", __doc__)
-    commands = parser.add_subparsers(dest="what", required=True)
-    for name, module, measure, text in (
-        ("input", input, input.measure_input, "the input pipeline"),
-        ("forward", model, model.measure_model, "the network's forward pass"),
-        ("step", model, model.measure_model, "the training step"),
-        (
-            "inference",
-            inference,
-            inference.measure_inference,
-            "single images and batches of any size",
-        ),
-        ("start", start, start.measure_start, "from main.py to its first step"),
-        ("loop", run, run.measure_loop, "the training loop to its bare step"),
-        ("compile", tpu, tpu.measure_compile, "the step on a TPU"),
-    ):
-        command = commands.add_parser(name, doc=module.__doc__, help=text)
-        module.add_arguments(command)
-        command.set_defaults(measure=measure)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, add_arguments, _, text) in COMMANDS.items():
+        add_arguments(commands.add_parser(name, doc=module.__doc__, help=text))
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code."""
+    """Runs one benchmark, prints its JSON result, and returns the exit code."""
     try:
         args = make_parser().parse_args(argv)
-        result = args.measure(args)
+        result = COMMANDS[args.command][2](args)
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

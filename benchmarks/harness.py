@@ -1,41 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sides of a comparison in turns: each in a process of its own, all pinned to the same cores.
+"""What every benchmark shares: pinned processes, alternating rounds, ratios, synthetic photographs.
 
-A side is a function `make_passes(cores) -> {task: pass}` that can be pickled; it is called in its
-process, with the number of cores there. A pass works off its task once.
+A contender is a picklable function `make_passes(cores) -> {task: pass}`. It is called once, in a
+process of its own, with the number of cores available there. A pass executes its task once.
 """
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
+import pathlib
+import runpy
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tnt_flax.core.errors import InputError, RunError, one_line
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
 
-# Returns how much it did, such as the number of images; with the seconds that this took, where not
-# all of its time counts.
+from tnt_flax.core.errors import InputError, RunError, one_line
+from tnt_flax.tools import command_line
+
+# Returns the amount of work done, such as a number of images, optionally with the seconds it took
+# where not all of the elapsed time counts.
 Pass = Callable[[], int | tuple[int, float]]
-Side = Callable[[int], dict[str, Pass]]
-Run = Callable[[str], float]  # runs one pass of a task; returns how much it did per second
-Rates = dict[str, list[float]]  # of every side, in every round
+Contender = Callable[[int], dict[str, Pass]]
+Run = Callable[[str], float]  # executes one pass of a task, returns the amount per second
+Rates = dict[str, list[float]]  # per contender and round
+
+# Synthetic photographs: ImageNet's most frequent sizes; about its mean file size of 110 kB.
+PHOTO_SIZES, PHOTO_QUALITY = ((500, 375), (500, 333), (375, 500)), 97
+
+
+# --------------------------------------------------------------------------------- arguments, facts
 
 
 def check_counts(args: argparse.Namespace, *names: str) -> None:
-    """Raises InputError if one of these arguments is less than 1."""
+    """Raises InputError if one of these arguments, or an item of a list argument, is below 1."""
     for name in names:
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')}={getattr(args, name)} is less than 1")
+        value = getattr(args, name)
+        for count in value if isinstance(value, list) else [value]:
+            if count < 1:
+                raise InputError(f"--{name.replace('_', '-')}={count} is less than 1")
 
 
 def pick_cores(count: int) -> list[int]:
-    """The last `count` of the cores that this process may use."""
+    """Returns the last `count` of the cores that this process may use."""
     if not hasattr(os, "sched_setaffinity"):
         raise InputError("this system cannot pin a process to cores: run the benchmark on Linux")
     cores = sorted(os.sched_getaffinity(0))
@@ -45,13 +61,11 @@ def pick_cores(count: int) -> list[int]:
 
 
 def has_timm() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("torch", "timm"))
-
-
-def say_who_takes_part() -> None:
-    """To stderr, where timm could have taken part and is not installed."""
-    if not has_timm():
-        print("torch or timm is not installed: our figures alone", file=sys.stderr)
+    """Whether timm can be a contender; warns on stderr if torch or timm is not installed."""
+    found = all(importlib.util.find_spec(name) for name in ("torch", "timm"))
+    if not found:
+        print("torch or timm is not installed: measuring tnt_flax alone", file=sys.stderr)
+    return found
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -59,26 +73,17 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
-    """To stderr."""
+    """Prints a table to stderr."""
     for name, fact in facts.items():
         print(f"{name:<11} {fact}", file=sys.stderr)
 
 
-@contextlib.contextmanager
-def processes(sides: Mapping[str, Side], cores: Sequence[int]) -> Iterator[dict[str, Run]]:
-    """One for every side; yields what runs a pass in each.
-
-    Raises:
-        InputError: as a side raised it, when run.
-        RunError: a side failed otherwise.
-    """
-    with contextlib.ExitStack() as stack:
-        yield {name: stack.enter_context(_process(side, cores)) for name, side in sides.items()}
+# --------------------------------------------------------------------------------------- processes
 
 
 @contextlib.contextmanager
 def pinned(cores: Sequence[int]) -> Iterator[None]:
-    """What is started inside runs on these cores alone, and finds no others."""
+    """Pins processes started inside to `cores`."""
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
@@ -88,42 +93,58 @@ def pinned(cores: Sequence[int]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def processes(
+    contenders: Mapping[str, Contender], cores: Sequence[int]
+) -> Iterator[dict[str, Run]]:
+    """Starts one pinned process per contender; yields a function per contender that runs a pass.
+
+    Raises:
+        InputError: raised by a contender, from the yielded function.
+        RunError: a contender failed otherwise.
+    """
+    with contextlib.ExitStack() as stack:
+        yield {
+            name: stack.enter_context(_process(each, cores)) for name, each in contenders.items()
+        }
+
+
+@contextlib.contextmanager
 def _process(make_passes, cores):
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, make_passes, len(cores)))
+    parent, child = context.Pipe()
+    process = context.Process(target=_serve, args=(child, make_passes, len(cores)))
     with pinned(cores):
         process.start()
-    theirs.close()
+    child.close()
 
     def run(task):
         try:
-            ours.send(task)
-            answer = ours.recv()
+            parent.send(task)
+            result = parent.recv()
         except (EOFError, OSError):
             raise RunError("a measured process ended too early") from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     try:
         yield run
     finally:
-        ours.close()
+        parent.close()
         process.join()
 
 
 def _serve(connection, make_passes, cores):
     passes = None
-    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):  # the other end closed
+    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):  # the parent closed it
         while True:
             task = connection.recv()
             try:
                 passes = passes or make_passes(cores)
                 start = time.perf_counter()
                 done = passes[task]()
-                whole = time.perf_counter() - start
-                amount, seconds = done if isinstance(done, tuple) else (done, whole)
+                elapsed = time.perf_counter() - start
+                amount, seconds = done if isinstance(done, tuple) else (done, elapsed)
                 connection.send(amount / seconds)
             except InputError as error:
                 connection.send(InputError(str(error)))
@@ -131,25 +152,105 @@ def _serve(connection, make_passes, cores):
                 connection.send(RunError(one_line(error)))
 
 
-def measure(runs: Mapping[str, Run], task: str, rounds: int) -> Rates:
-    """Images per second of every side in every round, after one round that does not count."""
-    rates = {name: [] for name in runs}
+# ------------------------------------------------------------------------------------------ rounds
+
+
+def alternate(
+    functions: Mapping[str, Callable[[], Any]], rounds: int, label: str
+) -> dict[str, list[Any]]:
+    """Calls each function once per round and returns the results by name, in order.
+
+    One round that compiles comes first and does not count. The order of the functions is reversed
+    from round to round.
+    """
+    results = {name: [] for name in functions}
     for i in range(-1, rounds):
-        for name in list(runs) if i % 2 else reversed(runs):  # who comes first changes
-            rate = runs[name](task)
+        for name in list(functions)[:: 1 if i % 2 else -1]:
+            result = functions[name]()
             if i >= 0:
-                rates[name].append(rate)
+                results[name].append(result)
         if i >= 0:
-            line = ", ".join(f"{name} {values[-1]:.2f}" for name, values in rates.items())
-            print(f"{task} round {i + 1}: images/s: {line}", file=sys.stderr)
-    return rates
+            line = ", ".join(f"{name} {np.median(all[-1]):.2f}" for name, all in results.items())
+            print(f"{label}, round {i + 1}: {line}", file=sys.stderr)
+    return results
 
 
-def ratios(rates: Rates, side: str, others: Sequence[str]) -> list[float]:
-    """`side` to the fastest of the others, in every round; empty if there are none."""
+def measure(runs: Mapping[str, Run], task: str, rounds: int) -> Rates:
+    """Returns the images per second of each contender in each round of `task`."""
+    functions = {name: functools.partial(run, task) for name, run in runs.items()}
+    return alternate(functions, rounds, f"{task}, images/s")
+
+
+def ratios(rates: Rates, contender: str, others: Sequence[str]) -> list[float]:
+    """Rates of `contender` relative to the fastest of `others`, per round; empty without others."""
     best = [max(values) for values in zip(*(rates[name] for name in others), strict=True)]
-    return [round(rate / other, 3) for rate, other in zip(rates[side], best, strict=bool(best))]
+    return [
+        round(rate / other, 3) for rate, other in zip(rates[contender], best, strict=bool(best))
+    ]
 
 
 def median(values: Sequence[float]) -> float | None:
     return round(statistics.median(values), 3) if values else None
+
+
+# ------------------------------------------------------------------------------- synthetic training
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", default="configs/tnt_s.py", help="config of the run")
+    add("--batch-size", type=int, default=16, help="images per step")
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="config keys to change")
+    add("--rounds", type=int, default=3, help="timed rounds")
+    add("--cores", type=int, default=1, help="number of cores to pin the run to")
+
+
+def read_config(path: str) -> ConfigDict:
+    """Returns the config of the file at `path`, which may end in ":ARGUMENT".
+
+    Raises:
+        InputError: the file cannot be read or is not a config.
+    """
+    file, _, argument = path.partition(":")
+    try:
+        return runpy.run_path(file)["get_config"](*[argument][: bool(argument)])
+    except (OSError, ImportError, KeyError) as error:
+        raise InputError(f"--config={path} is not a readable config: {one_line(error)}") from None
+
+
+def synthetic_settings(
+    args: argparse.Namespace, folder: pathlib.Path, steps: int
+) -> dict[str, Any]:
+    """Returns the config keys to change for a short run: {"data.root": ..., ...}.
+
+    If the config reads an image folder and neither it nor `args.set` names one, photographs for
+    `steps` steps are written below `folder`.
+
+    Raises:
+        InputError: the config cannot be read, or an item of `args.set` is not KEY=VALUE.
+    """
+    config, batch = read_config(args.config), args.batch_size
+    changes = {"batch_size": batch, "eval.batch_size": batch}
+    given = command_line.parse_settings(args.set)
+    if config.data.source == "folder" and not config.data.root and "data.root" not in given:
+        for split, count in (("train", steps * batch), ("val", batch)):
+            generate_photos(folder / split / "photographs", count)
+        changes["data.root"] = str(folder)
+    return changes | given
+
+
+def generate_photos(folder: pathlib.Path, count: int) -> None:
+    """Writes `count` JPEG crops of the two photographs of scikit-learn (640 x 427)."""
+    import sklearn.datasets
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    photos = [Image.fromarray(photo) for photo in sklearn.datasets.load_sample_images().images]
+    for i in range(count):
+        photo, (width, height) = photos[i % len(photos)], PHOTO_SIZES[i % len(PHOTO_SIZES)]
+        scale = max(1.0, height / photo.height)
+        photo = photo.resize((round(photo.width * scale), round(photo.height * scale)))
+        left = int(generator.integers(photo.width - width, endpoint=True))
+        top = int(generator.integers(photo.height - height, endpoint=True))
+        crop = photo.crop((left, top, left + width, top + height))
+        crop.save(folder / f"{i:07d}.jpg", quality=PHOTO_QUALITY)

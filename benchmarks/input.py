@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast images are read, decoded and augmented, beside timm's loader on the same files.
+"""Speed of reading, decoding and augmenting images, relative to timm's loader on the same files.
 
     python -m benchmarks input
     python -m benchmarks input --images=IMAGENET/train/n01440764 --rounds=9
 
-Both sides make the batches of the published recipe: uint8, 224 pixels, random crop, flip,
-RandAugment, three views of each image; or the evaluation pixels. `train_opencv` is the first with
-`augment.resampling="opencv"` on our side, if OpenCV is installed. Neither mixes, normalizes or
-erases, which belongs on the device. Each runs in a process of its own on the same cores, one at a
-time. Ours has its default threads; timm's is `create_transform` in `create_loader` without the
-prefetcher's arithmetic, and counts with the faster of 0 and 1 worker processes in every round. A
-round is one pass over the files, from making the iterator to its end, after one pass that does not
-count. The result is the median over the rounds of ours / timm's images per second.
+`train` makes uint8 batches of the published recipe: 224 pixels, random crop, flip, RandAugment,
+three views per image. `train_opencv` is the same with `augment.resampling="opencv"` on our side,
+omitted without OpenCV. `eval` makes the evaluation pixels. Mixing, normalization and erasing happen
+on the device and are not included.
 
-Without torch and timm the result has our figures alone.
+Each contender runs in a process of its own on the same cores, one at a time. Ours uses its default
+threads. timm's is `create_transform` in `create_loader`, without the prefetcher's arithmetic, once
+without and once with one worker process; the faster of both counts in each round. A round is one
+pass over the files, after one uncounted pass. The result is the median over rounds of ours / timm
+in images per second; without torch and timm, only our rates.
 """
 
 import argparse
@@ -28,42 +28,41 @@ import tempfile
 from PIL import Image
 
 from benchmarks import harness
-from benchmarks.synthetic_run import generate_photos
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import pipeline, randaugment, sources, transforms
 from tnt_flax.data.plan import TrainPlan
 
-# The published recipe: 128 images a process, their augmentation, and the default of data.threads.
+# Published recipe: 128 images per process and its augmentation; data.threads by default.
 BATCH, GROUPS, REPEATS, THREADS = 128, 8, 3, 8
 SCALE, RATIO, FLIP, RANDAUGMENT = (0.08, 1.0), (3 / 4, 4 / 3), 0.5, "rand-m9-mstd0.5-inc1"
 MEAN, CROP_FRACTION = (0.5, 0.5, 0.5), 0.9
 TASKS = ("train", "train_opencv", "eval")
-GENERATED = 1024  # files, if none are given: seconds a pass, beside which its start is short
+GENERATED = 1024  # files if none are given: a pass takes seconds, so its start hardly counts
 SUFFIXES = (".jpg", ".jpeg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--images", type=pathlib.Path, help="a folder of JPEGs; default: generated photographs")
-    add("--rounds", type=int, default=5, help="timed passes of each side")
-    add("--cores", type=int, default=1, help="to which both sides are pinned")
-    add("--size", type=int, default=224, help="pixels, each side")
+    add("--images", type=pathlib.Path, help="folder of JPEGs; default: generated photographs")
+    add("--rounds", type=int, default=5, help="timed passes")
+    add("--cores", type=int, default=1, help="number of cores to pin each contender to")
+    add("--image-size", type=int, default=224, help="pixels")
 
 
 def measure_input(args: argparse.Namespace) -> dict:
-    """Runs all rounds; returns what the JSON line says.
+    """Measures all tasks; returns the JSON result.
 
     Raises:
-        InputError: no images, too few cores, or less than one round or pixel.
-        RunError: a side failed.
+        InputError: no images, too few cores, or a count below 1.
+        RunError: a contender failed.
     """
-    harness.check_counts(args, "rounds", "cores", "size")
+    harness.check_counts(args, "rounds", "cores", "image_size")
     with_timm = harness.has_timm()
     packages = ["numpy", "pillow", "grain", *(["torch", "timm"] if with_timm else [])]
     with tempfile.TemporaryDirectory() as folder:
         cores = harness.pick_cores(args.cores)
-        files = _link_images(args.images, pathlib.Path(folder))
-        options = (folder, min(BATCH, len(files) // GROUPS * GROUPS), args.size)
+        files = link_images(args.images, pathlib.Path(folder))
+        options = (folder, min(BATCH, len(files) // GROUPS * GROUPS), args.image_size)
         facts = {
             "versions": harness.versions(*packages),
             "cores": cores,
@@ -72,15 +71,14 @@ def measure_input(args: argparse.Namespace) -> dict:
             "batch_size": options[1],
         }
         harness.print_facts(facts)
-        harness.say_who_takes_part()
-        sides = {"ours": functools.partial(_our_passes, *options)}
+        contenders = {"ours": functools.partial(_our_passes, *options)}
         for workers in (0, 1) if with_timm else ():
-            key = f"timm, {workers} workers"
-            sides[key] = functools.partial(_timm_passes, *options, workers)
+            name = f"timm, {workers} workers"
+            contenders[name] = functools.partial(_timm_passes, *options, workers)
         tasks = [t for t in TASKS if t != "train_opencv" or importlib.util.find_spec("cv2")]
-        with harness.processes(sides, cores) as runs:
+        with harness.processes(contenders, cores) as runs:
             rates = {task: harness.measure(runs, task, args.rounds) for task in tasks}
-    others = [name for name in sides if name != "ours"]
+    others = [name for name in contenders if name != "ours"]
     ratios = {task: harness.ratios(rates[task], "ours", others) for task in tasks}
     return {
         **{task: harness.median(ratios.get(task)) for task in TASKS},
@@ -93,11 +91,11 @@ def measure_input(args: argparse.Namespace) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------- the two sides
+# -------------------------------------------------------------------------------------- contenders
 
 
 def _our_passes(folder: str, batch_size: int, size: int, cores: int) -> dict[str, harness.Pass]:
-    del cores  # our threads are what they are on any machine
+    del cores  # the number of threads does not depend on it
     source = sources.open_source("folder", "train", root=folder, name="", class_list="")
     plan = TrainPlan(len(source), batch_size, seed=0, repeats=REPEATS, groups=GROUPS)
     train = dict(
@@ -138,12 +136,14 @@ def _timm_passes(
     import torch
     from timm.data import auto_augment
 
-    multiprocessing.set_start_method("fork", force=True)  # its loader's choice, but for our spawn
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # its loader's default, overridden by our spawn
     torch.set_num_threads(cores)
-    # Its sampler of repeats asks how many processes there are: one, which has every view.
+    # Its repeated-augmentation sampler asks for the number of processes: one, with every view.
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    # Where Pillow 13 refuses to keep no bits at all, timm 1.0.31 stops. Older versions gave black.
+    # timm 1.0.31 fails where Pillow 13 refuses to posterize to 0 bits; older versions gave black.
     posterize = auto_augment.NAME_TO_OP["PosterizeIncreasing"]
     auto_augment.NAME_TO_OP["PosterizeIncreasing"] = lambda image, bits, **options: (
         posterize(image, bits, **options) if bits else Image.new("RGB", image.size)
@@ -176,22 +176,22 @@ def _timm_passes(
         ),
     }
     loaders["train_opencv"] = loaders["train"]
-    # `.loader` is below the prefetcher, which normalizes and erases: on a GPU, where there is one.
+    # `.loader` is the loader below the prefetcher, which normalizes and erases on the device.
     return {
         task: lambda loader=loader: sum(len(images) for images, _ in loader.loader)
         for task, loader in loaders.items()
     }
 
 
-# -------------------------------------------------------------------------------------- the files
+# ------------------------------------------------------------------------------------------- files
 
 
-def _link_images(images, folder):
-    """Puts the JPEGs below `folder`/train, as both sides read them; returns their paths there."""
+def link_images(images: pathlib.Path | None, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Links the JPEGs of `images`, or generates some, below `folder`/train; returns the paths."""
     below = folder / "train" / "images"
     below.mkdir(parents=True)
     if images is None:
-        generate_photos(below, GENERATED)
+        harness.generate_photos(below, GENERATED)
         return sorted(below.iterdir())
     if not images.is_dir():
         raise InputError(f"--images={images} is not a folder")

@@ -1,34 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of the training step's speed the training loop keeps, with all that it does besides.
+"""Cost of a training run beyond its steps: start-up time, and overhead of the training loop.
 
+    python -m benchmarks start --config=configs/tnt_s.py
+    python -m benchmarks start --config=configs/digits.py --batch-size=32
     python -m benchmarks loop --config=configs/digits.py --batch-size=32
     python -m benchmarks loop --config=configs/tnt_s.py --set model.dtype=float32
 
-In turns, in one process set up as `main.py` sets up its own:
+Run both in the checkout. If the config names no image folder, photographs are generated. Any config
+key can be changed: `--set model.dtype=float32 data.workers=1`.
 
-    loop   `train_and_evaluate`: reads, augments, trains, logs; its own figures of the second and
-           third epoch, the first one compiles. Evaluation and checkpoints are not in them.
-    bare   the same jitted step as often as the loop's epoch, on one batch that is on the device
+`start` measures from `python main.py` to the end of its first step. Each round starts it twice in
+new workdirs: `cold` with an empty compilation cache, `warm` with the cache of the cold start. Each
+process is ended after its first step. Results, medians over rounds:
 
-The result is the median over the rounds of loop / bare, in steps per second. If the config names no
-folder of images, photographs are generated, for epochs of --steps steps. Any key can be changed:
-`--set data.workers=1`.
+    seconds     from process start until the metrics of step 1 are printed
+    compile_s   thereof in XLA's compiler, or reading its cache
+    trace_s     thereof in Python: tracing and lowering
+    cpu_s       CPU time: below `seconds` if the cores are shared, above it with several cores
+    programs    programs compiled or read from the cache
+    peak_gib    peak resident memory
+
+`loop` compares, alternating in one process that is set up as `main.py`:
+
+    loop   `train_and_evaluate` (reads, augments, trains, logs): its reported rates of the second
+           and third epoch; the first one compiles. Evaluation and checkpoints are not included.
+    bare   the same jitted step, as often as an epoch has steps, on one batch on the device
+
+Its result is the median over rounds of loop / bare in steps per second.
 """
 
 import argparse
 import contextlib
 import functools
 import itertools
+import json
+import os
 import pathlib
+import re
+import runpy
+import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from typing import Any
 
-from benchmarks import harness, synthetic_run
-from tnt_flax.core.errors import InputError, one_line
+from benchmarks import harness
+from tnt_flax.core.errors import InputError, RunError, one_line
 
-# Three epochs, each reported by itself.
-EPOCHS = {
+MARK = "watched: "  # prefix of the lines that the started process prints for this one
+# Events of jax.monitoring.
+COMPILE = "/jax/core/compile/backend_compile_duration"
+TRACE = (
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+)
+WATCHED = "from benchmarks.run import run_watched; run_watched()"
+SLOWEST = 5  # programs listed
+EPOCHS = {  # three epochs, each reported separately
     "epochs": 3,
     "optimizer.warmup_epochs": 0,
     "optimizer.cooldown_epochs": 0,
@@ -38,19 +67,16 @@ EPOCHS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    synthetic_run.add_arguments(parser)
-    parser.add_argument("--steps", type=int, default=6, help="in an epoch of photographs")
+def add_start_arguments(parser: argparse.ArgumentParser) -> None:
+    harness.add_run_arguments(parser)
 
 
-def measure_loop(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs all rounds; returns what the JSON line says.
+def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
+    harness.add_run_arguments(parser)
+    parser.add_argument("--steps", type=int, default=6, help="steps per epoch of photographs")
 
-    Raises:
-        InputError: too few cores, less than one round, image or step; the config is wrong.
-        RunError: the run failed.
-    """
-    harness.check_counts(args, "rounds", "cores", "batch_size", "steps")
+
+def _facts(args):
     facts = {
         "config": args.config,
         "batch_size": args.batch_size,
@@ -58,19 +84,142 @@ def measure_loop(args: argparse.Namespace) -> dict[str, Any]:
         "versions": harness.versions("jax", "jaxlib", "flax", "grain"),
     }
     harness.print_facts(facts)
+    return facts
+
+
+# ----------------------------------------------------------------------------------------- start-up
+
+
+def measure_start(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures the start-up time; returns the JSON result.
+
+    Raises:
+        InputError: no main.py here, too few cores, a count below 1, or main.py rejected its input.
+        RunError: the run failed before its first step.
+    """
+    harness.check_counts(args, "rounds", "cores", "batch_size")
+    if not pathlib.Path("main.py").is_file():
+        raise InputError("there is no main.py here: run this in a checkout of tnt_flax")
+    facts = _facts(args)
+    starts = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        changes = EPOCHS | synthetic_run.settings(args, folder / "images", args.steps)
-        side = functools.partial(_passes, args.config, changes, folder)
-        rates = {"loop": [], "bare": []}
-        with harness.processes({"run": side}, facts["cores"]) as runs:
-            for i in range(-1, args.rounds):  # the first round, which compiles, does not count
-                for task in list(rates)[:: -1 if i % 2 else 1]:
-                    rate = runs["run"](task)
-                    rates[task] += [rate] if i >= 0 else []
-                if i >= 0:
-                    line = ", ".join(f"{name} {values[-1]:.3f}" for name, values in rates.items())
-                    print(f"round {i + 1}: steps/s: {line}", file=sys.stderr)
+        changes = harness.synthetic_settings(args, folder / "images", steps=2)
+        changes = {"log.every": "1 steps"} | changes
+        flags = [f"--config={args.config}", *(f"--config.{k}={v}" for k, v in changes.items())]
+        for i in range(args.rounds):
+            for kind, results in starts.items():
+                workdir, cache = folder / f"{kind}{i}", folder / f"cache{i}"
+                results.append(start([*flags, f"--workdir={workdir}"], cache, facts["cores"]))
+                line = ", ".join(f"{key} {results[-1][key]}" for key in _medians(results))
+                print(f"round {i + 1}: {kind}: {line}", file=sys.stderr)
+    return {
+        **{kind: _medians(results) for kind, results in starts.items()},
+        "slowest": starts["cold"][-1]["slowest"],
+        "rounds": {
+            kind: [[result["seconds"], result["compile_s"]] for result in results]
+            for kind, results in starts.items()
+        },
+        **facts,
+    }
+
+
+def _medians(results):
+    keys = [key for key in results[0] if key != "slowest"]
+    return {key: round(statistics.median(r[key] for r in results), 3) for key in keys}
+
+
+def start(flags: list[str], cache: pathlib.Path, cores: list[int]) -> dict[str, Any]:
+    """Starts main.py with `flags`, ends it after its first step, and returns what that cost."""
+    began = time.perf_counter()
+    with harness.pinned(cores):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WATCHED, *flags],
+            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    events, last_line = [], ""
+    with process:
+        try:
+            for line in process.stderr:
+                if line.startswith(MARK):
+                    events.append(json.loads(line.removeprefix(MARK)))
+                elif line.startswith("step 1/"):
+                    return _summarize(time.perf_counter() - began, process.pid, events)
+                else:
+                    last_line = line.strip() or last_line
+        finally:
+            process.kill()
+    if process.returncode == 2:
+        raise InputError(last_line.removeprefix("error: "))
+    raise RunError(f"main.py ended before its first step: {last_line}")
+
+
+def _summarize(seconds, pid, events):
+    process = pathlib.Path(f"/proc/{pid}")
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", (process / "status").read_text())[1])
+    ticks = (process / "stat").read_text().rpartition(")")[2].split()[11:13]  # user, system
+    compiled = [event for event in events if event["event"] == COMPILE]
+    slowest = sorted(compiled, key=lambda event: -event["seconds"])[:SLOWEST]
+    return {
+        "seconds": round(seconds, 3),
+        "compile_s": round(covered(compiled), 3),
+        "trace_s": round(covered(event for event in events if event["event"] in TRACE), 3),
+        "cpu_s": sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"),
+        "programs": len(compiled),
+        "peak_gib": round(peak / 2**20, 3),
+        "slowest": {event["name"]: round(event["seconds"], 3) for event in slowest},
+    }
+
+
+def covered(events) -> float:
+    """Returns the seconds covered by at least one event: traces of nested functions overlap."""
+    total, until = 0.0, 0.0
+    for event in sorted(events, key=lambda event: event["end"] - event["seconds"]):
+        begin = max(until, event["end"] - event["seconds"])
+        total += max(0.0, event["end"] - begin)
+        until = max(until, event["end"])
+    return total
+
+
+def run_watched() -> None:
+    """Runs main.py in this process and reports every compiled program on stderr."""
+    from jax import monitoring
+
+    def watch(event, seconds, **details):
+        if event == COMPILE or event in TRACE:
+            found = dict(
+                event=event, seconds=seconds, end=time.time(), name=details.get("fun_name")
+            )
+            with contextlib.suppress(BrokenPipeError):
+                print(f"{MARK}{json.dumps(found)}", file=sys.stderr, flush=True)
+
+    monitoring.register_event_duration_secs_listener(watch)
+    sys.argv[0] = "main.py"
+    runpy.run_path("main.py", run_name="__main__")
+
+
+# --------------------------------------------------------------------------------------------- loop
+
+
+def measure_loop(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures the training loop relative to its bare step; returns the JSON result.
+
+    Raises:
+        InputError: too few cores, a count below 1, or the config is invalid.
+        RunError: the run failed.
+    """
+    harness.check_counts(args, "rounds", "cores", "batch_size", "steps")
+    facts = _facts(args)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        changes = EPOCHS | harness.synthetic_settings(args, folder / "images", args.steps)
+        contender = functools.partial(loop_passes, args.config, changes, folder)
+        with harness.processes({"run": contender}, facts["cores"]) as runs:
+            tasks = {task: functools.partial(runs["run"], task) for task in ("loop", "bare")}
+            rates = harness.alternate(tasks, args.rounds, "steps/s")
     ratios = harness.ratios(rates, "loop", ["bare"])
     return {
         "loop_vs_bare": harness.median(ratios),
@@ -80,23 +229,19 @@ def measure_loop(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _passes(
+def loop_passes(
     path: str, changes: dict[str, Any], folder: pathlib.Path, cores: int
 ) -> dict[str, harness.Pass]:
-    del cores  # all threads are those that the process gets by itself
+    """Contender with the tasks "loop" and "bare"; workdirs are created in `folder`."""
+    del cores  # XLA starts one thread per available core
     from tnt_flax.runtime import host
 
     host.keep_memory()
-    host.cache_compilations()  # every pass makes its functions anew
-    import jax
-
-    from tnt_flax.runtime import sharding
-    from tnt_flax.training import experiment
+    host.cache_compilations()  # every pass jits its functions again
     from tnt_flax.training.metrics import read_metrics_file
-    from tnt_flax.training.step import TrainState
     from tnt_flax.training.train import train_and_evaluate
 
-    config = synthetic_run.read_config(path)
+    config = harness.read_config(path)
     try:
         config.update_from_flattened_dict(changes)
     except (KeyError, TypeError, ValueError) as error:
@@ -108,19 +253,27 @@ def _passes(
         train_and_evaluate(config, workdir)
         reports = read_metrics_file(workdir / "metrics.jsonl")
         reports = [line for line in reports if "train/images_per_second" in line]
-        steps = reports[0]["step"]  # in each
+        steps = reports[0]["step"]  # per epoch
         rates = [line["train/images_per_second"] for line in reports[1:]]
         return len(rates) * steps, sum(steps * config.batch_size / rate for rate in rates)
+
+    return {"loop": loop_pass, "bare": _bare_pass(config)}
+
+
+def _bare_pass(config):
+    import jax
+
+    from tnt_flax.runtime import sharding
+    from tnt_flax.training import experiment
+    from tnt_flax.training.step import TrainState
 
     mesh = experiment.build_mesh(config)
     source = experiment.open_source(config, config.data.train_split)
     plan = experiment.build_plan(config, len(source))
     model = experiment.build_model(config, len(source.class_names))
     tx, schedule = experiment.build_optimizer(config, plan.steps_per_epoch)
-    init_params, (init_key, step_key) = (
-        experiment.init_params(model, config),
-        experiment.run_keys(config),
-    )
+    init_params = experiment.init_params(model, config)
+    init_key, step_key = experiment.run_keys(config)
     init_state = lambda key: TrainState.create(init_params(key), tx)
     shapes = jax.eval_shape(init_state, init_key)
     state = jax.jit(init_state, out_shardings=sharding.shardings(shapes, mesh))(init_key)
@@ -138,4 +291,4 @@ def _passes(
         jax.block_until_ready((state, metrics))
         return plan.steps_per_epoch
 
-    return {"loop": loop_pass, "bare": bare_pass}
+    return bare_pass
