@@ -1,9 +1,11 @@
 # make train    makes the environment and trains a small TNT on the embedded digits
-# make test     makes the environment and runs ruff and the whole test suite
-# make soak     runs the long tests: runs of many processes, resumed runs, the largest programs
-# make oracle   adds torch and timm and runs the tests that compare with them live
-# make docs     builds the API reference in .site; any warning is an error
-# make eval     evaluates what `make train` trained
+# make eval     evaluates the run of `make train`
+# make test     makes the environment and runs ruff and the fast tests: 5 minutes on 2 cores
+# make test-all installs torch, timm and libtpu, too, and runs all other tests: slow, soak, oracle
+#               (compared with timm), tpu_compiler. Needs chromium
+# make soak     of these: runs of many processes, resumed runs, the largest programs
+# make oracle   of these: the comparison with torch and timm
+# make docs     builds the documentation in .site; warnings are errors
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,12 +18,12 @@ CONSTRAINTS = $(shell $(PYTHON) -c 'import sys; \
 SOURCES = requirements.txt pyproject.toml $(wildcard constraints/*.txt)
 RUN = $(VENV)/bin/python main.py --config=configs/digits.py --workdir=$(WORKDIR)
 
-.PHONY: train eval test soak oracle docs
+.PHONY: train eval test test-all soak oracle docs
 .DELETE_ON_ERROR:
 
 train: $(VENV)/run.stamp
 	$(RUN) $(ARGS)
-	@echo "Look at $(WORKDIR)/curves.png and $(WORKDIR)/predictions.png" >&2
+	@echo "See $(WORKDIR)/curves.png and $(WORKDIR)/predictions.png" >&2
 
 eval: $(VENV)/run.stamp
 	$(RUN) --mode=eval $(ARGS)
@@ -31,10 +33,14 @@ test: $(VENV)/test.stamp
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
 
+test-all: $(VENV)/test-all.stamp
+	$(VENV)/bin/python -m pytest -m "slow or soak or oracle or tpu_compiler" \
+		--numprocesses=2 --dist=worksteal $(ARGS)
+
 soak: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest -m soak --numprocesses=2 $(ARGS)
 
-oracle: $(VENV)/oracle.stamp
+oracle: $(VENV)/test-all.stamp
 	$(VENV)/bin/python -m pytest -m oracle $(ARGS)
 
 docs: $(VENV)/docs.stamp
@@ -56,6 +62,6 @@ $(VENV)/docs.stamp: $(VENV)/run.stamp
 	$(PIP) --editable ".[docs]"
 	@touch $@
 
-$(VENV)/oracle.stamp: $(VENV)/test.stamp
-	$(PIP) --editable ".[test,oracle]"
+$(VENV)/test-all.stamp: $(VENV)/test.stamp
+	$(PIP) --editable ".[test,oracle,tpu]"
 	@touch $@

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every test runs on eight virtual CPU devices, with jax's silent conveniences turned off."""
+"""Tests run on eight virtual CPU devices and raise on implicit rank promotion.
+
+With TNT_FLAX_NO_SKIPS=1, as in CI, a skipped test is a failure.
+"""
 
 import atexit
 import os
@@ -8,25 +11,46 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The same small steps are compiled again and again, by this process and by those that it starts.
+# Shared by this process and the processes that it starts: they compile the same small steps.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tnt_flax_compiled_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
+import PIL.Image
 import pytest
 
 from tests.helpers.smoke import SMOKE
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Most of a test's time is compiling. The commands that tests start, and the oracle's, optimize.
+# Compilation takes most of the time. Commands started by tests, and oracle tests, do optimize.
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+NO_SKIPS = os.environ.get("TNT_FLAX_NO_SKIPS") == "1"
+
+
+def _fail_if_skipped(report):
+    if NO_SKIPS and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped although TNT_FLAX_NO_SKIPS=1: {report.longrepr[-1]}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    return _fail_if_skipped((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    return _fail_if_skipped((yield))
+
+
 @pytest.fixture
 def smoke_config():
-    """Returns a function: the digits config, shrunk, with overrides such as data__threads=1."""
+    """Function that returns the shrunk digits config, with overrides such as data__threads=1."""
     from configs import digits
 
     def make(**overrides):
@@ -41,10 +65,26 @@ def smoke_config():
 
 @pytest.fixture
 def smoke_flags():
-    """The same as command-line flags."""
+    """Command-line flags of the shrunk digits config."""
     return [f"--config.{key}={value}" for key, value in SMOKE.items()]
 
 
 @pytest.fixture
+def unprivileged_folder():
+    """Temporary folder and effective user other than root, to whom every file is readable."""
+    PIL.Image.init()  # imports its plugins, from folders that the other user may not read
+    privileged = os.geteuid() == 0
+    if privileged:
+        os.seteuid(65534)  # nobody
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield pathlib.Path(folder)
+    finally:
+        if privileged:
+            os.seteuid(0)
+
+
+@pytest.fixture
 def root() -> pathlib.Path:
+    """Folder of the checkout."""
     return pathlib.Path(__file__).parents[1]

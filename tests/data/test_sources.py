@@ -144,8 +144,8 @@ def test_folder_errors_say_what_was_looked_for(tmp_path):
     )
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_an_unreadable_folder_is_named(tmp_path):
+def test_an_unreadable_folder_is_named(unprivileged_folder):
+    tmp_path = unprivileged_folder
     write_images(tmp_path, ["train/a/x.png", "train/b/deep/y.png"])
     for locked in ("train/b/deep", "train", "."):
         (tmp_path / locked).chmod(0)
