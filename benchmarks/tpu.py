@@ -18,9 +18,9 @@ from tnt_flax.core.errors import InputError
 
 CLASSES = 1000
 IMPLEMENTATIONS = {  # fields of config.model
-    "reference": {"inner": "reference", "outer": "reference"},
-    "lanes": {"inner": "lanes", "outer": "reference"},
-    "pallas": {"inner": "pallas", "outer": "pallas"},
+    "reference": {"inner_impl": "reference", "outer_impl": "reference"},
+    "lanes": {"inner_impl": "lanes", "outer_impl": "reference"},
+    "pallas": {"inner_impl": "pallas", "outer_impl": "pallas"},
 }
 
 

@@ -32,9 +32,9 @@ def get_config() -> ConfigDict:
     config.model.dropout = 0.0  # of positions, attention outputs and MLPs
     config.model.attention_dropout = 0.0
     config.model.dtype = "bfloat16"  # of the computation; weights, norms and softmax are float32
-    # Equal ways to compute: "auto" suits the machine, "reference" is the plain definition.
-    config.model.inner = "auto"  # the words; also "cpu" and, of TNT, "lanes", "pallas" (TPU)
-    config.model.outer = "auto"  # the sentences; also "cpu" and, of TNT, "pallas" (TPU)
+    # Implementations with equal results: "reference", "cpu" and, of TNT, "pallas" (TPU, opt-in).
+    config.model.inner_impl = "auto"  # of the inner transformer; of TNT also "lanes"
+    config.model.outer_impl = "auto"  # of the outer transformer
     config.model.remat = "auto"  # computed twice to save memory: "none", "inner", "block"
     # These come from the name unless set.
     config.model.depth = config_dict.placeholder(int)  # blocks

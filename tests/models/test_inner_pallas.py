@@ -83,9 +83,9 @@ def test_gelu_and_its_slope(exact):
 @pytest.mark.soak
 def test_eight_devices_run_the_network_as_one_does(interpreted):
     """Words, dropped sentences and all parameters' gradients; the forward pass is silent."""
-    model, params, images = build((8, 32, 48, 3), inner="pallas", drop_path=0.5)
+    model, params, images = build((8, 32, 48, 3), inner_impl="pallas", drop_path=0.5)
     run = functools.partial(value_and_gradients, train=True, rngs={"dropout": jax.random.key(1)})
-    expected = run(model.clone(inner="reference"), params, images)
+    expected = run(model.clone(inner_impl="reference"), params, images)
 
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inner transformer with sentences on the lanes, against the reference; and who chooses."""
+"""The inner transformer with sentences on the vector lanes, against the reference."""
 
 import functools
 import re
@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import numpy_tnt
 from tests.helpers.jaxprs import equations
 from tnt_flax.models import LINEAGES, TNT, block_outputs, layers
-from tnt_flax.models.kernels import inner_pallas, lanes, outer_pallas, select
+from tnt_flax.models.kernels import lanes
 from tnt_flax.tools import hlo, tpu_compiler
 
 # Compiling is what these tests spend their time on; unoptimised code is compiled twice as fast.
@@ -63,13 +63,13 @@ def check_same(found, expected, tolerance=1e-5):
 # The official one is that of the next test.
 @pytest.mark.parametrize("lineage", ["legacy", "mindspore", "mindspore_pets"])
 def test_every_lineage_gives_the_references_values_and_gradients(lineage):
-    model, params, images = build(inner="lanes", **LINEAGES[lineage])
-    expected = value_and_gradients(model.clone(inner="reference"), params, images)
+    model, params, images = build(inner_impl="lanes", **LINEAGES[lineage])
+    expected = value_and_gradients(model.clone(inner_impl="reference"), params, images)
     check_same(value_and_gradients(model, params, images), expected, 2e-5)
 
 
 def test_the_same_sentences_are_dropped():
-    model, params, images = build(inner="lanes", drop_path=0.5, vanilla_blocks=(1,), depth=3)
+    model, params, images = build(inner_impl="lanes", drop_path=0.5, vanilla_blocks=(1,), depth=3)
     run = functools.partial(
         value_and_gradients,
         params=params,
@@ -77,7 +77,7 @@ def test_the_same_sentences_are_dropped():
         train=True,
         rngs={"dropout": jax.random.key(1)},
     )
-    check_same(run(model), run(model.clone(inner="reference")), 2e-5)
+    check_same(run(model), run(model.clone(inner_impl="reference")), 2e-5)
 
 
 def test_a_block_in_bfloat16_stays_near():
@@ -97,7 +97,7 @@ def test_a_block_in_bfloat16_stays_near():
 
 
 def test_the_scanned_blocks_transpose_no_words():
-    model, params, images = build(inner="lanes")
+    model, params, images = build(inner_impl="lanes")
     jaxpr = jax.make_jaxpr(model.apply)({"params": params}, images)
     (scan,) = [e for e in equations(jaxpr) if e.primitive.name == "scan"]
     words = 2 * 6 * 16 * 12
@@ -114,7 +114,7 @@ def test_the_scanned_blocks_transpose_no_words():
 def test_on_a_tpu_sentences_stay_on_the_lanes(monkeypatch):
     """Whatever the compiler copies in the loop over the blocks: they stay its fastest axis."""
     pytest.importorskip("libtpu")
-    model = TNT(**(SMALL | dict(outer_heads=1, depth=3)), inner="lanes", dtype=jnp.bfloat16)
+    model = TNT(**(SMALL | dict(outer_heads=1, depth=3)), inner_impl="lanes", dtype=jnp.bfloat16)
     images = jax.ShapeDtypeStruct((2, 128, 128, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     _, devices = tpu_compiler.devices("v5e:2x2")
@@ -136,123 +136,7 @@ def test_on_a_tpu_sentences_stay_on_the_lanes(monkeypatch):
     assert any(run.shape.startswith("bf16[12,16,128]{2,") for run in hlo.instructions(text))
 
 
-def scores(model, *args, **kwargs):
-    """The shapes of what every softmax of `model` takes the exponential of."""
-    jaxpr = jax.make_jaxpr(functools.partial(model.apply, **kwargs))(*args)
-    names = ("exp", "exp2")
-    return {e.invars[0].aval.shape for e in equations(jaxpr) if e.primitive.name in names}
-
-
-REFERENCE, LANES = (2, 6, 2, 16, 16), (2, 16, 16, 12)
-
-
-@pytest.mark.parametrize(
-    "fields, kwargs, chosen",
-    [
-        (dict(inner="lanes"), {}, LANES),
-        (dict(inner="lanes", drop_path=0.1), dict(train=True), LANES),
-        (dict(inner="lanes", dropout=0.1), {}, LANES),
-        (dict(inner="lanes", dropout=0.1), dict(train=True), REFERENCE),
-        (dict(inner="lanes", attention_dropout=0.1), dict(train=True), REFERENCE),
-        (dict(inner="lanes"), dict(mutable=["intermediates"]), REFERENCE),
-        (dict(inner="reference"), {}, REFERENCE),
-        (dict(inner="auto"), {}, REFERENCE),  # on a CPU
-    ],
-)
-def test_which_implementation_runs(fields, kwargs, chosen):
-    model, params, images = build(**fields)
-    if "train" in kwargs:
-        kwargs = kwargs | {"rngs": {"dropout": jax.random.key(0)}}
-    found = scores(model, {"params": params}, images, **kwargs)
-    assert chosen in found
-    assert ({REFERENCE, LANES} - {chosen}).isdisjoint(found)
-
-
-@pytest.mark.parametrize(
-    "platform, fields, expected",
-    [
-        ("tpu", {}, "pallas"),
-        ("tpu", dict(inner_heads=4), "lanes"),
-        ("tpu", dict(mlp_ratio=3.0), "lanes"),
-        ("tpu", dict(patch_size=8), "lanes"),
-        ("gpu", {}, "lanes"),
-        ("cpu", {}, "cpu"),
-    ],
-)
-def test_auto(platform, fields, expected, monkeypatch):
-    pretend(platform, monkeypatch)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    model = TNT(**(SMALL | fields))
-    words, sentences = (2, 6, (model.patch_size // 4) ** 2, 12), (2, 7, 24)
-    choose = lambda module: module.choose_forms(words, sentences, train=False)
-    assert model.apply({"params": {}}, method=choose)[0] == expected
-
-
-def pretend(platform, monkeypatch):
-    for module in (select, inner_pallas, outer_pallas):
-        monkeypatch.setattr(module, "platform", lambda: platform)
-
-
-@pytest.mark.parametrize(
-    "platform, outer_heads, expected",
-    [
-        ("tpu", 3, "pallas"),
-        ("tpu", 24 // 5, "reference"),
-        ("gpu", 3, "reference"),
-        ("cpu", 3, "cpu"),
-    ],
-)
-def test_auto_of_sentences(platform, outer_heads, expected, monkeypatch):
-    pretend(platform, monkeypatch)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    choose = select.choose_outer
-    assert choose("auto", (2, 7, 64 * 3), outer_heads) == expected
-    assert choose("reference", (2, 7, 64 * 3), outer_heads) == "reference"
-
-
-@pytest.mark.parametrize("field", ["dropout", "attention_dropout"])
-def test_dropout_of_words_needs_the_reference(field):
-    model, params, images = build(**{"inner": "lanes", field: 0.1})
-    words, sentences = (2, 6, 16, 12), (2, 7, 24)
-    for train, expected in [(True, "reference"), (False, "lanes")]:
-        choose = lambda module, train=train: module.choose_forms(words, sentences, train=train)
-        assert model.apply({"params": {}}, method=choose)[0] == expected
-
-
-@pytest.mark.parametrize(
-    "fields, platform, message",
-    [
-        (
-            dict(inner="fast"),
-            "cpu",
-            "inner='fast' is none of ('auto', 'reference', 'cpu', 'lanes', 'pal",
-        ),
-        (
-            dict(inner="pallas"),
-            "cpu",
-            "inner='pallas' cannot run here: it is for TPUs, not for cpu",
-        ),
-        (
-            dict(inner="pallas"),
-            "tpu",
-            "inner='pallas' cannot run here: it must be told how 8 devices share it: use jax.set",
-        ),
-        (
-            dict(inner="pallas", inner_dim=8),
-            "tpu",
-            "inner='pallas' cannot run here: words of width 8 with 2 heads are none of ((12, 2),",
-        ),
-    ],
-)
-def test_impossible_choices(fields, platform, message, monkeypatch):
-    pretend(platform, monkeypatch)
-    with pytest.raises(ValueError, match="^" + re.escape(message)) as error:
-        model, params, images = build(**fields)
-        jax.eval_shape(model.apply, {"params": params}, images)
-    assert "\n" not in str(error.value)
-
-
 def test_block_outputs_are_the_references():
-    model, params, images = build(inner="lanes", depth=1)
+    model, params, images = build(inner_impl="lanes", depth=1)
     (block,) = jax.eval_shape(functools.partial(block_outputs, model), {"params": params}, images)
     assert block["words"].shape == (2, 6, 16, 12)

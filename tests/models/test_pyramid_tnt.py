@@ -53,7 +53,7 @@ def expected():
 
 
 def test_logits_and_stages_are_the_official_ones(found, expected):
-    model = found.network.model.clone(inner="reference", outer="reference")
+    model = found.network.model.clone(inner_impl="reference", outer_impl="reference")
     run = jit(functools.partial(model.apply, mutable=["maps"]))
     logits, state = run(found.variables, jnp.asarray(images()))
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=5e-6)
@@ -66,7 +66,7 @@ def test_logits_and_stages_are_the_official_ones(found, expected):
 
 def test_a_step_of_training_is_the_official_one(found, expected):
     """Loss, gradients and BatchNorm's statistics; in the form of CPUs, with rematerialization."""
-    model = found.network.model.clone(inner="cpu", outer="cpu", remat="block")
+    model = found.network.model.clone(inner_impl="cpu", outer_impl="cpu", remat="block")
     variables = found.variables
 
     def loss_of(params):
@@ -344,7 +344,7 @@ def test_bfloat16_is_close(found, expected):
         ((1, 60, 64, 3), {}, "image size 60x64 is not divisible by patch size 8"),
         ((1, 64, 24, 3), {}, "images of 64x24 are too small: use at least 32 pixels"),
         ((1, 72, 64, 3), {}, r"weights' sentence_pos has shape \(1, 64, 4\), but these images"),
-        ((1, 64, 64, 3), dict(inner="lanes"), "inner='lanes' is none of"),
+        ((1, 64, 64, 3), dict(inner_impl="lanes"), "inner_impl='lanes' is none of"),
         ((1, 64, 64, 3), dict(drop_path=1.0), r"drop_path=1.0 is outside \[0, 1\)"),
         ((1, 64, 64, 3), dict(depths=(1, 2)), r"depths=\(1, 2\) must be the blocks of 4 stages"),
     ],

@@ -343,17 +343,17 @@ def test_every_parameter_gets_a_gradient(lineage):
 
 
 WAYS = [
-    dict(inner="cpu", outer="cpu"),
+    dict(inner_impl="cpu", outer_impl="cpu"),
     dict(remat="block"),
-    dict(remat="inner", inner="cpu"),
-    dict(inner="lanes"),
+    dict(remat="inner", inner_impl="cpu"),
+    dict(inner_impl="lanes"),
 ]
 
 
 @pytest.mark.parametrize("fields", WAYS, ids=str)
 @pytest.mark.parametrize("lineage", ["official", "mindspore_pets"])
 def test_every_way_to_compute_gives_the_same(lineage, fields):
-    plain = dict(inner="reference", outer="reference", remat="none")
+    plain = dict(inner_impl="reference", outer_impl="reference", remat="none")
     value, gradients = value_and_gradients(lineage, **plain)
     other_value, other_gradients = value_and_gradients(lineage, **(plain | fields))
     np.testing.assert_allclose(value, other_value, rtol=1e-6)
@@ -383,10 +383,10 @@ def test_remat_is_there_when_asked_for(remat):
 
 
 def test_only_the_plain_definition_has_forward_mode_derivatives():
-    model, params, images = build(inner="reference", outer="reference", depth=1)
+    model, params, images = build(inner_impl="reference", outer_impl="reference", depth=1)
     moved = jax.jvp(lambda x: model.apply({"params": params}, x), (images,), (images,))[1]
     assert jnp.isfinite(moved).all() and jnp.abs(moved).max() > 0
-    fast = model.clone(outer="cpu")
+    fast = model.clone(outer_impl="cpu")
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda x: fast.apply({"params": params}, x), (images,), (images,))
 
@@ -714,10 +714,13 @@ def test_no_classes_give_features():
         (dict(gelu="exact"), "gelu='exact' is none of ['erf', 'tanh']"),
         (dict(remat="full"), "remat='full' is none of ('auto', 'none', 'inner', 'block')"),
         (
-            dict(inner="gpu"),
-            "inner='gpu' is none of ('auto', 'reference', 'cpu', 'lanes', 'pallas')",
+            dict(inner_impl="gpu"),
+            "inner_impl='gpu' is none of ('auto', 'reference', 'cpu', 'lanes', 'pallas')",
         ),
-        (dict(outer="lanes"), "outer='lanes' is none of ('auto', 'reference', 'cpu', 'pallas')"),
+        (
+            dict(outer_impl="lanes"),
+            "outer_impl='lanes' is none of ('auto', 'reference', 'cpu', 'pallas')",
+        ),
         (dict(depth=0), "depth=0: a network has one block at least"),
         (dict(dropout=1.0), "dropout=1.0 is outside [0, 1)"),
         (dict(attention_dropout=-0.1), "attention_dropout=-0.1 is outside [0, 1)"),

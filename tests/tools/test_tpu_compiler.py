@@ -151,8 +151,8 @@ def test_the_benchmark_compares_the_implementations(root, monkeypatch):
     asked = []
 
     def compile_step(args, fields, images):
-        asked.append((fields["inner"], images))
-        return {"fits": images < 2000, "kernel_calls": 9 * (fields["inner"] == "pallas")}
+        asked.append((fields["inner_impl"], images))
+        return {"fits": images < 2000, "kernel_calls": 9 * (fields["inner_impl"] == "pallas")}
 
     monkeypatch.setattr(tpu_compiler, "devices", lambda topology: (None, range(4)))
     monkeypatch.setattr(tpu_compiler, "count_bundles", lambda make, topology, within: within)

@@ -32,7 +32,7 @@ from tnt_flax.models.word_embedding import Images, Words
 WIDENING = (1, 2, 4, 4)  # widths and heads of the stages, in those of the first
 REDUCTION = (4, 2, 1, 1)  # of a stage: the side of the squares of sentences that are averaged
 PATCH = 8  # pixels, each side of a sentence of the first stage
-FORMS = ("auto", "reference", "cpu")  # of `models.implementations`; on GPUs and TPUs "reference"
+IMPLEMENTATIONS = ("auto", "reference", "cpu")  # "auto" is "reference" on GPUs and TPUs
 
 # Over all words of a sentence and all their channels at once.
 SentenceNorm = functools.partial(LayerNorm, reduction_axes=(-2, -1), feature_axes=(-2, -1))
@@ -177,8 +177,8 @@ class PyramidTNT(nn.Module):
     drop_path: float = 0.0  # of the last block, growing linearly from 0 in the first
     dtype: DTypeLike = jnp.float32  # of the computation; weights, norms, softmax stay float32
     remat: str = "auto"  # what is computed twice, to save memory; see `models.implementations`
-    inner: str = "auto"  # which form computes words: one of FORMS; same results
-    outer: str = "auto"  # which form computes sentences
+    inner_impl: str = "auto"  # implementation of the inner transformer: one of IMPLEMENTATIONS
+    outer_impl: str = "auto"  # of the outer transformer
 
     @property
     def patch_size(self) -> int:
@@ -256,7 +256,7 @@ class PyramidTNT(nn.Module):
         # Which form each transformer takes changes nothing but the time.
         inner_form, outer_form = (
             form if form != "auto" else "cpu" if platform() == "cpu" else "reference"
-            for form in (self.inner, self.outer)
+            for form in (self.inner_impl, self.outer_impl)
         )
         if self.is_initializing():
             inner_form = outer_form = "reference"
@@ -289,7 +289,7 @@ class PyramidTNT(nn.Module):
         )
 
     def check_fields(self) -> None:
-        check_known(self, remat=REMAT, inner=FORMS, outer=FORMS)
+        check_known(self, remat=REMAT, inner_impl=IMPLEMENTATIONS, outer_impl=IMPLEMENTATIONS)
         check_rates(self)
         if len(self.depths) != len(WIDENING) or min(self.depths) < 1:
             raise InputError(f"depths={self.depths} must be the blocks of {len(WIDENING)} stages")

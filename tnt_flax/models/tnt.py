@@ -26,7 +26,7 @@ from tnt_flax.models.checks import check_images, check_known, check_rates, posit
 from tnt_flax.models.kernels import lanes
 from tnt_flax.models.kernels.select import (
     INNER,
-    LANES_FORMS,
+    LANES_BLOCKS,
     OUTER,
     PRIMITIVES,
     REMAT,
@@ -71,8 +71,8 @@ class TNT(nn.Module):
     drop_path: float = 0.0  # of the last block, growing linearly from 0 in the first
     dtype: DTypeLike = jnp.float32  # of the computation; weights, norms, softmax stay float32
     remat: str = "auto"  # what is computed twice, to save memory; see `models.implementations`
-    inner: str = "auto"  # which form computes words, see `models.implementations`; same results
-    outer: str = "auto"  # which form computes sentences
+    inner_impl: str = "auto"  # implementation of the inner transformer, see `kernels.select`
+    outer_impl: str = "auto"  # of the outer transformer
     # What the published lineages do differently.
     conv_first: bool = False  # convolve, then cut patches: timm legacy, mmpretrain, MindSpore Pets
     norm_each_word: bool = False  # normalise C before proj, not M * C: timm legacy, mmpretrain
@@ -126,7 +126,7 @@ class TNT(nn.Module):
 
         # The blocks. Which form each transformer takes changes nothing but the time.
         inner, outer = self.choose_forms(words.shape, sentences.shape, train)
-        words = lanes.to_lanes(words) if inner in LANES_FORMS else words
+        words = lanes.to_lanes(words) if inner in LANES_BLOCKS else words
         for start, stop, vanilla in self.groups():
             block = self.make_block(f"blocks_{start}", inner, outer, vanilla)
             words, sentences = self.run_blocks(block, start, stop, words, sentences, train=train)
@@ -142,10 +142,10 @@ class TNT(nn.Module):
         """The form of the inner transformer and that of the outer one."""
         if self.is_initializing() or self.is_mutable_collection("intermediates"):
             return "reference", "reference"
-        outer = choose_outer(self.outer, sentences_shape, self.outer_heads)
+        outer = choose_outer(self.outer_impl, sentences_shape, self.outer_heads)
         if not self.inner_heads or train and (self.dropout or self.attention_dropout):
             return "reference", outer
-        return choose_inner(self.inner, words_shape, self.inner_heads, self.mlp_ratio), outer
+        return choose_inner(self.inner_impl, words_shape, self.inner_heads, self.mlp_ratio), outer
 
     def make_block(self, name: str, inner_form: str, outer_form: str, vanilla: bool) -> TNTBlock:
         transformer = functools.partial(
@@ -161,11 +161,11 @@ class TNT(nn.Module):
         )
         primitives = PRIMITIVES[outer_form]
         outer = functools.partial(transformer, self.outer_heads, se=self.se, primitives=primitives)
-        if inner_form in LANES_FORMS:
+        if inner_form in LANES_BLOCKS:
             inner = functools.partial(
                 lanes.LanesTransformer,
                 self.inner_heads,
-                block=LANES_FORMS[inner_form],
+                block=LANES_BLOCKS[inner_form],
                 norm_eps=self.norm_eps,
                 gelu=self.gelu,
             )
@@ -280,7 +280,7 @@ class TNT(nn.Module):
     def check_fields(self) -> None:
         if self.gelu not in GELU:
             raise InputError(f"gelu={self.gelu!r} is none of {sorted(GELU)}")
-        check_known(self, remat=REMAT, inner=INNER, outer=OUTER)
+        check_known(self, remat=REMAT, inner_impl=INNER, outer_impl=OUTER)
         check_rates(self)
         if self.depth < 1:
             raise InputError(f"depth={self.depth}: a network has one block at least")

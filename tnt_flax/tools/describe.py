@@ -52,7 +52,7 @@ PARTS = {
     "stem": "",
 }
 # The definition, not what is faster on some machine.
-PLAIN = {"inner": "reference", "outer": "reference"}
+PLAIN = {"inner_impl": "reference", "outer_impl": "reference"}
 # What makes the network compute all of its last block, of which only the class token is read.
 WHOLE = ["intermediates"]
 

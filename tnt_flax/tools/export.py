@@ -156,7 +156,7 @@ FORMS = {"stablehlo": to_stablehlo, "onnx": to_onnx, "timm": to_timm}
 
 def plain(found: Checkpoint) -> Callable[[Any], Any]:
     """The network as a function of images in the forms that every machine can compute."""
-    model = found.network.model.clone(inner="reference", outer="reference", remat="none")
+    model = found.network.model.clone(inner_impl="reference", outer_impl="reference", remat="none")
     variables = jax.device_get(found.variables)
     return lambda images: model.apply(variables, images)
 

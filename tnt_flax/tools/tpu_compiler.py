@@ -102,7 +102,7 @@ def compile_train_step(config: ConfigDict, num_classes: int, topology: str) -> C
 def train_step_flops(config: ConfigDict, num_classes: int) -> int:
     """Of the matrix products of a whole step in its plain form, none of them computed twice."""
     config = config.copy_and_resolve_references()
-    config.model.update(inner="reference", outer="reference", remat="none")
+    config.model.update(inner_impl="reference", outer_impl="reference", remat="none")
     step, arguments = train_step(config, num_classes)
     return 2 * count_macs(step, *arguments)
 

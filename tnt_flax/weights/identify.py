@@ -26,8 +26,8 @@ LINEAGES_OF = {
 }
 
 # Fields of TNT that say how it is computed or trained, not which function it is.
-FREE_FIELDS = {"dtype", "remat", "inner", "outer", "dropout", "attention_dropout", "drop_path"}
-FREE_FIELDS |= {"parent", "name"}
+FREE_FIELDS = {"dtype", "remat", "inner_impl", "outer_impl", "dropout", "attention_dropout"}
+FREE_FIELDS |= {"drop_path", "parent", "name"}
 LINEAGE_FIELDS = sorted({field for fields in LINEAGES.values() for field in fields} - {"qkv_bias"})
 
 # How the published weights of a lineage want their images: mean and standard deviation per channel
