@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import io
 import json
+import pathlib
 import shutil
 
 import jax
@@ -16,6 +17,7 @@ import pytest
 import safetensors.numpy
 
 from tests.goldens.scripts.weights import FIELDS, GOLDEN, images
+from tests.helpers.torch_files import archive, global_name, opcodes, program, tensor
 from tests.weights.test_names import SMALL, random_params
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import fingerprint
@@ -120,7 +122,7 @@ def test_trap_19_the_average_is_preferred_and_said(tmp_path, prefix, keys):
     found = read_checkpoint(path, **HEADS)
     assert found.weights == "ema" and fingerprint(found.params) == fingerprint(ema_params)
     notes = " | ".join(found.notes)
-    assert f"took the averaged weights, {keys[1]}; weights='raw' takes {keys[0]}" in notes
+    assert f"took the EMA weights, {keys[1]}; weights='raw' takes {keys[0]}" in notes
     assert "left out steps" in notes and "left out outer_tokens" in notes
     assert (f"removed the prefix {prefix!r}" in notes) == bool(prefix)
 
@@ -128,7 +130,7 @@ def test_trap_19_the_average_is_preferred_and_said(tmp_path, prefix, keys):
     assert found.weights == "raw" and fingerprint(found.params) == fingerprint(raw_params)
 
     torch.write(path, {keys[1]: ema})
-    with pytest.raises(InputError, match=f"holds only averaged weights \\({keys[1]}\\)"):
+    with pytest.raises(InputError, match=f"holds only EMA weights \\({keys[1]}\\)"):
         read_checkpoint(path, weights="raw", **HEADS)
 
 
@@ -138,6 +140,45 @@ def test_a_real_trainers_file_is_opened(tmp_path):
     with pytest.raises(InputError, match="holds no TNT that we know"):
         read_checkpoint(path)
     assert argparse.Namespace.__module__ == "argparse"  # what the golden was written with
+
+
+def torch_file(path, state, **objects):
+    """Writes the tensors of `state`, and objects that torch.save would pickle beside them."""
+    content = {"state_dict": dict(state)} | objects
+    storages = {str(i): np.ascontiguousarray(x) for i, x in enumerate(state.values())}
+    parts = [b"}(", opcodes("state_dict"), b"}("]
+    for key, (name, x) in zip(storages, state.items(), strict=True):
+        strides = tuple(n // x.itemsize for n in storages[key].strides)
+        parts += [opcodes(name), tensor(0, x.shape, strides, count=x.size, key=key)]
+    parts += [b"u", *(opcodes(key) + opcodes(content[key]) for key in objects), b"u"]
+    path.write_bytes(archive(program(*parts), {k: x.tobytes() for k, x in storages.items()}))
+
+
+def test_objects_beside_the_weights_are_ignored_and_listed(tmp_path):
+    tensors, params = state(naming="timm")
+    objects = dict(args=argparse.Namespace(out=pathlib.PurePosixPath("x")), seen={1}, last=[1j])
+    torch_file(tmp_path / "x.pth", tensors, **objects)
+    found = read_checkpoint(tmp_path / "x.pth", **HEADS)
+    assert fingerprint(found.params) == fingerprint(params)
+    names = "__builtin__.complex, __builtin__.set, pathlib.PurePosixPath"
+    assert f"ignored objects of {names}" in found.notes
+
+    torch_file(tmp_path / "x.pth", {}, model=io.StringIO)  # as a pickled network
+    with pytest.raises(InputError, match=r"no set .* 'model' \(an object of _io.StringIO"):
+        read_checkpoint(tmp_path / "x.pth", **HEADS)
+    content = program(opcodes(pathlib.PurePosixPath("x")))
+    (tmp_path / "x.pth").write_bytes(archive(content))
+    with pytest.raises(InputError, match="an object of pathlib.PurePosixPath, .* its state_dict"):
+        read_checkpoint(tmp_path / "x.pth", **HEADS)
+
+
+def test_a_tensor_that_depends_on_an_unknown_object_is_an_error(tmp_path):
+    rebuilt = global_name("torch._utils", "_rebuild_qtensor") + b"(" + tensor(0, (6,), (1,)) + b"tR"
+    parts = [opcodes("w"), tensor(0, (6,), (1,)), opcodes("quantized"), rebuilt]
+    for before, after in [(b"}(", b"u"), (b"}(" + opcodes("state_dict") + b"}(", b"uu")]:
+        (tmp_path / "x.pth").write_bytes(archive(program(before, *parts, after)))
+        with pytest.raises(InputError, match="'quantized' is not a tensor, but an object of torch"):
+            read_checkpoint(tmp_path / "x.pth", **HEADS)
 
 
 @pytest.mark.parametrize(

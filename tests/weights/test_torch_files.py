@@ -6,7 +6,6 @@ import copy
 import functools
 import io
 import itertools
-import os
 import pathlib
 import pickle
 import pickletools
@@ -21,10 +20,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.goldens.scripts import torch_files as make_goldens_torch
+from tests.goldens.scripts import torch_files as goldens
 from tests.goldens.scripts.torch_files import EXPECTED, GOLDEN, ramp
+from tests.helpers.torch_files import (
+    SIX,
+    archive,
+    assert_same,
+    global_name,
+    opcodes,
+    program,
+    stream,
+    tensor,
+)
 from tnt_flax.core.errors import InputError
-from tnt_flax.weights.formats import inert, restricted_pickle
+from tnt_flax.weights.formats import restricted_pickle
 from tnt_flax.weights.formats import torch as torch_files
 
 CONTENT = {
@@ -41,91 +50,6 @@ CONTENT = {
 }
 
 
-def assert_same(found, expected):
-    if isinstance(expected, dict):
-        assert isinstance(found, dict) and list(found) == list(expected)
-        for key in expected:
-            assert_same(found[key], expected[key])
-    elif isinstance(expected, list | tuple):
-        assert type(found) is type(expected) and len(found) == len(expected)
-        for a, b in zip(found, expected, strict=True):
-            assert_same(a, b)
-    elif isinstance(expected, np.ndarray):
-        assert type(found) is np.ndarray
-        assert found.dtype == expected.dtype and found.shape == expected.shape
-        assert found.tobytes() == expected.tobytes()
-    else:
-        assert type(found) is type(expected) and found == expected
-
-
-@pytest.fixture
-def read(tmp_path):
-    """Reads a file with these bytes."""
-
-    def run(content: bytes):
-        path = tmp_path / "x.pth"
-        path.unlink(missing_ok=True)
-        path.write_bytes(content)
-        return torch_files.read(path)
-
-    return run
-
-
-@pytest.fixture
-def refused(read, tmp_path):
-    """The file is refused, in one line that begins with its name and then says `why`."""
-
-    def check(content: bytes, why: str):
-        with pytest.raises(InputError) as error:
-            read(content)
-        message = str(error.value)
-        assert "\n" not in message and len(message) < 400 + len(str(tmp_path))
-        assert message.startswith(str(tmp_path / "x.pth") + " ") and re.search(why, message)
-
-    return check
-
-
-SIX = bytes(range(24))  # as float32
-SIX_IN_STREAM = struct.pack("<q", 6) + SIX
-
-
-def opcodes(value) -> bytes:
-    """What pushes a value, without the first and the last opcode of a pickle."""
-    return pickle.dumps(value, 2)[2:-1]
-
-
-def name(module, attribute) -> bytes:
-    return f"c{module}\n{attribute}\n".encode()
-
-
-def program(*parts: bytes) -> bytes:
-    return b"\x80\x02" + b"".join(parts) + b"."
-
-
-def archive(content: bytes, storages=None, *, method=zipfile.ZIP_STORED, **other: bytes) -> bytes:
-    files = {"data.pkl": content} | other
-    files |= {f"data/{key}": x for key, x in (storages or {"0": SIX}).items()}
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as f:
-        for key, x in files.items():
-            f.writestr(f"x/{key.replace('__', '/')}", x)
-    return buffer.getvalue()
-
-
-def stream(content: bytes, keys=("0",), storages=SIX_IN_STREAM, **system):
-    system = {"little_endian": True} | system
-    parts = [pickle.dumps(x, 2) for x in (1001, system)] + [content, pickle.dumps(list(keys), 2)]
-    return torch_files.STREAM + b"".join(parts) + storages
-
-
-def tensor(offset, size, stride, *, count=6, kind=("torch", "FloatStorage"), key="0", rest=b""):
-    """Six elements of float32 are there."""
-    parts = [name("torch._utils", "_rebuild_tensor_v2"), b"((", opcodes("storage"), name(*kind)]
-    parts += [opcodes(key), opcodes("cuda:0"), opcodes(count), rest, b"tQ"]
-    parts += [opcodes(x) for x in (offset, size, stride, False)]
-    return b"".join(parts) + name("collections", "OrderedDict") + b")RtR"
-
-
 # Reading what torch wrote
 
 
@@ -135,7 +59,7 @@ def test_reads_what_torch_wrote(file):
     if "optimizer" in found:  # versions of torch differ in what else they keep
         group = found["optimizer"]["param_groups"][0]
         assert group["amsgrad"] is False and group["foreach"] is None
-        found["optimizer"]["param_groups"] = [{key: group[key] for key in make_goldens_torch.GROUP}]
+        found["optimizer"]["param_groups"] = [{key: group[key] for key in goldens.GROUP}]
     assert_same(found, EXPECTED[file])
     assert torch_files.looks_like((GOLDEN / file).read_bytes()[:64])
 
@@ -189,7 +113,7 @@ def test_an_older_tensor_and_device(read):
     old = tensor(0, (6,), (1,)).replace(b"_rebuild_tensor_v2", b"_rebuild_tensor")
     old = old[: old.rindex(b"\x89")] + b"tR"  # neither requires_grad nor hooks
     assert read(archive(program(old))).shape == (6,)
-    device = program(name("torch", "device"), opcodes(("cuda", 1)), b"R")
+    device = program(global_name("torch", "device"), opcodes(("cuda", 1)), b"R")
     assert read(archive(device)) == "cuda:1"
 
 
@@ -201,252 +125,6 @@ def test_looks_like():
         f.addfile(tarfile.TarInfo("storages"))
     for other in (tar.getvalue(), bytes(64), b"\x89HDF", pickle.dumps({}, 2), b""):
         assert not torch_files.looks_like(other[:64])
-
-
-# Programs
-
-
-class Trap:
-    def __init__(self, *call):
-        self.call = call
-
-    def __reduce__(self):
-        return self.call
-
-
-TOUCH = (os.system, ("touch marker",))
-STATE = opcodes({"__globals__": 1})
-REBUILD = name("torch._utils", "_rebuild_tensor_v2")
-ENCODE = name("_codecs", "encode")
-NAMESPACE = name("argparse", "Namespace") + b")\x81"
-
-
-@pytest.mark.parametrize(
-    "asked, content",
-    [
-        ("posix.system", pickle.dumps(Trap(*TOUCH), 2)),
-        ("posix.system", pickle.dumps({"a": [Trap(*TOUCH)]}, 4)),  # STACK_GLOBAL
-        ("posix.system", program(name("posix", "system"), b"0", tensor(0, (6,), (1,)))),
-        ("i?o.open", pickle.dumps(Trap(open, ("marker", "w")), 3)),
-        ("__builtin__.eval", pickle.dumps(Trap(eval, ("open('marker', 'w')",)), 2)),
-        ("builtins.getattr", pickle.dumps(Trap(getattr, ("a", "b")), 4)),
-        ("__builtin__.setattr", pickle.dumps(Trap(setattr, ("a", "b", 1)), 2)),
-        ("torch.load", program(name("torch", "load"), opcodes(("marker",)), b"R")),
-        ("torch.hub.load", program(name("torch", "hub.load"))),
-        ("torch._utils._rebuild_tensor_v2.__globals__", program(REBUILD[:-1], b".__globals__\n")),
-        ("collections.OrderedDict.update", program(name("collections", "OrderedDict.update"))),
-        ("os.pa[?]h", program(b"cos\npa\x1bh\n")),
-    ],
-)
-def test_nothing_is_run(refused, tmp_path, monkeypatch, asked, content):
-    monkeypatch.chdir(tmp_path)
-    for form in archive, stream:
-        refused(
-            form(content), f"asks to run _?{asked}: refused. It is not a plain weights file; if"
-        )
-    assert not (tmp_path / "marker").exists()
-
-
-@pytest.mark.parametrize(
-    "module", ["tnt_flax.weights.formats.inert", "mmengine.logging", "timm.utils"]
-)
-def test_objects_of_a_framework(refused, module):
-    refused(archive(program(name(module, "Known"))), f"an object of {module}.Known, .* state_dict")
-
-
-@pytest.mark.parametrize(
-    "why, parts",
-    [
-        ("asks to set attributes of a Known", [REBUILD, STATE, b"b"]),
-        ("asks to set attributes of a Tensor", [tensor(0, (6,), (1,)), STATE, b"b"]),
-        ("asks to set attributes of a str", [opcodes("a"), STATE, b"b"]),
-        ("asks to set attributes of a list", [b"]", STATE, b"b"]),
-        ("Namespace without values", [NAMESPACE, opcodes((None, {"a": 1})), b"b"]),
-        ("Namespace without values", [NAMESPACE, opcodes({"a": 1}), b"b", STATE, b"b"]),
-        ("asks to call str", [opcodes("a"), b")R"]),
-        ("asks to call torch float32", [name("torch", "float32"), b")R"]),
-        ("asks to call torch Size", [name("torch", "Size"), b"]R"]),
-        ("torch Size with 9 arguments", [name("torch", "Size"), opcodes((1,) * 9), b"R"]),
-        ("asks to set items of a Known", [REBUILD, b"(NNu"]),
-        ("asks to set items of a list", [b"](NNu"]),
-        ("asks to set items of a dict", [b"}(Nu"]),
-        ("asks to append to a dict", [b"}Na"]),
-        ("asks to append to a tuple", [b")(NNe"]),
-        ("holds torch._utils _rebuild_tensor_v2, which", [b"](", REBUILD, b"e"]),
-        ("holds a storage without a tensor", [tensor(0, (6,), (1,)).partition(b"Q")[0][34:], b"Q"]),
-        ("something without a name", [b"NN\x93"]),
-        ("other than latin1", [ENCODE, opcodes(("a", "zlib")), b"R"]),
-        ("other than latin1", [ENCODE, opcodes((b"a", "latin1")), b"R"]),
-        ("is damaged: .*TypeError", [name("__builtin__", "bytes"), opcodes((2**40,)), b"R"]),
-        ("is damaged: .*TypeError", [name("argparse", "Namespace"), opcodes(({},)), b"R"]),
-        ("opcode INT, which", [b"I1\n"]),
-        ("opcode LONG4, which", [b"\x8b\xff\xff\xff\x7f"]),
-        ("opcode PERSID, which", [b"Pos\n"]),
-        ("opcode INST, which", [b"(ios\nsystem\n"]),
-        ("opcode EXT1, which", [b"\x82\x01"]),
-        ("opcode BINSTRING, which", [b"T\xff\xff\xff\x7f"]),
-        ("unknown opcode 240", [b"\xf0"]),
-        ("dict with a tuple as a key", [b"}", opcodes((1,)), b"Ns"]),
-        ("dict with a int as a key", [b"}", opcodes(2**64), b"Ns"]),
-        ("dict with a float32 as a key", [b"}", opcodes(np.float32(1)), b"Ns"]),
-        ("deeper than any", [b"]" * 70, b"a" * 69]),
-        ("deeper than any", [b"]q\x00h\x00a"]),
-        ("beyond reason", [b"]q\x00", b"h\x00h\x00\x86q\x00" * 60]),
-        (
-            "beyond reason",
-            [ENCODE, b"q\x70", opcodes("a" * 9999), opcodes("latin1"), b"\x86q\x71R"]
-            + [b"h\x70h\x71R" * 99],
-        ),
-        (
-            "beyond reason",
-            [opcodes(dict.fromkeys(range(999))), b"q\x00](", (NAMESPACE + b"h\x00b") * 99, b"e"],
-        ),
-        ("refers to a value that it does not hold", [b"h\x07"]),
-        ("takes values that are not there", [b"\x87"]),
-        ("is damaged: .*IndexError", [b"t"]),
-        ("is damaged: .*IndexError", [b"q\x00"]),
-        ("is damaged: .*UnicodeDecodeError", [b"X\x01\x00\x00\x00\xff"]),
-        ("a name without an end", [b"cos"]),
-        ("is cut off", [b"X\xff\xff\xff\xff"]),
-    ],
-)
-def test_programs_that_make_no_sense(refused, why, parts):
-    refused(archive(program(*parts)), why)
-
-
-def test_the_memo_takes_no_more_than_what_is_in_it(read):
-    assert read(archive(program(b"Nr\xff\xff\xff\x7f"))) is None
-
-
-def test_a_pickle_has_a_largest_size(refused, monkeypatch):
-    monkeypatch.setattr(restricted_pickle, "LARGEST", 1000)
-    for form in archive, stream:
-        refused(form(program(opcodes("a" * 1000))), "absurdly long pickle")
-
-
-def array_of(dtype, shape=(2,), content=bytes(8), order="<"):
-    parts = [name("numpy.core.multiarray", "_reconstruct"), name("numpy", "ndarray")]
-    parts += [opcodes((0,)), opcodes("b"), b"\x87R(", opcodes(1), opcodes(shape)]
-    parts += [name("numpy", "dtype"), opcodes((dtype, 0, 1)), b"R("]
-    parts += [opcodes(3), opcodes(order), b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"]
-    return program(*parts, opcodes(False), pickle.dumps(content, 3)[2:-1], b"tb")
-
-
-def test_arrays_of_numpy(read, refused):
-    assert_same(read(archive(array_of("f4"))), np.zeros(2, np.float32))
-    refused(archive(array_of("O8")), "holds a numpy array of Python objects")
-    refused(archive(pickle.dumps(np.array([{}]), 2)), "holds a numpy array of Python objects")
-    refused(archive(pickle.dumps(np.array([{}]), 4)), "holds a numpy array of Python objects")
-    refused(archive(array_of("V4")), "holds a numpy array of 'V4'")
-    refused(archive(array_of("f4", order="=")), "unknown byte order")
-    for shape in ((3,), (1,), (-2,), (-1, -2), (2**40, 0, 2**40), (1.0,), (1,) * 40, [2]):
-        refused(archive(array_of("f4", shape=shape)), "numpy array of the wrong size")
-    refused(archive(array_of("f4", content="a" * 8)), "numpy array of the wrong size")
-    refused(archive(array_of("f4").replace(b"ndarray", b"matrix")), "asks to run numpy.matrix")
-    refused(archive(array_of("f4").replace(b"numpy\nndarray", b"torch\nSize")), "unknown class")
-    refused(archive(array_of("f4").partition(b"(")[0] + b"."), "numpy array without content")
-    refused(archive(array_of("f4").replace(b"K\x00tb", b"K\x00t")), "numpy array without a dtype")
-    scalar = pickle.dumps(np.float64(1.0), 3)
-    refused(archive(scalar.replace(b"f8", b"f4")), "numpy scalar of the wrong size")
-
-
-# Tensors
-
-
-@pytest.mark.parametrize(
-    "offset, size, stride",
-    [
-        (1, (6,), (1,)),
-        (0, (7,), (1,)),
-        (0, (2, 3), (4, 1)),
-        (0, (2,), (6,)),
-        (6, (1,), (1,)),
-        (0, (7,), (0,)),
-        (0, (2**20, 2**20), (0, 0)),
-    ],
-)
-def test_tensors_stay_in_their_storage(refused, offset, size, stride):
-    for form in archive, stream:
-        content = program(tensor(offset, size, stride))
-        refused(form(content), r"has a tensor \(.*\) that leaves its storage of 6 elements")
-
-
-@pytest.mark.parametrize(
-    "offset, size, stride",
-    [
-        (-1, (1,), (1,)),
-        (0, (-1,), (1,)),
-        (0, (-2, -3), (3, 1)),
-        (5, (2,), (-1,)),
-        (0, (2, 3), (1,)),
-        (0, (0, 2**60), (1, 1)),
-        (0, (0, 2**40, 2**40), (1, 1, 1)),
-        (2**200, (1,), (1,)),
-        (0, (1,), (2**200,)),
-        (0, (1,) * 40, (1,) * 40),
-        (True, (1,), (1,)),
-        (0, (1.0,), (1,)),
-        (0, [1], (1,)),
-        (0, (1,), [1]),
-        (0, (1,), None),
-    ],
-)
-def test_shapes_are_sensible(refused, offset, size, stride):
-    refused(archive(program(tensor(offset, size, stride))), "absurd (shape|strides)")
-
-
-def test_tensors_without_content(read):
-    for size in ((0,), (3, 0), (0, 2**30)):
-        found = read(archive(program(tensor(99, size, (1,) * len(size)))))
-        assert found.shape == size and found.dtype == np.float32
-    assert read(archive(program(tensor(5, (), ())))).shape == ()
-    assert read(archive(program(tensor(0, (0,), (1,), count=0)), {"0": b""})).shape == (0,)
-
-
-def test_tensors_that_repeat_themselves_within_their_storage(read):
-    assert_same(
-        read(archive(program(tensor(1, (3,), (0,))))), np.full(3, np.frombuffer(SIX, np.float32)[1])
-    )
-
-
-@pytest.mark.parametrize(
-    "why, changes",
-    [
-        ("storage '0' has 24 bytes, its tensors want 28", {"count": 7}),
-        ("storage '0' has 24 bytes, its tensors want 20", {"count": 5, "stride": (2,)}),
-        ("storage '0' has 24 bytes, its tensors want 48", {"kind": ("torch", "LongStorage")}),
-        ("storage of an absurd size", {"count": 2**60}),
-        ("storage of an absurd size", {"count": -6}),
-        ("storage of an absurd size", {"count": "6"}),
-        ("storage of an absurd size", {"key": 0}),
-        ("storage of an unknown kind", {"kind": ("torch", "Size")}),
-        ("storage of an unknown kind", {"rest": opcodes(("1", 0, 6))}),
-        ("asks to run torch.QInt8Storage", {"kind": ("torch", "QInt8Storage")}),
-        ("storage '1' is not in it", {"key": "1"}),
-        ("storage '../0' is not in it", {"key": "../0"}),
-    ],
-)
-def test_storages_are_what_the_tensors_want(refused, why, changes):
-    size = {"offset": 0, "size": (2,), "stride": (1,)}
-    refused(archive(program(tensor(**size | changes))), why)
-
-
-def test_what_is_no_storage(refused):
-    refused(archive(program(opcodes(("module", "a")), b"Q")), "refers to something")
-    refused(archive(program(b"NQ")), "refers to something")
-    other = tensor(0, (3,), (1,), kind=("torch", "DoubleStorage"), count=3)
-    refused(archive(program(tensor(0, (6,), (1,)), other)), "storage '0' in two ways")
-    refused(archive(program(REBUILD, opcodes((1, 0, (), (), False, {})), b"R")), "more than a view")
-    flags = tensor(0, (6,), (1,))[:-2] + opcodes({"neg": True}) + b"tR"
-    refused(archive(program(flags)), "more than a view")
-    value = tensor(0, (6,), (1,)).replace(b"_v2", b"_v3")
-    for dtype, why in ("complex64", "tensor of complex64"), ("Size", "tensor of None"):
-        refused(archive(program(value[:-2], name("torch", dtype), b"tR")), why)
-    parameter = name("torch._utils", "_rebuild_parameter") + opcodes((1, True, {})) + b"R"
-    refused(archive(program(parameter)), "parameter without a tensor")
-    refused(archive(program(name("torch", "Size"), opcodes(("a",)), b"\x85R")), "torch.Size")
-    for device in (1,), ("a" * 99,), ("cuda", "0"):
-        refused(archive(program(name("torch", "device"), opcodes(device), b"R")), "torch.device")
 
 
 # Containers
@@ -629,7 +307,7 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
         if kind == 0 and at < len(content):
             content[at] ^= 1 << rng.randrange(8)
         elif kind == 1 and at < len(content):
-            content[at] = rng.choice(b"".join(restricted_pickle.STEPS))
+            content[at] = rng.choice(bytes(restricted_pickle.RestrictedUnpickler.dispatch))
         elif kind == 2:
             value = rng.choice(EXTREMES).to_bytes(8, rng.choice(("little", "big")))
             size = rng.choice((1, 2, 4, 8))
@@ -742,12 +420,12 @@ def test_torch_reads_what_we_write(tmp_path):
 
 @pytest.mark.oracle
 def test_goldens_are_what_torch_writes(tmp_path):
-    make_goldens_torch.main(tmp_path)
+    goldens.main(tmp_path)
     for file in EXPECTED:
         found = torch_files.read(tmp_path / file)
         if "optimizer" in found:
             group = found["optimizer"]["param_groups"][0]
-            kept = {key: group[key] for key in make_goldens_torch.GROUP}
+            kept = {key: group[key] for key in goldens.GROUP}
             found["optimizer"]["param_groups"] = [kept]
         assert_same(found, EXPECTED[file])
 
@@ -756,9 +434,9 @@ def test_goldens_are_what_torch_writes(tmp_path):
 def test_names_of_dtypes_are_those_of_torch():
     import torch
 
-    for key in (*inert.DTYPES, *inert.OTHER_DTYPES):
+    for key in (*restricted_pickle.DTYPES, *restricted_pickle.OTHER_DTYPES):
         assert str(getattr(torch, key)) == f"torch.{key}"
-    for storage, key in inert.STORAGES.items():
+    for storage, key in restricted_pickle.STORAGES.items():
         kind = torch.tensor([], dtype=getattr(torch, key)).type()
         assert kind.replace("Tensor", "Storage") == f"torch.{storage}"
-        assert getattr(torch, key).itemsize == np.dtype(inert.DTYPES[key]).itemsize
+        assert getattr(torch, key).itemsize == np.dtype(restricted_pickle.DTYPES[key]).itemsize

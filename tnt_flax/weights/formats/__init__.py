@@ -9,14 +9,15 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import safetensors
 
-from tnt_flax.core.errors import InputError
+from tnt_flax.core.errors import InputError, listed
 from tnt_flax.weights.formats import mindspore, torch
+from tnt_flax.weights.formats.restricted_pickle import TRUSTED, Stub
 from tnt_flax.weights.name_tables import MINDSPORE_TRAINING
 from tnt_flax.weights.names import STACKED, unstacked_name
 from tnt_flax.weights.weights_file import HEADER
@@ -136,6 +137,8 @@ def _per_block(specs: Mapping[str, Spec], read: Callable) -> tuple[dict[str, Spe
 
 def _open_torch(path: pathlib.Path, weights: str) -> Content:
     content = torch.read(path)
+    if isinstance(content, Stub):
+        raise InputError(f"{path} holds {_described(content)}; {TRUSTED}")
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     held = {key for key, value in content.items() if _is_state(value)}
@@ -146,17 +149,41 @@ def _open_torch(path: pathlib.Path, weights: str) -> Content:
         state, which = content, None
     elif ema and weights == "ema":
         state, which = content[ema], "ema"
-        notes.append(f"took the averaged weights, {ema}; weights='raw' takes {raw or 'nothing'}")
+        notes.append(f"took the EMA weights, {ema}; weights='raw' takes {raw or 'nothing'}")
     elif raw:
         state, which = content[raw], "raw"
-        notes.append(f"took {raw}; " + (f"{ema} is there too" if ema else "there is no average"))
+        notes.append(f"took {raw}; " + (f"{ema} is there too" if ema else "there is no EMA"))
     else:
-        raise InputError(f"{path} holds only averaged weights ({ema}): ask for weights='ema'")
+        raise InputError(f"{path} holds only EMA weights ({ema}): set weights='ema'")
     if not _is_state(state):
-        listed = ", ".join(map(repr, list(state)[:5]))
-        raise InputError(f"{path} holds no set of named tensors, but {listed or 'nothing'}")
+        found = [
+            repr(key) + (f" ({_described(x)})" if isinstance(x, Stub) else "")
+            for key, x in state.items()
+        ]
+        raise InputError(f"{path} holds no set of named tensors, but {listed(found) or 'nothing'}")
+    for name, x in state.items():
+        if isinstance(x, Stub):
+            raise InputError(f"{path}: {name!r} is not a tensor, but {_described(x)}")
+    if ignored := sorted(set(_objects(content))):
+        notes.append(f"ignored objects of {listed(ignored, limit=3)}")
     state, more = _unwrapped(path, state)
     return _arrays("torch file", state, weights=which, notes=notes + more)
+
+
+def _described(stub: Stub) -> str:
+    return f"an object of {stub.name}, which is not loaded"
+
+
+def _objects(value: Any) -> Iterator[str]:
+    """The names of all objects that were not unpickled."""
+    if isinstance(value, Stub):
+        yield value.name
+    elif isinstance(value, dict):
+        for item in (*value, *value.values()):
+            yield from _objects(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _objects(item)
 
 
 def _open_mindspore(path: pathlib.Path) -> Content:
@@ -174,10 +201,12 @@ def _open_mindspore(path: pathlib.Path) -> Content:
 
 
 def _is_state(state: Any) -> bool:
+    """Whether `state` is a dictionary of named tensors, some of which may not be loadable."""
     return (
         isinstance(state, dict)
-        and len(state) > 0
-        and all(isinstance(k, str) and isinstance(x, np.ndarray) for k, x in state.items())
+        and all(isinstance(k, str) for k in state)
+        and all(isinstance(x, np.ndarray | Stub) for x in state.values())
+        and any(isinstance(x, np.ndarray) for x in state.values())
     )
 
 

@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import pathlib
+import pickle
 import struct
 import zipfile
 from typing import Any
@@ -18,15 +19,21 @@ from typing import Any
 import numpy as np
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.weights.formats.inert import DTYPES, STORAGES, TRUSTED, Fault
-from tnt_flax.weights.formats.restricted_pickle import Machine
+from tnt_flax.weights.formats.restricted_pickle import (
+    DTYPES,
+    STORAGES,
+    TRUSTED,
+    InvalidFile,
+    RestrictedUnpickler,
+    Storage,
+)
 
 ZIP = b"PK\x03\x04"
 STREAM = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # the pickled magic number
 STREAM_VERSION = 1001
 LOCAL_HEADER = 30  # bytes, without the name and the extra field
 ALIGNMENT = 64
-DAMAGE = (  # whatever zipfile, struct and the machine meet in garbage
+DAMAGE = (  # what zipfile, struct and the unpickler raise for garbage
     ArithmeticError,
     AttributeError,
     EOFError,
@@ -36,6 +43,7 @@ DAMAGE = (  # whatever zipfile, struct and the machine meet in garbage
     RuntimeError,
     TypeError,
     ValueError,
+    pickle.UnpicklingError,
     struct.error,
     zipfile.BadZipFile,
 )
@@ -68,9 +76,9 @@ def read(path: pathlib.Path) -> Any:
             return _read_zip(data)
         if data[: len(STREAM)] == STREAM:
             return _read_stream(data)
-        raise Fault("is not a weights file of torch: give one that torch.save has written")
-    except Fault as fault:
-        raise InputError(f"{path} {fault}") from fault
+        raise InvalidFile("is not a weights file of torch: give one that torch.save has written")
+    except InvalidFile as error:
+        raise InputError(f"{path} {error}") from error
     except DAMAGE as error:
         why = type(error).__name__
         raise InputError(f"{path} is damaged: copy or download it again ({why})") from error
@@ -80,20 +88,24 @@ def _read_zip(data: mmap.mmap) -> Any:
     ranges = _zip_ranges(data)
     roots = [name[: -len("data.pkl")] for name in ranges if name.endswith("/data.pkl")]
     if len(roots) != 1:
-        raise Fault("is a zip archive, but not of torch: give the file that torch.save has written")
+        raise InvalidFile(
+            "is a zip archive, but not of torch: give the file that torch.save has written"
+        )
     root = roots[0]
     start, end = ranges.get(root + "byteorder", (0, 0))
     if data[start : min(end, start + 9)] not in (b"", b"little"):
-        raise Fault("is big-endian: load it where it was written and save it on a usual machine")
+        raise InvalidFile(
+            "is big-endian: load it where it was written and save it on a usual machine"
+        )
     start, end = ranges[root + "data.pkl"]
-    machine = Machine(data, start, end)
-    value = machine.run()
+    unpickler = RestrictedUnpickler(data, start, end)
+    value = unpickler.load()
     raw = {}
-    for key, storage in machine.storages.items():
+    for key, storage in unpickler.storages.items():
         start, end = ranges.get(f"{root}data/{key}", (0, -1))
         _check_size(storage, end - start)
         raw[key] = memoryview(data)[start:end]
-    return machine.plain(value, raw)
+    return unpickler.resolve(value, raw)
 
 
 def _zip_ranges(data: mmap.mmap) -> dict[str, tuple[int, int]]:
@@ -101,23 +113,25 @@ def _zip_ranges(data: mmap.mmap) -> dict[str, tuple[int, int]]:
     with zipfile.ZipFile(data) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     if any(x.filename.endswith("/constants.pkl") or "/code/" in x.filename for x in entries):
-        raise Fault(f"is a TorchScript program, not weights: {TRUSTED}")
+        raise InvalidFile(f"is a TorchScript program, not weights: {TRUSTED}")
     ranges, last_end = {}, 0
     for entry in entries:
         name = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 0x41:
-            raise Fault("is a compressed or encrypted archive: unpack it and torch.save it again")
+            raise InvalidFile(
+                "is a compressed or encrypted archive: unpack it and torch.save it again"
+            )
         header = entry.header_offset
         if data[header : header + len(ZIP)] != ZIP or header < last_end:
-            raise Fault("is damaged: the entries of its archive overlap or are not there")
+            raise InvalidFile("is damaged: the entries of its archive overlap or are not there")
         name_size, extra_size = struct.unpack("<HH", data[header + 26 : header + LOCAL_HEADER])
         start = header + LOCAL_HEADER + name_size + extra_size
         last_end = start + entry.file_size
         if entry.compress_size != entry.file_size or last_end > len(data):
-            raise Fault("is cut off: copy or download it again")
+            raise InvalidFile("is cut off: copy or download it again")
         local_name = data[header + LOCAL_HEADER : header + LOCAL_HEADER + name_size]
         if local_name != name or entry.filename in ranges:
-            raise Fault("is damaged: the entries of its archive have unclear names")
+            raise InvalidFile("is damaged: the entries of its archive have unclear names")
         ranges[entry.filename] = (start, last_end)
     return ranges
 
@@ -126,40 +140,44 @@ def _read_stream(data: mmap.mmap) -> Any:
     """The magic number, the version, the machine, the object, the keys; then each storage."""
     version, position = _read_value(data, len(STREAM))
     if version != STREAM_VERSION:
-        raise Fault(f"is of an unknown version, {ascii(version)[:20]}: save it with a newer torch")
+        raise InvalidFile(
+            f"is of an unknown version, {ascii(version)[:20]}: save it with a newer torch"
+        )
     system, position = _read_value(data, position)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise Fault("is big-endian: load it where it was written and save it on a usual machine")
-    machine = Machine(data, position, len(data))
-    value = machine.run()
-    keys, position = _read_value(data, machine.position)
-    if not isinstance(keys, list) or sorted(keys) != sorted(machine.storages):
-        raise Fault("is damaged: it lists other storages than its tensors are in")
+        raise InvalidFile(
+            "is big-endian: load it where it was written and save it on a usual machine"
+        )
+    unpickler = RestrictedUnpickler(data, position, len(data))
+    value = unpickler.load()
+    keys, position = _read_value(data, unpickler.position)
+    if not isinstance(keys, list) or sorted(keys) != sorted(unpickler.storages):
+        raise InvalidFile("is damaged: it lists other storages than its tensors are in")
     raw = {}
     for key in keys:
-        storage = machine.storages[key]
+        storage = unpickler.storages[key]
         (elements,) = struct.unpack("<q", data[position : position + 8])
         _check_size(storage, elements * storage.dtype.itemsize)
         start, position = position + 8, position + 8 + elements * storage.dtype.itemsize
         if position > len(data):
-            raise Fault("is cut off: copy or download it again")
+            raise InvalidFile("is cut off: copy or download it again")
         raw[key] = memoryview(data)[start:position]
-    return machine.plain(value, raw)
+    return unpickler.resolve(value, raw)
 
 
 def _read_value(data: mmap.mmap, position: int) -> tuple[Any, int]:
     """A pickled value without tensors, and where it ends."""
-    machine = Machine(data, position, len(data))
-    return machine.plain(machine.run(), {}), machine.position
+    unpickler = RestrictedUnpickler(data, position, len(data))
+    return unpickler.resolve(unpickler.load(), {}), unpickler.position
 
 
-def _check_size(storage, size: int) -> None:
+def _check_size(storage: Storage, size: int) -> None:
     wanted = storage.size * storage.dtype.itemsize
     if size < 0:
-        raise Fault(f"is damaged: storage {ascii(storage.key)[:20]} is not in it")
+        raise InvalidFile(f"is damaged: storage {ascii(storage.key)[:20]} is not in it")
     if size != wanted:
         key = ascii(storage.key)[:20]
-        raise Fault(f"is damaged: storage {key} has {size} bytes, its tensors want {wanted}")
+        raise InvalidFile(f"is damaged: storage {key} has {size} bytes, its tensors want {wanted}")
 
 
 def write(path: pathlib.Path, content: Any) -> None:
@@ -174,8 +192,8 @@ def write(path: pathlib.Path, content: Any) -> None:
     arrays = []
     try:
         pickle = b"\x80\x02" + b"".join(_pickle(content, arrays)) + b"."
-    except Fault as fault:
-        raise InputError(f"{path} cannot be written: {fault}") from fault
+    except InvalidFile as error:
+        raise InputError(f"{path} cannot be written: {error}") from error
     temporary = path.with_name(path.name + ".tmp")
     try:
         with zipfile.ZipFile(temporary, "w") as archive:
@@ -227,7 +245,9 @@ def _pickle(value: Any, arrays: list[Any]):
         yield b"}("
         for key, item in value.items():
             if not isinstance(key, str):
-                raise Fault(f"it would need a dict with {ascii(key)[:50]} as a key, not a string")
+                raise InvalidFile(
+                    f"it would need a dict with {ascii(key)[:50]} as a key, not a string"
+                )
             yield from itertools.chain(_pickle(key, arrays), _pickle(item, arrays))
         yield b"u"
     elif getattr(value, "dtype", None) in NAMES and hasattr(value, "shape"):
@@ -235,7 +255,7 @@ def _pickle(value: Any, arrays: list[Any]):
         arrays.append(value)
     else:
         kind = getattr(value, "dtype", type(value).__name__)
-        raise Fault(f"torch reads no {kind} with weights_only=True")
+        raise InvalidFile(f"torch reads no {kind} with weights_only=True")
 
 
 def _pickle_tensor(shape: tuple[int, ...], storage: str, key: str):
@@ -251,4 +271,4 @@ def _pickle_tensor(shape: tuple[int, ...], storage: str, key: str):
     yield b"ccollections\nOrderedDict\n)RtR"  # no hooks
 
 
-NAMES = {np.dtype(DTYPES[name]): storage for storage, name in STORAGES.items()}
+NAMES = {DTYPES[name]: storage for storage, name in STORAGES.items()}
