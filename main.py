@@ -1,77 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains or evaluates TNT; see `tnt_flax.training.train` and `.evaluate`.
+"""Trains or evaluates TNT: `tnt_flax.training.train` and `tnt_flax.training.evaluate`.
 
     python main.py --config=configs/digits.py --workdir=runs/digits
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=eval
 
-Any key of the config can be set: --config.batch_size=96. On many hosts the same command runs on
-each: a launcher that JAX knows tells them of each other, or --coordinator, --num_processes and
---process_id do. The last line on stdout (of process 0) is one JSON object; progress goes to stderr.
-Exit codes: 1 the run failed, 2 bad input, 42 told to stop (SIGTERM, Ctrl-C), 75 something hung or
-another process is gone; after the last two the same command goes on where it was.
+On several hosts, start the same command on each. Processes find each other through a launcher that
+JAX knows (Slurm, Kubernetes, Cloud TPU) or through --coordinator, --num-processes and --process-id.
+The last line on stdout (of process 0) is one JSON object; progress goes to stderr.
+Exit codes: 1 the run failed, 2 bad input, 42 stopped by SIGTERM or Ctrl-C, 75 a process hangs or is
+gone. After 42 and 75 the same command resumes from the last checkpoint.
 """
 
-import json
+import argparse
 import pathlib
-
-from absl import app, flags, logging
+import sys
+from typing import Any
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.runtime import host, processes
 from tnt_flax.tools import command_line
-from tnt_flax.tools.command_line import CONFIG
-
-flags.adopt_module_key_flags(command_line)
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The folder of the run: checkpoints, logs, pictures."
-)
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
-CHECKPOINT = flags.DEFINE_string(
-    "checkpoint",
-    "best",
-    "What --mode=eval evaluates: best or last of the workdir, or weights of any system: a file, a "
-    "workdir, the folder of one checkpoint, hf://OWNER/NAME.",
-)
-# Of a run of many processes that no launcher known to JAX has started.
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which this one is, from 0.", lower_bound=0)
-START_TIMEOUT = flags.DEFINE_integer(
-    "start_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1
-)
-
-PER_CLASS = flags.DEFINE_string(
-    "per_class", None, "With --mode=eval, a table to write: .csv, .jsonl or .parquet."
-)
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    logging.set_verbosity(logging.ERROR)  # Orbax's warnings are for its developers
+def make_parser() -> command_line.Parser:
+    parser = command_line.Parser("python main.py", __doc__, takes_config=True)
+    add = parser.add_argument
+    add("--workdir", type=pathlib.Path, help="folder of the run: checkpoints, logs, plots")
+    add("--mode", choices=["train", "eval"], default="train")
+    add(
+        "--checkpoint",
+        default="best",
+        help="weights for --mode=eval: best or last of the workdir, a weights file of any "
+        "framework, another workdir, the folder of one checkpoint, or hf://OWNER/NAME",
+    )
+    add("--per-class", metavar="FILE", help="table of --mode=eval: .csv, .jsonl or .parquet")
+    add("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    add("--num-processes", type=command_line.positive, help="number of processes")
+    add("--process-id", type=int, help="number of this process, from 0")
+    add(
+        "--start-timeout",
+        type=command_line.positive,
+        default=300,
+        help="seconds to wait for the other processes",
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
     host.keep_memory()
     host.cache_compilations()
-    workdir = pathlib.Path(WORKDIR.value).resolve() if WORKDIR.value else None
-    with command_line.exit_on_error("the same command goes on from the last checkpoint"):
-        processes.start(
-            COORDINATOR.value,
-            NUM_PROCESSES.value,
-            PROCESS_ID.value,
-            timeout=START_TIMEOUT.value,
-            meeting=workdir,
-        )
-        if MODE.value == "eval":
-            from tnt_flax.training.evaluate import evaluate_checkpoint
+    workdir = args.workdir and args.workdir.resolve()
+    processes.start(
+        args.coordinator,
+        args.num_processes,
+        args.process_id,
+        timeout=args.start_timeout,
+        meeting=workdir,
+    )
+    # The imports below initialize JAX's backend, which must not happen before `processes.start`.
+    if args.mode == "eval":
+        from tnt_flax.training.evaluate import evaluate_checkpoint
 
-            result = evaluate_checkpoint(CONFIG.value, workdir, CHECKPOINT.value, PER_CLASS.value)
-        else:
-            from tnt_flax.training.train import train_and_evaluate
+        result = evaluate_checkpoint(args.config, workdir, args.checkpoint, args.per_class)
+    else:
+        from tnt_flax.training.train import train_and_evaluate
 
-            if workdir is None:
-                raise InputError("training needs --workdir=FOLDER")
-            result = train_and_evaluate(CONFIG.value, workdir)
-    if processes.is_main():
-        print(json.dumps(result))
+        if workdir is None:
+            raise InputError("training needs --workdir=FOLDER")
+        result = train_and_evaluate(args.config, workdir)
+    return result if processes.is_main() else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    on_interrupt = "resume from the last checkpoint with the same command"
+    return command_line.run(make_parser(), run, argv, on_interrupt=on_interrupt)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse_flags)
+    sys.exit(main())

@@ -15,12 +15,11 @@ The last line on stdout is one JSON object; progress goes to stderr. Exit code 1
 contender failed, 2 that the input was wrong.
 """
 
-import json
 import sys
 
 from benchmarks import input, model, run, tpu
-from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.tools.command_line import Parser
+from tnt_flax.tools.command_line import run as run_command
 
 COMMANDS = {  # name: (module, arguments, function, help)
     "input": (input, input.add_arguments, input.measure_input, "input pipeline"),
@@ -46,17 +45,10 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Runs one benchmark, prints its JSON result, and returns the exit code."""
-    try:
-        args = make_parser().parse_args(argv)
-        result = COMMANDS[args.command][2](args)
-    except (InputError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    print(json.dumps(result))
-    return 0
+    return run_command(make_parser(), lambda args: COMMANDS[args.command][2](args), argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

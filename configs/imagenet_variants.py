@@ -2,7 +2,7 @@
 """ImageNet's other test sets, for any network that knows ImageNet's classes.
 
     python main.py --config=configs/imagenet_variants.py:v2 --mode=eval \\
-        --checkpoint=WEIGHTS --config.data.root=FOLDER --per_class=classes.csv
+        --checkpoint=WEIGHTS --config.data.root=FOLDER --per-class=classes.csv
 
 FOLDER holds what was downloaded, unpacked; the set is named after the colon:
 

@@ -13,7 +13,7 @@ told=
 trap 'told=yes; kill -TERM $children 2>/dev/null' TERM INT # each saves; this script waits for them
 while [ "$process" -lt "$processes" ]; do
   "${PYTHON:-.venv/bin/python}" main.py "$@" \
-    --coordinator="127.0.0.1:$port" --num_processes="$processes" --process_id="$process" &
+    --coordinator="127.0.0.1:$port" --num-processes="$processes" --process-id="$process" &
   children="$children $!"
   process=$((process + 1))
 done

@@ -44,8 +44,8 @@ def launch(root, tmp_path):
 def test_plain_processes(launch):
     code, said = launch("processes.sh", ["2", *FLAGS], "python", [42, 42], PORT="7000")
     assert code == 42
-    common = ["python", "main.py", *FLAGS, "--coordinator=127.0.0.1:7000", "--num_processes=2"]
-    assert sorted(said) == sorted([*common, "--process_id=0", *common, "--process_id=1"])
+    common = ["python", "main.py", *FLAGS, "--coordinator=127.0.0.1:7000", "--num-processes=2"]
+    assert sorted(said) == sorted([*common, "--process-id=0", *common, "--process-id=1"])
 
 
 def test_plain_processes_are_told_to_stop(root, tmp_path):
@@ -104,7 +104,7 @@ def test_kubernetes_manifest_is_of_one_piece(root):
     pods = job["template"]["spec"]
     (container,) = pods["template"]["spec"]["containers"]
     args = dict(arg.removeprefix("--").split("=", 1) for arg in container["args"])
-    assert pods["parallelism"] == pods["completions"] == int(args["num_processes"])
+    assert pods["parallelism"] == pods["completions"] == int(args["num-processes"])
     host, _, port = args["coordinator"].partition(":")
     assert host == f"{name}-{job['name']}-0-0.{name}" and spec["network"]["enableDNSHostnames"]
     assert container["ports"] == [{"containerPort": int(port)}]

@@ -267,7 +267,7 @@ def test_the_sets(imagenet, tmp_path, capsys):
     real = evaluate_checkpoint(variant("real", imagenet), None, weights)
     assert (real["top1"], real["images"]) == (2 / 3, 3)  # the third has no label
     assert "mean_per_class" not in real
-    with pytest.raises(InputError, match="several classes .*: no --per_class"):
+    with pytest.raises(InputError, match="several classes .*: no --per-class"):
         evaluate_checkpoint(variant("real", imagenet), None, weights, table)
 
     # The same images and labels as tfds has them.
@@ -289,7 +289,7 @@ def test_the_sets(imagenet, tmp_path, capsys):
     )
     again = evaluate_checkpoint(variant("real_tfds", imagenet), None, weights)
     assert again == pytest.approx(real)
-    with pytest.raises(InputError, match="several classes .*: no --per_class"):
+    with pytest.raises(InputError, match="several classes .*: no --per-class"):
         evaluate_checkpoint(variant("real_tfds", imagenet), None, weights, table)
     with pytest.raises(InputError, match="classes.txt ends with none of"):
         evaluate_checkpoint(variant("v2", imagenet), None, weights, "classes.txt")

@@ -46,12 +46,12 @@ class Run:
         flags = ["--config=configs/digits.py", f"--workdir={workdir}"]
         flags += [f"--config.{key}={value}" for key, value in (KEYS | dict(keys)).items()]
         if processes > 1:
-            flags += [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
+            flags += [f"--coordinator=127.0.0.1:{free_port()}", f"--num-processes={processes}"]
         env = os.environ | {"JAX_PLATFORMS": "cpu", "FAULT": json.dumps(fault or {})}
         options = {"cwd": ROOT, "env": env, "stdout": subprocess.PIPE, "text": True}
         self.processes, self.logs = [], []
         for process in range(processes):
-            which = [f"--process_id={process}"] if processes > 1 else []
+            which = [f"--process-id={process}"] if processes > 1 else []
             command = [sys.executable, "tests/helpers/faulty.py", *flags, *which]
             self.logs.append(tempfile.NamedTemporaryFile("a"))
             self.processes.append(subprocess.Popen(command, stderr=self.logs[-1], **options))

@@ -18,13 +18,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 import jax
 import numpy as np
-from absl import app
 
 import main
 from tnt_flax.runtime import sharding
 from tnt_flax.runtime.checkpoints import Checkpoints
 from tnt_flax.runtime.watchdog import Guard
-from tnt_flax.tools import command_line
 
 FAULT = json.loads(os.environ.get("FAULT", "null")) or {}
 told = threading.Event()  # this process to stop, in a run of many
@@ -109,4 +107,4 @@ if __name__ == "__main__":
     sharding.jit_train_step = struck_train_step(sharding.jit_train_step)
     if FAULT.get("at") == "compile":  # a program that was kept would not be compiled
         jax.config.update("jax_enable_compilation_cache", False)
-    app.run(main.main, flags_parser=command_line.parse_flags)
+    sys.exit(main.main())

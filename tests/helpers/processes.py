@@ -39,8 +39,8 @@ def start(
     for process in range(count):
         own = [flag if isinstance(flag, str) else flag[process] for flag in flags]
         if count > 1:
-            own += [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
-            own += [f"--process_id={process}"]
+            own += [f"--coordinator=localhost:{port}", f"--num-processes={count}"]
+            own += [f"--process-id={process}"]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         started.append(subprocess.Popen([*command, *own], cwd=root, env=environment, **pipes))
     return started

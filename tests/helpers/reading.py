@@ -39,10 +39,7 @@ def samples(folder: pathlib.Path) -> list[list[int]]:
 
 
 if __name__ == "__main__":
-    from absl import app
-
     import main
-    from tnt_flax.tools import command_line
 
     sharding.to_global = noted(sharding.to_global, pathlib.Path(os.environ["READ"]))
-    app.run(main.main, flags_parser=command_line.parse_flags)
+    sys.exit(main.main())

@@ -37,12 +37,12 @@ def test_one_process_starts_nothing(initialize):
 @pytest.mark.parametrize(
     "given, message",
     [
-        (("10.0.0.1:8476", None, None), "also needs --num_processes and --process_id"),
+        (("10.0.0.1:8476", None, None), "also needs --num-processes and --process-id"),
         ((None, 2, 1), "also needs --coordinator"),
         (("10.0.0.1", 2, 1), "--coordinator=10.0.0.1 is not HOST:PORT"),
         (("10.0.0.1:http", 2, 1), "--coordinator=10.0.0.1:http is not HOST:PORT"),
         (("10.0.0.1:70000", 2, 1), "is not HOST:PORT"),
-        (("10.0.0.1:8476", 2, 2), "--process_id=2 is not one of 0 to 1"),
+        (("10.0.0.1:8476", 2, 2), "--process-id=2 is not one of 0 to 1"),
     ],
 )
 def test_incomplete_flags(initialize, given, message):
@@ -164,7 +164,7 @@ def test_two_processes_agree_or_say_who_differs(root, tmp_path):
 
 @pytest.mark.slow
 def test_who_waits_in_vain_says_for_whom(root, tmp_path):
-    (process, _) = started = start(root, tmp_path, ["--start_timeout=4"], 2, 1)
+    (process, _) = started = start(root, tmp_path, ["--start-timeout=4"], 2, 1)
     started[1].kill()
     ((code, out, err),) = finish([process])
     finish(started[1:])

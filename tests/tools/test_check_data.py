@@ -3,10 +3,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -241,27 +237,20 @@ def test_classes_without_images(config, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "changes, code", [({}, 1), ({"data.source": "digits"}, 0), ({"data.root": ""}, 2)]
 )
-def test_exit_codes(config, changes, code, monkeypatch, capsys):
-    config.update_from_flattened_dict(changes)
-    monkeypatch.setattr(check_data.command, "CONFIG", types.SimpleNamespace(value=config))
-    values = types.SimpleNamespace(split="train", out=None)
-    monkeypatch.setattr(check_data, "flags", types.SimpleNamespace(FLAGS=values))
-    with pytest.raises(SystemExit) as ended:
-        check_data.main([])
-    assert ended.value.code == code
-    said = capsys.readouterr()
+def test_exit_codes(folder, root, changes, code, capsys):
+    settings = {"data.source": "folder", "data.root": str(folder), "data.eval_split": "val"}
+    flags = [f"--config.{key}={value}" for key, value in (settings | changes).items()]
+    assert check_data.main([f"--config={root}/configs/digits.py", *flags]) == code
+    out, err = capsys.readouterr()
     if code == 2:
-        assert said.out == "" and said.err == (
-            "error: an image folder needs its root directory: set data.root\n"
-        )
+        assert out == ""
+        assert err == "error: an image folder needs its root directory: set data.root\n"
     else:
-        assert json.loads(said.out.splitlines()[-1])["corrupt"] == (4 if code else 0)
+        assert json.loads(out.splitlines()[-1])["corrupt"] == (4 if code else 0)
 
 
-def test_the_command_itself(root):
-    command = [sys.executable, "-m", "tnt_flax.tools.check_data", "--config=configs/digits.py"]
-    run = subprocess.run(
-        [*command, "--split=test"], cwd=root, capture_output=True, text=True, env=os.environ
-    )
-    assert run.returncode == 2 and run.stdout == ""
-    assert "--split=test: value should be one of <train|eval|both>" in run.stderr
+def test_bad_options_are_one_line(root, capsys):
+    assert check_data.main([f"--config={root}/configs/digits.py", "--split=test"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith("error: argument --split: invalid choice: 'test'")

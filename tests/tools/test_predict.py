@@ -294,8 +294,8 @@ def test_paths_of_every_kind(folder, tmp_path, monkeypatch):
         (["{w}", "{f}", "--out=/nowhere/a.csv"], "cannot write /nowhere/a.csv: No such file"),
         (["none.pth", "{f}"], "cannot read none.pth: No such file"),
         (["{w}", "{f}", "--name=tnt_s_patch16_224"], "not tnt_s_patch16_224"),
-        (["{w}", "{f}", "--batch_size=0"], "batch_size=0 is less than 1"),
-        (["{w}", "{f}", "--class_list=none.txt"], "cannot read the class list none.txt"),
+        (["{w}", "{f}", "--batch-size=0"], "batch_size=0 is less than 1"),
+        (["{w}", "{f}", "--class-list=none.txt"], "cannot read the class list none.txt"),
     ],
 )
 def test_bad_arguments(weights, folder, tmp_path, monkeypatch, arguments, message):

@@ -2,7 +2,6 @@
 """The sheet shows what the network gets: pixel for pixel, with the weights of its targets."""
 
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +124,7 @@ def test_a_large_batch_becomes_smaller(smoke_config, batch_size, wanted, records
     assert preview.smaller_batch(config, wanted, records) == size
 
 
-def test_the_sheet(smoke_config, tmp_path, monkeypatch, capsys):
+def test_the_sheet(smoke_config, smoke_flags, root, tmp_path, monkeypatch, capsys):
     captions = []
     original = matplotlib.axes.Axes.text
     monkeypatch.setattr(
@@ -135,10 +134,8 @@ def test_the_sheet(smoke_config, tmp_path, monkeypatch, capsys):
     )
     config = smoke_config(batch_size=320)  # nothing is mixed
     out = tmp_path / "sheet.png"
-    monkeypatch.setattr(preview.command, "CONFIG", types.SimpleNamespace(value=config))
-    values = types.SimpleNamespace(out=str(out), rows=2, columns=5)
-    monkeypatch.setattr(preview, "flags", types.SimpleNamespace(FLAGS=values))
-    preview.main([])
+    flags = ["--config.batch_size=320", f"--out={out}", "--rows=2", "--columns=5"]
+    assert preview.main([f"--config={root}/configs/digits.py", *smoke_flags, *flags]) == 0
     said = capsys.readouterr()
     assert said.err.startswith("a batch of 10 instead of 320: drawn alike")
     assert json.loads(said.out.splitlines()[-1]) == {
@@ -171,15 +168,11 @@ def test_where_nothing_can_be_written(smoke_config, out, message):
         preview.preview(smoke_config(), out, 1, 1)
 
 
-def test_a_write_that_fails_ends_with_one(smoke_config, tmp_path, monkeypatch, capsys):
+def test_a_write_that_fails_ends_with_one(smoke_flags, root, tmp_path, monkeypatch, capsys):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tnt_flax.training.plots.plot_samples", full)
-    monkeypatch.setattr(preview.command, "CONFIG", types.SimpleNamespace(value=smoke_config()))
-    values = types.SimpleNamespace(out=str(tmp_path / "a.png"), rows=1, columns=1)
-    monkeypatch.setattr(preview, "flags", types.SimpleNamespace(FLAGS=values))
-    with pytest.raises(SystemExit) as ended:
-        preview.main([])
-    assert ended.value.code == 1
+    flags = [f"--out={tmp_path / 'a.png'}", "--rows=1", "--columns=1"]
+    assert preview.main([f"--config={root}/configs/digits.py", *smoke_flags, *flags]) == 1
     assert capsys.readouterr().err.endswith("a.png: No space left on device\n")

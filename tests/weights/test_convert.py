@@ -77,7 +77,7 @@ def raw_tensors(path):
 def test_there_and_back_is_the_identity(system, tmp_path):
     path, heads = golden(system)
     ours, again = tmp_path / "ours.safetensors", tmp_path / f"again{path.suffix}"
-    flags = [f"--{key}={value}" for key, value in heads.items()]
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in heads.items()]
     assert run(path, ours, *flags)["same_function"]
     to = FILES[system][1].removesuffix("_pets")
     assert run(ours, again, f"--to={to}")["same_function"]  # the header knows the heads
@@ -267,7 +267,7 @@ def test_a_long_diff_is_printed_whole(changed):
     names = [f"blocks.0.outer_{x}" for x in ("norm1.weight", "norm1.bias", "norm2.weight")]
     names += [f"blocks.1.outer_{x}" for x in ("norm1.weight", "norm1.bias", "norm2.weight")]
     path = changed(**dict.fromkeys(names), extra=np.zeros(3, np.float32))
-    error = run("--check", path, "--inner_heads=2", "--outer_heads=3", code=2)
+    error = run("--check", path, "--inner-heads=2", "--outer-heads=3", code=2)
     first, *details = error.splitlines()
     assert first.startswith("error: ") and first.endswith("and 2 more")
     assert [line.strip().split(" ")[:2] for line in details] == [["+", "extra"]] + [
@@ -417,14 +417,14 @@ def test_a_workdir_converts_to_every_system_that_has_its_network(workdir, tmp_pa
     for name, system in [("a.pth.tar", "huawei"), ("a.bin", "timm"), ("b.safetensors", "flax")]:
         result = run(folder, tmp_path / name, f"--to={system}")
         assert (result["to"], result["same_function"]) == (system, True)
-        again = run("--check", tmp_path / name, "--inner_heads=2", "--outer_heads=3")
+        again = run("--check", tmp_path / name, "--inner-heads=2", "--outer-heads=3")
         assert again["digest"] == source["digest"]
     assert read_checkpoint(tmp_path / "b.safetensors").class_names == tuple("abcde")
 
 
 def test_preprocessing_travels_with_the_weights(workdir, tmp_path):
     path, heads = golden("mindspore")
-    flags = [f"--{key}={value}" for key, value in heads.items()]
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in heads.items()]
     imagenet = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], crop_fraction=0.875)
     assert run("--check", path, *flags).items() >= imagenet.items()
     run(path, tmp_path / "x.safetensors", *flags)
@@ -516,7 +516,7 @@ def test_to_mindspore_only_without_the_biases_that_it_lacks(tmp_path):
     source, destination = tmp_path / "x.pth", tmp_path / "x.ckpt"
     params = random_params("official")
     torch.write(source, dict(mapping.export("huawei", params)))
-    flags = ["--inner_heads=2", "--outer_heads=3"]
+    flags = ["--inner-heads=2", "--outer-heads=3"]
     error = run(source, destination, *flags, code=2)
     assert "mindspore has no place for values of" in error and "that are not zero" in error
     assert "blocks_0/inner/attention/out/bias" in error and not destination.exists()
@@ -545,13 +545,13 @@ def test_to_mindspore_only_without_the_biases_that_it_lacks(tmp_path):
 def test_networks_that_a_system_does_not_have(tmp_path, lineage, system, message):
     save_weights(tmp_path / "x.safetensors", random_params(lineage), {})
     name = "y" + write.SUFFIXES[system][0]
-    flags = [f"--to={system}", "--inner_heads=2", "--outer_heads=3"]
+    flags = [f"--to={system}", "--inner-heads=2", "--outer-heads=3"]
     assert message in run(tmp_path / "x.safetensors", tmp_path / name, *flags, code=2)
     assert not (tmp_path / name).exists()
 
 
 def test_what_a_system_cannot_be_told(tmp_path):
-    flags = ["--to=timm", "--inner_heads=2", "--outer_heads=3"]
+    flags = ["--to=timm", "--inner-heads=2", "--outer-heads=3"]
     for fields, message in [
         (dict(vanilla_blocks=(1,)), "timm cannot build blocks without words"),
         (dict(mlp_ratio=2.0), "timm cannot build mlp_ratio=2.0 for the words"),
@@ -582,7 +582,7 @@ def test_what_a_system_cannot_be_told(tmp_path):
         (["SRC", "DST.pth", "--to=mindspore"], "a file for mindspore ends in .ckpt"),
         (["SRC", "SRC", "--to=timm"], "exists already: remove it, or choose another name"),
         (["SRC", "none/DST.ckpt"], "there is no folder"),
-        (["SRC", "DST.ckpt", "--heads=3"], "unrecognized arguments: --heads=3"),
+        (["SRC", "DST.ckpt", "--heads=3"], "unknown option --heads"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -597,7 +597,17 @@ def test_bad_commands(arguments, message, tmp_path):
 
 def test_the_table_names_every_tensor(capsys):
     path, heads = golden("huawei")
-    assert main(["--check", str(path), "--names", *(f"--{k}={v}" for k, v in heads.items())]) == 0
+    assert (
+        main(
+            [
+                "--check",
+                str(path),
+                "--names",
+                *(f"--{k.replace('_', '-')}={v}" for k, v in heads.items()),
+            ]
+        )
+        == 0
+    )
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:-1]]
     printed = {line[0]: line[1] for line in lines}
     assert set(raw_tensors(path)) <= set(printed)
@@ -615,7 +625,7 @@ def found_parameters(path):
 def test_against_timm_says_what_it_needs(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     path, heads = golden("timm")
-    flags = [f"--{key}={value}" for key, value in heads.items()]
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in heads.items()]
     assert main(["--check", str(path), "--against=timm", *flags]) == 2
     assert "--against=timm needs torch and timm" in capsys.readouterr().err
 

@@ -192,7 +192,9 @@ def test_what_is_fetched_is_what_was_asked_for(tmp_path):
 
 
 def test_weights_are_loaded_from_the_hub(tmp_path):
-    heads = [f"--{key}={FIELDS['timm'][key]}" for key in ("inner_heads", "outer_heads")]
+    heads = [
+        f"--{key.replace('_', '-')}={FIELDS['timm'][key]}" for key in ("inner_heads", "outer_heads")
+    ]
     command = ["-m", "tnt_flax.tools.convert", "--check", *heads]
     with serving() as server:
         out = Client(tmp_path, server).run(*command, "hf://lab/tnt")

@@ -67,7 +67,7 @@ def test_timm_loads_what_we_write(suffix, legacy, torch, timm, tmp_path):
     fill(torch, network)
     source, path = save(network, tmp_path), tmp_path / f"x{suffix}"
     command = [sys.executable, "-m", "tnt_flax.tools.convert", source, path, "--to=timm"]
-    command += [f"--{key}={value}" for key, value in HEADS.items()]
+    command += [f"--{key.replace('_', '-')}={value}" for key, value in HEADS.items()]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert json.loads(out.splitlines()[-1])["same_function"]
     if suffix == ".safetensors":
@@ -123,7 +123,10 @@ def test_the_command_compares(legacy, torch, timm, tmp_path):
     network = small(timm, legacy=legacy)
     fill(torch, network)
     command = [sys.executable, "-m", "tnt_flax.tools.convert", "--check", save(network, tmp_path)]
-    command += ["--against=timm", *(f"--{key}={value}" for key, value in HEADS.items())]
+    command += [
+        "--against=timm",
+        *(f"--{key.replace('_', '-')}={value}" for key, value in HEADS.items()),
+    ]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     differences = json.loads(out.splitlines()[-1])["against_timm"]
     places = ["stem words", "stem sentences"]

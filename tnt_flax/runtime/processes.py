@@ -92,7 +92,7 @@ def start(
 
 def _explicit(coordinator, num_processes, process_id) -> Job | None:
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    missing = [f"--{name}" for name, value in given.items() if value is None]
+    missing = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is None]
     if num_processes == 1 and coordinator is None:  # whatever a launcher says
         return Job("", 1, 0)
     if len(missing) == len(given):
@@ -104,8 +104,8 @@ def _explicit(coordinator, num_processes, process_id) -> Job | None:
         raise InputError(f"--coordinator={coordinator} is not HOST:PORT, such as 10.0.0.1:8476")
     if not 0 <= process_id < num_processes:
         raise InputError(
-            f"--process_id={process_id} is not one of 0 to {num_processes - 1}, the processes of "
-            f"--num_processes={num_processes}"
+            f"--process-id={process_id} is not one of 0 to {num_processes - 1}, the processes of "
+            f"--num-processes={num_processes}"
         )
     return Job(coordinator, num_processes, process_id)
 
@@ -125,7 +125,7 @@ def _launched(timeout: int) -> Job | None:
     except Exception as error:
         raise RunError(
             f"the launcher of this process cannot be understood: {one_line(error)}; use "
-            "--coordinator, --num_processes and --process_id"
+            "--coordinator, --num-processes and --process-id"
         ) from error
     return None if None in found[:3] else Job(*found)
 

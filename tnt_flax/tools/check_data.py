@@ -14,20 +14,18 @@ import collections
 import concurrent.futures
 import contextlib
 import io
-import json
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
 from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
 from tnt_flax.data.sources import Source
 from tnt_flax.data.transforms import CorruptImageError, decode
-from tnt_flax.tools import command_line
+from tnt_flax.tools.command_line import Parser, run
 from tnt_flax.tools.findings import FindingsFile
 from tnt_flax.training import config_check
 
@@ -53,20 +51,22 @@ ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 OTHER_KEYS = ("image_size", "crop_fraction", "mean", "std", "corrupt", "threads", "workers")
 
 
-def define_flags() -> None:
-    flags.DEFINE_enum("split", "train", ["train", "eval", "both"], "Which records to read.")
-    flags.DEFINE_string("out", None, "A file for all findings, one JSON object a line.")
+def make_parser() -> Parser:
+    parser = Parser("python -m tnt_flax.tools.check_data", __doc__, takes_config=True)
+    choices = ["train", "eval", "both"]
+    parser.add_argument("--split", choices=choices, default="train", help="records to read")
+    parser.add_argument("--out", metavar="FILE", help="file for all findings, as lines of JSON")
+    return parser
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    logging.set_verbosity(logging.ERROR)  # other libraries' remarks
-    values = flags.FLAGS
-    go_on = "the same command goes on from here" if values.out else "with --out it could go on"
-    with command_line.exit_on_error(go_on):
-        result = check_data(command_line.CONFIG.value, values.split, values.out)
-    print(json.dumps(result))
-    sys.exit(1 if result["corrupt"] else 0)
+def main(argv: list[str] | None = None) -> int:
+    return run(
+        make_parser(),
+        lambda args: check_data(args.config, args.split, args.out),
+        argv,
+        on_interrupt="with --out, the same command resumes",
+        failed=lambda result: bool(result["corrupt"]),
+    )
 
 
 def check_data(config: ConfigDict, split: str = "train", out: str | None = None) -> dict[str, Any]:
@@ -240,6 +240,4 @@ def _of_file(encoded):
 
 
 if __name__ == "__main__":
-    define_flags()
-    flags.adopt_module_key_flags(command_line)
-    app.run(main, flags_parser=command_line.parse_flags)
+    sys.exit(main())

@@ -1,76 +1,142 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands share: --config, one-line errors, exit codes.
+"""The frame of every command: options, `--config`, logging, one-line errors, exit codes.
 
-A command that takes a config says `flags.adopt_module_key_flags(command)`, so that its --help
-lists --config, and ends with `app.run(main, flags_parser=command.parse_flags)`; one without uses
-`Parser`.
+A command has a `make_parser()`, a function of the parsed arguments that returns the JSON object of
+the last line on stdout, and `main(argv)`, which hands both to `run` and returns the exit code.
 """
 
 import argparse
 import ast
-import contextlib
+import difflib
+import json
+import logging
+import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
+from tnt_flax.core.errors import FAILED, INTERRUPTED, InputError, RunError, Stopped, print_error
 
-from tnt_flax.core.errors import INTERRUPTED, InputError, RunError, Stopped, print_error
-
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file with get_config(), such as configs/tnt_s.py.", lock_config=True
-)
+# Fields of a network that weights of an unpublished size do not determine.
+ARCHITECTURE_FIELDS = ("inner_heads", "outer_heads", "patch_size")
+EXPECTED = (InputError, RunError, Stopped, KeyboardInterrupt)  # errors that end a command
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with one line instead of a traceback for what the user got wrong."""
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are `InputError`s of one line.
+
+    Args:
+        prog: the command, such as "python -m tnt_flax.tools.predict".
+        doc: the text of --help.
+        takes_config: adds `--config=FILE` and `--config.KEY=VALUE`; `args.config` is a ConfigDict.
+        **options: of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, prog: str, doc: str, *, takes_config: bool = False, **options: Any):
+        options = {"formatter_class": argparse.RawDescriptionHelpFormatter} | options
+        super().__init__(prog=prog, description=doc, allow_abbrev=False, **options)
+        self._takes_config = takes_config
+        if takes_config:
+            text = "a file with get_config(), such as configs/tnt_s.py"
+            self.add_argument("--config", metavar="FILE", help=text)
+            self.epilog = "Any key of the config can be set: --config.batch_size=96."
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, rest = self.parse_known_args(args, namespace)
+        overrides = _take_overrides(rest) if self._takes_config else []
+        if rest:
+            self._refuse(rest[0])
+        if self._takes_config:
+            if parsed.config is None:
+                raise InputError(
+                    "--config=FILE is missing, for instance --config=configs/digits.py"
+                )
+            parsed.config = read_config(parsed.config, overrides)
+        return parsed
+
+    def error(self, message: str):
+        raise InputError(f"{message}; see {self.prog} --help")
+
+    def _refuse(self, argument: str):
+        if not argument.startswith("-"):
+            self.error(f"unexpected argument {argument!r}: options look like --name=value")
+        option = argument.partition("=")[0]
+        close = difflib.get_close_matches(option, self._option_string_actions, n=1)
+        self.error(f"unknown option {option}" + (f": did you mean {close[0]}?" if close else ""))
+
+
+def _take_overrides(rest: list[str]) -> list[str]:
+    """Removes `--config.KEY=VALUE` and `--config.KEY VALUE` from `rest`; returns them."""
+    overrides, others = [], []
+    arguments = iter(rest)
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            others.append(argument)
+            continue
+        overrides.append(argument if "=" in argument else f"{argument}={next(arguments, '')}")
+    rest[:] = others
+    return overrides
+
+
+def read_config(file: str, overrides: Sequence[str] = ()):
+    """Returns the ConfigDict of `file`, "FILE.py" or "FILE.py:ARGUMENT".
+
+    Args:
+        file: a Python file with `get_config()`, which gets what follows a colon.
+        overrides: such as "--config.batch_size=96".
+
+    Raises:
+        InputError: there is no such file, it fails, or an override names no key or has a value of
+            another type.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    path = file.partition(":")[0]
+    if not pathlib.Path(path).is_file():
+        raise InputError(f"there is no config file {path}")
+    argv = ["config", f"--config={file}", *overrides]
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file(
+        "config", flag_values=values, lock_config=True, sys_argv=argv
+    )
     try:
-        rest = flags.FLAGS(argv, known_only=False)
-        if len(rest) > 1:
-            raise InputError(f"unexpected argument {rest[1]!r}: flags look like --name=value")
-        if CONFIG.value is None and not flags.FLAGS["help"].value:
-            raise InputError("--config=FILE is missing, for instance --config=configs/digits.py")
-        file = config_flags.get_config_filename(flags.FLAGS["config"])
-        file = file and file.partition(":")[0]  # what follows is the argument of get_config()
-        if file and not pathlib.Path(file).is_file():
-            raise InputError(f"there is no config file {file}")
-        getattr(CONFIG.value, "seed", None)  # a file that failed to load says so on first use
-        return rest
-    except (flags.Error, InputError, AttributeError, KeyError, TypeError, OSError) as error:
-        message = str(error).replace("\\n", "\n").strip("'\"")
-        if "Traceback (most recent call last)" in message:  # of the config file itself
-            lines = [line.strip() for line in message.splitlines() if line.strip()]
-            place = [line for line in lines if line.startswith('File "')][-1:]
-            own, ours, said = lines[-1].partition("tnt_flax.core.errors.InputError: ")
-            message = said if ours else f"the config file failed: {own} ({', '.join(place)})"
-        close = re.search(r'Did you mean "(.+)" instead of "(.+?)"', message)
-        if close:
-            message = f"the config has no key {close[2]!r}: did you mean {close[1]!r}?"
-        elif message.strip().isidentifier():
-            message = (
-                f"the config has no key {message.strip()!r}: configs/default.py lists all keys"
-            )
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
+        values(argv)
+        holder.value.get("seed")  # raises what the file raised when it was loaded
+        return holder.value
+    except (
+        flags.Error,
+        InputError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        OSError,
+        ImportError,
+    ) as error:
+        raise InputError(_explain_config_error(error)) from None
 
 
-@contextlib.contextmanager
-def exit_on_error(interrupted: str) -> Iterator[None]:
-    """Ends the process with one line for what went wrong, or with `interrupted` after Ctrl-C."""
-    try:
-        yield
-    except (InputError, RunError, Stopped) as error:
-        sys.exit(print_error(error))
-    except KeyboardInterrupt:
-        print(f"interrupted: {interrupted}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+def _explain_config_error(error: Exception) -> str:
+    """One line for an error of ml_collections, whose message may contain a traceback."""
+    message = str(error).replace("\\n", "\n")
+    if "Traceback (most recent call last)" in message:  # of the config file itself
+        lines = [line.strip() for line in message.splitlines() if line.strip()]
+        frame = [line for line in lines if line.startswith('File "')][-1:]
+        before, own_error, own_message = lines[-1].partition("tnt_flax.core.errors.InputError: ")
+        message = own_message if own_error else f"the config file failed: {before} ({frame[0]})"
+    close = re.search(r'Did you mean "(.+)" instead of "(.+?)"', message)
+    if close:
+        message = f"the config has no key {close[2]!r}: did you mean {close[1]!r}?"
+    elif (key := message.strip("'\" ")).isidentifier():
+        message = f"the config has no key {key!r}: configs/default.py lists all keys"
+    return " ".join(message.split())
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
-    """["depth=4", "dtype=bfloat16"] as {"depth": 4, "dtype": "bfloat16"}."""
+    """Parses NAME=VALUE: ["depth=4", "dtype=bfloat16"] is {"depth": 4, "dtype": "bfloat16"}."""
     values = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
@@ -79,16 +145,128 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         try:
             values[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            values[name] = value  # a word
+            values[name] = value  # a string without quotes
     return values
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse's for the command `prog`; bad arguments are an InputError, `doc` is the --help."""
+def positive(text: str) -> int:
+    """Parses an integer above 0, as an argument's `type`."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
 
-    def __init__(self, prog: str, doc: str):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=prog, description=doc, formatter_class=formatter)
 
-    def error(self, message: str):
-        raise InputError(f"{message}; see {self.prog} --help")
+def add_weights_options(parser: Parser) -> None:
+    """Adds the options of a command that reads weights; `read_weights` uses them."""
+    add = parser.add_argument
+    add(
+        "source",
+        metavar="CHECKPOINT",
+        help="weights file of any framework, workdir, folder of one checkpoint, hf://OWNER/NAME, "
+        "or the name of a network",
+    )
+    add("--weights", choices=["ema", "raw"], default="ema", help="which, if CHECKPOINT has both")
+    add("--checkpoint", choices=["best", "last"], default="best", help="which one of a workdir")
+    add("--name", help="network that CHECKPOINT must contain; any other is an error")
+    for field in ARCHITECTURE_FIELDS:
+        help_text = "needed only if CHECKPOINT has an unpublished size"
+        add(f"--{field.replace('_', '-')}", type=positive, metavar="N", help=help_text)
+
+
+def weights_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the weights options as arguments of `read_checkpoint` and `load_classifier`."""
+    arguments = {"path": args.source}
+    for name in ("name", "weights", "checkpoint", *ARCHITECTURE_FIELDS):
+        if getattr(args, name) is not None:
+            arguments[name] = getattr(args, name)
+    return arguments
+
+
+def read_weights(args: argparse.Namespace, *, square_rgb: bool = False):
+    """Reads the weights that the options select; returns a `weights.read.Checkpoint`.
+
+    Args:
+        args: with the options of `add_weights_options`.
+        square_rgb: requires a network for square images of 3 channels.
+
+    Raises:
+        InputError: as `read_checkpoint` does, or the network takes other images.
+    """
+    from tnt_flax.weights.read import read_checkpoint
+
+    found = read_checkpoint(**weights_arguments(args))
+    if square_rgb and (found.network.grid is None or found.network.channels != 3):
+        raise InputError(
+            f"{found.path} takes images of {found.network.sentences} patches and "
+            f"{found.network.channels} channels; this command needs square images of 3 channels"
+        )
+    return found
+
+
+def run(
+    parser: Parser,
+    command: Callable[[argparse.Namespace], dict[str, Any] | None],
+    argv: Sequence[str] | None = None,
+    *,
+    on_interrupt: str = "nothing was written",
+    failed: Callable[[dict[str, Any]], bool] = lambda result: False,
+) -> int:
+    """Runs a command and returns its exit code, see `core.errors`.
+
+    Args:
+        parser: parses `argv`.
+        command: gets the arguments; returns the JSON object of the last line on stdout, or None.
+        argv: the arguments, `sys.argv[1:]` by default.
+        on_interrupt: the message after Ctrl-C.
+        failed: whether the command's result is a failure (exit code 1).
+    """
+    try:
+        args = parser.parse_args(argv)
+        setup_logging()
+        result = command(args)
+        if result is not None:
+            print(json.dumps(result), flush=True)
+        return FAILED if result is not None and failed(result) else 0
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except EXPECTED as error:
+        return _print_end(error, on_interrupt)
+
+
+@contextmanager
+def exit_on_error(on_interrupt: str) -> Iterator[None]:
+    """Exits with one line for an expected error, or with `on_interrupt` after Ctrl-C."""
+    try:
+        yield
+    except EXPECTED as error:
+        sys.exit(_print_end(error, on_interrupt))
+
+
+def _print_end(error: BaseException, on_interrupt: str) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        print(f"interrupted: {on_interrupt}", file=sys.stderr)
+        return INTERRUPTED
+    return print_error(error)
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Writes to the `sys.stderr` of the moment, which tests and notebooks replace."""
+
+    def __init__(self):
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+
+def setup_logging() -> None:
+    """Prints the package's log messages to stderr, bare. Orbax and Grain log errors only."""
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.ERROR)  # their warnings are for their developers
+    logger = logging.getLogger("tnt_flax")
+    if not logger.handlers:
+        logger.addHandler(_StderrHandler())
+    logger.setLevel(logging.INFO)

@@ -10,33 +10,30 @@ what the compiler says: nothing runs. The last line on stdout is one JSON object
 that the step does not fit into the chips' memory, 2 is bad input.
 """
 
-import json
 import os
 import sys
 from typing import Any
 
-from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.tools import command_line
+from tnt_flax.tools.command_line import Parser, positive, run
 from tnt_flax.training import config_check
 
 
-def define_flags() -> None:
-    flags.DEFINE_string("topology", None, "TPU kind and chips along each axis, such as v5e:4x4.")
-    flags.DEFINE_integer("classes", 1000, "Of the data set, which is not read.", lower_bound=1)
+def make_parser() -> Parser:
+    parser = Parser("python -m tnt_flax.tools.compile_check", __doc__, takes_config=True)
+    parser.add_argument("--topology", help="kind of TPU and chips along each axis, such as v5e:4x4")
+    parser.add_argument("--classes", type=positive, default=1000, metavar="N", help="classes")
+    return parser
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    logging.set_verbosity(logging.ERROR)  # other libraries' remarks
-    os.environ["JAX_PLATFORMS"] = "cpu"  # on a TPU machine, too: its chips are left alone
-    values = flags.FLAGS
-    with command_line.exit_on_error("nothing was found out"):
-        result = compile_check(command_line.CONFIG.value, values.topology, values.classes)
-    print(json.dumps(result))
-    sys.exit(0 if result["fits"] else 1)
+def main(argv: list[str] | None = None) -> int:
+    def command(args):
+        os.environ["JAX_PLATFORMS"] = "cpu"  # on a TPU machine, too: its chips are left alone
+        return compile_check(args.config, args.topology, args.classes)
+
+    return run(make_parser(), command, argv, failed=lambda result: not result["fits"])
 
 
 def compile_check(config: ConfigDict, topology: str | None, classes: int = 1000) -> dict[str, Any]:
@@ -87,6 +84,4 @@ def compile_check(config: ConfigDict, topology: str | None, classes: int = 1000)
 
 
 if __name__ == "__main__":
-    define_flags()
-    flags.adopt_module_key_flags(command_line)
-    app.run(main, flags_parser=command_line.parse_flags)
+    sys.exit(main())

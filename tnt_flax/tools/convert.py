@@ -10,15 +10,14 @@ The last line on stdout is one JSON object. Exit code 1 is a failure to write, o
 difference that is no rounding; 2 is bad input.
 """
 
-import json
+import argparse
 import pathlib
 import sys
 from typing import Any
 
-from tnt_flax.core.errors import InputError, RunError
+from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import fingerprint
-from tnt_flax.tools.command_line import Parser
-from tnt_flax.tools.weights_options import add_weights_options, read_weights
+from tnt_flax.tools.command_line import Parser, add_weights_options, read_weights, run
 from tnt_flax.weights import write
 from tnt_flax.weights.identify import lineage_of
 from tnt_flax.weights.read import Checkpoint
@@ -38,45 +37,50 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(argv: list[str]) -> int:
-    """Returns the exit code."""
-    try:
-        args = make_parser().parse_args(argv)
-        if args.check == (args.destination is not None):
-            raise InputError("give a destination, or --check and none")
-        if not args.check:
-            system = args.to or write.default_system(args.destination)
-            write.check_destination(args.destination, system)
-        found = read_weights(args)
-        result = report(found, names=args.names)
-        if not args.check:
-            target = write.make_target(found, system)
-            write.write(args.destination, system, target, found)
-            size = args.destination.stat().st_size
-            print_row("written", f"{args.destination} for {system}, {size / 1e6:.1f} MB")
-            for note in target.notes:
-                print_row("note", note)
-            result |= {
-                "destination": str(args.destination),
-                "to": system,
-                "same_function": target.same_function,
-            }
-        code = 0
-        if args.against:
-            from tnt_flax.tools import compare_timm
+def main(argv: list[str] | None = None) -> int:
+    def differs(result):
+        return not result.get("against_timm", {"head": 0})["head"] <= TOLERANCE
 
-            differences = compare_timm.compare_with_timm(found)
-            for place, difference in differences.items():
-                print_row(f"|timm - ours| {place}", f"{difference:.1e}")
-            result["against_timm"] = differences
-            code = int(not differences["head"] <= TOLERANCE)
-    except (InputError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        for line in getattr(error, "details", ()):
-            print(f"  {line}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    print(json.dumps(result))
-    return code
+    return run(make_parser(), convert, argv, failed=differs)
+
+
+def convert(args: argparse.Namespace) -> dict[str, Any]:
+    """Converts or checks weights; returns the JSON object of the last line.
+
+    Raises:
+        InputError: the weights, the destination or the combination of options is wrong.
+        RunError: the destination cannot be written.
+    """
+    if args.check == (args.destination is not None):
+        raise InputError("give a destination, or --check and none")
+    if not args.check:
+        system = args.to or write.default_system(args.destination)
+        write.check_destination(args.destination, system)
+    try:
+        found = read_weights(args)
+    except InputError as error:
+        raise InputError("\n  ".join([str(error), *error.details])) from None
+    result = report(found, names=args.names)
+    if not args.check:
+        target = write.make_target(found, system)
+        write.write(args.destination, system, target, found)
+        size = args.destination.stat().st_size
+        print_row("written", f"{args.destination} for {system}, {size / 1e6:.1f} MB")
+        for note in target.notes:
+            print_row("note", note)
+        result |= {
+            "destination": str(args.destination),
+            "to": system,
+            "same_function": target.same_function,
+        }
+    if args.against:
+        from tnt_flax.tools import compare_timm
+
+        differences = compare_timm.compare_with_timm(found)
+        for place, difference in differences.items():
+            print_row(f"|timm - ours| {place}", f"{difference:.1e}")
+        result["against_timm"] = differences
+    return result
 
 
 def report(found: Checkpoint, *, names: bool) -> dict[str, Any]:
@@ -111,4 +115,4 @@ def print_row(key: str, value: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

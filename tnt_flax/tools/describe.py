@@ -22,7 +22,6 @@ The last line on stdout is one JSON object. Exit code 2 is bad input.
 
 import functools
 import itertools
-import json
 import math
 import re
 import sys
@@ -37,7 +36,7 @@ from tnt_flax.core.trees import flat_names
 from tnt_flax.models import Model, create_model
 from tnt_flax.models.tnt_blocks import TNTBlock
 from tnt_flax.models.word_embedding import KERNEL
-from tnt_flax.tools.command_line import Parser, parse_settings
+from tnt_flax.tools.command_line import Parser, parse_settings, run
 from tnt_flax.tools.contractions import Contraction, contractions, count_macs
 
 # Of the cost model: the first one whose expression matches the beginning of a layer's path.
@@ -91,16 +90,11 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(argv: list[str]) -> int:
-    """Returns the exit code."""
-    try:
-        args = make_parser().parse_args(argv)
-        result = describe(args.model, args.image_size, args.batch_size, parse_fields(args.set))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(result))
-    return 0
+def main(argv: list[str] | None = None) -> int:
+    def command(args):
+        return describe(args.model, args.image_size, args.batch_size, parse_fields(args.set))
+
+    return run(make_parser(), command, argv)
 
 
 def parse_fields(settings: list[str]) -> dict[str, Any]:
@@ -317,4 +311,4 @@ def print_parts(parts: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -30,8 +30,7 @@ from tnt_flax.core.errors import InputError, RunError, one_line
 from tnt_flax.inference.stablehlo import load_exported, save_exported, trace
 from tnt_flax.runtime import host
 from tnt_flax.tools import attention
-from tnt_flax.tools.command_line import Parser, exit_on_error
-from tnt_flax.tools.weights_options import add_weights_options, check_takes_photos, read_weights
+from tnt_flax.tools.command_line import Parser, add_weights_options, read_weights, run
 from tnt_flax.training.mixup import normalize
 from tnt_flax.weights import hub_folder, write
 from tnt_flax.weights.read import Checkpoint, read_checkpoint
@@ -54,10 +53,8 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(argv: list[str]) -> None:
-    with exit_on_error("nothing was written"):
-        result = export(make_parser().parse_args(argv))
-    print(json.dumps(result))
+def main(argv: list[str] | None = None) -> int:
+    return run(make_parser(), export, argv)
 
 
 def export(args: Any) -> dict[str, Any]:
@@ -76,14 +73,13 @@ def export(args: Any) -> dict[str, Any]:
     if not out.parent.is_dir():
         raise InputError(f"there is no folder {out.parent}")
     host.cache_compilations()
-    found = read_weights(args)
-    check_takes_photos(found)
+    found = read_weights(args, square_rgb=True)
     print(f"exporting {found.summary()}", file=sys.stderr)
     temporary = out.with_name(f"{out.stem}.tmp{out.suffix}")
     try:
-        run = FORMS[form](found, temporary)
+        exported = FORMS[form](found, temporary)
         images = real_images(found)
-        difference = verify(found, run, images, str(out))
+        difference = verify(found, exported, images, str(out))
         os.replace(temporary, out)
     except OSError as error:
         raise RunError(f"cannot write {out}: {error.strerror or error}") from error
@@ -198,4 +194,4 @@ def verify(found: Checkpoint, run: Run, images: np.ndarray, out: str) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

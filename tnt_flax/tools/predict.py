@@ -12,7 +12,6 @@ could be read, 2 is bad input.
 
 import contextlib
 import glob
-import json
 import os
 import pathlib
 import sys
@@ -25,8 +24,7 @@ from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.files import open_table
 from tnt_flax.data.sources.names import is_image, natural_key
 from tnt_flax.runtime import host
-from tnt_flax.tools.command_line import Parser, exit_on_error
-from tnt_flax.tools.weights_options import add_weights_options, weights_arguments
+from tnt_flax.tools.command_line import Parser, add_weights_options, run, weights_arguments
 
 STDIN = "-"
 
@@ -38,21 +36,20 @@ def make_parser() -> Parser:
     add("paths", metavar="PATH", nargs="+", help="a file, a folder, a pattern, or - for stdin")
     add("--top", type=int, default=5, help="answers per image")
     add("--out", type=pathlib.Path, help="a table to write: .csv, .jsonl or .parquet")
-    add("--batch_size", type=int, default=64, help="images at a time")
+    add("--batch-size", type=int, default=64, help="images at a time")
     add("--threads", type=int, default=8, help="that read and decode")
-    add("--class_list", help="a file with the name of a class on each line")
+    add("--class-list", help="a file with the name of a class on each line")
     return parser
 
 
-def main(argv: list[str]) -> None:
-    try:
-        with exit_on_error("no table was written"):
-            result = predict(make_parser().parse_args(argv))
-        print(json.dumps(result), flush=True)
-    except BrokenPipeError:  # who reads this, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    sys.exit(0 if result["images"] else 1)
+def main(argv: list[str] | None = None) -> int:
+    return run(
+        make_parser(),
+        predict,
+        argv,
+        on_interrupt="no table was written",
+        failed=lambda result: not result["images"],
+    )
 
 
 def predict(args: Any) -> dict[str, Any]:
@@ -142,4 +139,4 @@ def _below(folder: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

@@ -10,17 +10,15 @@ line on stdout is one JSON object. Exit code 1 is a picture that cannot be writt
 """
 
 import contextlib
-import json
 import pathlib
 import sys
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError, RunError
-from tnt_flax.tools import command_line
+from tnt_flax.tools.command_line import Parser, positive, run
 from tnt_flax.training import config_check
 
 MOST_READ = 256  # images: beyond that many, a batch is read only as far as the sheet needs it
@@ -36,19 +34,21 @@ class Samples(NamedTuple):
     config: ConfigDict  # the run's, but for a smaller batch
 
 
-def define_flags() -> None:
-    flags.DEFINE_string("out", None, "The PNG file to write.")
-    flags.DEFINE_integer("rows", 4, "Images from top to bottom.", lower_bound=1)
-    flags.DEFINE_integer("columns", 8, "Images from left to right.", lower_bound=1)
+def make_parser() -> Parser:
+    parser = Parser("python -m tnt_flax.tools.preview", __doc__, takes_config=True)
+    parser.add_argument("--out", metavar="FILE", help="PNG file to write")
+    parser.add_argument("--rows", type=positive, default=4, metavar="N", help="rows of images")
+    parser.add_argument(
+        "--columns", type=positive, default=8, metavar="N", help="columns of images"
+    )
+    return parser
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    logging.set_verbosity(logging.ERROR)  # other libraries' remarks
-    values = flags.FLAGS
-    with command_line.exit_on_error("nothing was written"):
-        result = preview(command_line.CONFIG.value, values.out, values.rows, values.columns)
-    print(json.dumps(result))
+def main(argv: list[str] | None = None) -> int:
+    def command(args):
+        return preview(args.config, args.out, args.rows, args.columns)
+
+    return run(make_parser(), command, argv)
 
 
 def preview(config: ConfigDict, out: str | None, rows: int, columns: int) -> dict[str, Any]:
@@ -175,6 +175,4 @@ def shorten(name: str, letters: int) -> str:
 
 
 if __name__ == "__main__":
-    define_flags()
-    flags.adopt_module_key_flags(command_line)
-    app.run(main, flags_parser=command_line.parse_flags)
+    sys.exit(main())

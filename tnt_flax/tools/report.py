@@ -2,7 +2,7 @@
 """Writes a page about a training run: report.html, which stands alone and opens from disk.
 
     python -m tnt_flax.tools.report runs/digits
-    python -m tnt_flax.tools.report runs/tnt_s --data_root=IMAGENET --out=tnt_s.html
+    python -m tnt_flax.tools.report runs/tnt_s --data-root=IMAGENET --out=tnt_s.html
 
 Curves, the confusion matrix, calibration, the hardest images and the most frequent mistakes of the
 evaluation split, what of some images reaches the head, the environment, the config. The best
@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.data import imagenet_classes
 from tnt_flax.runtime import host
-from tnt_flax.tools.command_line import Parser, exit_on_error
+from tnt_flax.tools.command_line import Parser, run
 
 SHOWN = 16  # images of a kind
 LOOKED_AT = 4  # images of which attention is shown
@@ -36,14 +36,12 @@ def make_parser() -> Parser:
     add("workdir", metavar="WORKDIR", type=pathlib.Path, help="the folder of a run")
     add("--out", type=pathlib.Path, help="the page; WORKDIR/report.html by default")
     add("--checkpoint", choices=["best", "last"], default="best", help="which one answers")
-    add("--data_root", help="where the data are now, if not where they were")
+    add("--data-root", help="where the data are now, if not where they were")
     return parser
 
 
-def main(argv: list[str]) -> None:
-    with exit_on_error("no report was written"):
-        result = report(make_parser().parse_args(argv))
-    print(json.dumps(result))
+def main(argv: list[str] | None = None) -> int:
+    return run(make_parser(), report, argv, on_interrupt="no report was written")
 
 
 def report(args: Any) -> dict[str, Any]:
@@ -239,4 +237,4 @@ def flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

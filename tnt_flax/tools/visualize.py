@@ -12,7 +12,6 @@ sentences, and so do the pictures. The last line on stdout is one JSON object. E
 picture that cannot be written, 2 is bad input.
 """
 
-import json
 import pathlib
 import re
 import sys
@@ -23,8 +22,7 @@ import numpy as np
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.data import imagenet_classes
 from tnt_flax.runtime import host
-from tnt_flax.tools.command_line import Parser, exit_on_error
-from tnt_flax.tools.weights_options import add_weights_options, check_takes_photos, read_weights
+from tnt_flax.tools.command_line import Parser, add_weights_options, read_weights, run
 from tnt_flax.weights.read import Checkpoint
 
 PATCHES = 3  # shown where none are chosen
@@ -40,10 +38,8 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(argv: list[str]) -> None:
-    with exit_on_error("some pictures may be missing"):
-        result = visualize(make_parser().parse_args(argv))
-    print(json.dumps(result))
+def main(argv: list[str] | None = None) -> int:
+    return run(make_parser(), visualize, argv, on_interrupt="some pictures may be missing")
 
 
 def visualize(args: Any) -> dict[str, Any]:
@@ -56,8 +52,7 @@ def visualize(args: Any) -> dict[str, Any]:
     from tnt_flax.tools import attention, pictures
 
     host.cache_compilations()
-    found = read_weights(args)
-    check_takes_photos(found)
+    found = read_weights(args, square_rgb=True)
     grid = found.network.grid
     patches = [parse_patch(patch, grid) for patch in args.patches or ()]
     pixels = attention.prepare(found, args.image)
@@ -110,4 +105,4 @@ def parse_patch(text: str, grid: tuple[int, int]) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

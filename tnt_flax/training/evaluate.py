@@ -131,7 +131,7 @@ def _evaluate_checkpoint(config, run, which, per_class, stop):
             source = class_maps.Relabeled(source, labels)
         several = getattr(source, "most_labels", None) is not None
         if several and per_class:
-            raise InputError("images may be of several classes in these data: no --per_class")
+            raise InputError("images may be of several classes in these data: no --per-class")
         params, found = experiment.load_params(
             config, experiment.build_model(config, 0), path, checkpoint=checkpoint
         )
