@@ -264,31 +264,21 @@ def _bare_pass(config):
     import jax
 
     from tnt_flax.runtime import sharding
-    from tnt_flax.training import experiment
-    from tnt_flax.training.step import TrainState
+    from tnt_flax.training.experiment import Experiment
 
-    mesh = experiment.build_mesh(config)
-    source = experiment.open_source(config, config.data.train_split)
-    plan = experiment.build_plan(config, len(source))
-    model = experiment.build_model(config, len(source.class_names))
-    tx, schedule = experiment.build_optimizer(config, plan.steps_per_epoch)
-    init_params = experiment.init_params(model, config)
-    init_key, step_key = experiment.run_keys(config)
-    init_state = lambda key: TrainState.create(init_params(key), tx)
-    shapes = jax.eval_shape(init_state, init_key)
-    state = jax.jit(init_state, out_shardings=sharding.shardings(shapes, mesh))(init_key)
-    train_step = experiment.build_train_step(config, model, tx, schedule)
-    train_step = sharding.jit_train_step(train_step, mesh, shapes)
-    with contextlib.closing(experiment.train_batches(config, source, plan, 0, 1)) as batches:
+    experiment = Experiment(config)
+    state, (_, step_key) = experiment.initial_state(), experiment.keys
+    train_step, steps_per_epoch = experiment.train_step, experiment.steps_per_epoch
+    with contextlib.closing(experiment.train_batches(0, 1)) as batches:
         batch = next(batches)
     batch.pop("replaced")
-    batch = sharding.to_global(batch, mesh)
+    batch = sharding.to_global(batch, experiment.mesh)
 
     def bare_pass():
         nonlocal state
-        for _ in range(plan.steps_per_epoch):
+        for _ in range(steps_per_epoch):
             state, metrics = train_step(state, batch, step_key)
         jax.block_until_ready((state, metrics))
-        return plan.steps_per_epoch
+        return steps_per_epoch
 
     return bare_pass

@@ -25,7 +25,7 @@ from tnt_flax.data.sources import check_same_classes, open_source
 from tnt_flax.data.sources.imagenet import read_labels
 from tnt_flax.data.sources.webdataset import expand_braces, find_shards
 from tnt_flax.data.transforms import eval_transform, train_transform
-from tnt_flax.training import experiment
+from tnt_flax.training.experiment import Experiment
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 
@@ -404,8 +404,9 @@ def test_the_config_reaches_the_source(tmp_path, smoke_config):
     config = smoke_config(
         data__source="imagenet_tars", data__root=str(tmp_path), data__eval_labels="labels.txt"
     )
-    assert len(experiment.open_source(config, config.data.train_split)) == 6
-    assert len(experiment.open_source(config, "validation")) == 4
+    experiment = Experiment(config)
+    assert len(experiment.train_source) == 6
+    assert len(experiment.open_source("validation")) == 4
 
 
 def test_options_of_other_kinds_are_refused():

@@ -18,7 +18,7 @@ from tnt_flax import create_model
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import imagenet_classes
 from tnt_flax.data import labels as class_maps
-from tnt_flax.training import config_check
+from tnt_flax.training.config import check_config
 from tnt_flax.training.evaluate import (
     calibration_error,
     evaluate_checkpoint,
@@ -299,7 +299,7 @@ def test_every_set_has_a_config():
     for name in imagenet_variants.NAMES:
         config = imagenet_variants.get_config(name)
         config.model.name = "tnt_s_patch16_224"
-        config_check.check(config)
+        check_config(config)
         assert (config.data.source == "tfds") == name.endswith("_tfds") == bool(config.data.name)
     assert {"v2", "a_tfds", "r", "sketch_tfds", "real"} < set(imagenet_variants.NAMES)
     with pytest.raises(InputError, match="imagenet_variants.py:b: after the colon comes one of"):

@@ -2,7 +2,6 @@
 """Two epochs of the published recipe on an image folder, nothing switched off, stopped once."""
 
 import contextlib
-import functools
 import io
 import math
 
@@ -13,7 +12,7 @@ from PIL import Image
 from configs import default
 from tests.helpers.photos import jpeg
 from tnt_flax.data.sources import ImageFolder
-from tnt_flax.training import experiment
+from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.metrics import read_metrics_file
 from tnt_flax.training.train import train_and_evaluate
 
@@ -62,7 +61,7 @@ def make_folder(root):
 
 def planned(config, source, damaged):
     """The records of every step, and how many are stand-ins, as the plan alone says."""
-    plan = experiment.build_plan(config, len(source))
+    plan = Experiment(config).plan
     assert plan.steps_per_epoch == STEPS
     records = np.array([[plan.plan(s, row)[0] for row in range(BATCH)] for s in range(2 * STEPS)])
     broken = [i for i in range(len(source)) if source.name_of(i) == str(damaged)]
@@ -85,21 +84,25 @@ def test_two_epochs_with_every_switch_on(tmp_path, monkeypatch):
 
     batches = []
 
-    def stopped_at(last, *args):
-        with contextlib.closing(make_batches(*args)) as stream:
-            for batch in stream:
-                batches.append(batch["label"])
-                if len(batches) > last:
-                    raise KeyboardInterrupt
-                yield batch
+    make_batches = Experiment.train_batches
 
-    make_batches = experiment.train_batches
-    monkeypatch.setattr(experiment, "train_batches", functools.partial(stopped_at, STEPS + 1))
+    def stop_after(last):
+        def train_batches(*args):
+            with contextlib.closing(make_batches(*args)) as stream:
+                for batch in stream:
+                    batches.append(batch["label"])
+                    if len(batches) > last:
+                        raise KeyboardInterrupt
+                    yield batch
+
+        monkeypatch.setattr(Experiment, "train_batches", train_batches)
+
+    stop_after(STEPS + 1)
     with pytest.raises(KeyboardInterrupt):
         train_and_evaluate(config, tmp_path / "run")
     np.testing.assert_array_equal(batches, labels[records[: STEPS + 2]])
     batches.clear()
-    monkeypatch.setattr(experiment, "train_batches", functools.partial(stopped_at, math.inf))
+    stop_after(math.inf)
     result = train_and_evaluate(config, tmp_path / "run")  # from the first epoch's end on
 
     # Every step had the images of the plan, three views of each, labelled as the list says.

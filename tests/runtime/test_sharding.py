@@ -15,7 +15,8 @@ from tnt_flax.core.trees import flat_names
 from tnt_flax.models import create_model, draws
 from tnt_flax.runtime import sharding
 from tnt_flax.tools import hlo
-from tnt_flax.training import experiment, mixup
+from tnt_flax.training import mixup
+from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.step import TrainState
 
 COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "collective-permute"}
@@ -170,7 +171,7 @@ def test_axes_that_do_not_divide_the_network(tnt_s, smoke_config):
     with pytest.raises(InputError, match=r"mesh.fsdp=5 does not divide the 384 of params/bl"):
         sharding.shardings(tnt_s, mesh)
     with pytest.raises(InputError, match="mesh.tensor=2 does not divide the 3 heads of the outer"):
-        experiment.build_model(smoke_config(mesh__tensor=2), 10)
+        Experiment(smoke_config(mesh__tensor=2)).make_model(10)
 
 
 def test_a_batch_is_split_over_data_and_fsdp():
@@ -236,11 +237,9 @@ def trained_alone():
             "model.drop_path": 0.3,
         }
     )
-    model = experiment.build_model(config, 10)
-    tx, schedule = experiment.build_optimizer(config, 29)
-    step = experiment.build_train_step(config, model, tx, schedule)
-    state = jax.jit(lambda key: TrainState.create(experiment.init_params(model, config)(key), tx))
-    start, batch, metrics = state(jax.random.key(0)), random_batch(), []
+    experiment = Experiment(config, num_classes=10, steps_per_epoch=29)
+    step, batch, metrics = experiment.make_train_step(), random_batch(), []
+    start = jax.jit(experiment.init_state)(jax.random.key(0))
     state, one = start, jax.jit(step)
     for _ in range(20):
         state, found = one(state, batch, jax.random.key(1))
@@ -253,8 +252,7 @@ def test_eight_devices_train_as_one_does(trained_alone, name):
     """Same batch, same state: any mesh gives the same losses and weights, and exchanges little."""
     config, start, expected, end = trained_alone
     sizes, wanted = MESHES[name]
-    model = experiment.build_model(config, 10)
-    step = experiment.build_train_step(config, model, *experiment.build_optimizer(config, 29))
+    step = Experiment(config, num_classes=10, steps_per_epoch=29).make_train_step()
     mesh = sharding.make_mesh(**sizes)
     state = sharding.place(start, sharding.shardings(start, mesh))
     batch, key = sharding.to_global(random_batch(), mesh), jax.random.key(1)

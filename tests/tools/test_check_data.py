@@ -199,9 +199,9 @@ def test_other_files_are_left_alone(tmp_path):
 
 
 def test_a_record_that_cannot_be_read(config, folder):
-    from tnt_flax.training import experiment
+    from tnt_flax.training.experiment import Experiment
 
-    source = experiment.open_source(config, "train")
+    source = Experiment(config).train_source
     (folder / "train/cat/bomb.png").unlink()
     label, (line,) = check_data.check_record(source, 0)
     assert label is None and line["finding"] == "corrupt"
@@ -225,7 +225,9 @@ class Sparse:
 
 
 def test_classes_without_images(config, monkeypatch, capsys):
-    monkeypatch.setattr("tnt_flax.training.experiment.open_source", lambda config, split: Sparse())
+    monkeypatch.setattr(
+        "tnt_flax.training.experiment.Experiment.open_source", lambda self, split: Sparse()
+    )
     monkeypatch.setattr(check_data, "FEW", 2)
     result = check_data.check_data(config)
     assert (result["classes_with_none"], result["classes_with_few"]) == (1, 1)

@@ -29,7 +29,7 @@ from tnt_flax.data import imagenet_classes
 from tnt_flax.data.transforms import eval_transform
 from tnt_flax.runtime.workdir import as_json
 from tnt_flax.tools import predict
-from tnt_flax.training import experiment
+from tnt_flax.training.experiment import Experiment
 from tnt_flax.weights.weights_file import save_weights
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay"]
@@ -40,7 +40,7 @@ def save(path, classes=10, class_names=NAMES, image_size=32, **data):
     config = digits.get_config()
     config.update_from_flattened_dict(SMOKE | {"data.image_size": image_size})
     config.data.update(data)
-    model = experiment.build_model(config, classes)
+    model = Experiment(config).make_model(classes)
     params = random_params(model, image_size)
     if classes:
         params["head"]["kernel"] *= 50

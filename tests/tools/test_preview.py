@@ -13,7 +13,7 @@ from PIL import Image
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.tools import preview
-from tnt_flax.training import experiment
+from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.step import TrainState
 
 MIXING = {
@@ -44,15 +44,13 @@ def test_the_images_are_those_that_a_training_step_gives_the_network(smoke_confi
     samples = preview.first_samples(config, 32)
     assert samples.config.batch_size == 48 == len(samples.images)
 
-    source = experiment.open_source(config, config.data.train_split)
-    batch = next(
-        experiment.train_batches(config, source, experiment.build_plan(config, len(source)), 0, 1)
-    )
-    tx, model = optax.sgd(1.0), Recorder()
-    step = jax.jit(experiment.build_train_step(config, model, tx, lambda count: 1.0))
+    experiment, tx, model = Experiment(config), optax.sgd(1.0), Recorder()
+    batch = next(experiment.train_batches(0, 1))
+    experiment.model, experiment.optimizer = model, (tx, lambda count: 1.0)
+    step = jax.jit(experiment.make_train_step())
     state = TrainState.create({"logits": jnp.zeros((48, 10))}, tx)
     inputs = {name: batch[name] for name in ("image", "label")}
-    after, _ = step(state, inputs, experiment.run_keys(config)[1])
+    after, _ = step(state, inputs, experiment.make_keys()[1])
     jax.effects_barrier()
     (seen,) = model.images
     np.testing.assert_allclose(samples.images, seen, atol=1e-6)

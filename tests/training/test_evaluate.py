@@ -9,29 +9,27 @@ import pytest
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.runtime import sharding
 from tnt_flax.runtime.workdir import as_json
-from tnt_flax.training import experiment
 from tnt_flax.training.evaluate import evaluate, evaluate_checkpoint, sums_and_means
+from tnt_flax.training.experiment import Experiment
 from tnt_flax.weights.weights_file import save_weights
 
 
 @pytest.fixture
 def setting(smoke_config):
-    config = smoke_config()
-    model = experiment.build_model(config, 10)
-    params = experiment.init_params(model, config)(jax.random.key(3))
+    experiment = Experiment(smoke_config())
+    params = experiment.init_params(jax.random.key(3))
     params["head"]["kernel"] *= 50  # so that logits differ
-    return config, model, params
+    return experiment, params
 
 
 def test_exact_for_any_batch_size(setting):
-    config, model, params = setting
-    mesh = sharding.make_mesh()
-    source = experiment.open_source(config, "test")
-    step = jax.jit(experiment.build_eval_step(config, model))
+    experiment, params = setting
+    config, model = experiment.config, experiment.model
+    step = jax.jit(experiment.make_eval_step(model))
     results = []
     for batch_size in (8, 56, 360, 368):
         config.eval.batch_size = batch_size
-        result, sums = sums_and_means(step, params, experiment.eval_batches(config, source), mesh)
+        result, sums = sums_and_means(step, params, experiment.eval_batches(), experiment.mesh)
         results.append(result)
         for name in ("per_class", "calibration"):  # images, hits, ...
             assert sums[name][0].sum() == 360
@@ -43,7 +41,7 @@ def test_exact_for_any_batch_size(setting):
 
     # The same by hand, without batches, masks or devices.
     config.eval.batch_size = 360
-    (batch,) = experiment.eval_batches(config, source)
+    (batch,) = experiment.eval_batches()
     pixels = (jnp.asarray(batch["image"], jnp.float32) - 127.5) / 127.5
     order = np.argsort(-np.asarray(model.apply({"params": params}, pixels)), axis=1)
     hits = order == batch["label"][:, None]
@@ -53,7 +51,8 @@ def test_exact_for_any_batch_size(setting):
 
 
 def test_a_weights_file(setting, tmp_path):
-    config, _, params = setting
+    experiment, params = setting
+    config = experiment.config
     path = tmp_path / "w.safetensors"
     names = [str(i) for i in range(10)]
     save_weights(path, params, {"config": as_json(config), "class_names": names})
@@ -76,22 +75,22 @@ def test_a_weights_file(setting, tmp_path):
 
 
 def test_nothing_to_evaluate(setting, tmp_path):
-    config, model, params = setting
+    experiment, params = setting
+    config = experiment.config
     with pytest.raises(InputError, match="--checkpoint=best needs the --workdir"):
         evaluate_checkpoint(config, None, "best")
     with pytest.raises(InputError, match="no whole checkpoint in"):
         evaluate_checkpoint(config, tmp_path, "best")
     with pytest.raises(InputError, match="none.safetensors: No such file"):
         evaluate_checkpoint(config, None, str(tmp_path / "none.safetensors"))
-    step = experiment.build_eval_step(config, model)
+    step = experiment.make_eval_step(experiment.model)
     with pytest.raises(RunError, match="no image could be evaluated"):
         evaluate(step, params, (batch for batch in ()), sharding.make_mesh())
 
 
 def test_weights_that_give_nan(setting):
-    config, model, params = setting
+    experiment, params = setting
     params["head"]["bias"] = jnp.full(10, jnp.nan)
-    source = experiment.open_source(config, "test")
-    step = jax.jit(experiment.build_eval_step(config, model))
+    step = jax.jit(experiment.make_eval_step(experiment.model))
     with pytest.raises(RunError, match="the evaluation loss is nan"):
-        evaluate(step, params, experiment.eval_batches(config, source), sharding.make_mesh())
+        evaluate(step, params, experiment.eval_batches(), experiment.mesh)

@@ -18,9 +18,10 @@ from tnt_flax import create_model
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import flat_names
 from tnt_flax.runtime.workdir import as_json
-from tnt_flax.training import config_check, experiment, fine_tuning
+from tnt_flax.training import fine_tuning
+from tnt_flax.training.config import check_config, describe_model, resolve_model_config
 from tnt_flax.training.evaluate import evaluate_checkpoint
-from tnt_flax.training.model_config import describe, with_network
+from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.optimizer import make_optimizer
 from tnt_flax.training.step import TrainState
 from tnt_flax.training.train import train_and_evaluate
@@ -76,9 +77,10 @@ def stepped(freeze, params=None, steps=2, **options):
     params = initial if params is None else params
     config = digits.get_config()
     config.optimizer.update(freeze=freeze, clip_norm=1.0, **options)
-    tx, schedule = experiment.build_optimizer(config, 1)
-    state = before = TrainState.create(params, tx)
-    step = jax.jit(experiment.build_train_step(config, model, tx, schedule))
+    experiment = Experiment(config, steps_per_epoch=1)
+    experiment.model = model
+    state = before = TrainState.create(params, experiment.optimizer[0])
+    step = jax.jit(experiment.make_train_step())
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
     batch = {"image": jnp.asarray(images), "label": jnp.arange(8) % 5}
     for _ in range(steps):
@@ -145,13 +147,13 @@ def test_bad_patterns(smoke_config, freeze, message):
     with pytest.raises(InputError, match="optimizer.freeze=.*" + message):
         fine_tuning.trained(make()[1], freeze)
     with pytest.raises(InputError, match="optimizer.freeze=.*" + message):  # before any workdir
-        config_check.check(smoke_config(optimizer__freeze=freeze))
+        Experiment(smoke_config(optimizer__freeze=freeze)).check_training()
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.5, -1.0])
 def test_bad_decays(smoke_config, decay):
     with pytest.raises(InputError, match=r"optimizer.layer_decay=.* is outside \(0, 1\]"):
-        config_check.check(smoke_config(optimizer__layer_decay=decay))
+        check_config(smoke_config(optimizer__layer_decay=decay))
 
 
 # ------------------------------------------------------------------- the network of the weights
@@ -160,26 +162,26 @@ def test_bad_decays(smoke_config, decay):
 def test_a_config_takes_the_network_of_the_weights(tmp_path):
     fields = dict(depth=2, vanilla_blocks=(1,), se=True, mlp_ratio=2.0, patch_size=8)
     model = create_model("tnt_b_legacy_patch16_224", **(SMALL | fields))
-    told = describe("x", model)
+    told = describe_model("x", model)
     assert create_model(**told, num_classes=5) == model and "legacy" in told["name"]
-    assert describe("x", create_model("tnt_ti_patch16_224", num_classes=3)) == {
+    assert describe_model("x", create_model("tnt_ti_patch16_224", num_classes=3)) == {
         "name": "tnt_ti_patch16_224"
     }
-    with pytest.raises(InputError, match="x is a network of no published lineage"):
-        describe("x", model.clone(gelu="tanh"))
+    with pytest.raises(InputError, match="x is a network of no published variant"):
+        describe_model("x", model.clone(gelu="tanh"))
 
     config = finetune.get_config()
     with pytest.raises(InputError, match="model.name is empty.*: set init_from=FILE"):
-        with_network(config)
+        Experiment(config).check_training()
     config.init_from = str(tmp_path / "none.pth")
     with pytest.raises(InputError, match="none.pth: No such file"):
-        with_network(config)
+        resolve_model_config(config)
 
 
 def test_only_a_network_without_a_name_is_looked_up():
     config = digits.get_config()
     config.init_from = "none.pth"
-    assert with_network(config) is config
+    assert resolve_model_config(config) is config
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +189,7 @@ def weights(tmp_path_factory):
     """A network of ten digits, not trained."""
     config = digits.get_config()
     config.update_from_flattened_dict(SMOKE)
-    model = experiment.build_model(config, 10)
+    model = Experiment(config).model
     params = random_params(model, 32)
     path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
     save_weights(path, params, {"config": as_json(config), "class_names": [*"0123456789"]})
@@ -233,8 +235,8 @@ def test_any_folder_is_fine_tuned_on(weights, tmp_path, capsys):
 
 
 def test_another_normalization_is_said(weights, tmp_path, capsys):
-    config = with_network(finetune_config(weights, tmp_path, **{"data.mean": (0.4, 0.5, 0.5)}))
-    experiment.load_params(config, experiment.build_model(config, 10), config.init_from)
+    config = finetune_config(weights, tmp_path, **{"data.mean": (0.4, 0.5, 0.5)})
+    Experiment(config).load_params(config.init_from)
     assert "warning: made with data.mean=(0.5, 0.5, 0.5), used with (0.4" in capsys.readouterr().err
 
 

@@ -38,9 +38,10 @@ def test_the_meter_averages_a_window_and_starts_the_next(monkeypatch):
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     meter = StepMeter(batch_size=32, steps_per_epoch=10, total_steps=100)
     for loss in (1.0, 3.0):
-        meter.add({"loss": loss, "grad_norm": 2 * loss, "learning_rate": 0.1})
+        meter.add(0, {"loss": loss, "grad_norm": 2 * loss, "learning_rate": 0.1})
     with meter.pause():  # from 2 to 5: an evaluation
         pass
+    meter.fetch_pending_metrics()
     meter.waited, meter.replaced = 1.0, 5
     values = meter.report(step=20)
     assert values == {
@@ -53,7 +54,8 @@ def test_the_meter_averages_a_window_and_starts_the_next(monkeypatch):
         "train/replaced_images": 5,
         "train/seconds_left": 160.0,
     }
-    meter.add({"loss": 7.0, "grad_norm": 0.0, "learning_rate": 0.1})
+    meter.add(2, {"loss": 7.0, "grad_norm": 0.0, "learning_rate": 0.1})
+    meter.fetch_pending_metrics()
     values = meter.report(step=21)
     assert (values["train/loss"], values["train/replaced_images"]) == (7.0, 0)
 

@@ -15,9 +15,8 @@ from tnt_flax.core.trees import fingerprint, flat_names, merged, split
 from tnt_flax.runtime import checkpoints
 from tnt_flax.tools import report
 from tnt_flax.tools.convert import main as convert
-from tnt_flax.training import experiment
 from tnt_flax.training.evaluate import evaluate_checkpoint
-from tnt_flax.training.step import TrainState, make_prepare, make_train_step
+from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.train import train_and_evaluate
 
 STEPS = 29  # 1,437 digits in batches of 48
@@ -45,8 +44,7 @@ def finished(tmp_path_factory):
 
 
 def stored(workdir, step, kind, config):
-    model = experiment.build_model(config, 10)
-    abstract = jax.eval_shape(experiment.init_params(model, config), jax.random.key(0))
+    abstract = jax.eval_shape(Experiment(config).init_params, jax.random.key(0))
     return checkpoints.read_weights(workdir / "checkpoints" / str(step), kind, abstract)
 
 
@@ -83,9 +81,7 @@ def test_its_weights_are_evaluated_loaded_and_converted(finished, tmp_path):
     assert model.depths == (1, 1, 1, 1) and set(variables) == {"params", "batch_stats"}
     path = tmp_path / "x.pth"
     flags = ["--to=huawei", "--checkpoint=last", "--weights=raw"]
-    params, _ = experiment.load_params(
-        config, experiment.build_model(config, 10), str(workdir), DIGITS, checkpoint="last"
-    )
+    params, _ = Experiment(config).load_params(str(workdir), DIGITS, checkpoint="last")
     assert fingerprint(params) == fingerprint(stored(workdir, STEPS, "ema", config))
     assert convert([str(workdir), str(path), *flags]) == 0
     _, again = tnt_flax.load(path, inner_heads=1)
@@ -101,20 +97,15 @@ def test_its_report(finished):
 
 def test_a_step_sees_the_optimizer_without_statistics(finished):
     config, workdir, _ = finished
-    model = experiment.build_model(config, 10)
-    tx, schedule = experiment.build_optimizer(config, 29)
-    init = experiment.init_params(model, config)
-    create = lambda key: TrainState.create(init(key), tx)
-    state = jax.eval_shape(create, jax.random.key(0))
+    experiment = Experiment(config)
+    state = experiment.state_shapes
     moments = [name for name in flat_names(state.opt_state) if "/mu/" in name]
     assert len(moments) == len(flat_names(split(state.params)["params"]))
-    prepare = make_prepare(10, label_smoothing=0.1, mean=HALF, std=HALF)
-    step = make_train_step(model, tx, schedule, prepare, ema_decay=0.9)
     batch = {
         "image": jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((8,), jnp.int32),
     }
-    new, metrics = jax.eval_shape(step, state, batch, jax.random.key(0))
+    new, metrics = jax.eval_shape(experiment.make_train_step(), state, batch, jax.random.key(0))
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
     same = jax.tree.map(lambda a, b: a.dtype == b.dtype, new, state)
     assert functools.reduce(lambda a, b: a and b, jax.tree.leaves(same))

@@ -23,7 +23,8 @@ from tnt_flax.core.errors import InputError, RunError, Stopped
 from tnt_flax.core.trees import fingerprint
 from tnt_flax.runtime import checkpoints, environment, sharding
 from tnt_flax.runtime.watchdog import Guard
-from tnt_flax.training import experiment, train
+from tnt_flax.training import run as training_run
+from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.metrics import read_metrics_file
 from tnt_flax.training.train import due, train_and_evaluate
 from tnt_flax.weights import names
@@ -151,30 +152,29 @@ def test_training_begins_from_weights_of_any_system(finished, smoke_config, tmp_
 
 def test_other_classes_get_a_new_head(finished, smoke_config, capsys):
     config, workdir, _ = finished
-    model = experiment.build_model(config, 10)
     same, renamed = tuple("0123456789"), tuple("abcdefghij")
     params = read_checkpoint(workdir).params
 
-    def load(model, class_names, config=config):
-        return experiment.load_params(config, model, str(workdir), class_names)
+    def load(class_names, config=config):
+        return Experiment(config).load_params(str(workdir), class_names)
 
-    kept, _ = load(model, class_names=same)
+    kept, _ = load(same)
     assert fingerprint(kept) == fingerprint(params)
     assert "a new head" not in capsys.readouterr().err
-    new, _ = load(model, class_names=renamed)  # as many, but others
+    new, _ = load(renamed)  # as many, but others
     assert "a new head for 10 classes" in capsys.readouterr().err
     assert fingerprint(new["head"]) != fingerprint(params["head"])
     assert fingerprint(new["blocks_0"]) == fingerprint(params["blocks_0"])
 
     config = smoke_config(data__image_size=64)
-    fewer, _ = load(model.clone(num_classes=3), class_names=same[:3], config=config)
+    fewer, _ = load(same[:3], config)
     assert fewer["head"]["kernel"].shape == (24, 3)
     assert fewer["sentence_pos"].shape == (1, 17, 24)
-    kept, found = load(model.clone(num_classes=0), class_names=None)  # to evaluate
+    kept, found = load(None)  # to evaluate
     assert fingerprint(kept) != fingerprint(fewer) and found.class_names == same
     assert kept["head"]["kernel"].shape == (24, 10)
     with pytest.raises(InputError, match=r"not the tnt_ti_.* that the config describes \(depth: 1"):
-        load(model.clone(depth=2), class_names=same)
+        load(same, smoke_config(model__depth=2))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_other_classes_get_a_new_head(finished, smoke_config, capsys):
         (dict(data__source="digit"), "did you mean 'digits'"),
         (dict(data__corrupt="ignore"), "data.corrupt='ignore' is none of"),
         (dict(eval__weights="both"), "eval.weights='both' is none of"),
-        (dict(eval__every="sometimes"), "eval.every='sometimes' is no duration"),
+        (dict(eval__every="sometimes"), "eval.every='sometimes' is not a valid duration"),
         (dict(model__name="tnt_s_patch16_22"), "did you mean 'tnt_s_patch16_224'"),
         (dict(model__remat="all"), "remat='all'"),
         (dict(model__drop_path=1.0), "drop_path=1.0 is outside"),
@@ -395,7 +395,7 @@ def test_too_little_space(smoke_config, tmp_path, monkeypatch):
         assert state_bytes > 4 * 4 * 5_000  # weights, average and two moments in float32
         raise InputError("no space")
 
-    monkeypatch.setattr(train, "check_space", full)
+    monkeypatch.setattr(training_run, "check_space", full)
     with pytest.raises(InputError, match="no space"):
         train_and_evaluate(smoke_config(), tmp_path)
 
@@ -412,11 +412,8 @@ def test_the_loop_waits_for_no_step_in_flight_and_moves_data_only_on_purpose(
 ):
     """JAX's guard sees no transfer from a CPU to itself, hence the seals."""
     events = []
-    jit_train_step, train_batches, get = (
-        sharding.jit_train_step,
-        experiment.train_batches,
-        jax.device_get,
-    )
+    jit_train_step, train_batches = sharding.jit_train_step, Experiment.train_batches
+    get = jax.device_get
 
     def sealed_step(*args):
         step = jit_train_step(*args)
@@ -443,7 +440,7 @@ def test_the_loop_waits_for_no_step_in_flight_and_moves_data_only_on_purpose(
             yield from batches
 
     monkeypatch.setattr(sharding, "jit_train_step", sealed_step)
-    monkeypatch.setattr(experiment, "train_batches", guarded)
+    monkeypatch.setattr(Experiment, "train_batches", guarded)
     monkeypatch.setattr(jax, "device_get", opened)
     result = train_and_evaluate(smoke_config(), tmp_path)
     assert result["step"] == STEPS

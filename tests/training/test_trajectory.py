@@ -15,7 +15,8 @@ from tests.goldens.scripts import trajectory as reference
 from tests.helpers import timm_weights
 from tnt_flax.core.trees import flat_names
 from tnt_flax.models import TNT
-from tnt_flax.training import experiment, mixup
+from tnt_flax.training import mixup
+from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.step import TrainState, make_prepare, make_train_step
 
 FIXED_MIX = mixup.Mix(
@@ -29,7 +30,7 @@ def train(initial):
     config.epochs = reference.EPOCHS
     config.optimizer.warmup_epochs = reference.WARMUP
     config.optimizer.cooldown_epochs = reference.COOLDOWN
-    tx, schedule = experiment.build_optimizer(config, reference.STEPS_PER_EPOCH)
+    tx, schedule = Experiment(config, steps_per_epoch=reference.STEPS_PER_EPOCH).optimizer
     model = TNT(**reference.OUR_FIELDS)
     prepare = make_prepare(
         model.num_classes,

@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.photos import png
 from tnt_flax.core.errors import InputError
 from tnt_flax.data.sources import Holdout, ImageFolder
-from tnt_flax.training import config_check, experiment
+from tnt_flax.training.experiment import Experiment
 
 FIFTH = Holdout(0.2, "train", "validation")
 
@@ -85,7 +85,7 @@ def test_the_config_says_how_much(smoke_config, tmp_path):
         data__holdout=0.3,
         data__eval_split="validation",
     )
-    assert len(experiment.open_source(config, "train")) == 7
+    assert len(Experiment(config).train_source) == 7
     config.data.holdout = 1.0
     with pytest.raises(InputError, match=r"data.holdout=1.0 is outside \[0, 1\)"):
-        config_check.check(config)
+        Experiment(config)

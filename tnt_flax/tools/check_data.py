@@ -27,7 +27,6 @@ from tnt_flax.data.sources import Source
 from tnt_flax.data.transforms import CorruptImageError, decode
 from tnt_flax.tools.command_line import Parser, run
 from tnt_flax.tools.findings import FindingsFile
-from tnt_flax.training import config_check
 
 MEANING = {  # of each finding, in the order of the table
     "corrupt": 'stops training, or with data.corrupt="skip" its neighbour is taken instead',
@@ -75,13 +74,11 @@ def check_data(config: ConfigDict, split: str = "train", out: str | None = None)
     Raises:
         InputError: the config, the data set as a whole or `out` is wrong.
     """
-    from tnt_flax.training import experiment
+    from tnt_flax.training.experiment import Experiment
 
-    config_check.check(config)
+    experiment = Experiment(config)
     splits = ("train", "eval") if split == "both" else (split,)
-    sources = {
-        name: experiment.open_source(config, config.data[f"{name}_split"]) for name in splits
-    }
+    sources = {name: experiment.open_source(config.data[f"{name}_split"]) for name in splits}
     checked = {key: value for key, value in config.data.items() if key not in OTHER_KEYS}
     checked["records"] = {name: len(source) for name, source in sources.items()}
     totals = collections.Counter({"images": 0, "classes": 0})

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.tools.command_line import Parser, positive, run
-from tnt_flax.training import config_check
+from tnt_flax.training.config import check_config
 
 
 def make_parser() -> Parser:
@@ -46,7 +46,7 @@ def compile_check(config: ConfigDict, topology: str | None, classes: int = 1000)
 
     if not topology:
         raise InputError("--topology=KIND:CHIPS is missing, for instance --topology=v5e:4x4")
-    config_check.check(config)
+    check_config(config)
     chip, chips = tpu_compiler.devices(topology)
     images, rest = divmod(config.batch_size, len(chips))
     print(

@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import RunError
-from tnt_flax.training import experiment
+from tnt_flax.training.experiment import Experiment
 
 
 class Answers(NamedTuple):
@@ -26,15 +25,15 @@ class Answers(NamedTuple):
         return self.predicted == self.label
 
 
-def collect(config: ConfigDict, model, params, source) -> Answers:
-    """Answers to all of `source`, by the evaluation that `config` describes.
+def collect(experiment: Experiment, model, params) -> Answers:
+    """Answers to the whole evaluation split of `experiment`.
 
     Raises:
         RunError: there is no image that can be read, or an answer is not finite.
     """
-    predict_step = jax.jit(experiment.build_predict_step(config, model))
+    predict_step = jax.jit(experiment.make_predict_step(model))
     parts, begin = [], 0
-    for batch in experiment.eval_batches(config, source):
+    for batch in experiment.eval_batches():
         probabilities = np.asarray(predict_step(params, batch["image"]), np.float64)
         rows = np.flatnonzero(batch["mask"])
         labels, probabilities = batch["label"][rows], probabilities[rows]

@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.tools.command_line import Parser, positive, run
-from tnt_flax.training import config_check
 
 MOST_READ = 256  # images: beyond that many, a batch is read only as far as the sheet needs it
 MOST_LETTERS = 24  # of a line of a caption
@@ -100,11 +99,11 @@ def first_samples(config: ConfigDict, wanted: int) -> Samples:
     """
     import jax
 
-    from tnt_flax.training import experiment, step
+    from tnt_flax.training import step
+    from tnt_flax.training.experiment import Experiment
 
-    config_check.check(config)
-    source = experiment.open_source(config, config.data.train_split)
     config = config.copy_and_resolve_references()
+    source = Experiment(config).train_source
     batch_size = smaller_batch(config, wanted, len(source))
     if batch_size < config.batch_size:
         print(
@@ -113,13 +112,14 @@ def first_samples(config: ConfigDict, wanted: int) -> Samples:
             file=sys.stderr,
         )
         config.batch_size = batch_size
-    plan = experiment.build_plan(config, len(source))
-    with contextlib.closing(experiment.train_batches(config, source, plan, 0, 1)) as batches:
-        batch = next(batches)
-    _, step_key = experiment.run_keys(config)
-    _, mix_key, erase_key = step.step_keys(step_key, 0)
     config.augment.label_smoothing = 0.0  # the pixels do not depend on it
-    prepare = jax.jit(experiment.build_prepare(config, len(source.class_names)))
+    experiment = Experiment(config)
+    experiment.train_source = source  # opened once
+    with contextlib.closing(experiment.train_batches(0, 1)) as batches:
+        batch = next(batches)
+    _, step_key = experiment.make_keys()
+    _, mix_key, erase_key = step.step_keys(step_key, 0)
+    prepare = jax.jit(experiment.make_prepare(len(source.class_names)))
     inputs = {name: batch[name] for name in ("image", "label")}
     images, weights = jax.device_get(prepare(inputs, mix_key, erase_key))
     return Samples(images, weights, tuple(source.class_names), config)
@@ -139,10 +139,9 @@ def smaller_batch(config: ConfigDict, wanted: int, num_records: int) -> int:
 
 def groups_of(config: ConfigDict) -> int:
     """Of consecutive rows of the batch, each with its own draw or its own views of a record."""
-    from tnt_flax.training import experiment
-
-    grouped = experiment.mixes(config) or config.augment.repeats > 1
-    return config.augment.mix_groups if grouped else 1
+    options = config.augment
+    grouped = options.mixup_alpha or options.cutmix_alpha or options.repeats > 1
+    return options.mix_groups if grouped else 1
 
 
 def spread(batch_size: int, groups: int, wanted: int) -> np.ndarray:

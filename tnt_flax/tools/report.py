@@ -53,7 +53,8 @@ def report(args: Any) -> dict[str, Any]:
     """
     from tnt_flax.runtime import workdir
     from tnt_flax.tools import predictions as answering
-    from tnt_flax.training import experiment, metrics
+    from tnt_flax.training import metrics
+    from tnt_flax.training.experiment import Experiment
     from tnt_flax.weights.read import read_checkpoint
 
     stored = workdir.read_config(args.workdir)
@@ -67,13 +68,14 @@ def report(args: Any) -> dict[str, Any]:
     if args.data_root is not None:
         config.data.root = args.data_root
     found = read_checkpoint(args.workdir, weights=config.eval.weights, checkpoint=args.checkpoint)
-    source = experiment.open_source(config, config.data.eval_split)
+    experiment = Experiment(config)
+    source = experiment.eval_source
     if found.class_names != tuple(source.class_names):
         raise InputError(
             f"{found.path} was trained on other classes than {config.data.root or 'the data'} has"
         )
     print(f"evaluating {found.summary()} on {len(source)} images", file=sys.stderr)
-    answers = answering.collect(config, found.network.model, found.params, source)
+    answers = answering.collect(experiment, found.network.model, found.params)
     lines = metrics.read_metrics_file(args.workdir / "metrics.jsonl")
     summary = {
         "top1": float(answers.right.mean()),

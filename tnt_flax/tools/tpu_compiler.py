@@ -32,8 +32,7 @@ from tnt_flax.core.errors import InputError, one_line
 from tnt_flax.runtime import sharding
 from tnt_flax.tools import hlo
 from tnt_flax.tools.contractions import count_macs
-from tnt_flax.training import experiment
-from tnt_flax.training.step import TrainState
+from tnt_flax.training.experiment import Experiment
 
 GIB = 2**30
 
@@ -93,10 +92,8 @@ def compile_train_step(config: ConfigDict, num_classes: int, topology: str) -> C
         InputError: see `devices`; or the config is wrong.
     """
     chip, chips = devices(topology)
-    mesh = experiment.build_mesh(config, chips)
-    step, arguments = train_step(config, num_classes)
-    jitted = sharding.jit_train_step(step, mesh, arguments[0])
-    return compile_for(chip, jitted, arguments)
+    experiment = Experiment(config, devices=chips, num_classes=num_classes, steps_per_epoch=1)
+    return compile_for(chip, experiment.train_step, step_shapes(experiment))
 
 
 def train_step_flops(config: ConfigDict, num_classes: int) -> int:
@@ -109,17 +106,20 @@ def train_step_flops(config: ConfigDict, num_classes: int) -> int:
 
 def train_step(config: ConfigDict, num_classes: int) -> tuple[Callable, tuple]:
     """The step that `config` describes, not yet jitted, and the shapes of its arguments."""
-    model = experiment.build_model(config, num_classes)
-    tx, schedule = experiment.build_optimizer(config, steps_per_epoch=1)
-    init_params = experiment.init_params(model, config)
-    init_key, step_key = experiment.run_keys(config)
-    state = jax.eval_shape(lambda key: TrainState.create(init_params(key), tx), init_key)
+    experiment = Experiment(config, num_classes=num_classes, steps_per_epoch=1)
+    return experiment.make_train_step(), step_shapes(experiment)
+
+
+def step_shapes(experiment: Experiment) -> tuple[Any, ...]:
+    """The shapes of the train step's arguments: state, batch, key."""
+    config = experiment.config
     size = config.data.image_size
     batch = {
         "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
     }
-    return experiment.build_train_step(config, model, tx, schedule), (state, batch, step_key)
+    _, step_key = jax.eval_shape(experiment.make_keys)
+    return experiment.state_shapes, batch, step_key
 
 
 def compile_for(chip: Chip, jitted: Callable, arguments: tuple) -> Compiled:

@@ -17,11 +17,10 @@ from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.files import open_table
 from tnt_flax.data import imagenet_classes
 from tnt_flax.data import labels as class_maps
-from tnt_flax.data.sources import storage
+from tnt_flax.data.sources import Source, storage
 from tnt_flax.runtime import processes, sharding
 from tnt_flax.runtime.watchdog import Guard
-from tnt_flax.training import config_check, experiment
-from tnt_flax.training.model_config import with_network
+from tnt_flax.training.experiment import Batches, Experiment
 
 EvalStep = Callable[..., dict[str, jax.Array]]
 Stop = Callable[[str], bool | None]  # asked after every batch, which it is told of
@@ -31,7 +30,7 @@ PER_CLASS = {"class": str, "name": str, "images": int, "top1": float, "top5": fl
 def evaluate(
     eval_step: EvalStep,
     params: Any,
-    batches: experiment.Batches,
+    batches: Batches,
     mesh: Mesh,
     stop: Stop = lambda what: False,
 ) -> dict[str, float]:
@@ -49,7 +48,7 @@ def evaluate(
 def sums_and_means(
     eval_step: EvalStep,
     params: Any,
-    batches: experiment.Batches,
+    batches: Batches,
     mesh: Mesh,
     stop: Stop = lambda what: False,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
@@ -96,69 +95,71 @@ def mean_per_class(per_class: np.ndarray) -> float:
 def evaluate_checkpoint(
     config: ConfigDict, run: pathlib.Path | None, which: str, per_class: str | None = None
 ) -> dict[str, float | str]:
-    """Evaluates weights on the evaluation split of `config`, of which they need not know the names.
+    """Evaluates weights on `config`'s evaluation split; class names are mapped where they differ.
 
-    `which` is "best" or "last" of the run in `run`, or weights of any system that are of the
-    config's network: a file, a workdir, an address. `per_class` is a table to write, a row for each
-    class that has images. Returns the metrics of `evaluate`; ece, the expected calibration error;
-    mean_per_class, the mean of the classes' top1; classes, how many could be the answer; and as
-    `checkpoint` where the weights were.
+    Args:
+        config: names the data. If it names no network, the network is that of the weights.
+        run: workdir of the run that "best" and "last" refer to.
+        which: "best" or "last", or weights of any framework: file, workdir, hf:// address.
+        per_class: table to write, with a row for each class that has images.
+
+    Returns:
+        The metrics of `evaluate`; `ece`, the expected calibration error; `mean_per_class`, the mean
+        of the top-1 accuracies of the classes; `classes`, the number of classes that predictions
+        are restricted to; `checkpoint`, the path of the weights.
 
     Raises:
-        InputError: also where labels and classes do not fit together, see `data.class_maps`.
+        InputError: something is missing or does not fit; also if labels and classes do not fit
+            together, see `data.labels`.
     """
-    with Guard(config.stall_minutes) as guard:
-        return _evaluate_checkpoint(config, run, which, per_class, guard.check)
-
-
-def _evaluate_checkpoint(config, run, which, per_class, stop):
     path, checkpoint = which, "best"
     if which in ("best", "last"):
         if run is None:
             raise InputError(f"--checkpoint={which} needs the --workdir of a run")
         path, checkpoint = str(run), which
-    config = with_network(config, path, checkpoint)
-    config_check.check(config)
-    mesh = experiment.build_mesh(config)
-
-    with contextlib.ExitStack() as stack:
+    with Guard(config.stall_minutes) as watchdog, contextlib.ExitStack() as stack:
+        experiment = Experiment(config, weights=path, checkpoint=checkpoint)
+        mesh = experiment.mesh
         table = None
-        if per_class and jax.process_index() == 0:
+        if per_class and processes.is_main():
             table = stack.enter_context(open_table(pathlib.Path(per_class), PER_CLASS))
-        source = experiment.open_source(config, config.data.eval_split, several_labels=True)
-        if real := config.eval.real_labels:
-            labels = class_maps.real_labels(storage.join(config.data.root, real), source)
-            source = class_maps.Relabeled(source, labels)
-        several = getattr(source, "most_labels", None) is not None
-        if several and per_class:
+        source = open_labeled_source(experiment)
+        several_labels = getattr(source, "most_labels", None) is not None
+        if several_labels and per_class:
             raise InputError("images may be of several classes in these data: no --per-class")
-        params, found = experiment.load_params(
-            config, experiment.build_model(config, 0), path, checkpoint=checkpoint
-        )
+        params, found = experiment.load_params(path, checkpoint=checkpoint)
         params = sharding.place(params, sharding.shardings(params, mesh, (sharding.TENSOR,)))
-        named = (found.class_names, found.network.model.num_classes)
-        model = experiment.build_model(config, named[1])
-        classes = class_maps.chosen(config.eval.classes, *named)
-        to_network = class_maps.to_network(source.class_names, *named)
+        known = (found.class_names, found.network.model.num_classes)
+        model = experiment.make_model(known[1])
+        classes = class_maps.chosen(experiment.config.eval.classes, *known)
+        to_network = class_maps.to_network(source.class_names, *known)
 
         print(f"evaluating on {len(source)} images", file=sys.stderr)
-        eval_step = sharding.jit_eval_step(experiment.build_eval_step(config, model, classes), mesh)
-        batches = relabeled(experiment.eval_batches(config, source), to_network, classes)
-        metrics, sums = sums_and_means(eval_step, params, batches, mesh, stop)
+        eval_step = sharding.jit_eval_step(experiment.make_eval_step(model, classes), mesh)
+        batches = relabeled(experiment.eval_batches(source), to_network, classes)
+        metrics, sums = sums_and_means(eval_step, params, batches, mesh, watchdog.check)
         metrics["ece"] = calibration_error(sums["calibration"])
-        if not several:
+        if not several_labels:
             metrics["mean_per_class"] = mean_per_class(sums["per_class"])
         metrics["classes"] = len(classes) if classes else model.num_classes
         if table:
-            names = imagenet_classes.known_names(*named) or tuple(map(str, range(named[1])))
+            names = imagenet_classes.known_names(*known) or tuple(map(str, range(known[1])))
             write_per_class(table, sums["per_class"], names)
             metrics["per_class"] = per_class
     return {**metrics, "checkpoint": found.path}
 
 
-def relabeled(
-    batches: experiment.Batches, to_network: np.ndarray, classes: tuple[int, ...] | None
-) -> experiment.Batches:
+def open_labeled_source(experiment: Experiment) -> Source:
+    """Opens the evaluation split, with the labels of `eval.real_labels` if that is set."""
+    config = experiment.config
+    source = experiment.open_source(config.data.eval_split, several_labels=True)
+    if not config.eval.real_labels:
+        return source
+    path = storage.join(config.data.root, config.eval.real_labels)
+    return class_maps.Relabeled(source, class_maps.real_labels(path, source))
+
+
+def relabeled(batches: Batches, to_network: np.ndarray, classes: tuple[int, ...] | None) -> Batches:
     """`batches` with the network's classes, int32 [b, K], `to_network` of each of their labels.
 
     Images of none of the `classes`, or of none at all, do not count.

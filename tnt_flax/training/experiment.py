@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a config to what it describes.
+"""An experiment: the data, network, optimizer and compiled steps that a config describes.
 
-Only this file, `convert.described`, `train`, `evaluate` and `tools` read one.
+Training, evaluation, the tools and the benchmarks all set up through this class.
 """
 
 import functools
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,9 +21,10 @@ from tnt_flax.data import pipeline, randaugment, sources, transforms
 from tnt_flax.data.plan import TrainPlan
 from tnt_flax.models import Model, create_model
 from tnt_flax.runtime import sharding
-from tnt_flax.training import mixup, step
-from tnt_flax.training.model_config import with_network
+from tnt_flax.training import fine_tuning, mixup, step
+from tnt_flax.training.config import check_config, resolve_model_config, steps_of
 from tnt_flax.training.optimizer import epoch_learning_rates, make_optimizer, per_epoch_schedule
+from tnt_flax.training.step import TrainState
 from tnt_flax.weights.identify import check_same, unstored_fields
 from tnt_flax.weights.load import adapt
 from tnt_flax.weights.read import Checkpoint, read_checkpoint
@@ -32,258 +32,384 @@ from tnt_flax.weights.read import Checkpoint, read_checkpoint
 Batches = Iterator[dict[str, np.ndarray]]
 
 
-def build_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh of all devices of all hosts, or of `devices`."""
-    sizes = dict(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
-    mesh = sharding.make_mesh(devices, **sizes)
-    sharding.check_batch_size("batch_size", config.batch_size, mesh)
-    sharding.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
-    return mesh
+class Experiment:
+    """Everything that a config describes, built on first use and then kept.
 
+    Functions named `make_*` return functions or modules that are not compiled. `train_step` and
+    `eval_step` are compiled for `mesh`.
 
-def build_model(config: ConfigDict, num_classes: int) -> Model:
-    """The network that `config.model` names, with the fields that it sets."""
-    config = with_network(config)
-    fields = {k: v for k, v in config.model.items() if k != "name" and v is not None}
-    model = create_model(config.model.name, num_classes=num_classes, **fields)
-    size = config.data.image_size
-    if size < 1 or size % model.patch_size:
-        raise InputError(
-            f"data.image_size={size} is not divisible by the patch size {model.patch_size}: "
-            f"use a multiple of {model.patch_size}"
-        )
-    if model.outer_heads % config.mesh.tensor:
-        raise InputError(
-            f"mesh.tensor={config.mesh.tensor} does not divide the {model.outer_heads} heads of "
-            f"the outer transformer of {config.model.name}"
-        )
-    return model
-
-
-def init_params(model: Model, config: ConfigDict) -> Callable[[jax.Array], Any]:
-    """Returns `init(key) -> params`, a pure function to jit or to `jax.eval_shape`.
-
-    As all `params` of a run they are `state.merged`: with the statistics of BatchNorms.
-    """
-    size = config.data.image_size
-    return lambda key: merged(model.init(key, jnp.zeros((1, size, size, 3)), train=False))
-
-
-def load_params(
-    config: ConfigDict,
-    model: Model,
-    path: str,
-    class_names: tuple[str, ...] | None = None,
-    *,
-    checkpoint: str = "best",
-) -> tuple[Any, Checkpoint]:
-    """The weights at `path`, of any system, for `model`; returns (params, what they came from).
-
-    Their positions are resampled where `config.data.image_size` is another. With `class_names`, to
-    fine-tune, other classes get a new head; without, to evaluate, the head is what it is.
+    Args:
+        config: see `configs/default.py`. If it names no network, the network is that of `weights`.
+        weights: file, workdir or hf:// address; defaults to `config.init_from`.
+        checkpoint: "best" or "last", where `weights` is a workdir.
+        devices: devices of the mesh; defaults to all devices of all processes.
+        num_classes: defaults to the number of classes of the training data.
+        steps_per_epoch: defaults to that of the training data. With `num_classes` and
+            `steps_per_epoch`, the train step is built without reading data.
 
     Raises:
-        InputError: see `convert.checkpoints.read_checkpoint`; or they are of another network.
+        InputError: a value in the config is wrong, or `weights` cannot be read.
     """
-    found = read_checkpoint(
-        path,
-        weights="ema" if class_names else config.eval.weights,
-        checkpoint=checkpoint,
-        **unstored_fields(model),
-    )
-    for key in ("mean", "std"):
-        made, given = tuple(found.preprocessing[key]), tuple(config.data[key])
-        if made != given:
-            found.notes.append(f"warning: made with data.{key}={made}, used with {given}")
-    summary, size, theirs = found.summary(), config.data.image_size, found.network.model.num_classes
-    classes = len(class_names) if class_names else theirs
-    new_head = classes != theirs or class_names and found.class_names not in (None, class_names)
-    adapted = adapt(found, classes, size, 3, new_head=bool(new_head))
-    wanted = model.clone(num_classes=classes)
-    check_same(found.path, adapted, wanted, f"the {config.model.name} that the config describes")
-    print("; ".join([f"loaded {summary}", *found.notes]), file=sys.stderr)
-    return found.params, found
 
+    def __init__(
+        self,
+        config: ConfigDict,
+        *,
+        weights: str = "",
+        checkpoint: str = "best",
+        devices: Sequence[Any] | None = None,
+        num_classes: int | None = None,
+        steps_per_epoch: int | None = None,
+    ):
+        self.config = resolve_model_config(config, weights, checkpoint)
+        check_config(self.config)
+        self._devices = devices
+        self._num_classes = num_classes
+        self._steps_per_epoch = steps_per_epoch
 
-def build_optimizer(
-    config: ConfigDict, steps_per_epoch: int
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    optimizer = config.optimizer
-    rates = epoch_learning_rates(
-        base=optimizer.learning_rate,
-        warmup=optimizer.warmup_learning_rate,
-        minimum=optimizer.min_learning_rate,
-        epochs=config.epochs,
-        warmup_epochs=optimizer.warmup_epochs,
-        cooldown=optimizer.cooldown_epochs,
-    )
-    schedule = per_epoch_schedule(rates, steps_per_epoch)
-    tx = make_optimizer(
-        schedule,
-        beta1=optimizer.beta1,
-        beta2=optimizer.beta2,
-        eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        clip_norm=optimizer.clip_norm,
-        layer_decay=optimizer.layer_decay,
-        freeze=optimizer.freeze,
-    )
-    return tx, schedule
+    def check_training(self) -> None:
+        """Checks what only training needs, before a workdir stores the config.
 
+        Raises:
+            InputError: the config names no network, `augment.resampling` needs a library that is
+                not installed, or `optimizer.freeze` matches no parameter or all of them.
+        """
+        self.train_transform  # noqa: B018
+        model = self.make_model(num_classes=1)
+        if self.config.optimizer.freeze:
+            shapes = jax.eval_shape(self._init_function(model), jax.random.key(0))
+            fine_tuning.trained(shapes, self.config.optimizer.freeze)
 
-def run_keys(config: ConfigDict) -> tuple[jax.Array, jax.Array]:
-    """The keys of a run: of the initial weights, and of all its steps (see `steps.step_keys`)."""
-    init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    return init_key, step_key
+    # ---------------------------------------------------------------------------- devices
 
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        sizes = self.config.mesh
+        mesh = sharding.make_mesh(
+            self._devices, data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor
+        )
+        sharding.check_batch_size("batch_size", self.config.batch_size, mesh)
+        sharding.check_batch_size("eval.batch_size", self.config.eval.batch_size, mesh)
+        return mesh
 
-def build_train_step(config: ConfigDict, model: Model, tx, schedule):
-    prepare = build_prepare(config, model.num_classes)
-    options = dict(
-        ema_decay=config.ema.decay,
-        freeze=config.optimizer.freeze,
-        gradient_dtype=config.mesh.gradient_dtype,
-    )
-    return step.make_train_step(model, tx, schedule, prepare, **options)
+    # ---------------------------------------------------------------------------- data
 
+    def open_source(self, split: str, *, several_labels: bool = False) -> sources.Source:
+        """Opens the records of a split; see `data.sources.open_source`."""
+        data = self.config.data
+        return sources.open_source(
+            data.source,
+            split,
+            root=data.root,
+            name=data.name,
+            class_list=data.class_list,
+            eval_labels=data.eval_labels,
+            holdout=sources.Holdout(data.holdout, data.train_split, data.eval_split),
+            several_labels=several_labels,
+        )
 
-def build_prepare(config: ConfigDict, num_classes: int):
-    """The part of the training step before the network."""
-    options = config.augment
-    mix = functools.partial(
-        mixup.mix,
-        groups=options.mix_groups,
-        mixup_alpha=options.mixup_alpha,
-        cutmix_alpha=options.cutmix_alpha,
-        prob=options.mix_prob,
-        switch_prob=options.mix_switch_prob,
-    )
-    erase = functools.partial(
-        mixup.erase,
-        prob=options.erase_prob,
-        area=options.erase_area,
-        ratio=options.erase_ratio,
-    )
-    return step.make_prepare(
-        num_classes,
-        label_smoothing=options.label_smoothing,
-        mean=config.data.mean,
-        std=config.data.std,
-        mix=mix if mixes(config) else None,
-        erase=erase if options.erase_prob else None,
-    )
+    @functools.cached_property
+    def train_source(self) -> sources.Source:
+        return self.open_source(self.config.data.train_split)
 
+    @functools.cached_property
+    def eval_source(self) -> sources.Source:
+        return self.open_source(self.config.data.eval_split)
 
-def mixes(config: ConfigDict) -> bool:
-    """Does a training step mix images?"""
-    return bool(config.augment.mixup_alpha or config.augment.cutmix_alpha)
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self.train_source.class_names)
 
+    @functools.cached_property
+    def plan(self) -> TrainPlan:
+        """The order of the training images, in every epoch."""
+        config = self.config
+        return TrainPlan(
+            len(self.train_source),
+            config.batch_size,
+            config.seed,
+            repeats=config.augment.repeats,
+            groups=config.augment.mix_groups,
+        )
 
-def build_eval_step(config: ConfigDict, model: Model, classes: tuple[int, ...] | None = None):
-    return step.make_eval_step(model, mean=config.data.mean, std=config.data.std, classes=classes)
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._steps_per_epoch or self.plan.steps_per_epoch
 
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * (self.config.epochs + self.config.optimizer.cooldown_epochs)
 
-def build_predict_step(config: ConfigDict, model: Model):
-    return step.make_predict_step(model, mean=config.data.mean, std=config.data.std)
+    def interval(self, group: str) -> int:
+        """Returns `every`, in steps, of a group of the config: "eval", "checkpoint" or "log"."""
+        return steps_of(f"{group}.every", self.config[group].every, self.steps_per_epoch)
 
+    @functools.cached_property
+    def train_transform(self):
+        """The training transform of the library that `augment.resampling` names."""
+        if self.config.augment.resampling == "opencv":
+            from tnt_flax.data import opencv
 
-def open_source(config: ConfigDict, split: str, *, several_labels: bool = False):
-    """The records of a split: `config.data.train_split` or `eval_split`; see `data.sources`."""
-    data = config.data
-    return sources.open_source(
-        data.source,
-        split,
-        root=data.root,
-        name=data.name,
-        class_list=data.class_list,
-        eval_labels=data.eval_labels,
-        holdout=sources.Holdout(data.holdout, data.train_split, data.eval_split),
-        several_labels=several_labels,
-    )
+            return opencv.train_transform
+        return transforms.train_transform
 
+    @functools.cached_property
+    def randaugment(self) -> randaugment.RandAugment | None:
+        text = self.config.augment.randaugment
+        return randaugment.parse(text, self.config.data.mean) if text else None
 
-def build_plan(config: ConfigDict, num_records: int) -> TrainPlan:
-    """The order of the training records; what is repeated is spread over the groups that mix."""
-    return TrainPlan(
-        num_records,
-        config.batch_size,
-        config.seed,
-        repeats=config.augment.repeats,
-        groups=config.augment.mix_groups,
-    )
+    def train_batches(self, start_step: int, num_steps: int) -> Batches:
+        """Yields this process's rows of the batches of `num_steps` steps from `start_step` on."""
+        options = self.config.augment
+        transform = functools.partial(
+            self.train_transform,
+            size=self.config.data.image_size,
+            scale=options.scale,
+            ratio=options.ratio,
+            flip=options.flip,
+            jitter=options.color_jitter,
+            randaugment=self.randaugment,
+        )
+        return pipeline.train_batches(
+            self.train_source,
+            self.plan,
+            transform=transform,
+            start_step=start_step,
+            num_steps=num_steps,
+            **self._read_options(),
+        )
 
+    def eval_batches(self, source: sources.Source | None = None) -> Batches:
+        """Yields this process's rows of the evaluation batches: every image once, then padding.
 
-def build_randaugment(config: ConfigDict) -> randaugment.RandAugment | None:
-    """What `config.augment.randaugment` spells; None for "", which is off."""
-    spelled = config.augment.randaugment
-    return randaugment.parse(spelled, config.data.mean) if spelled else None
+        `source` defaults to `eval_source`.
+        """
+        transform = functools.partial(
+            transforms.eval_transform,
+            size=self.config.data.image_size,
+            crop_fraction=self.config.data.crop_fraction,
+        )
+        return pipeline.eval_batches(
+            self.eval_source if source is None else source,
+            transform=transform,
+            batch_size=self.config.eval.batch_size,
+            **self._read_options(),
+        )
 
+    def _read_options(self) -> dict[str, Any]:
+        data = self.config.data
+        several = jax.process_count() > 1
+        host, num_hosts = sharding.host_rows(self.mesh) if several else (0, 1)
+        return dict(
+            corrupt=data.corrupt,
+            host=host,
+            num_hosts=num_hosts,
+            threads=data.threads,
+            workers=data.workers,
+            retry_seconds=data.retry_seconds,
+        )
 
-def build_train_transform(config: ConfigDict) -> Callable[..., np.ndarray]:
-    """`train_transform` of the library that `config.augment.resampling` names."""
-    if config.augment.resampling == "opencv":
-        from tnt_flax.data import opencv
+    # ---------------------------------------------------------------------------- network
 
-        return opencv.train_transform
-    return transforms.train_transform
+    def make_model(self, num_classes: int) -> Model:
+        """Returns the network that `config.model` describes."""
+        config = self.config
+        if not config.model.name:
+            raise InputError(
+                "model.name is empty, which means the network of the weights: set init_from=FILE, "
+                "or name one of tnt_flax.list_models()"
+            )
+        fields = {k: v for k, v in config.model.items() if k != "name" and v is not None}
+        model = create_model(config.model.name, num_classes=num_classes, **fields)
+        size = config.data.image_size
+        if size < 1 or size % model.patch_size:
+            raise InputError(
+                f"data.image_size={size} is not divisible by the patch size {model.patch_size}: "
+                f"use a multiple of {model.patch_size}"
+            )
+        if model.outer_heads % config.mesh.tensor:
+            raise InputError(
+                f"mesh.tensor={config.mesh.tensor} does not divide the {model.outer_heads} heads "
+                f"of the outer transformer of {config.model.name}"
+            )
+        return model
 
+    @functools.cached_property
+    def model(self) -> Model:
+        if self._num_classes is None:
+            return self.make_model(len(self.class_names))
+        return self.make_model(self._num_classes)
 
-def train_batches(
-    config: ConfigDict, source, plan: TrainPlan, start_step: int, num_steps: int
-) -> Batches:
-    """This host's rows of the batches of `num_steps` steps from `start_step` on."""
-    transform = functools.partial(
-        build_train_transform(config),
-        size=config.data.image_size,
-        scale=config.augment.scale,
-        ratio=config.augment.ratio,
-        flip=config.augment.flip,
-        jitter=config.augment.color_jitter,
-        randaugment=build_randaugment(config),
-    )
-    return pipeline.train_batches(
-        source,
-        plan,
-        transform=transform,
-        start_step=start_step,
-        num_steps=num_steps,
-        **_reading(config),
-    )
+    def _init_function(self, model: Model):
+        size = self.config.data.image_size
+        images = jnp.zeros((1, size, size, 3))
+        return lambda key: merged(model.init(key, images, train=False))
 
+    def init_params(self, key: jax.Array) -> Any:
+        """Returns initial parameters, with BatchNorm statistics; to jit or to `jax.eval_shape`."""
+        return self._init_function(self.model)(key)
 
-def eval_batches(config: ConfigDict, source) -> Batches:
-    """This host's rows of the evaluation batches: every image once, then padding."""
-    transform = functools.partial(
-        transforms.eval_transform,
-        size=config.data.image_size,
-        crop_fraction=config.data.crop_fraction,
-    )
-    return pipeline.eval_batches(
-        source, transform=transform, batch_size=config.eval.batch_size, **_reading(config)
-    )
+    def load_params(
+        self, path: str, class_names: Sequence[str] | None = None, *, checkpoint: str = "best"
+    ) -> tuple[Any, Checkpoint]:
+        """Loads weights of any framework for the network of the config.
 
+        Positions are resampled to `data.image_size`. To fine-tune, pass `class_names`: other
+        classes get a new head. To evaluate, leave them out: the head stays.
 
-def _reading(config: ConfigDict) -> dict[str, Any]:
-    alone = jax.process_count() == 1
-    host, num_hosts = (0, 1) if alone else sharding.host_rows(build_mesh(config))
-    return dict(
-        corrupt=config.data.corrupt,
-        host=host,
-        num_hosts=num_hosts,
-        threads=config.data.threads,
-        workers=config.data.workers,
-        retry_seconds=config.data.retry_seconds,
-    )
+        Returns:
+            The parameters, and the checkpoint they were read from.
 
+        Raises:
+            InputError: the weights cannot be read (see `weights.read.read_checkpoint`), or are of
+                another network.
+        """
+        config, model = self.config, self.make_model(num_classes=0)
+        found = read_checkpoint(
+            path,
+            weights="ema" if class_names else config.eval.weights,
+            checkpoint=checkpoint,
+            **unstored_fields(model),
+        )
+        for key in ("mean", "std"):
+            stored, given = tuple(found.preprocessing[key]), tuple(config.data[key])
+            if stored != given:
+                found.notes.append(f"warning: made with data.{key}={stored}, used with {given}")
+        summary, num_classes, new_head = found.summary(), found.network.model.num_classes, False
+        if class_names:
+            renamed = found.class_names not in (None, tuple(class_names))
+            new_head = renamed or len(class_names) != num_classes
+            num_classes = len(class_names)
+        adapted = adapt(found, num_classes, config.data.image_size, 3, new_head=new_head)
+        wanted = model.clone(num_classes=num_classes)
+        description = f"the {config.model.name} that the config describes"
+        check_same(found.path, adapted, wanted, description)
+        print("; ".join([f"loaded {summary}", *found.notes]), file=sys.stderr)
+        return found.params, found
 
-def in_steps(key: str, duration: str, steps_per_epoch: int) -> int:
-    """ "3 epochs" or "500 steps" as a number of steps, at least 1.
+    # ---------------------------------------------------------------------------- state
 
-    Raises:
-        InputError: `duration`, the value of `key`, is neither.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(epoch|step)s?\s*", duration)
-    count = round(float(match[1]) * {"epoch": steps_per_epoch, "step": 1}[match[2]]) if match else 0
-    if count < 1:
-        raise InputError(f'{key}={duration!r} is no duration: use "N epochs" or "N steps"')
-    return count
+    @functools.cached_property
+    def optimizer(self) -> tuple[optax.GradientTransformation, optax.Schedule]:
+        """The optimizer and its learning-rate schedule, a function of the step."""
+        options = self.config.optimizer
+        rates = epoch_learning_rates(
+            base=options.learning_rate,
+            warmup=options.warmup_learning_rate,
+            minimum=options.min_learning_rate,
+            epochs=self.config.epochs,
+            warmup_epochs=options.warmup_epochs,
+            cooldown=options.cooldown_epochs,
+        )
+        schedule = per_epoch_schedule(rates, self.steps_per_epoch)
+        tx = make_optimizer(
+            schedule,
+            beta1=options.beta1,
+            beta2=options.beta2,
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+            clip_norm=options.clip_norm,
+            layer_decay=options.layer_decay,
+            freeze=options.freeze,
+        )
+        return tx, schedule
+
+    def make_keys(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the keys of the initial weights and of all steps (see `step.step_keys`)."""
+        init_key, step_key = jax.random.split(jax.random.key(self.config.seed))
+        return init_key, step_key
+
+    @functools.cached_property
+    def keys(self) -> tuple[jax.Array, jax.Array]:
+        """The keys of `make_keys`, replicated over the mesh."""
+        return jax.jit(self.make_keys, out_shardings=sharding.replicated(self.mesh))()
+
+    def init_state(self, key: jax.Array) -> TrainState:
+        """Returns the state of step 0 with new weights; to jit or to `jax.eval_shape`."""
+        return self._new_state(self.init_params(key))
+
+    def _new_state(self, params: Any) -> TrainState:
+        tx, _ = self.optimizer
+        return TrainState.create(params, tx)
+
+    @functools.cached_property
+    def state_shapes(self) -> TrainState:
+        return jax.eval_shape(self.init_state, jax.eval_shape(self.make_keys)[0])
+
+    @functools.cached_property
+    def state_shardings(self) -> TrainState:
+        return sharding.shardings(self.state_shapes, self.mesh)
+
+    def initial_state(self) -> TrainState:
+        """Returns the sharded state of step 0, with new weights or those of `init_from`."""
+        jit = functools.partial(jax.jit, out_shardings=self.state_shardings)
+        if not self.config.init_from:
+            return jit(self.init_state)(self.keys[0])
+        params, _ = self.load_params(self.config.init_from, self.class_names)
+        return jit(self._new_state)(sharding.place(params, self.state_shardings.params))
+
+    def eval_params(self, state: TrainState) -> Any:
+        """Returns the weights of `state` that are evaluated: see `eval.weights`."""
+        return state.ema if self.config.eval.weights == "ema" else state.params
+
+    # ---------------------------------------------------------------------------- steps
+
+    def make_prepare(self, num_classes: int):
+        """Returns the part of the train step before the network; see `step.make_prepare`."""
+        options = self.config.augment
+        mix = functools.partial(
+            mixup.mix,
+            groups=options.mix_groups,
+            mixup_alpha=options.mixup_alpha,
+            cutmix_alpha=options.cutmix_alpha,
+            prob=options.mix_prob,
+            switch_prob=options.mix_switch_prob,
+        )
+        erase = functools.partial(
+            mixup.erase,
+            prob=options.erase_prob,
+            area=options.erase_area,
+            ratio=options.erase_ratio,
+        )
+        return step.make_prepare(
+            num_classes,
+            label_smoothing=options.label_smoothing,
+            mix=mix if self.mixes_images else None,
+            erase=erase if options.erase_prob else None,
+            **self._normalization,
+        )
+
+    @property
+    def mixes_images(self) -> bool:
+        return bool(self.config.augment.mixup_alpha or self.config.augment.cutmix_alpha)
+
+    @property
+    def _normalization(self) -> dict[str, tuple[float, ...]]:
+        return dict(mean=self.config.data.mean, std=self.config.data.std)
+
+    def make_train_step(self):
+        """Returns `train_step(state, batch, key)`; see `step.make_train_step`."""
+        return step.make_train_step(
+            self.model,
+            *self.optimizer,
+            self.make_prepare(self.model.num_classes),
+            ema_decay=self.config.ema.decay,
+            freeze=self.config.optimizer.freeze,
+            gradient_dtype=self.config.mesh.gradient_dtype,
+        )
+
+    def make_eval_step(self, model: Model, classes: tuple[int, ...] | None = None):
+        """Returns `eval_step(params, batch)`; see `step.make_eval_step`."""
+        return step.make_eval_step(model, classes=classes, **self._normalization)
+
+    def make_predict_step(self, model: Model):
+        """Returns `predict_step(params, images)`; see `step.make_predict_step`."""
+        return step.make_predict_step(model, **self._normalization)
+
+    @functools.cached_property
+    def train_step(self):
+        return sharding.jit_train_step(self.make_train_step(), self.mesh, self.state_shapes)
+
+    @functools.cached_property
+    def eval_step(self):
+        return sharding.jit_eval_step(self.make_eval_step(self.model), self.mesh)

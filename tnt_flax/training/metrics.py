@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says while it works: metrics.jsonl, TensorBoard events, a line or bar on stderr."""
+"""Metrics of a run: metrics.jsonl, TensorBoard events, progress on stderr, averages of steps."""
 
 import contextlib
 import datetime
@@ -8,9 +8,10 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 
@@ -70,18 +71,45 @@ def read_metrics_file(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class StepMeter:
-    """Averages what the steps since the last report said, and how fast they were."""
+    """Averages the metrics of the steps since the last report, and measures their speed.
 
-    def __init__(self, batch_size: int, steps_per_epoch: int, total_steps: int):
+    Args:
+        batch_size, steps_per_epoch, total_steps: of the run.
+        check: called with the step and the fetched metrics of every step; may raise.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        steps_per_epoch: int,
+        total_steps: int,
+        check: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None,
+    ):
         self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
-        self.total_steps = total_steps
+        self.total_steps, self._check = total_steps, check
+        self._pending = None  # (step, metrics) of the step that the device may still be computing
         self._restart()
 
     def _restart(self) -> None:
         self.losses, self.grad_norms, self.replaced = [], [], 0
         self.waited, self.began = 0.0, time.perf_counter()
 
-    def add(self, metrics: dict[str, Any]) -> None:
+    def add(self, step: int, metrics: dict[str, Any]) -> None:
+        """Adds the metrics, on devices, of a step that has just been dispatched.
+
+        They are fetched one step late, so that the device has its next step while the host waits.
+        """
+        self.fetch_pending_metrics()
+        self._pending = step, metrics
+
+    def fetch_pending_metrics(self) -> None:
+        """Waits until the devices have finished the last step added, and takes in its metrics."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        metrics = jax.device_get(metrics)
+        self._check(step, metrics)
         self.losses.append(float(metrics["loss"]))
         self.grad_norms.append(float(metrics["grad_norm"]))
         self.learning_rate = float(metrics["learning_rate"])
@@ -104,6 +132,13 @@ class StepMeter:
         return values
 
     @contextlib.contextmanager
+    def wait_for_data(self) -> Iterator[None]:
+        """Counts the time inside as time that the loop waits for data."""
+        asked = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - asked
+
+    @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """The time inside, for an evaluation or a checkpoint, is not training time."""
         paused = time.perf_counter()
@@ -124,11 +159,11 @@ class Progress:
     def advance(self) -> None:
         self._bar.update()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self._bar.write(text, file=sys.stderr)
 
     def report(self, step: int, values: dict[str, float]) -> None:
-        self.say(
+        self.log(
             f"step {step}/{self.total_steps}  epoch {values['train/epoch']:.2f}  "
             f"loss {values['train/loss']:.4f}  lr {values['train/learning_rate']:.3g}  "
             f"{values['train/images_per_second']:.0f} images/s  "
@@ -140,8 +175,8 @@ class Progress:
         self._bar.close()
 
 
-class Silence:
-    """A MetricWriter or Progress of the processes that leave it to process 0."""
+class NullWriter:
+    """Stands for a MetricWriter or Progress on all processes but process 0: does nothing."""
 
     def __getattr__(self, name: str):
         return lambda *args: None

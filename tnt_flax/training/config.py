@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks a config, and completes one that leaves the network to a weights file."""
+
+import re
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tnt_flax.core.errors import InputError
+from tnt_flax.data import randaugment
+from tnt_flax.models import MODELS, Model, create_model
+from tnt_flax.weights import identify
+from tnt_flax.weights.read import read_checkpoint
+
+CHOICES = {
+    "data.corrupt": ("error", "skip"),
+    "augment.resampling": ("pillow", "opencv"),
+    "eval.weights": ("ema", "raw"),
+    "mesh.gradient_dtype": ("float32", "bfloat16"),
+}
+MINIMA = {
+    "epochs": 1,
+    "optimizer.warmup_epochs": 0,
+    "optimizer.cooldown_epochs": 0,
+    "checkpoint.keep": 1,
+    "data.threads": 1,
+    "data.workers": 0,
+    "data.retry_seconds": 0,
+    "stall_minutes": 0,
+    "mesh.fsdp": 1,
+    "mesh.tensor": 1,
+    "augment.mixup_alpha": 0,
+    "augment.cutmix_alpha": 0,
+    "augment.color_jitter": 0,
+}
+PROBABILITIES = ("augment.mix_prob", "augment.mix_switch_prob", "augment.erase_prob")
+RANGES = ("augment.erase_area", "augment.erase_ratio")
+# Fields of a model that few file formats store: a config may set them to identify the network.
+UNSTORED_FIELDS = ("inner_heads", "outer_heads", "patch_size")
+
+
+def check_config(config: ConfigDict) -> None:
+    """Checks all values that no other function checks by the name of their key.
+
+    Raises:
+        InputError: with the key, its value and the valid values.
+    """
+    for key, known in CHOICES.items():
+        if _get(config, key) not in known:
+            raise InputError(f"{key}={_get(config, key)!r} is none of {known}")
+    for key, least in MINIMA.items():
+        if _get(config, key) < least:
+            raise InputError(f"{key}={_get(config, key)} is less than {least}")
+    for key in PROBABILITIES:
+        if not 0 <= _get(config, key) <= 1:
+            raise InputError(f"{key}={_get(config, key)} is outside [0, 1]")
+    for key in RANGES:
+        low, high = _get(config, key)
+        if not 0 < low <= high:
+            raise InputError(
+                f"{key}={_get(config, key)} is not a valid range: use (low, high), above 0"
+            )
+    for key in ("data.mean", "data.std"):
+        if len(_get(config, key)) != 3:
+            raise InputError(f"{key}={_get(config, key)} must have three values, one per channel")
+    if not 0 <= config.data.holdout < 1:
+        raise InputError(f"data.holdout={config.data.holdout} is outside [0, 1)")
+    if not 0 < config.optimizer.layer_decay <= 1:
+        raise InputError(f"optimizer.layer_decay={config.optimizer.layer_decay} is outside (0, 1]")
+    if not 0 <= config.ema.decay < 1:
+        raise InputError(f"ema.decay={config.ema.decay} is outside [0, 1)")
+    if config.augment.randaugment:
+        randaugment.parse(config.augment.randaugment, config.data.mean)
+    _check_mix_groups(config)
+
+
+def _check_mix_groups(config: ConfigDict) -> None:
+    groups = config.augment.mix_groups
+    mixes = config.augment.mixup_alpha or config.augment.cutmix_alpha
+    if mixes and (groups < 1 or config.batch_size % (2 * groups)):
+        raise InputError(
+            f"batch_size={config.batch_size} does not split into augment.mix_groups={groups} "
+            f"groups of pairs: use a multiple of {max(2 * groups, 2)}, other groups, or "
+            "augment.mixup_alpha=0 and augment.cutmix_alpha=0"
+        )
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+    for name in key.split("."):
+        config = config[name]
+    return config
+
+
+def steps_of(key: str, duration: str, steps_per_epoch: int) -> int:
+    """Returns the number of steps, at least 1, of a duration such as "3 epochs" or "500 steps".
+
+    Raises:
+        InputError: `duration`, the value of `key`, is neither.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(epoch|step)s?\s*", duration)
+    count = round(float(match[1]) * {"epoch": steps_per_epoch, "step": 1}[match[2]]) if match else 0
+    if count < 1:
+        raise InputError(f'{key}={duration!r} is not a valid duration: use "N epochs" or "N steps"')
+    return count
+
+
+def resolve_model_config(config: ConfigDict, path: str = "", checkpoint: str = "best"):
+    """Returns a config that names a network; a config that names one is returned unchanged.
+
+    Where `model.name` is empty, the network is that of the weights at `path`, by default those of
+    `init_from`, and the result is a copy. Model fields that are set in the config stay.
+
+    Raises:
+        InputError: the weights cannot be read, or no config can describe their network.
+    """
+    path = path or config.init_from
+    if config.model.name or not path:
+        return config
+    known = {name: config.model[name] for name in UNSTORED_FIELDS}
+    known = {name: value for name, value in known.items() if value is not None}
+    found = read_checkpoint(path, checkpoint=checkpoint, put=lambda name, x: None, **known)
+    config = config.copy_and_resolve_references()
+    for field, value in describe_model(found.path, found.network.model).items():
+        if field not in config.model:
+            raise InputError(f"{found.path} has {field}={value}, which no config key can express")
+        if field == "name" or config.model[field] is None:
+            config.model[field] = value
+    return config
+
+
+def describe_model(path: str, model: Model) -> dict[str, Any]:
+    """Returns the name of the closest published network and all fields that differ from it.
+
+    Raises:
+        InputError: `model`, read from `path`, is of no published variant.
+    """
+    variant = identify.lineage_of(model)
+    names = [name for name in MODELS if identify.lineage_of(create_model(name)) == variant]
+    if not names:
+        raise InputError(f"{path} is a network of no published variant: set model.name")
+    name = identify.name_of(model) or names[0]
+    published = create_model(name, num_classes=model.num_classes)
+    changed = identify.differences(model, published)
+    return {"name": name} | {field: value for field, (value, _) in changed.items()}

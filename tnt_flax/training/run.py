@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training run in its workdir: opening it, saving, evaluation, logs and final files."""
+
+import contextlib
+import functools
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from clu import parameter_overview
+
+from tnt_flax.core.errors import InputError, RunError
+from tnt_flax.core.trees import fingerprint, flat_names, split
+from tnt_flax.data.sources.outage import Outage
+from tnt_flax.runtime import agreement, environment, processes, sharding
+from tnt_flax.runtime.checkpoints import Checkpoints
+from tnt_flax.runtime.watchdog import Guard
+from tnt_flax.runtime.workdir import as_json, check_space, open_workdir
+from tnt_flax.training import plots
+from tnt_flax.training.evaluate import evaluate
+from tnt_flax.training.experiment import Experiment
+from tnt_flax.training.metrics import (
+    MetricWriter,
+    NullWriter,
+    Progress,
+    StepMeter,
+    read_metrics_file,
+)
+from tnt_flax.training.step import TrainState
+from tnt_flax.weights import weights_file
+
+Metrics = dict[str, float]
+
+
+@contextlib.contextmanager
+def open_run(workdir: pathlib.Path, experiment: Experiment) -> Iterator[Guard]:
+    """Opens `workdir` on all processes of a run; yields the watchdog of the run.
+
+    Process 0 locks the workdir. All processes must see it, and agree on program and config.
+
+    Raises:
+        InputError: the workdir cannot be used, or processes differ. On every process alike.
+        RunError: a process does not respond.
+    """
+    config = as_json(experiment.config)
+    with Guard(experiment.config.stall_minutes) as watchdog, contextlib.ExitStack() as stack:
+        lock = open_workdir(workdir, config)
+        processes.on_main("workdir", lambda: stack.enter_context(lock))
+        agreement.agree_on_program()
+        agreement.agree("config", config)
+        agreement.check_shared(workdir)
+        yield watchdog
+
+
+def open_checkpoints(experiment: Experiment, workdir: pathlib.Path) -> Checkpoints:
+    """Opens the checkpoints in `workdir`, once there is enough space for them."""
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(experiment.state_shapes))
+    processes.on_main("space", lambda: check_space(workdir, size))
+    keep = experiment.config.checkpoint.keep
+    return Checkpoints(workdir / "checkpoints", keep=keep, info=run_info(experiment))
+
+
+def run_info(experiment: Experiment) -> dict[str, Any]:
+    """Returns what checkpoints and weights files store beside the weights, as JSON values."""
+    return {"config": as_json(experiment.config), "class_names": list(experiment.class_names)}
+
+
+def write_parameter_table(experiment: Experiment, path: pathlib.Path) -> None:
+    params = split(experiment.state_shapes.params)["params"]
+    table = parameter_overview.get_parameter_overview(params, include_stats=False)
+    path.write_text(table + "\n")
+
+
+def log_start(experiment: Experiment, workdir: pathlib.Path, start_step: int) -> None:
+    """Logs what is about to run, and records library versions and devices in `workdir`."""
+    computes_on = environment.describe()  # on all processes: it gathers
+    if processes.is_main():
+        environment.record(workdir, start_step, computes_on)
+        print(
+            f"{experiment.config.model.name}: {len(experiment.train_source)} training and "
+            f"{len(experiment.eval_source)} evaluation images, "
+            f"{len(experiment.class_names)} classes, {sharding.describe(experiment.mesh)}, "
+            f"{experiment.steps_per_epoch} steps per epoch; from step {start_step} to "
+            f"{experiment.total_steps}; logs and checkpoints in {workdir}",
+            file=sys.stderr,
+        )
+
+
+class Run:
+    """What the training loop works with besides the state: data, metrics, checkpoints.
+
+    Use as a context manager around the loop. Leaving it commits the save in flight and closes all
+    files.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: pathlib.Path,
+        watchdog: Guard,
+        checkpoints: Checkpoints,
+        start_step: int,
+    ):
+        self.experiment, self.workdir = experiment, workdir
+        self.watchdog, self.checkpoints = watchdog, checkpoints
+        self.is_main_process = processes.is_main()
+        total = experiment.total_steps
+        self.writer = MetricWriter(workdir, start_step) if self.is_main_process else NullWriter()
+        self.progress = Progress(start_step, total) if self.is_main_process else NullWriter()
+        names = list(flat_names(experiment.state_shapes.params))
+        check = functools.partial(check_finite, names=names, checkpoints=checkpoints)
+        batch_size = experiment.config.batch_size
+        self.meter = StepMeter(batch_size, experiment.steps_per_epoch, total, check)
+        self.batches = experiment.train_batches(start_step, total - start_step)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is not None:
+            self.watchdog.failed(error)  # what follows would wait for the other processes
+        with contextlib.ExitStack() as stack:  # closes in reverse order, and all of them
+            stack.callback(self.writer.close)
+            stack.callback(self.checkpoints.close)  # commits the save in flight
+            stack.callback(self.progress.close)
+            stack.callback(self.batches.close)
+
+    def evaluate(self, state: TrainState, step: int) -> Metrics:
+        """Evaluates and logs the state after `step` updates.
+
+        Returns an empty dictionary if the run is told to stop before all images were seen.
+        """
+        experiment, which = self.experiment, self.experiment.config.eval.weights
+        metrics = evaluate(
+            experiment.eval_step,
+            experiment.eval_params(state),
+            experiment.eval_batches(),
+            experiment.mesh,
+            self.watchdog.reached,
+        )
+        if self.watchdog.stopping:  # the next start repeats this evaluation
+            return {}
+        self.writer.write(step, {f"eval/{name}": value for name, value in metrics.items()})
+        self.progress.log(
+            f"step {step}: {which} weights on {metrics['images']} images: "
+            f"top-1 {metrics['top1']:.2%}  top-5 {metrics['top5']:.2%}  loss {metrics['loss']:.4f}"
+        )
+        return metrics
+
+    def log_metrics(self, step: int) -> None:
+        """Logs the averages of the steps since the last call, after `step` updates."""
+        self.meter.fetch_pending_metrics()
+        self.meter.replaced = processes.total(self.meter.replaced)
+        values = self.meter.report(step)
+        values["checkpoint/failed"] = self.checkpoints.failed_saves
+        self.writer.write(step, values)
+        self.progress.report(step, values)
+
+    def save_now(self, state: TrainState, step: int) -> None:
+        """Saves the state after `step` updates, unless it is saved; returns when it is safe."""
+        self.meter.fetch_pending_metrics()  # a NaN must not reach a checkpoint
+        if step:  # the state of step 0 comes from the seed
+            self.checkpoints.ensure(state, step)
+
+    @contextlib.contextmanager
+    def save_on_data_error(self, state: TrainState, step: int) -> Iterator[None]:
+        """Saves the state after `step` updates before an error of the data ends the run."""
+        try:
+            yield
+        except (InputError, Outage) as error:
+            self.watchdog.failed(error)
+            self.save_now(state, step)
+            raise
+
+    def write_final_artifacts(self, state: TrainState) -> str:
+        """Writes weights and plots of a finished run; returns the fingerprint of its parameters."""
+        experiment, workdir = self.experiment, self.workdir
+        digest = fingerprint(state.params, sharding.fetch)
+        self.writer.write(experiment.total_steps, {"fingerprint": digest})
+        ema = sharding.fetch_on_main(state.ema)  # on all processes: it gathers
+        evaluates_ema = experiment.config.eval.weights == "ema"
+        evaluated = ema if evaluates_ema else sharding.fetch_on_main(state.params)
+        if self.is_main_process:
+            print(f"SHA-256 of the final parameters: {digest}", file=sys.stderr)
+            weights_file.save_weights(workdir / "weights.safetensors", ema, run_info(experiment))
+            plots.plot_curves(read_metrics_file(self.writer.path), workdir / "curves.png")
+            plot_first_predictions(experiment, evaluated, workdir / "predictions.png")
+        return digest
+
+
+def plot_first_predictions(experiment: Experiment, params: Any, path: pathlib.Path) -> None:
+    """Plots predictions for the first evaluation batch, computed on one device."""
+    with contextlib.closing(experiment.eval_batches()) as batches:
+        batch = next(batches)
+    predict_step = jax.jit(experiment.make_predict_step(experiment.model))
+    probabilities = jax.device_get(predict_step(*jax.device_put((params, batch["image"]))))
+    images, labels, mask = batch["image"], batch["label"], batch["mask"]
+    plots.plot_predictions(
+        images[mask], labels[mask], probabilities[mask], experiment.class_names, path
+    )
+
+
+def check_finite(
+    step: int, metrics: dict[str, Any], *, names: Sequence[str], checkpoints: Checkpoints
+) -> None:
+    """Stops the run if the loss or a gradient of `step` is NaN or infinite.
+
+    `names` are those of the parameters, in the order of `metrics["finite"]`.
+
+    Raises:
+        RunError: with the step, the learning rate and the first tensor with a NaN or infinity, once
+            the save in flight is committed.
+    """
+    if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
+        return
+    checkpoints.wait()
+    gradients, parameters = np.split(metrics["finite"], 2)
+    bad = [f"parameter {name}" for name, ok in zip(names, parameters, strict=True) if not ok]
+    bad += [f"gradient of {name}" for name, ok in zip(names, gradients, strict=True) if not ok]
+    raise RunError(
+        f"the loss of step {step} is {metrics['loss']} at learning rate "
+        f"{metrics['learning_rate']:.3g}; first bad tensor: {(bad or ['the loss itself'])[0]}; "
+        f"the last good checkpoint is step {checkpoints.latest_step()}"
+    )
