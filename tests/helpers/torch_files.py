@@ -62,13 +62,13 @@ def stream(content: bytes, keys=("0",), storages=SIX_IN_STREAM, **system):
 
 
 def tensor(offset, size, stride, *, count=6, kind=("torch", "FloatStorage"), key="0", rest=b""):
-    """Six elements of float32 are there."""
+    """A view of a storage, of which `SIX` holds six float32."""
     parts = [
         global_name("torch._utils", "_rebuild_tensor_v2"),
         b"((",
         opcodes("storage"),
         global_name(*kind),
     ]
-    parts += [global_name(*kind), opcodes(key), opcodes("cuda:0"), opcodes(count), rest, b"tQ"]
+    parts += [opcodes(key), opcodes("cuda:0"), opcodes(count), rest, b"tQ"]
     parts += [opcodes(x) for x in (offset, size, stride, False)]
     return b"".join(parts) + global_name("collections", "OrderedDict") + b")RtR"
