@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What fine-tuning is good for: new classes from a few images each, in minutes.
+"""Compares fine-tuning, a linear probe and training from scratch on a few images per class.
 
     python docs/few_digits.py --workdir=runs/few_digits --out=docs/few_digits.png
 
-Trains a small TNT on the handwritten digits 0 to 4; then, on a few images of each digit 5 to 9, the
-same network from scratch, that network's head alone, and all of it by `configs/finetune.py`.
-All three see the same images in equally many steps, and are evaluated on the same held-out images.
-Every training is one of `main.py`'s; stopped, the same command goes on. The last line on stdout is
-one JSON object: for each way the top-1 per number of images.
+Trains a small TNT on the handwritten digits 0 to 4. Then trains on a few images of each digit from
+5 to 9: the same network from scratch, the head of the first network, and the whole first network
+(`configs/finetune.py`). All three see the same images in the same number of steps and are evaluated
+on the same held-out images. Interrupted, the same command resumes. The last line on stdout is one
+JSON object: top-1 per method and number of images.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ KNOWN, NEW = range(0, 5), range(5, 10)
 COUNTS = (2, 10, 50)  # images of each new digit
 STEPS, BATCH = 100, 10
 RATES = {"scratch": 1e-3, "probe": 1e-2, "all": 1e-3}  # learning rates
-WAYS = {"scratch": "from scratch", "probe": "linear probe", "all": "fine-tuned"}
+METHODS = {"scratch": "from scratch", "probe": "linear probe", "all": "fine-tuned"}
 
 
 def main(argv: list[str]) -> None:
@@ -42,37 +42,43 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     host.keep_memory()
     host.cache_compilations()
-    with exit_on_error("the same command goes on from here"):
+    with exit_on_error("resume with the same command"):
         parser = Parser("python docs/few_digits.py", __doc__)
         parser.add_argument("--workdir", type=pathlib.Path, default="runs/few_digits")
         parser.add_argument("--out", type=pathlib.Path, default="docs/few_digits.png")
         args = parser.parse_args(argv)
         top1 = measure(args.workdir.resolve())
         plot(top1, args.out)
-    print(json.dumps({WAYS[way]: values for way, values in top1.items()} | {"out": str(args.out)}))
+    print(
+        json.dumps(
+            {METHODS[method]: values for method, values in top1.items()} | {"out": str(args.out)}
+        )
+    )
 
 
 def measure(workdir: pathlib.Path) -> dict[str, dict[int, float]]:
-    """Returns top-1 by way and number of images."""
+    """Returns top-1 by method and number of images."""
     root = workdir / "data"
     write_digits(root / "known", Digits("train"), KNOWN)
     write_digits(root / "known_test", Digits("test"), KNOWN)
     write_digits(root / "new_test", Digits("test"), NEW)
     run(workdir / "known", from_folder(digits.get_config(), root, "known", "known_test"))
-    top1 = {way: {} for way in WAYS}
+    top1 = {method: {} for method in METHODS}
     for count in COUNTS:
         train = f"new_{count}"
         write_digits(root / train, Digits("train"), NEW, count)
-        for way in WAYS:
-            config = small(way, workdir / "known", count)
-            result = run(workdir / f"{train}_{way}", from_folder(config, root, train, "new_test"))
-            top1[way][count] = result["top1"]
-            print(f"{count} images, {WAYS[way]}: {result['top1']:.1%}", file=sys.stderr)
+        for method in METHODS:
+            config = small(method, workdir / "known", count)
+            result = run(
+                workdir / f"{train}_{method}", from_folder(config, root, train, "new_test")
+            )
+            top1[method][count] = result["top1"]
+            print(f"{count} images, {METHODS[method]}: {result['top1']:.1%}", file=sys.stderr)
     return top1
 
 
 def write_digits(folder, source, wanted, count=None):
-    """`count` digits of each class, or all, as folder/CLASS/NUMBER.png."""
+    """Writes `count` digits per class, or all, as folder/CLASS/NUMBER.png."""
     for label in wanted:
         (folder / str(label)).mkdir(parents=True, exist_ok=True)
         rows = [i for i in range(len(source)) if source[i][1] == label]
@@ -82,15 +88,15 @@ def write_digits(folder, source, wanted, count=None):
             Image.fromarray(source[i][0]).save(folder / str(label) / f"{i}.png")
 
 
-def small(way, weights, count):
-    """The config of one way of learning from `count` images of each new digit."""
-    config = digits.get_config() if way == "scratch" else finetune.get_config(way)
-    if way != "scratch":
+def small(method, weights, count):
+    """Returns the config of one method with `count` images per new digit."""
+    config = digits.get_config() if method == "scratch" else finetune.get_config(method)
+    if method != "scratch":
         config.init_from = str(weights)
         config.data.update(image_size=32, crop_fraction=1.0)
         config.augment.update(digits.get_config().augment)
         config.model.update(drop_path=0.0, dtype="float32")
-    config.optimizer.learning_rate = RATES[way]
+    config.optimizer.learning_rate = RATES[method]
     config.batch_size = BATCH
     config.epochs = STEPS // (count * len(NEW) // BATCH)
     config.optimizer.warmup_epochs = config.epochs // 20
@@ -114,8 +120,10 @@ def run(workdir, config):
 def plot(top1, path):
     images = sum(Digits("test")[i][1] in NEW for i in range(len(Digits("test"))))
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    for (way, label), color in zip(WAYS.items(), ("#7f7f7f", "#4393c3", "#1b7837"), strict=True):
-        share = np.array([top1[way][count] for count in COUNTS])
+    for (method, label), color in zip(
+        METHODS.items(), ("#7f7f7f", "#4393c3", "#1b7837"), strict=True
+    ):
+        share = np.array([top1[method][count] for count in COUNTS])
         error = np.sqrt(share * (1 - share) / images)
         options = dict(fmt="o-", color=color, label=label, capsize=3)
         axes.errorbar(COUNTS, 100 * share, 100 * error, **options)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws docs/what_tnt_sees.png, the picture of the README, of a network trained on the digits.
+"""Plots docs/what_tnt_sees.png, the figure of the README, for a network trained on the digits.
 
 python main.py --config=configs/digits.py --workdir=runs/digits --config.epochs=12
 python docs/what_tnt_sees.py runs/digits
@@ -23,7 +23,7 @@ OUT = pathlib.Path(__file__).with_suffix(".png")
 
 def main(argv: list[str]) -> None:
     parser = Parser("python docs/what_tnt_sees.py", __doc__)
-    parser.add_argument("checkpoint", help="a run on the digits")
+    parser.add_argument("checkpoint", help="workdir of a run on the digits")
     with exit_on_error("nothing was drawn"):
         found = read_checkpoint(parser.parse_args(argv).checkpoint)
         size = found.network.grid[0] * found.network.model.patch_size
@@ -37,8 +37,8 @@ def draw(seen: list[attention.Look], path: pathlib.Path) -> None:
     plt = plots.pyplot()
     rows = (
         "image",
-        "sentences that\nreach the answer",
-        "words read in\nblock 1",
+        "attention rollout\nof sentences",
+        "inner attention\nin block 1",
         "words after\nthe last block",
     )
     figure, axes = plt.subplots(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains PyramidTNT with a head for every pixel: `python examples/segmentation.py masks.png 300`.
+"""Trains PyramidTNT for segmentation: `python examples/segmentation.py masks.png 300`.
 
-The picture: images, what is there, what was found. For trained weights: `tnt_flax.load(FILE)`.
+Writes a figure with images, true masks and predicted masks after 300 steps. For pretrained weights
+use `tnt_flax.load(FILE)` instead of `create_model`.
 """
 
 import sys
@@ -19,8 +20,8 @@ sizes = dict(outer_dim=24, inner_dim=4, outer_heads=2, inner_heads=1, depths=(1,
 model = tnt_flax.create_model("ptnt_ti_patch16_192", num_classes=0, **sizes)
 
 
-def draw(count=8):
-    """Noisy images [count, 100, 150, 3], and masks: 0 is the ground, 1 a disc, 2 a diamond."""
+def make_batch(count=8):
+    """Returns noisy images [count, 100, 150, 3] and masks: 0 background, 1 disc, 2 diamond."""
     (y, x), masks = np.mgrid[:100, :150], np.zeros((count, 100, 150), int)
     for mask in masks:
         for kind in (2, 1):
@@ -31,7 +32,10 @@ def draw(count=8):
 
 
 def loss_of(params, statistics, images, masks):
-    backbone = {"params": params["backbone"], "batch_stats": statistics}  # mutable, or frozen
+    backbone = {
+        "params": params["backbone"],
+        "batch_stats": statistics,
+    }  # mutable below, so not frozen
     maps, new = tnt_flax.feature_maps(model, backbone, images, train=True, mutable=["batch_stats"])
     logits = jnp.zeros((*masks.shape, CLASSES))
     for each, head in zip(maps, params["heads"], strict=True):
@@ -49,11 +53,11 @@ optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, STEPS))
 state, losses = optimizer.init(params), []
 step, update = jax.jit(jax.value_and_grad(loss_of, has_aux=True)), jax.jit(optimizer.update)
 for _ in range(STEPS):
-    images, masks = draw()
-    (loss, (statistics, found)), gradients = step(params, statistics, images, masks)
+    images, masks = make_batch()
+    (loss, (statistics, predicted)), gradients = step(params, statistics, images, masks)
     updates, state = update(gradients, state)
     params, losses = optax.apply_updates(params, updates), [*losses, float(loss)]
 colors = np.array([[40, 40, 40], [230, 160, 0], [0, 160, 230]], np.uint8)
-rows = [np.uint8(127.5 * (images.clip(-1, 1) + 1)), colors[masks], colors[found]]
+rows = [np.uint8(127.5 * (images.clip(-1, 1) + 1)), colors[masks], colors[predicted]]
 Image.fromarray(np.vstack([np.hstack(list(row)) for row in rows])).save(PATH)
-print(f"loss {losses[0]:.2f} to {losses[-1]:.2f}; {(found == masks).mean():.1%} of pixels right")
+print(f"loss {losses[0]:.2f} to {losses[-1]:.2f}; pixel accuracy {(predicted == masks).mean():.1%}")
