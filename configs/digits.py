@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small TNT on the embedded handwritten digits: minutes on two CPU cores, nothing to download.
+"""A small TNT on the embedded handwritten digits: minutes on two CPU cores, no download.
 
     python main.py --config=configs/digits.py --workdir=runs/digits
 
-The 8x8 digits are enlarged to 32x32, so that a word (4x4 pixels) is one pixel of the original and
-a sentence (16x16 pixels) one quarter of the digit.
+The 8x8 digits are enlarged to 32x32: a word (4x4 pixels) is one original pixel, a sentence (16x16
+pixels) is a quarter of the digit.
 """
 
 from configs import default
@@ -29,17 +29,17 @@ def get_config():
     config.data.threads = 2
 
     config.augment.scale = (0.5, 1.0)
-    config.augment.flip = 0.0  # a mirrored digit is another digit, or none
+    config.augment.flip = 0.0  # a mirrored digit is another digit or none
     config.augment.randaugment = ""
     config.augment.color_jitter = 0.0
     config.augment.repeats = 1
-    config.augment.mixup_alpha = 0.0  # the published mixing and erasing are for longer runs
+    config.augment.mixup_alpha = 0.0  # mixing and erasing need longer runs
     config.augment.cutmix_alpha = 0.0
     config.augment.erase_prob = 0.0
 
     config.optimizer.warmup_epochs = 3
     config.optimizer.cooldown_epochs = 2
-    config.ema.decay = 0.99  # the published one is for runs a hundred times longer
+    config.ema.decay = 0.99  # the published decay is for runs 100 times longer
     config.eval.every = "5 epochs"
     config.eval.batch_size = 120
     config.checkpoint.every = "5 epochs"

@@ -1,32 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tuning weights of any system on an image folder of your own.
+"""Fine-tuning of weights of any framework on your own image folder.
 
     python main.py --config=configs/finetune.py --workdir=runs/mine \\
         --config.init_from=WEIGHTS --config.data.root=FOLDER
     python main.py --config=configs/finetune.py:probe ...
 
-The network is that of WEIGHTS; other classes get a new head, another image size new positions.
-FOLDER holds train/CLASS/IMAGE and val/CLASS/IMAGE, or train/ alone, or CLASS/IMAGE: then a fifth of
-each class is held out for evaluation, the same images each time.
+The network is that of WEIGHTS. Other classes get a new head; another image size gets resampled
+positions. FOLDER contains train/CLASS/IMAGE and val/CLASS/IMAGE, or only train/, or CLASS/IMAGE.
+Without val/, a fixed fifth of each class is held out for evaluation.
 
-Lower layers, which know what any image needs, learn more slowly than higher ones. The probe trains
-the head alone, which is fast, as no gradient passes the blocks. Weights that were made with another
-mean and std than 0.5 (MindSpore's for ImageNet) say so when they are loaded. The values are our own
-choice after those of BEiT and of timm's fine-tuned models, for thousands of images; with very few,
-set more epochs.
+Layer-wise learning-rate decay lets lower layers, whose features are general, learn more slowly.
+"probe" trains the head alone (linear probing): fast, as no gradient passes the blocks. A warning is
+logged if the weights were trained with a mean and std other than 0.5 (MindSpore's on ImageNet).
+The values are our own, after BEiT's and those of timm's fine-tuned models, for thousands of images.
+With very few images, set more epochs.
 """
 
 from configs import default
-from tnt_flax.core.errors import InputError
 
-HOW = ("all", "probe")
+MODES = ("all", "probe")
 
 
-def get_config(how="all"):
-    if how not in HOW:
-        raise InputError(f"configs/finetune.py:{how}: after the colon comes one of {list(HOW)}")
+def get_config(mode="all"):
+    default.check_argument("finetune.py", mode, MODES)
     config = default.get_config()
-    config.model.name = ""  # that of init_from
+    config.model.name = ""  # the network of init_from
     config.epochs = 30
     config.batch_size = 32
     config.data.holdout = 0.2
@@ -37,7 +35,7 @@ def get_config(how="all"):
     config.augment.erase_prob = 0.0
     config.augment.scale = (0.3, 1.0)
 
-    config.optimizer.learning_rate = 3e-4  # of the head; layer_decay says what the others have
+    config.optimizer.learning_rate = 3e-4  # of the head
     config.optimizer.min_learning_rate = 1e-6
     config.optimizer.warmup_epochs = 2
     config.optimizer.cooldown_epochs = 0
@@ -47,7 +45,7 @@ def get_config(how="all"):
     config.eval.batch_size = 64
     config.log.every = "10 steps"
 
-    if how == "probe":
+    if mode == "probe":
         config.optimizer.freeze = "^(?!head/)"
         config.optimizer.layer_decay = 1.0
         config.optimizer.learning_rate = 1e-3

@@ -1,28 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ImageNet's other test sets, for any network that knows ImageNet's classes.
+"""Evaluation on the other test sets of ImageNet, for networks with ImageNet's classes.
 
     python main.py --config=configs/imagenet_variants.py:v2 --mode=eval \\
         --checkpoint=WEIGHTS --config.data.root=FOLDER --per-class=classes.csv
 
-FOLDER holds what was downloaded, unpacked; the set is named after the colon:
+FOLDER contains the unpacked download. The argument after the colon is the test set:
 
     v2      imagenetv2-matched-frequency-format-val/0, ... 999 (for the other two ImageNet-V2 sets,
             --config.data.eval_split=imagenetv2-top-images-format-val, -threshold0.7-format-val)
-    a       imagenet-a/n01498041, ...: 200 classes; the answer is one of these
+    a       imagenet-a/n01498041, ...: 200 classes, to which predictions are restricted
     r       imagenet-r/n01443537, ...: likewise
     sketch  sketch/n01440764, ...
     real    val/n01440764, ... (or, with --config.data.source=imagenet_tars, the tar), and
             real.json of the ReaL labels (arXiv 2006.07159)
 
-With _tfds behind the name (v2_tfds, real_tfds) FOLDER is where tfds prepared the set. The size,
-crop, mean and standard deviation are those of the published weights; others say so when they are
-loaded.
+With the suffix _tfds (v2_tfds, real_tfds), FOLDER is the data_dir of tfds. Image size, crop, mean
+and std are those of the published weights; a warning is logged for weights with other values.
 """
 
 from configs import default
-from tnt_flax.core.errors import InputError
 
-# The folder; the tfds data set and its split; the only answers.
+# Folder; tfds data set and its split; classes that predictions are restricted to.
 SETS = {
     "v2": ("imagenetv2-matched-frequency-format-val", "imagenet_v2/matched-frequency", "test", ""),
     "a": ("imagenet-a", "imagenet_a", "test", "imagenet-a"),
@@ -34,12 +32,9 @@ NAMES = [*SETS, *(f"{name}_tfds" for name in SETS)]
 
 
 def get_config(name="v2"):
-    if name not in NAMES:
-        raise InputError(
-            f"configs/imagenet_variants.py:{name}: after the colon comes one of {NAMES}"
-        )
+    default.check_argument("imagenet_variants.py", name, NAMES)
     config = default.get_config()
-    config.model.name = ""  # that of the weights
+    config.model.name = ""  # the network of the weights
     folder, tfds, split, config.eval.classes = SETS[name.removesuffix("_tfds")]
     config.data.eval_split = folder
     if name.endswith("_tfds"):

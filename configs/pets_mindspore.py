@@ -4,11 +4,11 @@
     python main.py --config=configs/pets_mindspore.py --workdir=runs/pets --config.data.root=TFDS
     python main.py --config=configs/pets_mindspore.py --mode=eval --checkpoint=tnt_b_pets.ckpt
 
-TFDS is where tfds prepared oxford_iiit_pet. Settings from `src/config.py` and `src/pet_dataset.py`
-of mindspore-ai/mindspore, model_zoo/research/cv/TNT (commit 50d7062f), whose training script was
-never published. Quoted from there, not measured by us: top-1 of 95 %. Not as there: AdamW corrects
-its bias, and the cosine ends at `min_learning_rate`; the crop is resampled with a filter drawn
-between bilinear and bicubic, not always bicubic.
+TFDS is the data_dir in which tfds prepared oxford_iiit_pet. Settings from `src/config.py` and
+`src/pet_dataset.py` of mindspore-ai/mindspore, model_zoo/research/cv/TNT (commit 50d7062f), whose
+training script was never published. From there, not measured by us: top-1 of 95 %. Deviations:
+AdamW with bias correction, a cosine that ends at `min_learning_rate`, and crops resampled with
+bilinear or bicubic filters at random, not always bicubic.
 """
 
 from configs import default
@@ -17,7 +17,7 @@ from configs import default
 def get_config():
     config = default.get_config()
     config.model.name = "tnt_b_mindspore_pets_patch16_384"
-    config.batch_size = 48  # 50 there, which few numbers of devices divide
+    config.batch_size = 48  # upstream 50, which few device counts divide
     config.epochs = 300
 
     config.data.source = "tfds"
@@ -26,14 +26,14 @@ def get_config():
     config.data.image_size = 384
     config.data.crop_fraction = 1.0
 
-    config.augment.randaugment = ""  # so that color_jitter is used
+    config.augment.randaugment = ""  # enables color_jitter
     config.augment.repeats = 1
     config.augment.mixup_alpha = 0.0
     config.augment.cutmix_alpha = 0.0
     config.augment.erase_prob = 0.0
-    config.model.drop_path = 0.0  # constructed there, but never called
+    config.model.drop_path = 0.0  # upstream constructs drop path but never calls it
 
     config.optimizer.cooldown_epochs = 0
-    config.ema.decay = 0.0  # no average
+    config.ema.decay = 0.0  # no EMA
     config.eval.batch_size = 48
     return config

@@ -1,28 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""What the paper trained beside ImageNet: fine-tuning at 384 pixels (section 4.4, Table 9).
+r"""Transfer learning as in the paper: fine-tuning at 384 pixels (section 4.4, Table 9).
 
     python main.py --config=configs/transfer.py:cifar10 --workdir=runs/cifar10 \
         --config.init_from=WEIGHTS --config.model.name=tnt_b_patch16_224
 
-WEIGHTS, in any form, are of a network trained on ImageNet at 224 pixels: the positions are
-resampled, the head is replaced. After the colon stands a data set: see DATA.
+WEIGHTS is a checkpoint, of any framework, of a network trained on ImageNet at 224 pixels. Positions
+are resampled, and the head is replaced. The argument after the colon is a data set: see DATA.
 
-Quoted from the paper, not measured by us: top-1 in per cent of TNT-S / TNT-B at 384 pixels.
+From the paper, not measured by us: top-1 in percent of TNT-S / TNT-B at 384 pixels.
 
     ImageNet 83.1 / 83.9      CIFAR-10 98.7 / 99.1      CIFAR-100 90.1 / 91.1
     Flowers-102 98.8 / 99.0   Oxford-IIIT Pets 94.7 / 95.0   iNaturalist 2019 81.4 / 83.2
 
-The paper says: settings and augmentation as in training, 64 epochs for CIFAR and 300 for the
-fine-grained sets. Learning rate, weight decay and 16 images per GPU come from an answer in the
-issues of the authors' repository (Efficient-AI-Backbones 76), for TNT-B on CIFAR-10. Our own
-choices: 8 GPUs, of which that answer gives no number; 30 epochs for ImageNet; and a decay of the
-average that forgets the beginning within the run, which the published 0.99996 does not.
+From the paper: settings and augmentation of training, 64 epochs for CIFAR and 300 for the
+fine-grained data sets. Learning rate, weight decay and 16 images per GPU are the authors' reply in
+issue 76 of Efficient-AI-Backbones, for TNT-B on CIFAR-10. Our own choices: 8 GPUs (the reply names
+no number), 30 epochs for ImageNet, and an EMA decay that forgets the initial weights within the
+run, which the published 0.99996 does not.
 """
 
 from configs import default
-from tnt_flax.core.errors import InputError
 
-# The tfds data set ("" is an image folder), its splits, epochs, decay of the average.
+# tfds data set ("" is an image folder), train and test split, epochs, EMA decay.
 DATA = {
     "imagenet": ("", "train", "validation", 30, 0.99996),
     "cifar10": ("cifar10", "train", "test", 64, 0.9998),
@@ -34,8 +33,7 @@ DATA = {
 
 
 def get_config(data="imagenet"):
-    if data not in DATA:
-        raise InputError(f"configs/transfer.py:{data}: after the colon comes one of {list(DATA)}")
+    default.check_argument("transfer.py", data, DATA)
     config = default.get_config()
     config.batch_size = 16 * 8
     config.data.image_size = 384

@@ -9,7 +9,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from configs import default, digits, transfer
+from configs import default, digits, ptnt, tnt, transfer
 from tnt_flax import TNT, PyramidTNT
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import split
@@ -28,10 +28,12 @@ NAMES = [
     "finetune",
     "imagenet_variants",
     "pets_mindspore",
+    "ptnt",
     "ptnt_b",
     "ptnt_m",
     "ptnt_s",
     "ptnt_ti",
+    "tnt",
     "tnt_b",
     "tnt_s",
     "tnt_ti",
@@ -85,8 +87,19 @@ def test_transfer_to_every_data_set():
         check_config(config)
         assert config.data.image_size == 384 and config.batch_size % config.augment.mix_groups == 0
         assert (config.data.source == "tfds") == bool(config.data.name)
-    with pytest.raises(InputError, match="transfer.py:mnist: after the colon comes one of"):
+    with pytest.raises(InputError, match="transfer.py:mnist: the argument after the colon"):
         transfer.get_config("mnist")
+
+
+@pytest.mark.parametrize("family, sizes", [("tnt", tnt.SIZES), ("ptnt", ptnt.IMAGE_SIZES)])
+def test_each_size_has_its_own_file(family, sizes):
+    config_of = importlib.import_module(f"configs.{family}").get_config
+    for size in sizes:
+        thin = importlib.import_module(f"configs.{family}_{size}").get_config()
+        assert thin.to_dict() == config_of(size).to_dict()
+        assert f"{family}_{size}_patch16_" in thin.model.name
+    with pytest.raises(InputError, match=f"{family}.py:xl: the argument after the colon"):
+        config_of("xl")
 
 
 def test_the_published_recipe_of_pyramids():

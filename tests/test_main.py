@@ -32,7 +32,7 @@ DIGITS = "--config=configs/digits.py"
         ([DIGITS, "--config.zzz=3"], "no key 'zzz': configs/default.py lists all keys"),
         ([DIGITS, "--config.batch_size=many"], "config.batch_size=many: invalid literal for int()"),
         ([DIGITS, "--config.batch_size=1.5"], "config.batch_size=1.5: invalid literal for int()"),
-        (["--config=configs/transfer.py:mnist"], "transfer.py:mnist: after the colon comes one of"),
+        (["--config=configs/transfer.py:mnist"], "transfer.py:mnist: the argument after the colon"),
         (["--config=configs/transfer.py:pets"], "training needs --workdir=FOLDER"),
         ([DIGITS, "--mode=evaluate"], "argument --mode: invalid choice: 'evaluate'"),
         ([DIGITS, "--workdri=x"], "unknown option --workdri: did you mean --workdir?"),

@@ -302,5 +302,5 @@ def test_every_set_has_a_config():
         check_config(config)
         assert (config.data.source == "tfds") == name.endswith("_tfds") == bool(config.data.name)
     assert {"v2", "a_tfds", "r", "sketch_tfds", "real"} < set(imagenet_variants.NAMES)
-    with pytest.raises(InputError, match="imagenet_variants.py:b: after the colon comes one of"):
+    with pytest.raises(InputError, match="imagenet_variants.py:b: the argument after the colon"):
         imagenet_variants.get_config("b")

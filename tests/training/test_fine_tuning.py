@@ -241,7 +241,7 @@ def test_another_normalization_is_said(weights, tmp_path, capsys):
 
 
 def test_an_unknown_way_of_fine_tuning():
-    with pytest.raises(InputError, match="finetune.py:head: after the colon comes one of"):
+    with pytest.raises(InputError, match="finetune.py:head: the argument after the colon"):
         finetune.get_config("head")
 
 
