@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import mmap
 import pathlib
 
 import ml_dtypes
@@ -51,9 +50,7 @@ def test_reads_every_type_that_mindspore_writes(name):
     assert not any(x.flags.writeable for x in tensors.values())
 
 
-def test_leaves_tensors_in_the_file_and_joins_slices():
-    whole = mindspore.read(TYPES)["Float32"]
-    assert isinstance(whole.base, mmap.mmap)
+def test_joins_slices():
     sliced = mindspore.read(TYPES.with_name("sliced.ckpt"))
     np.testing.assert_array_equal(sliced["a"], np.arange(600.0).reshape(200, 3))
     assert not sliced["a"].flags.writeable
@@ -113,15 +110,17 @@ BIG = b"\x08" + b"\x80" * 8 + b"\x40"  # 2**62
     "content, fault",
     [
         (b"", "it is empty"),
-        (entry()[:-1], "a field of 26 bytes where 25 are left"),
-        (entry()[:1], "it ends in the middle of a number"),
-        (b"\x0a" + b"\xff" * 11, "a number in it has more than 64 bits"),
-        (b"\x08\x01", "unexpected field 1 of wire type 0"),
-        (b"\x12\x00", "unexpected field 2 of wire type 2"),
-        (field(10, b""), "an entry is not one name and one tensor"),
-        (field(10, field(10, b"w") * 2), "an entry is not one name and one tensor"),
-        (field(10, field(10, b"w") + field(18, b"")), "a tensor is not dims, type and content"),
+        (entry()[:-1], "its protobuf message is damaged or cut off"),
+        (entry()[:1], "damaged or cut off"),
+        (b"\x0a" + b"\xff" * 11, "damaged or cut off"),
+        (b"\x08\x01", "unknown fields"),
+        (b"\x12\x00", "unknown fields"),
+        (field(10, b""), "a value in it has no tensor"),
+        (field(10, field(10, b"w") * 2), "a value in it has no tensor"),
+        (field(10, field(10, b"w") + field(18, b"")), "missing, repeated or unknown fields"),
         (field(10, field(10, b"w") + field(26, b"")), r"it holds a hash table \(MapParameter\)"),
+        (field(10, field(10, b"w") * 2 + entry()[5:]), "missing, repeated or unknown fields"),
+        (entry() + field(24, 1), "missing, repeated or unknown fields"),
         (entry(tag=b"\xff"), "a text in it is not utf-8"),
         (entry(kind=b"\xff"), "a text in it is not utf-8"),
         (entry(kind=b"Int4"), "'w' is of type 'Int4'; known are Int8, "),
@@ -131,12 +130,12 @@ BIG = b"\x08" + b"\x80" * 8 + b"\x40"  # 2**62
         (entry(content=bytes(7)), r"'w' has 7 bytes, not those of Float32\[2\]"),
         (
             entry(dims=(MINUS_ONE,)),
-            r"'w' has 8 bytes, not those of Float32\[18446744073709551615\]",
+            r"'w' has 8 bytes, not those of Float32\[-1\]",
         ),
         (entry(dims=(BIG, 8)), r"'w' has 8 bytes, not those of Float32\[4611686018427387904, 8\]"),
         (entry(dims=(1,) * 33, content=bytes(4)), "'w' has 4 bytes, not those of"),
         (entry(dims=(0, BIG, BIG), content=b""), "'w' has impossible dims"),
-        (entry(dims=(1,) * 40), "a tensor is not dims, type and content"),
+        (entry(dims=(1,) * 40), "'w' has 8 bytes, not those of"),
         (entry() + entry(), r"'w' has 16 bytes, not those of Float32\[2\]"),
         (entry() + entry(b"v") + entry(), "'w' occurs twice"),
         (entry() + entry(dims=(3,), content=b""), "slices of 'w' differ in shape or type"),
