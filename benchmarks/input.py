@@ -107,26 +107,28 @@ def _our_passes(folder: str, batch_size: int, size: int, cores: int) -> dict[str
     )
     evaluate = functools.partial(transforms.eval_transform, size=size, crop_fraction=CROP_FRACTION)
     epochs = iter(range(sys.maxsize))
+    reading = pipeline.ReadOptions(threads=THREADS)
 
-    def train_pass(transform=transforms.train_transform):
-        transform = functools.partial(transform, **train)
+    def train_pass(resampling="pillow"):
+        transform = functools.partial(
+            transforms.train_transform, **train, resampler=transforms.resampler(resampling)
+        )
         steps = plan.steps_per_epoch
         part = dict(start_step=next(epochs) * steps, num_steps=steps)
-        batches = pipeline.train_batches(source, plan, transform=transform, **part, threads=THREADS)
+        batches = pipeline.train_batches(source, plan, transform=transform, **part, options=reading)
         return sum(len(batch["image"]) for batch in batches)
-
-    def train_opencv_pass():
-        from tnt_flax.data import opencv
-
-        return train_pass(opencv.train_transform)
 
     def eval_pass():
         batches = pipeline.eval_batches(
-            source, transform=evaluate, batch_size=batch_size, threads=THREADS
+            source, transform=evaluate, batch_size=batch_size, options=reading
         )
         return sum(int(batch["mask"].sum()) for batch in batches)
 
-    return {"train": train_pass, "train_opencv": train_opencv_pass, "eval": eval_pass}
+    return {
+        "train": train_pass,
+        "train_opencv": functools.partial(train_pass, "opencv"),
+        "eval": eval_pass,
+    }
 
 
 def _timm_passes(

@@ -19,11 +19,10 @@ import tensorflow_datasets as tfds
 from tests.helpers.source_checks import message_of, records
 from tests.helpers.tars import SYNSETS, image, tar, write_imagenet
 from tests.helpers.tfds_files import write_tfds
-from tnt_flax.data.pipeline import eval_batches, train_batches
+from tnt_flax.data.pipeline import ReadOptions, eval_batches, train_batches
 from tnt_flax.data.plan import TrainPlan
 from tnt_flax.data.sources import check_same_classes, open_source
-from tnt_flax.data.sources.imagenet import read_labels
-from tnt_flax.data.sources.webdataset import expand_braces, find_shards
+from tnt_flax.data.sources.archives import expand_braces, find_shards, read_labels
 from tnt_flax.data.transforms import eval_transform, train_transform
 from tnt_flax.training.experiment import Experiment
 
@@ -128,8 +127,8 @@ def test_every_form_of_the_labels_says_the_same(tmp_path):
         ("n01440764\n" * 5, "has 5 labels for 4 images"),
         ("", "has 0 labels for 4 images"),
         ("n01440764\ntench\n", "label 2 is 'tench', not a synset"),
-        ("1\n2\n3\n4\n", "has numbers, whose order only the devkit knows"),
-        ("a.JPEG,n01440764\n", "no label of i1, i2, ... (4 in all)"),
+        ("1\n2\n3\n4\n", "has numbers, and only the devkit defines their order"),
+        ("a.JPEG,n01440764\n", "no label for i1, i2 and 2 more"),
         ("i1,n01440764\ni2\n", "label 2 is 'i2', not a synset"),
         (b"\xff\xfe", "cannot read the labels"),
         (b"\x1f\x8b damaged", "is not ImageNet's devkit"),
@@ -193,11 +192,13 @@ def test_tars_that_are_wrong(tmp_path):
     assert len(imagenet(tmp_path, "train")) == 1
 
     (tmp_path / "imagenet_2012_validation_synset_labels.txt").unlink()
-    assert "no labels of ILSVRC2012_img_val.tar in" in message_of(lambda: imagenet(tmp_path, "val"))
+    assert "no labels for ILSVRC2012_img_val.tar in" in message_of(
+        lambda: imagenet(tmp_path, "val")
+    )
     message = message_of(lambda: imagenet(tmp_path, "val", eval_labels="nowhere.txt"))
     assert f"cannot read the labels {tmp_path}/nowhere.txt: No such file" in message
     (tmp_path / VALIDATION).write_bytes(tar({}))
-    assert "no records" in message_of(lambda: imagenet(tmp_path, "val", eval_labels="x"))
+    assert "no records found" in message_of(lambda: imagenet(tmp_path, "val", eval_labels="x"))
 
 
 def test_a_tar_that_shrank_is_an_oserror(tmp_path):
@@ -321,7 +322,7 @@ def test_shards_are_found(tmp_path):
 def test_compressed_shards_are_refused(tmp_path):
     (tmp_path / "train-0.tar.gz").write_bytes(gzip.compress(os.urandom(5000)))
     message = message_of(lambda: webdataset(tmp_path, "train"))
-    assert "train-0.tar.gz is compressed (gzip), so nothing in it can be read" in message
+    assert "train-0.tar.gz is compressed (gzip) and has no random access" in message
 
 
 # ------------------------------------------------------------------------------------------ common
@@ -385,9 +386,12 @@ def test_worker_processes_give_the_same_batches(tmp_path):
     )
     assert len(joined) == 6 + 4 + 7 + 9 + 7
     augment = functools.partial(train_transform, size=6, scale=(0.5, 1), ratio=(1, 1), flip=0.5)
-    options = dict(transform=augment, start_step=1, num_steps=9, threads=2)
+    arguments = dict(transform=augment, start_step=1, num_steps=9)
     plan = TrainPlan(len(joined), batch_size=8, seed=3)
-    here, there = (list(train_batches(joined, plan, workers=w, **options)) for w in (0, 2))
+    here, there = (
+        list(train_batches(joined, plan, **arguments, options=ReadOptions(threads=2, workers=w)))
+        for w in (0, 2)
+    )
     assert len(here) == len(there) == 9
     for ours, theirs in zip(here, there, strict=True):
         for name, column in ours.items():

@@ -16,8 +16,12 @@ from tests.helpers.random_weights import random_params
 from tests.helpers.tfds_files import write_tfds
 from tnt_flax import create_model
 from tnt_flax.core.errors import InputError
-from tnt_flax.data import imagenet_classes
-from tnt_flax.data import labels as class_maps
+from tnt_flax.data.labels import (
+    imagenet_synsets,
+    map_to_network,
+    read_real_labels,
+    select_classes,
+)
 from tnt_flax.training.config import check_config
 from tnt_flax.training.evaluate import (
     calibration_error,
@@ -28,7 +32,7 @@ from tnt_flax.training.evaluate import (
 from tnt_flax.training.step import CALIBRATION_BINS, make_eval_step
 from tnt_flax.weights.weights_file import save_weights
 
-SYNSETS = imagenet_classes.synsets()
+SYNSETS = imagenet_synsets()
 HALF = (0.5, 0.5, 0.5)
 FLAT = png(np.full((8, 8, 3), 127, np.uint8))
 
@@ -38,39 +42,39 @@ FLAT = png(np.full((8, 8, 3), 127, np.uint8))
 
 def test_labels_are_mapped_by_name():
     names = ["ant", "bee", "cat", "dog"]
-    assert class_maps.to_network(["dog", "ant"], names, 4).tolist() == [3, 0]
-    assert class_maps.to_network(names, names, 4).tolist() == [0, 1, 2, 3]
-    with pytest.raises(InputError, match=r"4 classes \(ant, .*\), none of which is 'cow' of the d"):
-        class_maps.to_network(["ant", "cow"], names, 4)
-    with pytest.raises(InputError, match="none of which is '0'"):  # numbers are no names of these
-        class_maps.to_network(["0", "1", "2", "3"], names, 4)
+    assert map_to_network(["dog", "ant"], names, 4).tolist() == [3, 0]
+    assert map_to_network(names, names, 4).tolist() == [0, 1, 2, 3]
+    with pytest.raises(InputError, match=r"4 classes \(ant, .*\) and none is called 'cow', one"):
+        map_to_network(["ant", "cow"], names, 4)
+    with pytest.raises(InputError, match="and none is called '0'"):  # numbers are no names of these
+        map_to_network(["0", "1", "2", "3"], names, 4)
 
 
 def test_weights_without_names():
-    assert class_maps.to_network(["b", "a"], None, 2).tolist() == [0, 1]
-    with pytest.raises(InputError, match=r"2 classes \(of unknown names\), none of which is 'a'"):
-        class_maps.to_network(["a"], None, 2)
+    assert map_to_network(["b", "a"], None, 2).tolist() == [0, 1]
+    with pytest.raises(InputError, match=r"2 classes \(of unknown names\) and none is called 'a'"):
+        map_to_network(["a"], None, 2)
     # 1,000 of them are ImageNet's.
-    r = imagenet_classes.synsets("imagenet-r")
-    assert class_maps.to_network(r, None, 1000)[:4].tolist() == [1, 2, 4, 6]
-    assert class_maps.to_network([f"class {i}" for i in range(1000)], None, 1000)[7] == 7
+    r = imagenet_synsets("imagenet-r")
+    assert map_to_network(r, None, 1000)[:4].tolist() == [1, 2, 4, 6]
+    assert map_to_network([f"class {i}" for i in range(1000)], None, 1000)[7] == 7
 
 
 def test_folders_of_imagenet_v2_are_numbers():
     numbers = [str(i) for i in range(1000)]
-    assert class_maps.to_network(numbers, None, 1000).tolist() == list(range(1000))
-    backwards = class_maps.to_network(numbers, SYNSETS[::-1], 1000)
+    assert map_to_network(numbers, None, 1000).tolist() == list(range(1000))
+    backwards = map_to_network(numbers, SYNSETS[::-1], 1000)
     assert backwards.tolist() == list(range(999, -1, -1))
-    with pytest.raises(InputError, match="none of which is '0'"):
-        class_maps.to_network(numbers[:999], SYNSETS, 1000)
+    with pytest.raises(InputError, match="and none is called '0'"):
+        map_to_network(numbers[:999], SYNSETS, 1000)
 
 
 def test_the_only_answers(tmp_path):
-    assert class_maps.chosen("", None, 7) is None
-    assert class_maps.chosen("imagenet-a", None, 1000)[:3] == (6, 11, 13)
+    assert select_classes("", None, 7) is None
+    assert select_classes("imagenet-a", None, 1000)[:3] == (6, 11, 13)
     (tmp_path / "few.txt").write_text("dog\nant\n")
     few = str(tmp_path / "few.txt")
-    assert class_maps.chosen(few, ["ant", "bee", "dog"], 3) == (0, 2)
+    assert select_classes(few, ["ant", "bee", "dog"], 3) == (0, 2)
     (tmp_path / "none.txt").write_text("\n")
     for spelled, names, message in [
         (
@@ -78,12 +82,12 @@ def test_the_only_answers(tmp_path):
             None,
             "'imagenet-b' is neither imagenet-a nor imagenet-r: cannot read the c",
         ),
-        (few, ["ant", "bee"], "none of which is 'dog'"),
-        ("imagenet-r", ["ant", "bee"], "none of which is 'n01443537'"),
+        (few, ["ant", "bee"], "and none is called 'dog'"),
+        ("imagenet-r", ["ant", "bee"], "and none is called 'n01443537'"),
         (str(tmp_path / "none.txt"), ["ant"], "names no class"),
     ]:
         with pytest.raises(InputError, match=message):
-            class_maps.chosen(spelled, names, len(names or SYNSETS))
+            select_classes(spelled, names, len(names or SYNSETS))
 
 
 class Named:
@@ -105,14 +109,14 @@ def test_real_labels(tmp_path):
     path = tmp_path / "real.json"
     path.write_text(json.dumps([[1, 2], [], [5]]))
     source = Named([f"val/n0/ILSVRC2012_val_{i:08}.JPEG" for i in (3, 1, 2)])
-    assert class_maps.real_labels(str(path), source).tolist() == [[5, -1], [1, 2], [-1, -1]]
+    assert read_real_labels(str(path), source).tolist() == [[5, -1], [1, 2], [-1, -1]]
     for names, message in [
-        (["cat.jpg"], "cat.jpg is no image of ImageNet's validation split"),
-        (["ILSVRC2012_val_00000004.JPEG"], "of which .*real.json has 3"),
-        (["ILSVRC2012_val_00000000.JPEG"], "of which .*real.json has 3"),
+        (["cat.jpg"], "cat.jpg is not named like one of the 3 validation images"),
+        (["ILSVRC2012_val_00000004.JPEG"], "of the 3 validation images in .*real.json"),
+        (["ILSVRC2012_val_00000000.JPEG"], "of the 3 validation images in .*real.json"),
     ]:
         with pytest.raises(InputError, match=message):
-            class_maps.real_labels(str(path), Named(names))
+            read_real_labels(str(path), Named(names))
     for content, message in {
         "[[1000]]": "is not ReaL's real.json",
         '{"a": 1}': "is not ReaL's real.json",
@@ -120,9 +124,9 @@ def test_real_labels(tmp_path):
     }.items():
         path.write_text(content)
         with pytest.raises(InputError, match=message):
-            class_maps.real_labels(str(path), source)
+            read_real_labels(str(path), source)
     with pytest.raises(InputError, match="cannot read the ReaL labels .*none.json: No such file"):
-        class_maps.real_labels(str(tmp_path / "none.json"), source)
+        read_real_labels(str(tmp_path / "none.json"), source)
 
 
 # --------------------------------------------------------------------------------- what is counted
@@ -180,7 +184,7 @@ def test_sums_of_each_class_and_of_confidence():
     assert calibration_error(certain["calibration"]) < 1e-5
 
 
-def test_several_labels_may_be_right():
+def test_multi_label_may_be_right():
     labels = [[1, 0, -1], [2, -1, -1], [0, 4, 5], [-1, -1, -1]]
     sums = evaluated(LOGITS, labels, mask=[True, True, True, False])
     assert (sums["top1"], sums["images"]) == (2, 3)
@@ -227,7 +231,7 @@ def imagenet(tmp_path_factory):
     params["head"]["bias"] = jnp.zeros(1000).at[jnp.array([0, 6, 11])].set(jnp.array([3.0, 2, 1]))
     config = {"model": {"name": "tnt_s_patch16_224", **fields}}
     save_weights(root / "w.safetensors", params, {"config": config})
-    a = imagenet_classes.synsets("imagenet-a")
+    a = imagenet_synsets("imagenet-a")
     for path in (
         *(f"imagenet-a/{synset}/{i}.png" for synset in a for i in range(1 + (synset == a[0]))),
         *(f"imagenetv2-matched-frequency-format-val/{i}/x.png" for i in range(1000)),

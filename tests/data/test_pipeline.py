@@ -18,12 +18,11 @@ import pytest
 from tests.helpers.photos import png
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import pipeline
-from tnt_flax.data.pipeline import eval_batches, train_batches
+from tnt_flax.data.pipeline import ReadOptions, eval_batches, train_batches
 from tnt_flax.data.plan import TrainPlan, sample_generator
 from tnt_flax.data.randaugment import parse
 from tnt_flax.data.sources import Digits, ImageFolder
-from tnt_flax.data.sources.outage import PatientReader
-from tnt_flax.data.sources.storage import DamagedError
+from tnt_flax.data.sources.storage import DamagedError, RetryingReader
 from tnt_flax.data.transforms import decode, eval_transform, train_transform
 
 AUGMENT = functools.partial(
@@ -38,7 +37,7 @@ class Numbered:
     """Record i is a grey image of level i with label i; reading those in `broken` fails."""
 
     class_names = tuple(str(i) for i in range(200))
-    place = "."
+    storage_path = "."
 
     def __init__(self, count, broken=(), error=None):
         self.count, self.broken, self.error = count, frozenset(broken), error
@@ -57,13 +56,15 @@ class Numbered:
         return f"numbered record {index}"
 
 
-def train(source=DIGITS, plan=PLAN, start_step=0, num_steps=4, **options):
-    options = {"transform": AUGMENT, "threads": 2} | options
-    return train_batches(source, plan, start_step=start_step, num_steps=num_steps, **options)
+def train(source=DIGITS, plan=PLAN, transform=AUGMENT, start_step=0, num_steps=4, **options):
+    steps = dict(start_step=start_step, num_steps=num_steps)
+    options = ReadOptions(**({"threads": 2} | options))
+    return train_batches(source, plan, transform=transform, **steps, options=options)
 
 
 def evaluate(source=DIGITS, batch_size=8, **options):
-    return eval_batches(source, batch_size=batch_size, **({"transform": EVALUATE} | options))
+    options = ReadOptions(**options)
+    return eval_batches(source, transform=EVALUATE, batch_size=batch_size, options=options)
 
 
 def assert_equal(actual, expected):
@@ -105,7 +106,7 @@ def test_a_training_batch_is_what_the_plan_says():
             "label": ((8,), np.int32),
             "replaced": ((8,), np.bool_),
         }
-        assert batch["label"].tolist() == [DIGITS[PLAN.plan(step, r)[0]][1] for r in range(8)]
+        assert batch["label"].tolist() == [DIGITS[PLAN.lookup(step, r)[0]][1] for r in range(8)]
         assert not batch["replaced"].any()
 
 
@@ -187,7 +188,7 @@ def test_randaugment_and_repeats_are_one_stream_for_any_hosts_and_after_a_restar
     for k in (1, 21, 23):
         assert_equal(published(start_step=k, num_steps=24 - k), whole[k:])
     # The views of a record are different images.
-    rows = [PUBLISHED_PLAN.plan(0, row)[0] for row in range(16)]
+    rows = [PUBLISHED_PLAN.lookup(0, row)[0] for row in range(16)]
     first = [whole[0]["image"][row].tobytes() for row in range(16)]
     assert len(set(rows)) == 6 and len(set(first)) == 16
     plain = list(train(plan=PUBLISHED_PLAN, num_steps=1))[0]["image"]
@@ -216,7 +217,7 @@ def test_a_batch_reads_a_record_once_for_all_its_views(num_hosts, threads, monke
             num_hosts=num_hosts,
         )  # fmt: skip
         rows = range(16 // num_hosts * host, 16 // num_hosts * (host + 1))
-        plans = [PUBLISHED_PLAN.plan(7, row) for row in rows]
+        plans = [PUBLISHED_PLAN.lookup(7, row) for row in rows]
         assert read == dict.fromkeys((record for record, _ in plans), 1)
         assert decoded["images"] == len(read)
         for i, (record, key) in enumerate(plans):  # each row as if it were alone
@@ -281,9 +282,9 @@ def test_after_an_error_the_stream_is_over_and_no_thread_is_left():
 def test_training_replaces_unreadable_records(error, caplog):
     plan = TrainPlan(10, batch_size=10, seed=0)
     source = Numbered(10, broken={4, 5, 9}, error=error)
-    with caplog.at_level(logging.WARNING, logger=pipeline.__name__):
+    with caplog.at_level(logging.WARNING, logger="tnt_flax"):
         (batch,) = train(source, plan, num_steps=1, corrupt="skip")
-    records = np.array([plan.plan(0, row)[0] for row in range(10)])
+    records = np.array([plan.lookup(0, row)[0] for row in range(10)])
     stand_in = {4: 6, 5: 6, 9: 0}  # the next readable record, from the last on to the first
     assert batch["label"].tolist() == [stand_in.get(r, r) for r in records]
     assert batch["image"][:, 0, 0, 0].tolist() == batch["label"].tolist()
@@ -325,7 +326,7 @@ def test_evaluation_masks_unreadable_records_out():
 
 def test_images_of_several_classes():
     class Several(Numbered):
-        most_labels = 3
+        max_labels = 3
 
         def __getitem__(self, index):
             return super().__getitem__(index)[0], np.array([index, 9, -1])
@@ -357,7 +358,7 @@ def test_an_exhausted_stream_leaves_no_threads():
 
 
 def test_views_pickle():
-    view = pipeline._TrainView(PatientReader(DIGITS, 0), PLAN, AUGMENT, "error", 3, 2, 4, 4)
+    view = pipeline._TrainView(RetryingReader(DIGITS, 0), PLAN, AUGMENT, "error", 3, 2, 4, 4)
     copy = pickle.loads(pickle.dumps(view))
     assert len(view) == 2 and [row for row, _ in view[1]] == [0, 1, 2, 3]
     for (row, sample), (expected_row, expected) in zip(copy[1], view[1], strict=True):

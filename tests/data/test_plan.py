@@ -21,7 +21,7 @@ GOLDEN_DRAWS = [601, 817, 212, 117]
 
 
 def records(plan, step):
-    return [plan.plan(step, row)[0] for row in range(plan.batch_size)]
+    return [plan.lookup(step, row)[0] for row in range(plan.batch_size)]
 
 
 def epoch_records(plan, epoch):
@@ -55,27 +55,29 @@ def test_the_first_records_never_change():
     plan = TrainPlan(1000, 8, seed=42)
     assert records(plan, 0) == GOLDEN_STEP_0
     assert records(plan, 125) == GOLDEN_EPOCH_1
-    assert plan.plan(126, 3)[1] == (42, 1, 11)
+    assert plan.lookup(126, 3)[1] == (42, 1, 11)
     draws = sample_generator((42, 1, 11)).integers(0, 1000, 4).tolist()
     assert draws == GOLDEN_DRAWS
 
 
 def test_a_plan_is_a_pure_function():
     plan = TrainPlan(64, 8, seed=5)
-    expected = [plan.plan(step, row) for step in range(40) for row in range(8)]
-    backwards = [plan.plan(step, row) for step in reversed(range(40)) for row in reversed(range(8))]
+    expected = [plan.lookup(step, row) for step in range(40) for row in range(8)]
+    backwards = [
+        plan.lookup(step, row) for step in reversed(range(40)) for row in reversed(range(8))
+    ]
     assert backwards[::-1] == expected
     copy = pickle.loads(pickle.dumps(plan))
-    assert [copy.plan(step, row) for step in range(40) for row in range(8)] == expected
+    assert [copy.lookup(step, row) for step in range(40) for row in range(8)] == expected
 
 
 def test_threads_around_the_end_of_an_epoch_agree():
     plan = TrainPlan(5000, 50, seed=9)
     calls = [(step, row) for step in range(97, 203) for row in range(0, 50, 7)]
-    expected = [plan.plan(*call) for call in calls]
+    expected = [plan.lookup(*call) for call in calls]
     plan_module._permutation.cache_clear()
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda call: plan.plan(*call), calls)) == expected
+        assert list(pool.map(lambda call: plan.lookup(*call), calls)) == expected
     assert plan_module._permutation.cache_info().misses == 3  # epochs 0, 1 and 2: once each
 
 
@@ -86,7 +88,7 @@ def test_the_permutation_cannot_be_changed_by_its_reader():
 
 def test_sample_keys_are_unique_and_their_numbers_independent():
     plan = TrainPlan(40, 4, seed=7)
-    keys = [plan.plan(step, row)[1] for step in range(50) for row in range(4)]
+    keys = [plan.lookup(step, row)[1] for step in range(50) for row in range(4)]
     assert len(set(keys)) == len(keys)
     first = np.array([sample_generator(key).random(4) for key in keys])
     assert len(np.unique(first)) == first.size
@@ -120,7 +122,7 @@ def in_order(monkeypatch):
 
 
 def positions(plan, step):
-    return [plan.plan(step, row)[1][2] for row in range(plan.batch_size)]
+    return [plan.lookup(step, row)[1][2] for row in range(plan.batch_size)]
 
 
 def test_the_published_placement(in_order):
@@ -134,7 +136,7 @@ def test_the_published_placement(in_order):
     assert ranks[3][:4] == [1, 3, 6, 9]
     last = records(plan, 1250)
     assert max(last) == 1251 * 1024 // 3 - 1 == 427_007  # of 1,281,167: a third each epoch
-    assert plan.plan(1251, 0) == (0, (42, 1, 0))  # and the next begins again
+    assert plan.lookup(1251, 0) == (0, (42, 1, 0))  # and the next begins again
 
 
 @pytest.mark.parametrize("num_records, batch_size, groups", [(200, 24, 8), (90, 8, 8), (50, 12, 4)])
@@ -146,7 +148,7 @@ def test_each_view_has_its_own_group_and_its_own_numbers(num_records, batch_size
     views = collections.defaultdict(list)
     for step in range(plan.steps_per_epoch):
         for row in range(batch_size):
-            record, key = plan.plan(step, row)
+            record, key = plan.lookup(step, row)
             views[record].append((key, row // group_size))
         assert sorted(positions(plan, step)) == [*range(step * batch_size, (step + 1) * batch_size)]
     assert len(views) == -(-rows // repeats)
@@ -169,8 +171,8 @@ def test_repeats_work_for_any_data_set_that_fills_a_batch(groups):
 def test_repeats_of_one_leave_the_order_alone():
     for groups in (1, 3, 8):
         plan = TrainPlan(100, 8, seed=4, repeats=1, groups=groups)
-        assert [plan.plan(s, r) for s in range(30) for r in range(8)] == [
-            TrainPlan(100, 8, seed=4).plan(s, r) for s in range(30) for r in range(8)
+        assert [plan.lookup(s, r) for s in range(30) for r in range(8)] == [
+            TrainPlan(100, 8, seed=4).lookup(s, r) for s in range(30) for r in range(8)
         ]
 
 
@@ -189,11 +191,11 @@ def test_views_are_the_rows_by_record(repeats, records, batch_size):
         for step in range(12):
             views = plan.views(step, rows)
             most = max(most, len(views))
-            assert len(views) <= plan.most_records(rows)
+            assert len(views) <= plan.max_records(rows)
             assert {
                 row: (record, key) for record, shown in views.items() for row, key in shown
-            } == {row: plan.plan(step, row) for row in rows}
-        assert most == plan.most_records(rows)
+            } == {row: plan.lookup(step, row) for row in rows}
+        assert most == plan.max_records(rows)
 
 
 @pytest.mark.oracle
@@ -218,7 +220,7 @@ def test_placement_equals_timms_sampler(in_order, num_records):
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 100])
 def test_evaluation_shows_every_record_once_in_order(num_records, batch_size):
     plan = EvalPlan(num_records, batch_size)
-    rows = [plan.plan(b, r) for b in range(plan.num_batches) for r in range(batch_size)]
+    rows = [plan.lookup(b, r) for b in range(plan.num_batches) for r in range(batch_size)]
     assert [row for row in rows if row is not None] == list(range(num_records))
     assert rows[:num_records] == list(range(num_records))  # padding comes last
     assert len(rows) - num_records < batch_size  # and no batch is all padding

@@ -54,7 +54,7 @@ def generator(seed):
 def draws(config, count, seed=0):
     """The calls for `count` images, one list each."""
     augment, numbers = parse(config), generator(seed)
-    return [augment.draw(numbers) for _ in range(count)]
+    return [augment.sample(numbers) for _ in range(count)]
 
 
 # --------------------------------------------------------------------------------- the operations
@@ -257,15 +257,21 @@ def test_the_fill_is_the_mean():
 @pytest.mark.parametrize(
     "config, message",
     [
-        ("augmix-m3-w3", "'augmix' is not known, the string begins with \"rand-\""),
+        ("augmix-m3-w3", "'augmix' is not known: the string must begin with \"rand-\""),
         ("", "'' is not known"),
         ("RAND-m9", "'RAND' is not known"),
-        ("rand-mst0.5", "no section 'mst0.5', did you mean 'mstd'? (m, n, p, mstd, mmax, inc, t)"),
-        ("rand-w0", "no section 'w0', did you mean "),
-        ("rand-m9-", "no section '', did you mean "),
-        ("rand-9", "no section '9', did you mean "),
-        ("rand-tweight", "no set 'weight', did you mean 'weights'? (weights, 3a, 3aw)"),
-        ("rand-t", "no set '', did you mean "),
+        (
+            "rand-mst0.5",
+            "no section 'mst0.5' (did you mean 'mstd'?): sections begin with m, n, p, mstd, mmax,",
+        ),
+        ("rand-w0", "no section 'w0': sections begin with"),
+        ("rand-m9-", "no section '': sections"),
+        ("rand-9", "no section '9': sections"),
+        (
+            "rand-tweight",
+            "no set 'weight' (did you mean 'weights'?): choose one of weights, 3a, 3aw",
+        ),
+        ("rand-t", "no set '': choose one of"),
         ("rand-m9.5", "'m' takes a whole number, not '9.5'"),
         ("rand-inc", "'inc' takes a whole number, not ''"),
         ("rand-mstd0.5x", "'mstd' takes a number, not '0.5x'"),
@@ -273,7 +279,7 @@ def test_the_fill_is_the_mean():
         ("rand-p1.5", "'p1.5' is out of range: p is 0 to 1"),
         ("rand-n0", "'n0' is out of range: n is 1 to inf"),
         ("rand-mmax0", "'mmax0' is out of range"),
-        ("rand-m9-inc1-m8", "'m' is there twice"),
+        ("rand-m9-inc1-m8", "'m' occurs twice"),
         ("rand-n15-t3aw", "n15 is more than the 14 operations"),
         ("rand-m9 -inc1", "'m' takes a whole number, not '9 '"),
         ("rand-m9\n", "'m' takes a whole number"),
@@ -293,7 +299,7 @@ def test_what_is_not_understood_is_refused_in_one_line(config, message):
 def test_the_transform_crops_flips_and_then_augments():
     seen = []
 
-    def invert(image, numbers):
+    def invert(image, numbers, warp):
         seen.append(image.size)
         numbers.random()
         return apply_op(image, "Invert", 0.0, BILINEAR, FILL)

@@ -320,7 +320,9 @@ def test_folder_and_tfds_give_the_same_batches(tmp_path):
     "kind, guess", [("fodler", "folder"), ("TFDS", "tfds"), ("digit", "digits")]
 )
 def test_an_unknown_kind_gets_a_suggestion(kind, guess):
-    assert f"did you mean {guess!r}" in message_of(lambda: open_source(kind, "train"))
+    assert f"did you mean {guess!r}?): choose one of folder, " in message_of(
+        lambda: open_source(kind, "train")
+    )
 
 
 def test_a_class_list_without_folders_is_refused():

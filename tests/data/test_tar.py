@@ -82,7 +82,7 @@ def test_every_truncation_is_noticed():
         assert "is truncated" in refused(data[:size]), size
     longest = scan(data)[3]
     message = refused(data[: longest.start + 100])
-    assert f"{LONG} should end at byte {longest.start + 513}, but it ends" in message
+    assert f"{LONG} should end at byte {longest.start + 513}, but the tar ends" in message
     assert scan(data[: end + 512]) == scan(data)  # an end mark of one block will do
 
 
@@ -91,7 +91,7 @@ def test_damage_and_compression_are_named():
     start = scan(bytes(data))[2].start
     data[start - 500] ^= 1
     assert refused(bytes(data)) == f"x.tar is damaged at byte {start - 512}: there is no tar header"
-    assert refused(b"no tar at all" * 100) == "x.tar is no tar: there is no tar header"
+    assert refused(b"no tar at all" * 100) == "x.tar is not a tar file: there is no tar header"
     zipped = gzip.compress(tar({str(k): bytes([k] * k) * 99 for k in range(250)}), 1)
     assert len(zipped) > 512 and "is compressed (gzip)" in refused(zipped)
     sparse = bytearray(tarfile.TarInfo("s.jpg").tobuf(tarfile.GNU_FORMAT))

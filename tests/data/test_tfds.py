@@ -111,15 +111,17 @@ def test_images_of_several_classes(tmp_path):
     for form in tfds_records.FORMATS:
         options = dict(file_format=form, supervised=("image", "real_label"))
         write_tfds(tmp_path / form, "real", "1.0.0", features, {"validation": rows}, **options)
-        source = TfdsSource("real", "validation", str(tmp_path / form), several_labels=True)
-        assert source.class_names == ("cat", "dog", "eel", "fox") and source.most_labels == 4
+        source = TfdsSource("real", "validation", str(tmp_path / form), multi_label=True)
+        assert source.class_names == ("cat", "dog", "eel", "fox") and source.max_labels == 4
         assert [source[i][0] for i in range(3)] == [image(i) for i in range(3)]
         padded = [[2, -1, -1, -1], [-1] * 4, [3, 0, -1, -1]]
         assert [source[i][1].tolist() for i in range(3)] == padded
         message = message_of(
             lambda form=form: TfdsSource("real", "validation", str(tmp_path / form))
         )
-        assert "'real' is of several classes or of none: it is for main.py --mode=eval" in message
+        assert (
+            "'real' is multi-label: it can only be evaluated on, by main.py --mode=eval" in message
+        )
 
 
 def test_damage_is_noticed(written):

@@ -63,7 +63,7 @@ def planned(config, source, damaged):
     """The records of every step, and how many are stand-ins, as the plan alone says."""
     plan = Experiment(config).plan
     assert plan.steps_per_epoch == STEPS
-    records = np.array([[plan.plan(s, row)[0] for row in range(BATCH)] for s in range(2 * STEPS)])
+    records = np.array([[plan.lookup(s, row)[0] for row in range(BATCH)] for s in range(2 * STEPS)])
     broken = [i for i in range(len(source)) if source.name_of(i) == str(damaged)]
     shown = np.where(records == broken, records + 1, records)  # the next one stands in
     return shown, int((records == broken).sum())

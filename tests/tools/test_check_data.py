@@ -212,7 +212,7 @@ class Sparse:
     """Four records of the first two of three classes."""
 
     class_names = ("many", "one", "none")
-    place = "."
+    storage_path = "."
 
     def __len__(self):
         return 4

@@ -25,7 +25,7 @@ from tests.helpers.random_weights import random_params
 from tests.helpers.smoke import SMOKE
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.files import open_table
-from tnt_flax.data import imagenet_classes
+from tnt_flax.data.labels import IMAGENET_SUBSETS, imagenet_synsets, readable_names
 from tnt_flax.data.transforms import eval_transform
 from tnt_flax.runtime.workdir import as_json
 from tnt_flax.tools import predict
@@ -157,7 +157,7 @@ def test_names_of_classes(tmp_path):
     path = tmp_path / "w.safetensors"
     save(path, classes=1000, class_names=None)
     assert tnt_flax.load_classifier(path).class_names[0] == "tench, Tinca tinca"  # as published
-    save(path, classes=10, class_names=list(imagenet_classes.synsets()[:10]))
+    save(path, classes=10, class_names=list(imagenet_synsets()[:10]))
     assert tnt_flax.load_classifier(path).class_names[1] == "goldfish, Carassius auratus"
     save(path, class_names=None)
     assert tnt_flax.load_classifier(path).class_names == tuple("0123456789")
@@ -181,18 +181,18 @@ def folder_of(package):
 
 def test_the_bundled_classes_are_those_of_tfds():
     labels = folder_of("tensorflow_datasets") / "datasets/imagenet2012/labels.txt"
-    assert list(imagenet_classes.synsets()) == labels.read_text().split()
-    assert len(set(imagenet_classes.readable(imagenet_classes.synsets()))) == 999  # two cranes
-    for subset in imagenet_classes.SUBSETS:
-        assert len(imagenet_classes.synsets(subset)) == 200
+    assert list(imagenet_synsets()) == labels.read_text().split()
+    assert len(set(readable_names(imagenet_synsets()))) == 999  # two cranes
+    for subset in IMAGENET_SUBSETS:
+        assert len(imagenet_synsets(subset)) == 200
 
 
 @pytest.mark.oracle
 def test_the_bundled_subsets_are_those_of_timm():
     info = folder_of("timm") / "data/_info"
-    for subset, letter in imagenet_classes.SUBSETS.items():
+    for subset, letter in IMAGENET_SUBSETS.items():
         theirs = (info / f"imagenet_{letter}_synsets.txt").read_text().split()
-        assert list(imagenet_classes.synsets(subset)) == theirs
+        assert list(imagenet_synsets(subset)) == theirs
 
 
 # ----------------------------------------------------------------------------------- the command

@@ -1,36 +1,95 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the labels of one data set to the classes of a network that was trained on another."""
+"""Class names of ImageNet, and the mapping from a data set's labels to a network's classes.
 
+ImageNet's 1,000 classes are sorted by synset, the order of all published weights. Their names are
+WordNet's (imagenet_classes.LICENSE).
+"""
+
+import functools
+import importlib.resources
 import json
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from tnt_flax.core.errors import InputError
-from tnt_flax.data import imagenet_classes
+from tnt_flax.core.errors import InputError, listed
 from tnt_flax.data.sources import Source, storage
-from tnt_flax.data.sources.names import read_class_list, some
+from tnt_flax.data.sources.names import read_class_list
 
-REAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
+IMAGENET_SUBSETS = {"imagenet-a": "a", "imagenet-r": "r"}  # marks in imagenet_classes.tsv
 NO_LABEL = -1
+_VALIDATION_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
-def to_network(
+# -------------------------------------------------------------------------------- ImageNet classes
+
+
+@functools.cache
+def _rows() -> tuple[tuple[str, str, str], ...]:
+    """Returns (synset, subsets, name) of each class."""
+    file = importlib.resources.files("tnt_flax.data") / "imagenet_classes.tsv"
+    lines = file.read_text("utf-8").splitlines()
+    return tuple(tuple(line.split("\t")) for line in lines)
+
+
+def imagenet_synsets(subset: str | None = None) -> tuple[str, ...]:
+    """Returns ("n01440764", ...): all synsets, or the 200 of "imagenet-a" or "imagenet-r"."""
+    mark = IMAGENET_SUBSETS[subset] if subset else ""
+    return tuple(synset for synset, marks, _ in _rows() if mark in marks)
+
+
+@functools.cache
+def _readable() -> dict[str, str]:
+    return {synset: name for synset, _, name in _rows()}
+
+
+def readable_names(class_names: Sequence[str]) -> tuple[str, ...]:
+    """Replaces synsets by words ("tench, Tinca tinca"); other names are unchanged."""
+    return tuple(_readable().get(name, name) for name in class_names)
+
+
+def names_or_imagenet(
+    class_names: Sequence[str] | None, num_classes: int
+) -> tuple[str, ...] | None:
+    """Returns the class names; without any, ImageNet's synsets for 1,000 classes, else None."""
+    if class_names is not None:
+        return tuple(class_names)
+    return imagenet_synsets() if num_classes == len(_rows()) else None
+
+
+def display_names(class_names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
+    """Returns readable class names, or "0", "1", ... if the names are unknown."""
+    known = names_or_imagenet(class_names, num_classes)
+    return readable_names(known or tuple(map(str, range(num_classes))))
+
+
+# ------------------------------------------------------------------------------- labels to classes
+
+
+def map_to_network(
     data_names: Sequence[str], network_names: Sequence[str] | None, num_classes: int
 ) -> np.ndarray:
-    """The network's class of each label of a data set, int32 [labels].
+    """Maps each label of a data set to the network's class of that name.
 
-    By name, where the network has all the names of the data; one to one, where the weights brought
-    no names and there are as many. 1,000 classes without names are ImageNet's, and to a network of
-    ImageNet's classes the names 0, 1, ... 999 are these, in order (as ImageNet-V2's folders are).
+    A network without class names has ImageNet's if it has 1,000 classes. For a network with
+    ImageNet's classes, data names "0", "1", ..., "999" are class numbers (as in ImageNet-V2's
+    folders). If the network's names are unknown and the counts are equal, labels are not changed.
+
+    Args:
+        data_names: class names of the data set.
+        network_names: class names of the network; None if its weights have none.
+        num_classes: number of classes of the network.
+
+    Returns:
+        int32 [labels], the network's class of each label.
 
     Raises:
-        InputError: none of these.
+        InputError: the network has no class for a name.
     """
-    known = imagenet_classes.known_names(network_names, num_classes)
+    known = names_or_imagenet(network_names, num_classes)
     position = {name: i for i, name in enumerate(known or ())}
-    synsets = imagenet_classes.synsets()
+    synsets = imagenet_synsets()
     if set(position) == set(synsets) and list(data_names) == [str(i) for i in range(len(synsets))]:
         data_names = synsets
     unknown = [name for name in data_names if name not in position]
@@ -38,43 +97,47 @@ def to_network(
         return np.array([position[name] for name in data_names], np.int32)
     if network_names is None and len(data_names) == num_classes:
         return np.arange(num_classes, dtype=np.int32)
-    theirs = some(known) if known else "of unknown names"
+    described = listed(known) if known else "of unknown names"
     raise InputError(
-        f"the weights have {num_classes} classes ({theirs}), none of which is {unknown[0]!r} of "
-        f"the data's {len(data_names)} ({some(data_names)})"
+        f"the weights have {num_classes} classes ({described}) and none is called {unknown[0]!r}, "
+        f"one of the data's {len(data_names)} ({listed(data_names)})"
     )
 
 
-def chosen(
-    spelled: str, network_names: Sequence[str] | None, num_classes: int
+def select_classes(
+    selection: str, network_names: Sequence[str] | None, num_classes: int
 ) -> tuple[int, ...] | None:
-    """The classes that `eval.classes` leaves to a network, as it numbers them; None is all.
+    """Returns the network's classes that `eval.classes` restricts predictions to; None for all.
 
-    "imagenet-a" and "imagenet-r" are the 200 of these data sets; else it is a file with a name on
-    each line. Raises InputError for a name that the network does not have.
+    `selection` is "", "imagenet-a", "imagenet-r" or the path of a file with one class name per
+    line. `network_names` and `num_classes` are those of `map_to_network`.
+    Raises InputError for a file that cannot be read and for a name that the network does not have.
     """
-    if not spelled:
+    if not selection:
         return None
-    if spelled in imagenet_classes.SUBSETS:
-        names = imagenet_classes.synsets(spelled)
+    if selection in IMAGENET_SUBSETS:
+        names = imagenet_synsets(selection)
     else:
         try:
-            names = read_class_list(spelled)
+            names = read_class_list(selection)
         except InputError as error:
-            known = " nor ".join(imagenet_classes.SUBSETS)
-            raise InputError(f"eval.classes={spelled!r} is neither {known}: {error}") from None
+            known = " nor ".join(IMAGENET_SUBSETS)
+            raise InputError(f"eval.classes={selection!r} is neither {known}: {error}") from None
     if not names:
-        raise InputError(f"eval.classes={spelled!r} names no class")
-    return tuple(sorted(to_network(names, network_names, num_classes).tolist()))
+        raise InputError(f"eval.classes={selection!r} names no class")
+    return tuple(sorted(map_to_network(names, network_names, num_classes).tolist()))
+
+
+# ------------------------------------------------------------------------------------ ReaL labels
 
 
 class Relabeled:
-    """`source` with rows of `labels`, int32 [records, K], of ImageNet's classes."""
+    """`source` with other labels: rows of int32 [records, K] with ImageNet's classes."""
 
     def __init__(self, source: Source, labels: np.ndarray):
-        self.source, self.labels, self.most_labels = source, labels, labels.shape[1]
-        self.class_names, self.name_of = imagenet_classes.synsets(), source.name_of
-        self.place = source.place
+        self.source, self.labels, self.max_labels = source, labels, labels.shape[1]
+        self.class_names, self.name_of = imagenet_synsets(), source.name_of
+        self.storage_path = source.storage_path
 
     def __len__(self) -> int:
         return len(self.source)
@@ -83,34 +146,37 @@ class Relabeled:
         return self.source[index][0], self.labels[index]
 
 
-def real_labels(path: str, source: Source) -> np.ndarray:
-    """The ReaL labels (arXiv 2006.07159) of each record, int32 [records, most], padded with -1.
+def read_real_labels(path: str, source: Source) -> np.ndarray:
+    """Reads the ReaL labels (arXiv 2006.07159) of each record.
 
-    `path` is their real.json: for each validation image of ImageNet, in the order of the names, the
-    classes that are in it, of which there may be none.
+    `path` is their real.json: a list of classes (possibly empty) for each validation image of
+    ImageNet, in the order of the file names.
+
+    Returns:
+        int32 [records, K], padded with -1. K is the largest number of labels of an image.
 
     Raises:
-        InputError: the file is another, or a record is not called as ImageNet's are.
+        InputError: the file is not real.json, or a record is not named like a validation image.
     """
     try:
         labels = json.loads(storage.read_file(path))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot read the ReaL labels {path}: {reason}") from None
-    classes = range(len(imagenet_classes.synsets()))
+    classes = range(len(imagenet_synsets()))
     if not isinstance(labels, list) or not all(
-        isinstance(of_one, list) and all(label in classes for label in of_one) for of_one in labels
+        isinstance(row, list) and all(label in classes for label in row) for row in labels
     ):
         raise InputError(f"{path} is not ReaL's real.json: a list of lists of numbers below 1000")
-    most = max(map(len, labels), default=0)
-    table = np.full((len(source), max(most, 1)), NO_LABEL, np.int32)
+    max_labels = max(map(len, labels), default=0)
+    table = np.full((len(source), max(max_labels, 1)), NO_LABEL, np.int32)
     for record in range(len(source)):
-        match = REAL_NAME.search(source.name_of(record))
+        match = _VALIDATION_IMAGE.search(source.name_of(record))
         if not match or not 0 < int(match[1]) <= len(labels):
             raise InputError(
-                f"{source.name_of(record)} is no image of ImageNet's validation split, such as "
-                f"ILSVRC2012_val_00000001.JPEG, of which {path} has {len(labels)}"
+                f"{source.name_of(record)} is not named like one of the {len(labels)} validation "
+                f"images in {path} (such as ILSVRC2012_val_00000001.JPEG)"
             )
-        of_one = labels[int(match[1]) - 1]
-        table[record, : len(of_one)] = of_one
+        row = labels[int(match[1]) - 1]
+        table[record, : len(row)] = row
     return table

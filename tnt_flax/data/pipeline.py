@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plan, source and transform joined by Grain: batches of numpy arrays, made by worker threads.
+"""Batches of NumPy arrays from a plan, a source and a transform, prefetched by Grain.
 
-A view says what each record of the run gives to its batch, by its number; Grain evaluates the view
-ahead of time. A record that is shown several times in a batch is read and decoded once.
-There is no iterator state to save. Host h of H owns the contiguous rows [h * b, (h + 1) * b) of
-every global batch of H * b, so batches put together in host order never depend on H, and how many
-threads or processes evaluate the view changes nothing.
+A view is a sequence that computes any part of any batch from its index; Grain evaluates it ahead of
+time in threads or worker processes. A record with several views in a batch is read and decoded
+once. There is no iterator state to save.
+
+Host h of H produces the contiguous rows [h * b, (h + 1) * b) of every global batch of H * b rows.
+Global batches do not depend on the number of hosts, threads or worker processes.
 """
 
 import dataclasses
@@ -23,13 +24,55 @@ import numpy as np
 from tnt_flax.core.errors import InputError
 from tnt_flax.data.plan import EvalPlan, SampleKey, TrainPlan, sample_generator
 from tnt_flax.data.sources import Source
-from tnt_flax.data.sources.outage import Outage, PatientReader
+from tnt_flax.data.sources.storage import RetryingReader, StorageUnavailable
 from tnt_flax.data.transforms import CorruptImageError, Encoded, decode
 
 Batch = dict[str, np.ndarray]
-Samples = list[tuple[int, dict[str, np.ndarray]]]  # of one element: (row of the batch, columns)
-PER_ELEMENT = 4  # records: handing an element over costs a thread, and the training loop, 0.1 ms
+Samples = list[tuple[int, dict[str, np.ndarray]]]  # one element: (row of the batch, columns)
+RECORDS_PER_ELEMENT = 4  # passing an element on costs a thread and the training loop 0.1 ms
 MAX_REPLACEMENTS = 16  # unreadable records in a row before training gives up on the data set
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadOptions:
+    """How a host reads its rows of the global batches.
+
+    Args:
+        corrupt: what to do with a record that cannot be read: "error" raises InputError from
+            `next()`, "skip" replaces it (training) or masks it out (evaluation).
+        host, num_hosts: this host's index, and the number of hosts that share a batch.
+        threads: threads that read and decode, per process.
+        prefetch: number of batches to read ahead.
+        workers: number of worker processes; 0 reads in this process. With workers, the program must
+            guard its `__main__`.
+        retry_seconds: how long to retry while the storage is unavailable.
+
+    Raises:
+        InputError: an option is invalid.
+    """
+
+    corrupt: str = "error"
+    host: int = 0
+    num_hosts: int = 1
+    threads: int = 4
+    prefetch: int = 2
+    workers: int = 0
+    retry_seconds: float = 0
+
+    def __post_init__(self):
+        if self.corrupt not in ("error", "skip"):
+            raise InputError(f"data.corrupt is {self.corrupt!r}: choose 'error' or 'skip'")
+        if not 0 <= self.host < self.num_hosts:
+            raise InputError(f"host {self.host} of {self.num_hosts}: hosts are numbered from 0")
+
+    def rows_per_host(self, batch_size: int) -> int:
+        """Returns the rows of a host. Raises InputError if the hosts cannot share evenly."""
+        if batch_size % self.num_hosts:
+            raise InputError(
+                f"a batch of {batch_size} cannot be split evenly over {self.num_hosts} hosts: "
+                f"choose a multiple of {self.num_hosts}"
+            )
+        return batch_size // self.num_hosts
 
 
 def train_batches(
@@ -39,35 +82,36 @@ def train_batches(
     transform: Callable[[Encoded, np.random.Generator], np.ndarray],
     start_step: int,
     num_steps: int,
-    corrupt: str = "error",
-    host: int = 0,
-    num_hosts: int = 1,
-    threads: int = 4,
-    prefetch: int = 2,
-    workers: int = 0,
-    retry_seconds: float = 0,
+    options: ReadOptions = ReadOptions(),
 ) -> Iterator[Batch]:
-    """This host's part of the global batches start_step, ..., start_step + num_steps - 1.
+    """Yields this host's rows of the training batches.
 
-    Each is `image` uint8 [b, H, W, 3], `label` int32 [b] and `replaced` bool [b], where
-    b = plan.batch_size / num_hosts. `transform` is a `functools.partial` of `train_transform`.
-    `corrupt` says what to do about a record that cannot be read: "error" raises InputError from
-    `next()`, "skip" takes the next readable record instead and sets `replaced`.
+    Each batch is `image` uint8 [b, H, W, 3], `label` int32 [b] and `replaced` bool [b], with
+    b = plan.batch_size / options.num_hosts. With corrupt="skip" an unreadable record is replaced by
+    the next readable one, and `replaced` is true.
 
-    `threads` read and decode, `prefetch` batches ahead. With `workers` > 0 that many processes do
-    the work, each with its own `threads`; the program must then guard its `__main__`. The iterator
-    is a generator: `close()` it, if it was not exhausted, to stop threads and processes. The
-    processes ignore notices to stop and end with this one, however it ends.
+    The iterator is a generator: unless it is exhausted, `close()` it to stop its threads and
+    processes. Worker processes ignore SIGTERM and SIGINT and end with this process.
 
-    Where the storage of the data is away, reading is tried again for `retry_seconds`, and then
-    `next()` raises `outage.Outage`.
-    Raises InputError at once for rows that the hosts cannot share evenly and for bad options.
+    Args:
+        source: the records.
+        plan: their order.
+        transform: a `functools.partial` of `transforms.train_transform`.
+        start_step: step of the first batch.
+        num_steps: number of batches.
+        options: see `ReadOptions`.
+
+    Raises:
+        InputError: at once for invalid options, from `next()` for unreadable records.
+        StorageUnavailable: from `next()`, if the storage does not come back in time.
     """
-    rows = _rows_per_host(plan.batch_size, host, num_hosts)
-    _check_corrupt(corrupt)
-    reader = PatientReader(source, retry_seconds)
-    view = _TrainView(reader, plan, transform, corrupt, start_step, num_steps, host * rows, rows)
-    return _run(view, rows, threads, prefetch, workers)
+    rows = options.rows_per_host(plan.batch_size)
+    reader = RetryingReader(source, options.retry_seconds)
+    first_row = options.host * rows
+    view = _TrainView(
+        reader, plan, transform, options.corrupt, start_step, num_steps, first_row, rows
+    )
+    return _run(view, rows, options)
 
 
 def eval_batches(
@@ -75,40 +119,34 @@ def eval_batches(
     *,
     transform: Callable[[Encoded], np.ndarray],
     batch_size: int,
-    corrupt: str = "error",
-    host: int = 0,
-    num_hosts: int = 1,
-    threads: int = 4,
-    prefetch: int = 2,
-    workers: int = 0,
-    retry_seconds: float = 0,
+    options: ReadOptions = ReadOptions(),
 ) -> Iterator[Batch]:
-    """This host's part of one pass over the source, in order: every record exactly once.
+    """Yields this host's rows of one pass over the source, in order, every record exactly once.
 
-    `batch_size` counts the rows of all hosts. Each batch is `image` uint8 [b, H, W, 3], `label`
-    int32 [b] (or [b, source.most_labels]), `mask` bool [b] and `corrupt` bool [b],
-    b = batch_size / num_hosts. Where `mask` is
-    False the row is zeros and must not count: padding of the last batch, so that all hosts see
-    equally many batches of one shape, or, with corrupt="skip", a record that cannot be read.
-    The other arguments and the errors are those of `train_batches`.
+    Each batch is `image` uint8 [b, H, W, 3], `label` int32 [b] (or [b, source.max_labels]), `mask`
+    bool [b] and `corrupt` bool [b], with b = batch_size / options.num_hosts. Rows with a false
+    `mask` are zeros and must not count: padding of the last batch, so that all hosts get the same
+    number of batches of one shape; or, with corrupt="skip", an unreadable record.
+
+    `batch_size` is that of the global batch, over all hosts. Closing and errors are those of
+    `train_batches`.
     """
-    rows = _rows_per_host(batch_size, host, num_hosts)
-    _check_corrupt(corrupt)
+    rows = options.rows_per_host(batch_size)
     blank = np.zeros_like(transform(np.zeros((1, 1, 3), np.uint8)))  # for its shape
     plan = EvalPlan(len(source), batch_size)
-    reader = PatientReader(source, retry_seconds)
-    view = _EvalView(reader, plan, transform, corrupt, host * rows, rows, blank)
-    return _run(view, rows, threads, prefetch, workers)
+    reader = RetryingReader(source, options.retry_seconds)
+    view = _EvalView(reader, plan, transform, options.corrupt, options.host * rows, rows, blank)
+    return _run(view, rows, options)
 
 
-# ------------------------------------------------------------------------------- the two views
+# ----------------------------------------------------------------------------------------- views
 
 
 @dataclasses.dataclass(frozen=True)
 class _TrainView:
-    """The records of one host as a sequence, PER_ELEMENT of a step to an element."""
+    """One host's training samples; an element has up to RECORDS_PER_ELEMENT records of a step."""
 
-    reader: PatientReader
+    reader: RetryingReader
     plan: TrainPlan
     transform: Callable[[Encoded, np.random.Generator], np.ndarray]
     corrupt: str
@@ -119,18 +157,18 @@ class _TrainView:
 
     @functools.cached_property
     def elements_per_batch(self) -> int:
-        """The most there are. A batch with fewer is filled up with elements without samples."""
-        most = self.plan.most_records(range(self.first_row, self.first_row + self.rows))
-        return -(-most // PER_ELEMENT)
+        """The maximum over all batches; smaller batches are padded with empty elements."""
+        records = self.plan.max_records(range(self.first_row, self.first_row + self.rows))
+        return -(-records // RECORDS_PER_ELEMENT)
 
     def __len__(self):
         return self.num_steps * self.elements_per_batch
 
     def __getitem__(self, index) -> Samples:
         step, i = divmod(index, self.elements_per_batch)
-        shown = _shown(self.plan, self.start_step + step, self.first_row, self.rows)
+        records = _records_of(self.plan, self.start_step + step, self.first_row, self.rows)
         samples = []
-        for record, views in shown[i * PER_ELEMENT : (i + 1) * PER_ELEMENT]:
+        for record, views in records[i * RECORDS_PER_ELEMENT : (i + 1) * RECORDS_PER_ELEMENT]:
             images, label, replaced = self._read(record, [key for _, key in views])
             columns = {"label": np.int32(label), "replaced": np.bool_(replaced)}
             samples += [
@@ -140,14 +178,14 @@ class _TrainView:
         return samples
 
     def _read(self, record, keys):
-        """The views of the record, or those of the first readable one after it."""
+        """Returns images of the record, or of the first readable one after it, and its label."""
         for replacements in range(MAX_REPLACEMENTS + 1):
             candidate = (record + replacements) % len(self.reader.source)
             try:
                 encoded, label = self.reader[candidate]
                 image = decode(encoded)
-                # A fresh generator each time: the replacement must not depend on how far the
-                # transform of the unreadable record came.
+                # New generators for each candidate: the images of the replacement must not depend
+                # on random numbers consumed for the unreadable record.
                 images = [self.transform(image, sample_generator(key)) for key in keys]
                 return images, label, replacements > 0
             except (CorruptImageError, OSError) as reason:
@@ -160,9 +198,9 @@ class _TrainView:
 
 @dataclasses.dataclass(frozen=True)
 class _EvalView:
-    """The samples of one host as a sequence, PER_ELEMENT of a batch to an element."""
+    """One host's evaluation samples; an element has up to RECORDS_PER_ELEMENT of a batch."""
 
-    reader: PatientReader
+    reader: RetryingReader
     plan: EvalPlan
     transform: Callable[[Encoded], np.ndarray]
     corrupt: str
@@ -172,18 +210,18 @@ class _EvalView:
 
     @property
     def elements_per_batch(self) -> int:
-        return -(-self.rows // PER_ELEMENT)
+        return -(-self.rows // RECORDS_PER_ELEMENT)
 
     def __len__(self):
         return self.plan.num_batches * self.elements_per_batch
 
     def __getitem__(self, index) -> Samples:
         batch, i = divmod(index, self.elements_per_batch)
-        rows = range(i * PER_ELEMENT, min((i + 1) * PER_ELEMENT, self.rows))
+        rows = range(i * RECORDS_PER_ELEMENT, min((i + 1) * RECORDS_PER_ELEMENT, self.rows))
         return [(row, self._sample(batch, row)) for row in rows]
 
     def _sample(self, batch, row):
-        record = self.plan.plan(batch, self.first_row + row)
+        record = self.plan.lookup(batch, self.first_row + row)
         if record is None:
             return self._columns(self.blank)
         try:
@@ -195,8 +233,8 @@ class _EvalView:
 
     def _columns(self, image, label=None, *, mask=False, corrupt=False):
         if label is None:
-            most = getattr(self.reader.source, "most_labels", None)
-            label = np.zeros(() if most is None else most)
+            max_labels = getattr(self.reader.source, "max_labels", None)
+            label = np.zeros(() if max_labels is None else max_labels)
         return {
             "image": image,
             "label": np.asarray(label, np.int32),
@@ -205,74 +243,74 @@ class _EvalView:
         }
 
 
-def _shown(plan, step, first_row, rows) -> tuple[tuple[int, list[tuple[int, SampleKey]]], ...]:
-    """The records in these rows of the batch of `step`, with their (row, key)s."""
-    with _SHOWN_LOCK:  # many threads ask at once when a batch begins: compute it once
-        return _shown_once(plan, step, first_row, rows)
+def _records_of(plan, step, first_row, rows) -> tuple[tuple[int, list[tuple[int, SampleKey]]], ...]:
+    """Returns the records in these rows of the batch of `step` with their (row, key) pairs."""
+    with _RECORDS_LOCK:  # many threads need them when a batch begins: compute them once
+        return _compute_records(plan, step, first_row, rows)
 
 
-# As many as there can be batches begun and not finished.
-@functools.lru_cache(maxsize=16)
-def _shown_once(plan, step, first_row, rows):
+@functools.lru_cache(maxsize=16)  # at least the number of unfinished batches
+def _compute_records(plan, step, first_row, rows):
     return tuple(plan.views(step, range(first_row, first_row + rows)).items())
 
 
-# Of the module, not of the view, so that a view pickles into a worker process.
-_SHOWN_LOCK = threading.Lock()
+# A global, not a field of the view, because locks do not pickle into worker processes.
+_RECORDS_LOCK = threading.Lock()
 
 
 def _refuse_or_log(source, record, reason, corrupt):
-    """Reports an unreadable record: as the error that ends the run, or as a line of the log."""
+    """Raises InputError for an unreadable record, or logs it if `corrupt` is "skip"."""
     if isinstance(reason, CorruptImageError):
         problem = f"{source.name_of(record)} is not a usable image: {reason}"
     else:  # the file vanished
         problem = f"{source.name_of(record)} cannot be read: {reason.strerror or reason}"
     if corrupt == "error":
         raise InputError(f'{problem}; remove it, or set data.corrupt="skip"') from None
-    logging.getLogger(__name__).warning("skipped: %s", problem)
+    logging.getLogger("tnt_flax").warning("skipped: %s", problem)
 
 
 # --------------------------------------------------------------------------------------- running
 
 
-def _run(view, rows, threads, prefetch, workers):
-    """Batches of the view, evaluated ahead of time."""
+def _run(view, rows, options):
+    """Returns the batches of the view, evaluated ahead of time."""
     records = grain.MapDataset.source(view)
-    count, put_together = view.elements_per_batch, functools.partial(_put_together, rows)
-    if not workers:
-        # Threads share records, not batches: the first batch comes sooner, and the memory in
-        # flight does not grow with threads * rows.
-        options = grain.ReadOptions(threads, max(threads, prefetch * count))
-        batches = records.to_iter_dataset(options).batch(count, batch_fn=put_together)
+    count, threads, prefetch = view.elements_per_batch, options.threads, options.prefetch
+    make_batch = functools.partial(_make_batch, rows)
+    if not options.workers:
+        # Threads share records, not batches: the first batch is ready sooner, and the memory in
+        # use does not grow with threads * rows.
+        read_ahead = grain.ReadOptions(threads, max(threads, prefetch * count))
+        batches = records.to_iter_dataset(read_ahead).batch(count, batch_fn=make_batch)
         return _iterate(batches, view.reader)
-    # Grain deals the elements below the prefetch to its processes in turn. They must be whole
-    # batches, or each process would batch its own every-other record.
+    # Grain assigns elements to its processes in turn. They must be whole batches, or each process
+    # would form batches of every other element.
     _parse_absl_flags()
-    options = grain.ReadOptions(threads, max(threads, prefetch))
-    batches = records.batch(count, batch_fn=put_together).to_iter_dataset(options)
-    processes = grain.MultiprocessingOptions(workers, prefetch)
-    return _iterate(batches.mp_prefetch(processes, worker_init_fn=_serve), view.reader)
+    read_ahead = grain.ReadOptions(threads, max(threads, prefetch))
+    batches = records.batch(count, batch_fn=make_batch).to_iter_dataset(read_ahead)
+    processes = grain.MultiprocessingOptions(options.workers, prefetch)
+    return _iterate(batches.mp_prefetch(processes, worker_init_fn=_init_worker), view.reader)
 
 
-def _serve(worker, workers):
-    """Begins a worker process: it ends with its trainer, and with nothing else.
+def _init_worker(worker, workers):
+    """Makes a worker process ignore stop signals and end when its parent does.
 
-    Schedulers and terminals send a notice to stop to every process, but the trainer still needs
-    this one until its state is saved. And a trainer that is killed cannot stop its workers.
+    Schedulers and terminals signal every process, but the trainer needs its workers until the state
+    is saved. And a trainer that is killed cannot stop its workers.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def end_with_trainer():
+    def exit_with_parent():
         multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
         os._exit(1)
 
-    threading.Thread(target=end_with_trainer, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def _put_together(rows, records):
-    """A batch of the samples of its records."""
-    samples = [sample for record in records for sample in record]
+def _make_batch(rows, elements):
+    """Stacks the samples of a batch's elements."""
+    samples = [sample for element in elements for sample in element]
     first = samples[0][1]
     batch = {name: np.empty((rows, *value.shape), value.dtype) for name, value in first.items()}
     for row, columns in samples:
@@ -282,42 +320,26 @@ def _put_together(rows, records):
 
 
 def _iterate(batches, reader):
-    """A generator, so that the end, an error and `close()` all stop the threads and processes."""
+    """Yields batches; stops threads and processes at the end, on an error and on `close()`."""
     iterator = iter(batches)
     try:
         for batch in iterator:
-            # A copy of what lies in the shared memory of a worker process, which is freed with
-            # Grain's array while someone may still hold a pointer into it.
+            # Copy arrays in the shared memory of a worker process: it is freed with Grain's array
+            # object even if another array still points into it.
             yield {
                 name: column if type(column) is np.ndarray else np.array(column)
                 for name, column in batch.items()
             }
-    except (InputError, Outage) as error:
-        raise type(error)(*error.args) from None  # without Grain's notes about its tracebacks
+    except (InputError, StorageUnavailable) as error:
+        raise type(error)(*error.args) from None  # drop the notes that Grain adds
     finally:
         reader.closed.set()
         iterator.close()
 
 
 def _parse_absl_flags():
-    # Grain's worker processes read absl flags, which are unparsed outside `absl.app.run`.
+    # Grain's worker processes read absl flags, which only `absl.app.run` parses.
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-
-
-def _rows_per_host(batch_size, host, num_hosts):
-    if not 0 <= host < num_hosts:
-        raise InputError(f"host {host} of {num_hosts}: hosts are numbered from 0")
-    if batch_size % num_hosts:
-        raise InputError(
-            f"a batch of {batch_size} cannot be split evenly over {num_hosts} hosts: choose a "
-            f"multiple of {num_hosts}"
-        )
-    return batch_size // num_hosts
-
-
-def _check_corrupt(corrupt):
-    if corrupt not in ("error", "skip"):
-        raise InputError(f"data.corrupt is {corrupt!r}: choose 'error' or 'skip'")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which record goes where: the order of training and of evaluation as pure functions.
+"""The order of records in training and evaluation, as pure functions.
 
-Nothing here knows about hosts, workers or devices. The row of a global batch alone decides which
-record it shows and which random numbers augment it, so a run resumes from its step number, on any
-number of hosts, with the batches it would have seen anyway.
+The record and the random numbers of a sample depend only on seed, step and position in the global
+batch, not on the number of hosts, devices or workers. A run resumes from its step number, on any
+number of hosts, with the batches that it would have seen without the interruption.
 """
 
 import dataclasses
@@ -19,23 +19,28 @@ SampleKey = tuple[int, int, int]  # (seed, epoch, position within the epoch)
 
 @dataclasses.dataclass(frozen=True)
 class TrainPlan:
-    """Shuffled epochs of whole batches; the last `num_records % batch_size` of each are left out.
-
-    `num_records` counts the source, `batch_size` the rows of a global batch (all hosts together),
-    and `seed`, from 0 to 2**64 - 1, chooses the order and the augmentation.
+    """Shuffled epochs of whole batches; each epoch drops `num_records % batch_size` records.
 
     Repeated augmentation (Hoffer et al., arXiv 1901.09335; Touvron et al., arXiv 2012.12877): with
-    `repeats` = 3 an epoch has the same number of steps, but shows only the first third of its
-    permutation, each record three times, differently augmented. Position p of the epoch holds
-    permutation[p // 3], and a batch is `batch_size` consecutive positions, dealt to its `groups`
-    of consecutive rows in turn: group g has the positions g, g + groups, ... In the published
-    recipe those are 8 processes with a loader each, of 128 rows; here they are the groups that
-    mixup draws for, whatever the hosts and devices. So with groups >= repeats the views of one
-    record are in one batch (but for a few at its ends) and in different groups. Without repeats
-    positions are dealt row by row.
+    `repeats` = 3 an epoch has the same number of steps, but uses only the first third of its
+    permutation, each record three times with different augmentation. Position p of the epoch holds
+    permutation[p // 3]. A batch is `batch_size` consecutive positions, assigned to its `groups` of
+    consecutive rows in turn: group g has the positions g, g + groups, ... In the published recipe
+    the groups are 8 processes with 128 rows each; here they are the groups within which mixup
+    mixes, independent of hosts and devices. With groups >= repeats, all views of a record are in
+    one batch (except a few at its ends) and in different groups. Without repeats, row r of a batch
+    has its r-th position.
 
-    Raises InputError for a batch size below one or above the number of records, for groups that
-    do not divide it where they matter, and for a seed or a number of repeats out of range.
+    Args:
+        num_records: number of records in the source.
+        batch_size: rows of a global batch, over all hosts.
+        seed: selects order and augmentation; 0 to 2**64 - 1.
+        repeats: views of a record per epoch; 1 disables repeated augmentation.
+        groups: number of groups in a batch; used if repeats > 1.
+
+    Raises:
+        InputError: the batch size is below one or above the number of records, the groups do not
+            divide it (if repeats > 1), or seed or repeats are out of range.
     """
 
     num_records: int
@@ -54,7 +59,7 @@ class TrainPlan:
         if not 0 <= self.seed < 2**64:
             raise InputError(f"seed {self.seed} is out of range: choose one from 0 to 2**64 - 1")
         if self.repeats < 1:
-            raise InputError(f"augment.repeats={self.repeats} is less than 1, which is off")
+            raise InputError(f"augment.repeats={self.repeats} is less than 1, which disables it")
         if self.repeats > 1 and (self.groups < 1 or self.batch_size % self.groups):
             raise InputError(
                 f"a batch of {self.batch_size} cannot be split evenly into {self.groups} groups: "
@@ -65,8 +70,8 @@ class TrainPlan:
     def steps_per_epoch(self) -> int:
         return self.num_records // self.batch_size
 
-    def plan(self, step: int, row: int) -> tuple[int, SampleKey]:
-        """The record in `row` of the global batch of `step`, and the key of its augmentation."""
+    def lookup(self, step: int, row: int) -> tuple[int, SampleKey]:
+        """Returns the record in `row` of the global batch of `step` and its augmentation key."""
         epoch, k = divmod(step, self.steps_per_epoch)
         if self.repeats > 1:
             group, turn = divmod(row, self.batch_size // self.groups)
@@ -76,23 +81,23 @@ class TrainPlan:
         return int(record), (self.seed, epoch, position)
 
     def views(self, step: int, rows: range) -> dict[int, list[tuple[int, SampleKey]]]:
-        """The records in these rows of the batch of `step`, each once, with its (row, key)s."""
+        """Maps each record in `rows` of the batch of `step` to its (row, key) pairs."""
         views = {}
         for row in rows:
-            record, key = self.plan(step, row)
+            record, key = self.lookup(step, row)
             views.setdefault(record, []).append((row, key))
         return views
 
-    def most_records(self, rows: range) -> int:
-        """The most records that these rows show in any step."""
-        # Where batches cut the threes of repeats comes round again after `repeats` steps.
+    def max_records(self, rows: range) -> int:
+        """Returns the largest number of different records in `rows` of any step."""
+        # The alignment of batches with the repeats of a record has a period of `repeats` steps.
         steps = range(min(self.repeats, self.steps_per_epoch))
         return max(len(self.views(step, rows)) for step in steps)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalPlan:
-    """Every record once, in order; the rows left over in the last batch are padding."""
+    """Every record once, in order; the remaining rows of the last batch are padding."""
 
     num_records: int
     batch_size: int
@@ -104,17 +109,17 @@ class EvalPlan:
     def num_batches(self) -> int:
         return -(-self.num_records // self.batch_size)
 
-    def plan(self, batch: int, row: int) -> int | None:
-        """The record in `row` of global batch number `batch`; None for a padding row."""
+    def lookup(self, batch: int, row: int) -> int | None:
+        """Returns the record in `row` of global batch `batch`; None for a padding row."""
         record = batch * self.batch_size + row
         return record if record < self.num_records else None
 
 
 def sample_generator(sample_key: SampleKey) -> np.random.Generator:
-    """The random numbers of one sample.
+    """Returns the random number generator of one sample.
 
-    Philox is a counter: the same key as the epoch's permutation, but a block of 2**128 counts that
-    only this position uses. The permutation counts from zero, in block (0, 0).
+    Philox is counter-based. Samples and permutation of an epoch share a key; each sample has a
+    block of 2**128 counts of its own, and the permutation has the block that starts at zero.
     """
     seed, epoch, position = sample_key
     philox = np.random.Philox(key=_words(seed, epoch), counter=_words(0, 0, position, 1))
@@ -122,12 +127,12 @@ def sample_generator(sample_key: SampleKey) -> np.random.Generator:
 
 
 def epoch_permutation(num_records: int, seed: int, epoch: int) -> np.ndarray:
-    """The read-only order of one epoch, int64 [num_records]; the latest three are kept."""
-    with _PERMUTATION_LOCK:  # many threads ask at once when an epoch begins: compute it once
+    """Returns the order of one epoch, read-only int64 [num_records]; caches the latest three."""
+    with _PERMUTATION_LOCK:  # many threads need it when an epoch begins: compute it once
         return _permutation(num_records, seed, epoch)
 
 
-# Three: prefetching threads read the next epoch while the last rows of this one are still due.
+# Prefetching threads read the next epoch while rows of the current one are still pending.
 @functools.lru_cache(maxsize=3)
 def _permutation(num_records, seed, epoch):
     generator = np.random.Generator(np.random.Philox(key=_words(seed, epoch)))
@@ -136,7 +141,7 @@ def _permutation(num_records, seed, epoch):
     return permutation
 
 
-# Of the module, not of the plan, so that a plan pickles into a worker process.
+# A global, not a field of the plan, because locks do not pickle into worker processes.
 _PERMUTATION_LOCK = threading.Lock()
 
 

@@ -1,33 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RandAugment as timm spells, draws and computes it: "rand-m9-mstd0.5-inc1".
+"""RandAugment with the config strings of timm, such as "rand-m9-mstd0.5-inc1".
 
-The arguments of the operations and their pixels equal those of timm 1.0.31 bit for bit; both call
-PIL. The random numbers are not timm's: each comes from the generator of the sample. Sources: timm's
-`auto_augment.py` and Cubuk et al., arXiv 1909.13719.
+Arguments and pixels of the operations are bit-identical to timm 1.0.31; both call PIL. The random
+numbers are not timm's: they come from the generator of the sample. Sources: `auto_augment.py` in
+timm, and Cubuk et al., arXiv 1909.13719.
 """
 
 import dataclasses
-import difflib
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from tnt_flax.core.errors import InputError
+from tnt_flax.core.errors import InputError, did_you_mean
 
-MAX_LEVEL = 10  # magnitudes are clipped here, unless `mmax` says otherwise
-RESAMPLE = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)  # one drawn per geometric call
-UNIFORM_ABOVE = 100  # a larger `mstd` means magnitudes uniform from 0 to m
+MAX_LEVEL = 10  # default upper bound of magnitudes (`mmax`)
+RESAMPLE = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)  # filters of geometric operations
+UNIFORM_ABOVE = 100  # with a larger `mstd` magnitudes are uniform from 0 to m
 
-# --------------------------------------------------------------------------------- the operations
+Pixels = Image.Image | np.ndarray  # an RGB image; the array is uint8 [H, W, 3]
+# (image, name, level, filter, fill) -> image, see `warp`
+Warp = Callable[[Pixels, str, float, Image.Resampling, tuple[int, int, int]], Pixels]
+
+# ------------------------------------------------------------------------------------- operations
+
+
+def as_image(pixels: Pixels) -> Image.Image:
+    """Returns a PIL image of the pixels."""
+    return Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
 
 
 def _posterize(image, bits):
-    if bits < 1:  # 2.3 % of the draws at m9-mstd0.5; Pillow 13 refuses what used to be black
+    if bits < 1:  # 2.3 % of the samples at m9-mstd0.5; Pillow 13 refuses it, older ones gave black
         return Image.new(image.mode, image.size)
     return image if bits >= 8 else ImageOps.posterize(image, bits)
 
@@ -67,7 +75,7 @@ def _affine(matrix, image, level, resample, fill):
     return image.transform(image.size, Image.Transform.AFFINE, data, resample, fillcolor=fill)
 
 
-# Called with (image, level). An operation that takes no argument ignores the level.
+# Called with (image, level). Operations without an argument ignore the level.
 PLAIN = {
     "AutoContrast": lambda image, _: ImageOps.autocontrast(image),
     "Equalize": lambda image, _: ImageOps.equalize(image),
@@ -86,14 +94,14 @@ PLAIN = {
     "Desaturate": _desaturate,
     "GaussianBlur": _gaussian_blur,
 }
-# Called likewise; the level has a random sign.
+# Called with (image, level); the level has a random sign.
 SIGNED = {
     "ColorIncreasing": functools.partial(_enhance_increasing, ImageEnhance.Color),
     "ContrastIncreasing": functools.partial(_enhance_increasing, ImageEnhance.Contrast),
     "BrightnessIncreasing": functools.partial(_enhance_increasing, ImageEnhance.Brightness),
     "SharpnessIncreasing": functools.partial(_enhance_increasing, ImageEnhance.Sharpness),
 }
-# Of (L, width, height), L being level / 10: from coordinates of the result to those of the image.
+# (level / 10, width, height) -> affine matrix from coordinates of the result to those of the image.
 MATRICES = {
     "ShearX": lambda L, w, h: (1, L * 0.3, 0, 0, 1, 0),
     "ShearY": lambda L, w, h: (1, 0, 0, L * 0.3, 1, 0),
@@ -106,26 +114,43 @@ GEOMETRIC = {"Rotate": _rotate} | {
 }
 
 
-def apply_op(
+def warp(
     image: Image.Image,
     name: str,
     level: float,
     resample: Image.Resampling,
     fill: tuple[int, int, int],
 ) -> Image.Image:
-    """The RGB image after the operation `name`; no argument is drawn here.
+    """Applies the geometric operation `name` with Pillow; see `apply_op` for the arguments."""
+    return GEOMETRIC[name](image, level, resample, fill)
 
-    `level` is the magnitude, negative for the other direction of the operations in SIGNED and
-    GEOMETRIC. Only the latter use `resample`, and `fill` for what comes from outside the image.
+
+def apply_op(
+    image: Pixels,
+    name: str,
+    level: float,
+    resample: Image.Resampling,
+    fill: tuple[int, int, int],
+    warp: Warp = warp,
+) -> Pixels:
+    """Applies the operation `name` to an RGB image; nothing here is random.
+
+    Args:
+        image: the image.
+        name: a key of PLAIN, SIGNED or GEOMETRIC.
+        level: the magnitude; the operations of SIGNED and GEOMETRIC take both signs.
+        resample: filter of geometric operations.
+        fill: color of pixels from outside the image in geometric operations.
+        warp: implementation of the geometric operations.
     """
     if name in GEOMETRIC:
-        return GEOMETRIC[name](image, level, resample, fill)
-    return (SIGNED if name in SIGNED else PLAIN)[name](image, level)
+        return warp(image, name, level, resample, fill)
+    return (SIGNED if name in SIGNED else PLAIN)[name](as_image(image), level)
 
 
-# ------------------------------------------------------------------------------- what can be drawn
+# --------------------------------------------------------------------------------------- sampling
 
-# Without and with `inc1`. In the latter a larger magnitude never means a weaker effect.
+# Without and with `inc1`, which makes the effect of every operation increase with the magnitude.
 PLAIN_OPS = (
     "AutoContrast Equalize Invert Rotate Posterize Solarize SolarizeAdd Color Contrast Brightness "
     "Sharpness ShearX ShearY TranslateXRel TranslateYRel"
@@ -135,7 +160,7 @@ INCREASING_OPS = (
     "ColorIncreasing ContrastIncreasing BrightnessIncreasing SharpnessIncreasing ShearX ShearY "
     "TranslateXRel TranslateYRel"
 ).split()
-# The sets that `t` names: operations, or operations and their weights.
+# The sets selected by `t`: operations, or operations with weights.
 NAMED_SETS = {
     "weights": {"Rotate": 3, "ShearX": 2, "ShearY": 2, "TranslateXRel": 1, "TranslateYRel": 1}
     | dict.fromkeys(["ColorIncreasing", "SharpnessIncreasing", "AutoContrast"], 0.25)
@@ -151,7 +176,7 @@ NAMED_SETS = {
 
 
 class OpCall(NamedTuple):
-    """One operation with what was drawn for it; the arguments of `apply_op`."""
+    """An operation with sampled arguments, as passed to `apply_op`."""
 
     name: str
     level: float
@@ -160,12 +185,18 @@ class OpCall(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """Some operations drawn at random, one after the other; use `parse` to make one.
+    """Applies randomly sampled operations one after the other. Created by `parse`.
 
-    Of `ops`, `num_ops` are drawn, with replacement and equally likely, or, with `weights` (which
-    sum to 1), without replacement. Each is then carried out with this `probability`, at a magnitude
-    normal around `magnitude` (uniform below it, if `magnitude_std` is inf), clipped to
-    [0, `max_magnitude`].
+    Args:
+        ops: operations to sample from.
+        weights: their probabilities, for sampling without replacement; None samples uniformly with
+            replacement.
+        num_ops: number of operations per image.
+        probability: with which each sampled operation is applied.
+        magnitude: mean of the normally distributed magnitude.
+        magnitude_std: its standard deviation; inf makes it uniform from 0 to `magnitude`.
+        max_magnitude: magnitudes are clipped to [0, max_magnitude].
+        fill: color of pixels from outside the image.
     """
 
     ops: tuple[str, ...]
@@ -177,21 +208,21 @@ class RandAugment:
     max_magnitude: float
     fill: tuple[int, int, int]
 
-    def __call__(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
-        """The augmented RGB image, of the same size."""
-        for call in self.draw(generator):
-            image = apply_op(image, *call, self.fill)
+    def __call__(self, image: Pixels, generator: np.random.Generator, warp: Warp = warp) -> Pixels:
+        """Returns the augmented RGB image, of the same size."""
+        for call in self.sample(generator):
+            image = apply_op(image, *call, self.fill, warp)
         return image
 
-    def draw(self, generator: np.random.Generator) -> list[OpCall]:
-        """What to do to one image, drawn in timm's order."""
+    def sample(self, generator: np.random.Generator) -> list[OpCall]:
+        """Samples the operations for one image, in the order of timm."""
         replace = self.weights is None
         chosen = generator.choice(len(self.ops), self.num_ops, replace, self.weights)
         calls = []
         for name in (self.ops[i] for i in chosen):
             if generator.random() >= self.probability:
                 continue
-            level, resample = self._draw_magnitude(generator), RESAMPLE[0]
+            level, resample = self._sample_magnitude(generator), RESAMPLE[0]
             if name not in PLAIN and generator.random() >= 0.5:
                 level = -level
             if name in GEOMETRIC:
@@ -199,7 +230,7 @@ class RandAugment:
             calls.append(OpCall(name, level, resample))
         return calls
 
-    def _draw_magnitude(self, generator):
+    def _sample_magnitude(self, generator):
         level = self.magnitude
         if self.magnitude_std == math.inf:
             level = generator.uniform(0, level)
@@ -208,9 +239,9 @@ class RandAugment:
         return max(0.0, min(level, self.max_magnitude))
 
 
-# -------------------------------------------------------------------------------------- the string
+# ----------------------------------------------------------------------------------- config string
 
-# Section -> type, least and largest value.
+# Section: (type, least value, largest value)
 _SECTIONS = {
     "m": (int, 0, math.inf),
     "n": (int, 1, math.inf),
@@ -222,27 +253,33 @@ _SECTIONS = {
 
 
 def parse(config: str, mean: Sequence[float]) -> RandAugment:
-    """What timm makes of a string such as "rand-m9-mstd0.5-inc1".
+    """Parses a config string of timm, such as "rand-m9-mstd0.5-inc1".
 
-    "rand", then in any order, each with its default: m10 the magnitude; mstd0 its standard
-    deviation (above 100: uniform from 0 to m); mmax10 its upper bound; n2 operations per image;
-    p0.5 the probability of each; inc0 or inc1 the list of operations; or a named set: tweights
-    (weighted), t3a, t3aw (weighted). `mean`, per channel on the scale 0..1, is the colour of what
-    comes from outside the image.
+    The string is "rand" followed by sections in any order, here with their defaults:
 
-    What timm ignores is refused: sections without a number, unknown sets, repeated sections.
-    `inc0` is the plain list, as in timm today. In timm 0.3.2, which trained the published TNT, it
-    meant inc1. Raises InputError.
+    * `m10`: magnitude;
+    * `mstd0`: its standard deviation (above 100: uniform from 0 to m);
+    * `mmax10`: its upper bound;
+    * `n2`: number of operations per image;
+    * `p0.5`: probability of each operation;
+    * `inc0` or `inc1`: list of operations; or a named set: `tweights`, `t3a`, `t3aw`.
+
+    Sections that timm silently ignores are refused: those without a number, unknown sets,
+    repetitions. `inc0` is the plain list, as in current timm; in timm 0.3.2, which trained the
+    published TNT, it meant `inc1`.
+
+    `mean`, per channel in 0..1, is the color of pixels from outside the image.
+    Raises InputError for an invalid string.
     """
     problem = f"augment.randaugment={config!r}: "
     kind, *sections = config.split("-")
     if kind != "rand":
-        raise InputError(problem + f'{kind!r} is not known, the string begins with "rand-"')
+        raise InputError(problem + f'{kind!r} is not known: the string must begin with "rand-"')
     values = {}
     for section in sections:
         key, text = re.fullmatch(r"(t|\D*)(.*)", section, re.DOTALL).groups()
         if key in values:
-            raise InputError(problem + f"{key!r} is there twice")
+            raise InputError(problem + f"{key!r} occurs twice")
         values[key] = _value(problem, section, key, text)
     ops = values.get("t", INCREASING_OPS if values.get("inc") else PLAIN_OPS)
     weights = None
@@ -267,13 +304,17 @@ def parse(config: str, mean: Sequence[float]) -> RandAugment:
 def _value(problem, section, key, text):
     if key == "t":
         if text not in NAMED_SETS:
+            guess = did_you_mean(text, NAMED_SETS)
             raise InputError(
-                problem + f"no set {text!r}, did you mean {_nearest(text, NAMED_SETS)}?"
+                problem + f"no set {text!r}{guess}: choose one of {', '.join(NAMED_SETS)}"
             )
         return NAMED_SETS[text]
     if key not in _SECTIONS:
-        guess = _nearest(key, [*_SECTIONS, "t"])
-        raise InputError(problem + f"no section {section!r}, did you mean {guess}")
+        known = [*_SECTIONS, "t"]
+        guess = did_you_mean(key, known)
+        raise InputError(
+            problem + f"no section {section!r}{guess}: sections begin with {', '.join(known)}"
+        )
     kind, least, largest = _SECTIONS[key]
     if not re.fullmatch("[0-9]+" if kind is int else r"[0-9]+(\.[0-9]*)?", text):
         what = "a whole number" if kind is int else "a number"
@@ -282,8 +323,3 @@ def _value(problem, section, key, text):
     if not least <= value <= largest:
         raise InputError(problem + f"{section!r} is out of range: {key} is {least} to {largest}")
     return value
-
-
-def _nearest(word, known):
-    guess = difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
-    return f"{guess!r}? ({', '.join(known)})"

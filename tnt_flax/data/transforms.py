@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an encoded image to the uint8 pixels of one sample: PIL, and a generator per sample.
+"""Transforms from an encoded image to the uint8 pixels of one sample.
 
-Every function is pure: the same image and the same generator state give the same pixels. Boxes,
-rounding and filters are timm's, which are torchvision's, in training bit for bit. Normalising,
-mixing and erasing are not here; they run on the device.
+Every function is pure: the same image and generator state give the same pixels. Boxes, rounding and
+filters are those of timm and torchvision, and training pixels are bit-identical to theirs.
+Normalization, mixup and erasing are not here; they run on the device.
 """
 
+import dataclasses
 import io
 import math
 import warnings
@@ -14,32 +15,35 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-# Once, when this module is imported, and not in `warnings.catch_warnings()` around each call: that
-# swaps the state of the whole process, and many threads decode at once. The first is Pillow's
-# documented way to refuse decompression bombs; the others are remarks about metadata.
+from tnt_flax.core.errors import InputError, one_line
+from tnt_flax.data.randaugment import Pixels, Warp, as_image, warp
+
+# Set once at import, because `warnings.catch_warnings()` in each call is not thread-safe. The error
+# is Pillow's documented way to refuse decompression bombs; its UserWarnings are about metadata.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
-Encoded = bytes | np.ndarray | Image.Image  # an image in any stage of decoding
-CROP_TRIES = 10  # then the central crop, as in torchvision and timm
+Encoded = bytes | np.ndarray | Image.Image  # an image, decoded or not
+BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
+CROP_TRIES = 10  # before taking the central crop, as in torchvision and timm
 
 
 class CorruptImageError(ValueError):
-    """This record is not a usable image. The message is one line, without the file's name."""
+    """An image cannot be decoded or used. The message is one line without the file's name."""
 
 
 # ------------------------------------------------------------------------------------- decoding
 
 
 def decode(image: Encoded) -> Image.Image:
-    """An encoded file, or uint8 pixels [H, W] or [H, W, C], as a PIL image in RGB.
+    """Decodes an encoded file, or uint8 pixels [H, W] or [H, W, C], to a PIL image in RGB.
 
-    What was decoded to RGB before is returned as it is.
+    A PIL image in RGB is returned unchanged. As in timm, other modes are converted by
+    `convert("RGB")` (grey is repeated, alpha dropped, 16 bits clipped to 255), and the EXIF
+    orientation is ignored.
 
-    As timm decodes: `convert("RGB")` whatever the mode (grey is repeated, CMYK converted, alpha
-    dropped, 16 bits clipped to 255), and an EXIF orientation is not applied.
-    Raises CorruptImageError for anything that cannot be shown: truncated or empty data, a format
-    that PIL does not read, no pixels, or more than `PIL.Image.MAX_IMAGE_PIXELS`.
+    Raises CorruptImageError for truncated or empty data, a format that PIL does not read, and an
+    image of no pixels or of more than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     try:
         if isinstance(image, Image.Image):
@@ -49,17 +53,17 @@ def decode(image: Encoded) -> Image.Image:
         return _from_file(image)
     except (CorruptImageError, MemoryError):
         raise
-    except Image.UnidentifiedImageError:  # PIL's own text is the address of a buffer
+    except Image.UnidentifiedImageError:  # PIL's message contains a memory address
         raise CorruptImageError("not an image format that PIL reads") from None
-    except Exception as reason:  # PIL's many readers raise OSError, SyntaxError, struct.error...
-        raise CorruptImageError(_one_line(reason)) from None
+    except Exception as error:  # PIL's readers raise OSError, SyntaxError, struct.error...
+        raise CorruptImageError(one_line(error)) from None
 
 
 def _from_file(encoded):
     if not encoded:
         raise CorruptImageError("the file is empty")
     image = Image.open(io.BytesIO(encoded))
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # where the user's filters say ignore
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # if warning filters were changed
         raise CorruptImageError(f"{image.width} x {image.height} pixels are too many")
     return _in_rgb(image)
 
@@ -69,8 +73,8 @@ def _in_rgb(image):
         image.load()
         return image
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.copy()  # it may be the user's
-        del image.info["transparency"]  # dropped by convert() anyway, but with a warning
+        image = image.copy()  # do not modify the argument
+        del image.info["transparency"]  # convert() would drop it with a warning
     return image.convert("RGB")
 
 
@@ -84,8 +88,49 @@ def _from_pixels(pixels):
     return Image.fromarray(pixels).convert("RGB")
 
 
-def _one_line(reason):
-    return " ".join(str(reason).split()) or type(reason).__name__
+# ------------------------------------------------------------------------------------ resampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Resampler:
+    """The geometric operations of `train_transform`, as implemented by one library.
+
+    Every function takes and returns `Pixels`.
+
+    Args:
+        resize: (image, size, filter) -> the image at `size` x `size`.
+        flip: (image) -> the image mirrored left to right.
+        warp: (image, name, level, filter, fill) -> see `randaugment.warp`.
+    """
+
+    resize: Callable[[Image.Image, int, Image.Resampling], Pixels]
+    flip: Callable[[Pixels], Pixels]
+    warp: Warp
+
+
+def _resize(image, size, resample):
+    return image.resize((size, size), resample)
+
+
+def _flip(image):
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+PILLOW = Resampler(resize=_resize, flip=_flip, warp=warp)
+
+
+def resampler(name: str) -> Resampler:
+    """Returns the resampler "pillow" (pixels of timm) or "opencv" (faster, other pixels).
+
+    Raises InputError for another name and if OpenCV is not installed.
+    """
+    if name == "pillow":
+        return PILLOW
+    if name != "opencv":
+        raise InputError(f"augment.resampling={name!r} is not known: choose 'pillow' or 'opencv'")
+    from tnt_flax.data import opencv
+
+    return Resampler(resize=opencv.resize, flip=opencv.flip, warp=opencv.warp)
 
 
 # ------------------------------------------------------------------------------------- training
@@ -98,12 +143,18 @@ def random_crop_box(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[int, int, int, int]:
-    """A box (left, top, right, bottom) in pixels, as `RandomResizedCrop` draws it.
+    """Samples the box (left, top, right, bottom) of `RandomResizedCrop`, in pixels.
 
-    The area is uniform in `scale` (parts of the image), width / height log-uniform in `ratio`. A
-    box that does not fit is drawn again; after ten tries the largest central box with an allowed
-    ratio is taken. Source: torchvision's and timm's `get_params`. Like torchvision and unlike
-    timm, a box rounded to no pixels (a tiny image) counts as one that does not fit.
+    The area is uniform in `scale`, as a fraction of the image, and width / height is log-uniform in
+    `ratio`. A box that does not fit is rejected; after ten rejections the result is the largest
+    central box with an allowed ratio. Source: `get_params` in torchvision and timm. As in
+    torchvision, and unlike timm, a box of zero pixels (in a tiny image) does not fit.
+
+    Args:
+        width, height: size of the image.
+        generator: source of random numbers.
+        scale: least and largest area.
+        ratio: least and largest aspect ratio.
     """
     for _ in range(CROP_TRIES):
         area = generator.uniform(*scale) * width * height
@@ -114,7 +165,7 @@ def random_crop_box(
             top = int(generator.integers(0, height - crop_height, endpoint=True))
             left = int(generator.integers(0, width - crop_width, endpoint=True))
             return left, top, left + crop_width, top + crop_height
-    # At least one pixel, for an image of a single row or column and unusual ratios.
+    # At least one pixel, even if the image has a single row or column.
     crop_width = min(width, max(1, round(height * max(ratio))))
     crop_height = min(height, max(1, round(width / min(ratio))))
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
@@ -127,34 +178,36 @@ def random_resized_crop(
     size: int,
     scale: tuple[float, float],
     ratio: tuple[float, float],
-) -> Image.Image:
-    """A random box of the image at `size` x `size`, by a bilinear or bicubic filter, 50:50.
+    resampler: Resampler = PILLOW,
+) -> Pixels:
+    """Resizes a random box of the image to `size` x `size`, bilinear or bicubic with equal odds.
 
-    The coin is timm's 'random' train interpolation. The box is cut out before it is resized, so
-    that the filter does not see beyond it: `resize(box=...)` differs by up to 7 levels there.
+    The random filter is the training interpolation "random" of timm. The box is cropped before it
+    is resized so that the filter does not reach beyond it: `resize(box=...)` differs by up to 7
+    levels at the border. `scale` and `ratio` are those of `random_crop_box`.
     """
     box = random_crop_box(*image.size, generator, scale, ratio)
-    bicubic = generator.random() < 0.5
-    resample = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
-    return image.crop(box).resize((size, size), resample)
+    resample = BICUBIC if generator.random() < 0.5 else BILINEAR
+    return resampler.resize(image.crop(box), size, resample)
 
 
 def random_flip(
-    image: Image.Image, generator: np.random.Generator, probability: float
-) -> Image.Image:
-    """The image, mirrored left to right with this probability."""
-    if generator.random() < probability:
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return image
+    image: Pixels,
+    generator: np.random.Generator,
+    probability: float,
+    resampler: Resampler = PILLOW,
+) -> Pixels:
+    """Mirrors the image left to right with this probability."""
+    return resampler.flip(image) if generator.random() < probability else image
 
 
-def color_jitter(
-    image: Image.Image, generator: np.random.Generator, strength: float
-) -> Image.Image:
-    """Brightness, contrast and saturation, in random order, each times 1 +- `strength` at most.
+def color_jitter(image: Pixels, generator: np.random.Generator, strength: float) -> Image.Image:
+    """Scales brightness, contrast and saturation by random factors, in random order.
 
-    torchvision's ColorJitter without a change of hue, as timm calls it.
+    Factors are uniform in [1 - strength, 1 + strength]. Source: torchvision's ColorJitter without
+    hue, as used by timm.
     """
+    image = as_image(image)
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for i in generator.permutation(len(enhancers)):
         factor = generator.uniform(max(0.0, 1 - strength), 1 + strength)
@@ -171,19 +224,32 @@ def train_transform(
     ratio: tuple[float, float],
     flip: float,
     jitter: float = 0.0,
-    randaugment: Callable[[Image.Image, np.random.Generator], Image.Image] | None = None,
+    randaugment: Callable[..., Pixels] | None = None,
+    resampler: Resampler = PILLOW,
 ) -> np.ndarray:
-    """A record's image as one augmented training sample, uint8 [size, size, 3], read-only.
+    """Returns one augmented training sample, uint8 [size, size, 3], possibly read-only.
 
-    Cropped, resized, flipped, and then changed by `randaugment`, or without it by `color_jitter` of
-    strength `jitter`: timm's order, and timm's choice. `flip` is a probability; the others are
-    those of `random_resized_crop`. Raises CorruptImageError.
+    The image is cropped, resized, flipped, and augmented, in the order of timm. Random numbers do
+    not depend on the resampler.
+
+    Args:
+        image: the record's image.
+        generator: the sample's source of random numbers.
+        size: height and width of the result.
+        scale, ratio: see `random_crop_box`.
+        flip: probability of mirroring left to right.
+        jitter: strength of `color_jitter`, which is used if there is no `randaugment`, as in timm.
+        randaugment: a `RandAugment`, called with (image, generator, resampler.warp).
+        resampler: implementation of the geometric operations.
+
+    Raises:
+        CorruptImageError: the image cannot be decoded.
     """
     image = decode(image)
-    image = random_resized_crop(image, generator, size, scale, ratio)
-    image = random_flip(image, generator, flip)
+    image = random_resized_crop(image, generator, size, scale, ratio, resampler)
+    image = random_flip(image, generator, flip, resampler)
     if randaugment is not None:
-        image = randaugment(image, generator)
+        image = randaugment(image, generator, resampler.warp)
     elif jitter:
         image = color_jitter(image, generator, jitter)
     return np.asarray(image)
@@ -193,10 +259,10 @@ def train_transform(
 
 
 def short_side_size(image: Image.Image, short: int) -> tuple[int, int]:
-    """The (width, height) at which the shorter side is `short`; the longer is rounded down.
+    """Returns the (width, height) with the shorter side at `short`, the longer rounded down.
 
-    Raises CorruptImageError where that would need more than `PIL.Image.MAX_IMAGE_PIXELS`: a line
-    of one pixel by thousands is a broken file, not a reason to run out of memory.
+    Raises CorruptImageError for more than `PIL.Image.MAX_IMAGE_PIXELS`: resizing an image of one
+    pixel by thousands would exhaust the memory.
     """
     long = int(short * max(image.size) / min(image.size))
     if short * long > Image.MAX_IMAGE_PIXELS:
@@ -205,9 +271,9 @@ def short_side_size(image: Image.Image, short: int) -> tuple[int, int]:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The central `size` x `size` pixels; a shorter side is first padded with black.
+    """Crops the central `size` x `size` pixels; pads shorter sides with black.
 
-    Source: torchvision's `center_crop`, whose offset `int(round(x))` rounds a half to even.
+    Source: torchvision's `center_crop`, whose offset `int(round(x))` rounds halves to even.
     """
     missing = [max(0, size - side) for side in image.size]
     if any(missing):
@@ -219,34 +285,34 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def resized_center(image: Image.Image, resized: tuple[int, int], size: int) -> Image.Image:
-    """The central `size` x `size` pixels of the image at (width, height) `resized`, bicubic.
+    """Resizes (bicubic) to `resized` = (width, height) and crops the central `size` x `size`.
 
-    `center_crop(image.resize(resized, BICUBIC), size)` without computing what the crop would drop.
-    PIL's box is of single precision: one value in some thousand differs, by one level.
+    Like `center_crop(image.resize(resized, BICUBIC), size)`, but computes only the cropped pixels.
+    PIL's box has single precision, so about one value in a thousand differs, by one level.
     """
     width, height = resized
-    # Of an image this tall Pillow 13 filters the columns first, and so rounds differently.
+    # For taller images Pillow 13 filters the columns first, which rounds differently.
     if min(resized) < size or image.height > 2 * image.width:
-        return center_crop(image.resize(resized, Image.Resampling.BICUBIC), size)
+        return center_crop(image.resize(resized, BICUBIC), size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     x, x_end = (column * image.width / width for column in (left, left + size))
     y, y_end = (row * image.height / height for row in (top, top + size))
-    # The rows of the image that the filter of a row of the crop reaches.
+    # Rows of the image within reach of the filter.
     reach = 2 * max(image.height / height, 1.0)
     first, last = max(0, math.floor(y - reach)), min(image.height, math.ceil(y_end + reach))
     rows = last - first
-    # One pass at a time: which of them PIL would do first depends on the box.
+    # One pass at a time, because the order in which PIL does both depends on the box.
     strip = image.crop((0, first, image.width, last))
-    strip = strip.resize((size, rows), Image.Resampling.BICUBIC, (x, 0, x_end, rows))
+    strip = strip.resize((size, rows), BICUBIC, (x, 0, x_end, rows))
     box = (0, y - first, size, y_end - first)
-    return strip.resize((size, size), Image.Resampling.BICUBIC, box)
+    return strip.resize((size, size), BICUBIC, box)
 
 
 def eval_transform(image: Encoded, *, size: int, crop_fraction: float) -> np.ndarray:
-    """A record's image as timm evaluates it, uint8 [size, size, 3], read-only.
+    """Returns an evaluation sample, read-only uint8 [size, size, 3], preprocessed as in timm.
 
-    The shorter side goes to `floor(size / crop_fraction)` (0.9: 224 -> 248), then the centre is
-    cut out. Raises CorruptImageError.
+    Resizes the shorter side to `floor(size / crop_fraction)` (0.9: 224 -> 248) and crops the
+    center. Raises CorruptImageError.
     """
     image = decode(image)
     resized = short_side_size(image, math.floor(size / crop_fraction))

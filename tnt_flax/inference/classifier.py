@@ -16,7 +16,7 @@ from PIL import Image
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import split
-from tnt_flax.data import imagenet_classes
+from tnt_flax.data.labels import display_names
 from tnt_flax.data.sources.names import read_class_list
 from tnt_flax.data.transforms import CorruptImageError, eval_transform
 from tnt_flax.runtime import sharding
@@ -90,7 +90,7 @@ class Classifier:
                 "channels; a classifier needs square images of 3 channels"
             )
         if class_names is None:
-            class_names = imagenet_classes.in_words(found.class_names, classes)
+            class_names = display_names(found.class_names, classes)
         if len(class_names) != classes:
             raise InputError(
                 f"{len(class_names)} class names for the {classes} classes of {found.path}"

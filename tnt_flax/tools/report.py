@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError, RunError
-from tnt_flax.data import imagenet_classes
+from tnt_flax.data.labels import readable_names
 from tnt_flax.runtime import host
 from tnt_flax.tools.command_line import Parser, run
 
@@ -99,7 +99,7 @@ def make_page(folder, config, stored, found, source, answers, lines, summary) ->
     from tnt_flax.tools import predictions as answering
     from tnt_flax.training import plots
 
-    names = imagenet_classes.readable(source.class_names)
+    names = readable_names(source.class_names)
     size = config.data.image_size
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     title = f"{config.model.name} on {config.data.name or config.data.source}"

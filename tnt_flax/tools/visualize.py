@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from tnt_flax.core.errors import InputError, RunError
-from tnt_flax.data import imagenet_classes
+from tnt_flax.data.labels import display_names
 from tnt_flax.runtime import host
 from tnt_flax.tools.command_line import Parser, add_weights_options, read_weights, run
 from tnt_flax.weights.read import Checkpoint
@@ -89,7 +89,7 @@ def answer(found: Checkpoint, probabilities: np.ndarray | None) -> dict[str, Any
     if probabilities is None:
         return {}
     best = int(probabilities.argmax())
-    names = imagenet_classes.in_words(found.class_names, len(probabilities))
+    names = display_names(found.class_names, len(probabilities))
     return {"class": names[best], "probability": round(float(probabilities[best]), 4)}
 
 

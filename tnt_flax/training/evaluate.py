@@ -15,8 +15,14 @@ from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.files import open_table
-from tnt_flax.data import imagenet_classes
-from tnt_flax.data import labels as class_maps
+from tnt_flax.data.labels import (
+    Relabeled,
+    map_to_network,
+    names_or_imagenet,
+    read_real_labels,
+    readable_names,
+    select_classes,
+)
 from tnt_flax.data.sources import Source, storage
 from tnt_flax.runtime import processes, sharding
 from tnt_flax.runtime.watchdog import Guard
@@ -124,26 +130,26 @@ def evaluate_checkpoint(
         if per_class and processes.is_main():
             table = stack.enter_context(open_table(pathlib.Path(per_class), PER_CLASS))
         source = open_labeled_source(experiment)
-        several_labels = getattr(source, "most_labels", None) is not None
-        if several_labels and per_class:
+        multi_label = getattr(source, "max_labels", None) is not None
+        if multi_label and per_class:
             raise InputError("images may be of several classes in these data: no --per-class")
         params, found = experiment.load_params(path, checkpoint=checkpoint)
         params = sharding.place(params, sharding.shardings(params, mesh, (sharding.TENSOR,)))
         known = (found.class_names, found.network.model.num_classes)
         model = experiment.make_model(known[1])
-        classes = class_maps.chosen(experiment.config.eval.classes, *known)
-        to_network = class_maps.to_network(source.class_names, *known)
+        classes = select_classes(experiment.config.eval.classes, *known)
+        to_network = map_to_network(source.class_names, *known)
 
         print(f"evaluating on {len(source)} images", file=sys.stderr)
         eval_step = sharding.jit_eval_step(experiment.make_eval_step(model, classes), mesh)
         batches = relabeled(experiment.eval_batches(source), to_network, classes)
         metrics, sums = sums_and_means(eval_step, params, batches, mesh, watchdog.check)
         metrics["ece"] = calibration_error(sums["calibration"])
-        if not several_labels:
+        if not multi_label:
             metrics["mean_per_class"] = mean_per_class(sums["per_class"])
         metrics["classes"] = len(classes) if classes else model.num_classes
         if table:
-            names = imagenet_classes.known_names(*known) or tuple(map(str, range(known[1])))
+            names = names_or_imagenet(*known) or tuple(map(str, range(known[1])))
             write_per_class(table, sums["per_class"], names)
             metrics["per_class"] = per_class
     return {**metrics, "checkpoint": found.path}
@@ -152,11 +158,11 @@ def evaluate_checkpoint(
 def open_labeled_source(experiment: Experiment) -> Source:
     """Opens the evaluation split, with the labels of `eval.real_labels` if that is set."""
     config = experiment.config
-    source = experiment.open_source(config.data.eval_split, several_labels=True)
+    source = experiment.open_source(config.data.eval_split, multi_label=True)
     if not config.eval.real_labels:
         return source
     path = storage.join(config.data.root, config.eval.real_labels)
-    return class_maps.Relabeled(source, class_maps.real_labels(path, source))
+    return Relabeled(source, read_real_labels(path, source))
 
 
 def relabeled(batches: Batches, to_network: np.ndarray, classes: tuple[int, ...] | None) -> Batches:
@@ -175,7 +181,7 @@ def relabeled(batches: Batches, to_network: np.ndarray, classes: tuple[int, ...]
 
 
 def write_per_class(table: Any, per_class: np.ndarray, names: tuple[str, ...]) -> None:
-    rows = zip(names, imagenet_classes.readable(names), per_class.T, strict=True)
+    rows = zip(names, readable_names(names), per_class.T, strict=True)
     for synset, name, (images, top1, top5) in rows:
         if images:
             shares = {"top1": top1 / images, "top5": top5 / images}

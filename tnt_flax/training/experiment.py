@@ -74,7 +74,7 @@ class Experiment:
             InputError: the config names no network, `augment.resampling` needs a library that is
                 not installed, or `optimizer.freeze` matches no parameter or all of them.
         """
-        self.train_transform  # noqa: B018
+        transforms.resampler(self.config.augment.resampling)
         model = self.make_model(num_classes=1)
         if self.config.optimizer.freeze:
             shapes = jax.eval_shape(self._init_function(model), jax.random.key(0))
@@ -94,7 +94,7 @@ class Experiment:
 
     # ---------------------------------------------------------------------------- data
 
-    def open_source(self, split: str, *, several_labels: bool = False) -> sources.Source:
+    def open_source(self, split: str, *, multi_label: bool = False) -> sources.Source:
         """Opens the records of a split; see `data.sources.open_source`."""
         data = self.config.data
         return sources.open_source(
@@ -105,7 +105,7 @@ class Experiment:
             class_list=data.class_list,
             eval_labels=data.eval_labels,
             holdout=sources.Holdout(data.holdout, data.train_split, data.eval_split),
-            several_labels=several_labels,
+            multi_label=multi_label,
         )
 
     @functools.cached_property
@@ -145,15 +145,6 @@ class Experiment:
         return steps_of(f"{group}.every", self.config[group].every, self.steps_per_epoch)
 
     @functools.cached_property
-    def train_transform(self):
-        """The training transform of the library that `augment.resampling` names."""
-        if self.config.augment.resampling == "opencv":
-            from tnt_flax.data import opencv
-
-            return opencv.train_transform
-        return transforms.train_transform
-
-    @functools.cached_property
     def randaugment(self) -> randaugment.RandAugment | None:
         text = self.config.augment.randaugment
         return randaugment.parse(text, self.config.data.mean) if text else None
@@ -162,13 +153,14 @@ class Experiment:
         """Yields this process's rows of the batches of `num_steps` steps from `start_step` on."""
         options = self.config.augment
         transform = functools.partial(
-            self.train_transform,
+            transforms.train_transform,
             size=self.config.data.image_size,
             scale=options.scale,
             ratio=options.ratio,
             flip=options.flip,
             jitter=options.color_jitter,
             randaugment=self.randaugment,
+            resampler=transforms.resampler(options.resampling),
         )
         return pipeline.train_batches(
             self.train_source,
@@ -176,7 +168,7 @@ class Experiment:
             transform=transform,
             start_step=start_step,
             num_steps=num_steps,
-            **self._read_options(),
+            options=self._read_options(),
         )
 
     def eval_batches(self, source: sources.Source | None = None) -> Batches:
@@ -193,14 +185,14 @@ class Experiment:
             self.eval_source if source is None else source,
             transform=transform,
             batch_size=self.config.eval.batch_size,
-            **self._read_options(),
+            options=self._read_options(),
         )
 
-    def _read_options(self) -> dict[str, Any]:
+    def _read_options(self) -> pipeline.ReadOptions:
         data = self.config.data
         several = jax.process_count() > 1
         host, num_hosts = sharding.host_rows(self.mesh) if several else (0, 1)
-        return dict(
+        return pipeline.ReadOptions(
             corrupt=data.corrupt,
             host=host,
             num_hosts=num_hosts,

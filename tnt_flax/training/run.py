@@ -14,7 +14,7 @@ from clu import parameter_overview
 
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.trees import fingerprint, flat_names, split
-from tnt_flax.data.sources.outage import Outage
+from tnt_flax.data.sources.storage import StorageUnavailable
 from tnt_flax.runtime import agreement, environment, processes, sharding
 from tnt_flax.runtime.checkpoints import Checkpoints
 from tnt_flax.runtime.watchdog import Guard
@@ -170,7 +170,7 @@ class Run:
         """Saves the state after `step` updates before an error of the data ends the run."""
         try:
             yield
-        except (InputError, Outage) as error:
+        except (InputError, StorageUnavailable) as error:
             self.watchdog.failed(error)
             self.save_now(state, step)
             raise

@@ -1,26 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The members of a tar file, by their headers alone, and images that are read where they lie.
+"""Images in uncompressed tar files, read in place: ImageNet's original tars and webdataset shards.
 
-Reads what POSIX.1-1988 (ustar), GNU tar (long names) and POSIX.1-2001 (pax) write. A tar that is
-compressed has no place that a member could be read from; sparse members have no one place.
+The tar reader understands POSIX.1-1988 (ustar), GNU tar (long names) and POSIX.1-2001 (pax).
+Compressed tars and sparse members cannot be read in place and are refused.
 """
 
 import dataclasses
+import fnmatch
+import functools
+import io
+import itertools
+import json
+import re
 import tarfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from tnt_flax.core.errors import InputError
+from tnt_flax.core.errors import InputError, listed, one_line
 from tnt_flax.data.sources import storage
-from tnt_flax.data.sources.index import Index
+from tnt_flax.data.sources.index import Index, Part, open_index, whole_files
+from tnt_flax.data.sources.names import (
+    IMAGE_SUFFIXES,
+    is_image,
+    natural_key,
+    order_classes,
+    read_class_list,
+    split_names,
+)
 
-BLOCK = 512  # bytes; headers and contents begin at multiples of it
+# ------------------------------------------------------------------------------------ tar members
+
+BLOCK = 512  # bytes; headers and contents are aligned to it
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _REGULAR = b"0\x007"  # "7" is a contiguous file
-_WITHOUT_CONTENTS = b"123456"  # links, devices, folders: whatever their header says of a size
-_LONGEST_NAME = 2**20  # bytes of an extended header
+_WITHOUT_CONTENTS = b"123456"  # links, devices, folders: their headers may state a size anyway
+_MAX_EXTENDED_HEADER = 2**20  # bytes
 
 
 class Member(NamedTuple):
@@ -30,11 +46,17 @@ class Member(NamedTuple):
 
 
 def members(read: storage.Read, start: int, end: int, what: str) -> Iterator[Member]:
-    """The regular files of the tar in bytes [start, end); `what` it is called in a message.
+    """Yields the regular files of the tar in bytes [start, end) from their headers alone.
 
-    Raises InputError for a tar that is truncated, damaged, compressed or sparse.
+    Args:
+        read: reads bytes of the file that holds the tar.
+        start, end: byte range of the tar within that file.
+        what: name of the tar in error messages.
+
+    Raises:
+        InputError: the tar is truncated, damaged, compressed or sparse.
     """
-    position, override = start, {}  # override: what extended headers say of the next member
+    position, override = start, {}  # override: fields from extended headers for the next member
     while True:
         header = read(position, BLOCK)
         if len(header) < BLOCK or position + BLOCK > end:
@@ -44,7 +66,7 @@ def members(read: storage.Read, start: int, end: int, what: str) -> Iterator[Mem
         name, size, kind = _fields(header, position, start, what)
         contents = position + BLOCK
         if kind in b"LKxXg":
-            if size > _LONGEST_NAME:
+            if size > _MAX_EXTENDED_HEADER:
                 raise InputError(f"{what} is damaged: a name of {size} bytes at byte {position}")
             if kind == b"L":
                 override["path"] = read(contents, size).split(b"\0")[0]
@@ -60,8 +82,8 @@ def members(read: storage.Read, start: int, end: int, what: str) -> Iterator[Mem
                 size = 0
             if contents + size > end:
                 raise InputError(
-                    f"{what} is truncated: {name} should end at byte {contents + size}, but it "
-                    f"ends at byte {end}: copy or download it again"
+                    f"{what} is truncated: {name} should end at byte {contents + size}, but the "
+                    f"tar ends at byte {end}: copy or download it again"
                 )
             if kind in _REGULAR and not name.endswith("/"):
                 yield Member(name, contents, size)
@@ -69,7 +91,7 @@ def members(read: storage.Read, start: int, end: int, what: str) -> Iterator[Mem
 
 
 def _fields(header, position, start, what):
-    """Name (bytes), size and type of a header whose checksum is right."""
+    """Returns name (bytes), size and type of a header after verifying its checksum."""
     try:
         checksum = int(header[148:156].strip(b" \0"), 8)
         size = header[124:136]
@@ -80,14 +102,13 @@ def _fields(header, position, start, what):
     except ValueError:
         checksum = -1
     if checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
-        for magic, how in _COMPRESSED.items():
+        for magic, compression in _COMPRESSED.items():
             if position == start and header.startswith(magic):
                 raise InputError(
-                    f"{what} is compressed ({how}), so nothing in it can be read at random: "
-                    "decompress it"
+                    f"{what} is compressed ({compression}) and has no random access: decompress it"
                 )
-        wrong = "is no tar" if position == start else f"is damaged at byte {position}"
-        raise InputError(f"{what} {wrong}: there is no tar header")
+        problem = "is not a tar file" if position == start else f"is damaged at byte {position}"
+        raise InputError(f"{what} {problem}: there is no tar header")
     name = header[:100].split(b"\0")[0]
     prefix = header[345:500].split(b"\0")[0]
     if prefix and header[257:263] == b"ustar\0":
@@ -96,7 +117,7 @@ def _fields(header, position, start, what):
 
 
 def _pax(data, position, what):
-    """Of the records "LENGTH KEY=VALUE\\n" those that say where and what the next member is."""
+    """Parses pax records "LENGTH KEY=VALUE\\n"; keeps path, size and sparseness of the member."""
     found = {}
     while data := data.lstrip(b"\0"):
         length, _, rest = data.partition(b" ")
@@ -113,14 +134,14 @@ def _pax(data, position, what):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TarImages:
-    """Images in tar files, where `labels[k]` is the label of those with the text number k."""
+    """A source of images in tar files. `labels[k]` is the label of records with text number k."""
 
     index: Index
     labels: np.ndarray  # int32 [texts]
     class_names: tuple[str, ...]
 
     @property
-    def place(self) -> str:
+    def storage_path(self) -> str:
         return self.index.files[0]
 
     def __len__(self) -> int:
@@ -130,10 +151,326 @@ class TarImages:
         return self.index.read(index), int(self.labels[self.index.text[index]])
 
     def name_of(self, index: int) -> str:
-        path, start, _ = self.index.place(index)
-        try:  # the index keeps no names; the header in front of the contents has the (short) one
+        path, start, _ = self.index.locate(index)
+        try:  # the index stores no names; the header before the contents has the (short) name
             header = storage.read(path, start - BLOCK, BLOCK)
             name = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
         except (OSError, tarfile.HeaderError):
             name = "?"
         return f"{path}: {name} (at byte {start})"
+
+
+# ------------------------------------------------------------------------- ImageNet's original tars
+
+TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+LABEL_FILES = (  # looked for next to the tars unless data.eval_labels is set
+    "ILSVRC2012_devkit_t12.tar.gz",
+    "imagenet_2012_validation_synset_labels.txt",
+    "LOC_val_solution.csv",
+)
+_IN_DEVKIT = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt")
+_SYNSET = re.compile(r"n\d{8}")
+
+
+def imagenet_tars(root: str, split: str, eval_labels: str = "", class_list: str = "") -> TarImages:
+    """Opens ImageNet's training or validation tar as downloaded.
+
+    `ILSVRC2012_img_train.tar` holds one tar per class, named by its synset (n01440764.tar);
+    `ILSVRC2012_img_val.tar` holds images, and their labels are in another file. Classes are sorted
+    by synset, as in torchvision and timm.
+
+    Args:
+        root: folder or URL of the tars.
+        split: "train", "validation" or "val".
+        eval_labels: file with the labels of the validation images: the devkit
+            (ILSVRC2012_devkit_t12.tar.gz); or text with a synset per line, in the order of the
+            image names; or text with an image name and its synset per line, separated by a comma or
+            blanks (as in LOC_val_solution.csv). "" takes whichever file of LABEL_FILES is in root.
+        class_list: optional file that gives the order of the classes, one synset per line.
+
+    Raises:
+        InputError: a file is missing or damaged, or the labels do not match the images.
+    """
+    if not root:
+        raise InputError("ImageNet's tars need their folder: set data.root")
+    if split == "train":
+        return _train(storage.join(root, TRAIN), class_list)
+    if "val" in split_names(split):
+        return _validation(root, storage.join(root, VALIDATION), eval_labels, class_list)
+    raise InputError(f"ImageNet's tars have no split {split!r}: choose train or validation")
+
+
+def _train(path, class_list):
+    index = open_index(
+        "imagenet train",
+        [path],
+        functools.partial(_cut_classes, path),
+        functools.partial(_scan_class, path),
+    )
+    texts = index.texts()
+    names = order_classes(sorted(texts), class_list, path, "tar")
+    numbers = {name: label for label, name in enumerate(names)}
+    return TarImages(index, np.array([numbers[text] for text in texts], np.int32), names)
+
+
+def _cut_classes(path, sizes):
+    """Returns one part per inner tar."""
+    parts = []
+    with storage.open_sequential(path) as read:
+        for name, start, length in members(read, 0, sizes[0], path):
+            stem = re.fullmatch(r"(?:.*/)?([^/.][^/]*)\.tar", name)
+            if stem:
+                parts.append(Part(0, start, start + length, stem[1]))
+            elif re.search(r"\.(tgz|tar\.\w+)$", name):
+                raise InputError(f"{path}: {name} is compressed: pack plain tars")
+    if not parts:
+        raise InputError(f"{path} holds no tars: expected one per class, such as n01440764.tar")
+    return parts
+
+
+def _scan_class(path, read, part):
+    what, count = f"{part.text}.tar in {path}", 0
+    for name, start, size in members(read, part.start, part.end, what):
+        if is_image(name):
+            count += 1
+            yield start, size, part.text
+    if not count:
+        raise InputError(f"{what} has no images: download the tar again")
+
+
+def _validation(root, path, eval_labels, class_list):
+    index = open_index("imagenet val", [path], whole_files, functools.partial(_scan_images, path))
+    labels_file = storage.join(root, eval_labels) if eval_labels else _find_labels(root)
+    images = index.texts()
+    synsets = read_labels(labels_file, sorted(images, key=natural_key))
+    names = order_classes(sorted(set(synsets.values())), class_list, labels_file, "synset")
+    numbers = {name: label for label, name in enumerate(names)}
+    return TarImages(index, np.array([numbers[synsets[i]] for i in images], np.int32), names)
+
+
+def _scan_images(path, read, part):
+    for name, start, size in members(read, part.start, part.end, path):
+        if is_image(name):
+            yield start, size, _stem(name)
+
+
+def _stem(name):
+    return name.rpartition("/")[2].partition(".")[0]
+
+
+def _find_labels(root):
+    found = set(storage.list_folder(root))
+    for name in LABEL_FILES:
+        if name in found:
+            return storage.join(root, name)
+    raise InputError(
+        f"no labels for {VALIDATION} in {root}: put {LABEL_FILES[0]} there, or set "
+        "data.eval_labels to a file with one synset per line"
+    )
+
+
+def read_labels(path: str, images: list[str]) -> dict[str, str]:
+    """Reads the synset of each image from any of the formats that `imagenet_tars` accepts.
+
+    `images` are names without suffix, in natural order.
+    Raises InputError unless the file has the synset of every image. A file without names must have
+    exactly one line per image.
+    """
+    try:
+        data = storage.read_file(path)
+        lines = _devkit_lines(path, data) if data[:2] == b"\x1f\x8b" else data.decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read the labels {path}: {reason}") from None
+    rows = [re.split(r"[,\s]+", line.strip()) for line in lines if line.strip()]
+    if rows and not any(map(_SYNSET.fullmatch, rows[0])):
+        if all(len(row) == 1 and row[0].isdigit() for row in rows):
+            raise InputError(
+                f"{path} has numbers, and only the devkit defines their order: set "
+                f"data.eval_labels to {LABEL_FILES[0]}"
+            )
+        rows = rows[1:]  # a header line
+    column = 1 if rows and not _SYNSET.fullmatch(rows[0][0]) else 0
+    for number, row in enumerate(rows):
+        if len(row) <= column or not _SYNSET.fullmatch(row[column]):
+            raise InputError(
+                f"{path}: label {number + 1} is {' '.join(row)!r}, not a synset such as n01440764"
+            )
+    if column:
+        synsets = {_stem(row[0]): row[1] for row in rows}
+        if unlabeled := [name for name in images if name not in synsets]:
+            raise InputError(f"{path} has no label for {listed(unlabeled, limit=2)}")
+        return {name: synsets[name] for name in images}
+    if len(rows) != len(images):
+        raise InputError(f"{path} has {len(rows)} labels for {len(images)} images")
+    return {name: row[0] for name, row in zip(images, rows, strict=True)}
+
+
+def _devkit_lines(path, data):
+    """Returns the devkit's ground truth with each ILSVRC2012_ID replaced by its synset."""
+    import scipy.io
+
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            files = {name.partition("/")[2]: name for name in tar.getnames()}
+            meta, truth = (tar.extractfile(files[name]).read() for name in _IN_DEVKIT)
+        table = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        synset_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table}
+        return [synset_of[int(line)] for line in truth.split()]
+    except Exception as error:  # gzip, tar and MAT files each raise their own errors
+        raise InputError(
+            f"{path} is not ImageNet's devkit with {' and '.join(_IN_DEVKIT)}: {one_line(error)}"
+        ) from None
+
+
+# ------------------------------------------------------------------------------ webdataset shards
+
+_EXTENSIONS = {suffix[1:] for suffix in IMAGE_SUFFIXES}
+# Compressed shards are matched too, so that they are refused instead of overlooked.
+_SHARD = re.compile(r"[^.].*\.(tar|tar\.(gz|bz2|xz|zst)|tgz)")
+_MAX_LABEL_FILE = 2**20  # bytes of a .cls or .json
+
+
+def webdataset(root: str, split: str, class_list: str = "") -> TarImages:
+    """Opens all shards of a split of a webdataset, as one sequence of samples.
+
+    The consecutive files of a shard that share a key are one sample. The key is the path up to the
+    first dot of the file name: `shard/0017.jpg` and `shard/0017.cls` are the sample "shard/0017". A
+    sample has one image and a label, in `.cls` (a number or a name) or as "label" in `.json`.
+
+    Args:
+        root: folder or URL of the shards.
+        split: a pattern below `root` ("train-{000000..000146}.tar", "train/*.tar"); or a name, and
+            then the shards are ROOT/NAME/*.tar, or else ROOT/*NAME*.tar with NAME as a whole word.
+        class_list: optional file with the class names, in order. Without it they are the names
+            found, in natural order, or "0", "1", ... up to the largest number found.
+
+    Raises:
+        InputError: shards, images or labels are missing or damaged.
+    """
+    if not root:
+        raise InputError("webdataset shards need their folder: set data.root")
+    shards = find_shards(root, split)
+    index = open_index("webdataset", shards, whole_files, functools.partial(_scan_shard, shards))
+    class_names, labels = _classes(index.texts(), class_list, f"{root} ({split})")
+    return TarImages(index, np.array(labels, np.int32), class_names)
+
+
+def find_shards(root: str, split: str) -> list[str]:
+    """Returns the shards' paths in natural order; the braces of a pattern keep their order."""
+    if re.search(r"[{*?\[]|\.tar$", split):
+        shards = [
+            path for pattern in expand_braces(storage.join(root, split)) for path in _glob(pattern)
+        ]
+        if not shards:
+            raise InputError(f"no shards {split} in {root}: it holds {_contents(root)}")
+        return shards
+    names = storage.list_folder(root)
+    for name in split_names(split):
+        if name in names and (shards := _glob(storage.join(root, f"{name}/*"))):
+            return shards
+        word = re.compile(rf"(?<![a-z0-9]){re.escape(name)}(?![a-z])", re.IGNORECASE)
+        shards = _glob(storage.join(root, "*"))
+        if shards := [path for path in shards if word.search(storage.basename(path))]:
+            return shards
+    raise InputError(
+        f"no shards of the split {split!r} in {root}: expected {split}/*.tar, or *{split}*.tar, or "
+        f"a pattern as the name of the split; it holds {_contents(root)}"
+    )
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expands braces as a shell does: "{08..11}" counts with leading zeros, "{a,b}" lists."""
+    found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if not found:
+        return [pattern]
+    first, last, names = found.groups()
+    if names:
+        middle = names.split(",")
+    else:
+        middle = [f"{k:0{len(first)}d}" for k in range(int(first), int(last) + 1)]
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return [path for one in middle for path in expand_braces(f"{before}{one}{after}")]
+
+
+def _glob(pattern):
+    """Expands a glob in the last part of a path; a path without one is returned unchanged."""
+    folder, name = storage.dirname(pattern), storage.basename(pattern)
+    if not re.search(r"[*?\[]", name):
+        return [pattern]
+    found = filter(_SHARD.fullmatch, fnmatch.filter(storage.list_folder(folder), name))
+    return [storage.join(folder, n) for n in sorted(found, key=natural_key)]
+
+
+def _contents(root):
+    return listed(storage.list_folder(root)) or "nothing"
+
+
+def _scan_shard(shards, read, part):
+    """Yields start and size of each sample's image, and the sample's label as written."""
+    shard, seen = shards[part.file], False
+    found = ((*_key(member.name), member) for member in members(read, 0, part.end, shard))
+    for key, files in itertools.groupby((f for f in found if f[0]), key=lambda f: f[0]):
+        seen = True
+        image, label = None, {}
+        for _, extension, member in files:
+            if extension in _EXTENSIONS:
+                if image:
+                    raise InputError(f"{shard}: sample {key!r} has two images")
+                image = member
+            elif extension in ("cls", "json"):
+                label[extension] = member
+        text = _label(read, label, f"{shard}: sample {key!r}")
+        if not image:
+            raise InputError(
+                f"{shard}: sample {key!r} has no image ({', '.join(sorted(_EXTENSIONS))})"
+            )
+        yield image.start, image.size, text
+    if not seen:
+        raise InputError(f"{shard} has no samples")
+
+
+def _key(name):
+    """Returns key and lower-case extension; ("", "") for a file that belongs to no sample."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if not stem or not dot or (not slash and re.fullmatch(r"__.*__", stem)):
+        return "", ""
+    return folder + slash + stem, extension.lower()
+
+
+def _label(read, files, what):
+    for extension, member in sorted(files.items()):  # cls before json
+        if member.size > _MAX_LABEL_FILE:
+            raise InputError(f"{what} has a .{extension} of {member.size} bytes: not a label")
+        try:
+            text = read(member.start, member.size).decode()
+            if extension == "json":
+                text = json.loads(text)["label"]
+                text = text if isinstance(text, str) else json.dumps(text)
+        except (ValueError, KeyError, TypeError):  # not UTF-8, not JSON, no "label", not an object
+            continue
+        if text.strip():
+            return text.strip()
+    raise InputError(f'{what} has no label: expected a .cls file, or a .json file with "label"')
+
+
+def _classes(texts, class_list, where):
+    """Returns the class names and the label of each text."""
+    names = read_class_list(class_list) if class_list else ()
+    number = {name: label for label, name in enumerate(names)}
+    numeric = all(re.fullmatch(r"\d{1,9}", text) for text in texts)
+    if names and all(text in number for text in texts):
+        return names, [number[text] for text in texts]
+    if names:
+        for text in texts:
+            if not (numeric and int(text) < len(names)) and text not in number:
+                raise InputError(
+                    f"{where} has the label {text!r}, which is not in the class list {class_list} "
+                    f"of {len(names)} classes"
+                )
+    if numeric:
+        count = len(names) or 1 + max(map(int, texts))
+        return names or tuple(map(str, range(count))), [int(text) for text in texts]
+    names = tuple(sorted(texts, key=natural_key))
+    return names, [names.index(text) for text in texts]

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each record of some large files begins and how long it is, so that any can be read.
+"""Random access to the records of large files by an index of their positions.
 
-An index is made once and kept beside the data, or in a cache folder if that cannot be written to.
-It is a safetensors file, 16 bytes a record: `start` int64 [n] and `size` uint32 [n] in bytes,
-`text` uint32 [n], a number in `texts` (JSON as uint8: what the records say about their labels),
-and `first` int64 [files + 1]: file k has the records first[k], ..., first[k + 1] - 1. Its metadata
-hold name, size and modification time of every file: if one changes, the index is made again.
+An index is built once and stored next to the data, or in a cache folder if that is not writable.
+It is a safetensors file with 16 bytes per record:
+
+* `start` int64 [n] and `size` uint32 [n], in bytes;
+* `text` uint32 [n], an index into `texts` (JSON as uint8), the labels as the records spell them;
+* `first` int64 [files + 1]: file k has the records first[k], ..., first[k + 1] - 1.
+
+Its metadata holds name, size and modification time of every file. If one of them changes, the index
+is rebuilt.
 """
 
 import array
@@ -15,6 +19,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -29,34 +34,43 @@ import safetensors.numpy
 import tqdm
 
 from tnt_flax.core.errors import InputError
+from tnt_flax.core.files import cache_folder, write_atomic
 from tnt_flax.data.sources import storage
 
+log = logging.getLogger("tnt_flax")
+
 VERSION = "tnt_flax index 1"
-SAVE_EVERY = 10  # seconds; a killed run loses no more of the work than that
-THREADS = 8  # parts that are scanned at a time
+SAVE_EVERY = 10  # seconds between two saves of a partial index
+THREADS = 8  # parts that are scanned concurrently
 TICK = 256  # records between two updates of the progress bar
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Bytes [start, end) of file number `file`: what is scanned as a whole."""
+    """A unit of scanning: bytes [start, end) of file number `file`."""
 
     file: int
     start: int
     end: int
-    text: str = ""  # about the labels of all its records, where the scan needs it
+    text: str = ""  # label shared by all its records, if the scan needs one
 
 
 Record = tuple[int, int, str]  # start, size, text
 
 
 class Index:
-    """Any record of some files. The columns are mapped, not loaded: processes share the memory."""
+    """Random access to the records of some files.
+
+    The columns are memory-mapped, so processes share the memory. Pickles as its path; unpickling
+    raises InputError if the index was replaced in the meantime.
+    """
 
     def __init__(self, path: str, files: tuple[str, ...], identity: dict[str, int] | None = None):
         header, columns = _read(path)
         if identity and identity != header["checksums"]:
-            raise InputError(f"the index {path} was replaced while it was in use: start again")
+            raise InputError(
+                f"the index {path} was replaced while it was in use: start the run again"
+            )
         self.path, self.files, self.identity = path, files, header["checksums"]
         self.text, self._columns = columns["text"], columns
         self._first = columns["first"].tolist()
@@ -68,21 +82,26 @@ class Index:
         return len(self.text)
 
     def texts(self) -> list[str]:
-        """What the numbers in `text` mean."""
+        """Returns the labels as spelled; `text` holds indices into this list."""
         return json.loads(self._columns["texts"].tobytes())
 
-    def place(self, record: int) -> tuple[str, int, int]:
-        """Path, start and size in bytes."""
+    def locate(self, record: int) -> tuple[str, int, int]:
+        """Returns the path of a record's file and the record's start and size in bytes."""
         file = self.files[bisect.bisect_right(self._first, record) - 1]
         return file, int(self._columns["start"][record]), int(self._columns["size"][record])
 
     def read(self, record: int) -> bytes:
-        """The bytes of a record. Raises OSError if its file has gone or become shorter."""
-        return storage.read(*self.place(record))
+        """Returns the bytes of a record. Raises OSError if its file is missing or truncated."""
+        return storage.read(*self.locate(record))
 
     def rows_of(self, file: int) -> range:
-        """The numbers of the records that lie in a file."""
+        """Returns the indices of the records in a file."""
         return range(self._first[file], self._first[file + 1])
+
+
+def whole_files(sizes: list[int]) -> list[Part]:
+    """Returns one part per file, for `open_index`."""
+    return [Part(file, 0, size) for file, size in enumerate(sizes)]
 
 
 def open_index(
@@ -91,39 +110,44 @@ def open_index(
     cut: Callable[[list[int]], list[Part]],
     scan: Callable[[storage.Read, Part], Iterator[Record]],
 ) -> Index:
-    """The index of these files: the one that there is, if it still fits, or else a new one.
+    """Opens the index of `files`, and builds it if there is none or a file has changed.
 
-    `kind` names the way of indexing. `cut` turns the sizes of the files into parts, in the order of
-    the records; `scan` yields the records of a part. Several parts are scanned at a time, and an
-    index that was begun and killed is continued. Progress and reasons go to stderr.
+    Several parts are scanned concurrently. Partial work is saved, and a killed process leaves it
+    for the next one to continue. Shows a progress bar on stderr and logs why an index is rebuilt.
+
+    Args:
+        kind: name of the scan; files scanned in two ways have two indexes.
+        files: paths or URLs.
+        cut: turns the sizes of the files into parts, in the order of the records.
+        scan: yields (start, size, text) of the records of a part.
 
     Raises:
-        InputError: a file cannot be read; nothing can be written; whatever `cut` and `scan` raise.
+        InputError: a file cannot be read, no folder is writable, or `cut` or `scan` raised it.
     """
     files = tuple(files)
-    versions = storage.versions(files)
+    versions = storage.file_versions(files)
     wanted = {
         "format": f"{VERSION} {kind}",
-        "files": [[storage.base(f), *v] for f, v in zip(files, versions, strict=True)],
+        "files": [[storage.basename(f), *v] for f, v in zip(files, versions, strict=True)],
     }
-    places = _places(files, kind)
-    for path in places:
+    candidates = _candidate_paths(files, kind)
+    for path in candidates:
         if _usable(path, wanted):
             return Index(path, files)
-    path = _first_writable(places, files[0])
+    path = _first_writable(candidates, files[0])
     parts = cut([size for size, _ in versions])
-    work = _Work(path, wanted)
+    work = _PartialIndex(path, wanted)
     if os.path.exists(work.partial) and _usable(work.partial, wanted):
         work.resume()
     try:
         _scan_all(files, parts, scan, work)
     except BaseException:
         if work.done:
-            with contextlib.suppress(OSError):  # the first error is the one to tell about
+            with contextlib.suppress(OSError):  # report the first error, not this one
                 work.save(work.partial)
         raise
     if not len(work.columns["start"]):
-        raise InputError(f"{files[0]}: no records in it{' and the others' * (len(files) > 1)}")
+        raise InputError(f"{files[0]}{' ...' * (len(files) > 1)}: no records found")
     try:
         work.save(path)
         with contextlib.suppress(FileNotFoundError):
@@ -133,18 +157,18 @@ def open_index(
     return Index(path, files)
 
 
-# ---------------------------------------------------------------------------------------- making
+# -------------------------------------------------------------------------------------- building
 
 
-class _Work:
-    """An index in the making: the columns of the first `done` parts."""
+class _PartialIndex:
+    """The columns of the first `done` parts."""
 
     def __init__(self, path, wanted):
         self.path, self.partial, self.wanted = path, f"{path}.partial", wanted
         self.done = 0
         self.columns = {"start": array.array("q"), "size": array.array("I")}
         self.columns |= {"text": array.array("I"), "file": array.array("I")}
-        self.numbers = {}  # of the texts
+        self.numbers = {}  # text -> its number
 
     def add(self, part, starts, sizes, texts):
         self.columns["start"] += starts
@@ -175,7 +199,7 @@ def _scan_all(files, parts, scan, work):
     bar = tqdm.tqdm(
         total=size_of(parts),
         initial=size_of(parts[: work.done]),
-        desc=f"indexing {storage.base(files[0])}{' ...' * (len(files) > 1)}, once",
+        desc=f"indexing {storage.basename(files[0])}{' ...' * (len(files) > 1)}, once",
         unit="B",
         unit_scale=True,
         mininterval=1,
@@ -184,10 +208,10 @@ def _scan_all(files, parts, scan, work):
 
     def scan_one(part):
         starts, sizes, texts, seen = array.array("q"), array.array("I"), [], part.start
-        with storage.opened(files[part.file]) as read:
+        with storage.open_sequential(files[part.file]) as read:
             for start, size, text in scan(read, part):
                 if size >= 2**32:
-                    raise InputError(f"{files[part.file]}: a record of {size} bytes is no image")
+                    raise InputError(f"{files[part.file]}: a record of {size} bytes is too large")
                 starts.append(start)
                 sizes.append(size)
                 texts.append(text)
@@ -217,24 +241,23 @@ def _scan_all(files, parts, scan, work):
         bar.close()
 
 
-# ------------------------------------------------------------------------------------- the file
+# ----------------------------------------------------------------------------------------- files
 
 
-def _places(files, kind):
-    """Where an index of these files may lie, best place first."""
-    names = "\n".join([kind, *map(storage.base, files)])  # not the folder: it may be moved
-    name = f"{storage.base(files[0])}.{hashlib.sha256(names.encode()).hexdigest()[:8]}.index"
-    folder = storage.parent(files[0])
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+def _candidate_paths(files, kind):
+    """Returns the paths at which the index may be stored, in order of preference."""
+    names = "\n".join([kind, *map(storage.basename, files)])  # without folders, which may move
+    name = f"{storage.basename(files[0])}.{hashlib.sha256(names.encode()).hexdigest()[:8]}.index"
+    folder = storage.dirname(files[0])
     remote = storage.is_remote(folder)
     owner = folder if remote else os.path.abspath(folder)
     owner = hashlib.sha256(owner.encode()).hexdigest()[:16]
-    cached = os.path.join(cache, "tnt_flax", owner, name)
+    cached = str(cache_folder() / owner / name)
     return [cached] if remote else [os.path.join(folder, name), cached]
 
 
-def _first_writable(places, file):
-    for path in places:
+def _first_writable(paths, file):
+    for path in paths:
         try:
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             with tempfile.TemporaryFile(dir=os.path.dirname(path) or "."):
@@ -242,13 +265,13 @@ def _first_writable(places, file):
         except OSError as error:
             reason = error.strerror
     raise InputError(
-        f"cannot write an index of {file} to {os.path.dirname(places[-1])}: {reason}; set "
-        "XDG_CACHE_HOME to a folder that can be written to"
+        f"cannot write an index of {file} to {os.path.dirname(paths[-1])}: {reason}; set "
+        "XDG_CACHE_HOME to a writable folder"
     )
 
 
 def _write(path: str, wanted: dict[str, Any], done: int, columns, texts) -> None:
-    """Writes all or nothing, whoever else does the same at the same time."""
+    """Writes an index atomically, also if other processes write it at the same time."""
     first = np.searchsorted(columns["file"], np.arange(len(wanted["files"]) + 1))
     tensors = {
         "start": np.frombuffer(columns["start"], np.int64),
@@ -260,21 +283,14 @@ def _write(path: str, wanted: dict[str, Any], done: int, columns, texts) -> None
     checksums = {name: zlib.crc32(tensor) for name, tensor in tensors.items()}
     about = json.dumps({"wanted": wanted, "done": done, "checksums": checksums})
     metadata = {"about": f"{zlib.crc32(about.encode())} {about}"}
-    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", suffix=".tmp")
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(safetensors.numpy.save(tensors, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # others read the data, too; mkstemp lets nobody
-        os.replace(temporary, path)
-    except BaseException:
-        os.remove(temporary)
-        raise
+    write_atomic(path, safetensors.numpy.save(tensors, metadata), fsync=True)
 
 
 def _read(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Metadata and mapped columns. Raises OSError, ValueError or KeyError for a damaged file."""
+    """Returns metadata and memory-mapped columns.
+
+    Raises OSError, ValueError or KeyError for a damaged file.
+    """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > 2**30:
@@ -296,21 +312,21 @@ def _read(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def _usable(path: str, wanted: dict[str, Any]) -> bool:
-    """Whether the index at `path` is whole and still describes these files; if not, says why."""
+    """True if the index at `path` is intact and matches the files; logs the reason otherwise."""
     try:
         header, columns = _read(path)
         if {name: zlib.crc32(column) for name, column in columns.items()} != header["checksums"]:
             raise ValueError("its checksums differ")
-        theirs = header["wanted"]
-        if theirs["format"] != wanted["format"]:
-            raise ValueError(f"it is of another kind, {theirs['format']}")
-        changed = [n for n, o in zip(wanted["files"], theirs["files"], strict=True) if n != o]
+        stored = header["wanted"]
+        if stored["format"] != wanted["format"]:
+            raise ValueError(f"its format is {stored['format']}")
+        changed = [n for n, o in zip(wanted["files"], stored["files"], strict=True) if n != o]
     except FileNotFoundError:
         return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
-        print(f"the index {path} is damaged ({reason}): indexing again", file=sys.stderr)
+        log.warning("the index %s is damaged (%s): indexing again", path, reason)
         return False
     if changed:
-        print(f"{changed[0][0]} has changed since {path}: indexing again", file=sys.stderr)
+        log.warning("%s has changed since %s: indexing again", changed[0][0], path)
     return not changed

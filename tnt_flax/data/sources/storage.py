@@ -1,35 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Byte ranges of files, on a disk or behind an address such as gs://BUCKET/FOLDER (by fsspec).
+"""Byte ranges of local and remote files, and reads that are retried while the storage is down.
 
-Nothing stays open between reads, so whoever holds a path may be pickled into another process.
+A path is a local path or a URL that fsspec reads, such as gs://BUCKET/FOLDER. No file stays open
+between reads, so objects that hold paths pickle into worker processes.
 """
 
 import contextlib
+import dataclasses
+import logging
 import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-from tnt_flax.core.errors import InputError, one_line
+import numpy as np
 
-REMOTE_BLOCK = 2**23  # bytes of a request while a remote file is read from front to back
+from tnt_flax.core.errors import InputError, RunError, one_line
 
-Read = Callable[[int, int], bytes]  # (start, size) -> the bytes, fewer at the end of the file
+REMOTE_BLOCK = 2**23  # bytes per request during a sequential read of a remote file
+MAX_PAUSE = 15.0  # seconds between two attempts; the first pause is half a second
+
+Read = Callable[[int, int], bytes]  # (start, size) -> bytes, fewer at the end of the file
 
 
 class DamagedError(OSError):
-    """What is in a file is wrong; to read it again would be of no use."""
+    """The content of a file is wrong, so reading it again would not help."""
 
 
-def is_away(error: OSError, place: str) -> bool:
-    """Is the storage at fault, which may come back, and not one file or record?
+class StorageUnavailable(RunError):
+    """The storage did not come back within the retry budget."""
 
-    `place` is what is there as long as the data set can be reached: its folder, or a file that
-    holds many records.
-    """
-    if isinstance(error, DamagedError):
-        return False
-    if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
-        return not is_remote(place) and not os.path.exists(place)
-    return True  # an I/O error, a stale handle, a network that fails
+
+# ----------------------------------------------------------------------------------------- paths
 
 
 def is_remote(path: str) -> bool:
@@ -37,7 +40,7 @@ def is_remote(path: str) -> bool:
 
 
 def join(root: str, name: str) -> str:
-    """`name` below `root`, unless it is an absolute path or an address itself; ~ is expanded."""
+    """Joins two paths and expands ~. An absolute `name`, or one that is a URL, replaces `root`."""
     if is_remote(name):
         return name
     if is_remote(root):
@@ -45,16 +48,24 @@ def join(root: str, name: str) -> str:
     return os.path.join(os.path.expanduser(root), os.path.expanduser(name))
 
 
-def parent(path: str) -> str:
+def dirname(path: str) -> str:
     return path.rpartition("/")[0] if is_remote(path) else os.path.dirname(path)
 
 
-def base(path: str) -> str:
+def basename(path: str) -> str:
     return path.rpartition("/")[2] if is_remote(path) else os.path.basename(path)
 
 
+# --------------------------------------------------------------------------------------- reading
+
+
 def read(path: str, start: int, size: int) -> bytes:
-    """Bytes [start, start + size) of a file. Raises OSError if they are not to be had."""
+    """Reads bytes [start, start + size) of a file.
+
+    Raises:
+        DamagedError: the file ends before.
+        OSError: the file cannot be read.
+    """
     if is_remote(path):
         with _as_oserror(path):
             filesystem, name = _filesystem(path)
@@ -62,7 +73,7 @@ def read(path: str, start: int, size: int) -> bytes:
     else:
         with open(path, "rb", buffering=0) as file:
             data = os.pread(file.fileno(), size, start)
-            while 0 < len(data) < size:  # the system may give less than it was asked for
+            while 0 < len(data) < size:  # the system may return less than was requested
                 more = os.pread(file.fileno(), size - len(data), start + len(data))
                 if not more:
                     break
@@ -73,7 +84,7 @@ def read(path: str, start: int, size: int) -> bytes:
 
 
 def read_file(path: str) -> bytes:
-    """A whole (small) file. Raises OSError if it cannot be read."""
+    """Reads a whole (small) file. Raises OSError if that fails."""
     if not is_remote(path):
         with open(os.path.expanduser(path), "rb") as file:
             return file.read()
@@ -83,9 +94,12 @@ def read_file(path: str) -> bytes:
 
 
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[Read]:
-    """For many small reads from front to back. A remote file is fetched in large blocks, because
-    a request costs as much time as millions of bytes."""
+def open_sequential(path: str) -> Iterator[Read]:
+    """Opens a file for many small reads from front to back.
+
+    A remote file is fetched in blocks of 8 MiB, because a request costs as much time as
+    transferring megabytes.
+    """
     if not is_remote(path):
         with open(path, "rb", buffering=0) as file:
             yield lambda start, size: os.pread(file.fileno(), size, start)
@@ -102,7 +116,7 @@ def opened(path: str) -> Iterator[Read]:
 
 
 def list_folder(folder: str) -> list[str]:
-    """The names in a folder, sorted. Raises InputError if it cannot be read."""
+    """Returns the sorted names in a folder. Raises InputError if it cannot be read."""
     try:
         if not is_remote(folder):
             return sorted(os.listdir(os.path.expanduser(folder)))
@@ -110,13 +124,17 @@ def list_folder(folder: str) -> list[str]:
             filesystem, name = _filesystem(folder)
             name = name.rstrip("/")
             entries = {entry.rstrip("/") for entry in filesystem.ls(name, detail=False)}
-            return sorted(base(entry) for entry in entries - {name})  # some list the folder, too
+            # Some object stores list the folder itself.
+            return sorted(basename(entry) for entry in entries - {name})
     except OSError as error:
         raise InputError(f"cannot read {folder}: {error.strerror or error}") from None
 
 
-def versions(paths: Iterable[str]) -> list[tuple[int, str]]:
-    """(bytes, what changes when the file does) of each. Raises InputError for a missing file."""
+def file_versions(paths: Iterable[str]) -> list[tuple[int, str]]:
+    """Returns (bytes, version) of each file; the version changes whenever the file does.
+
+    Raises InputError for a missing file.
+    """
     found, listed = [], set()
     for path in paths:
         try:
@@ -126,9 +144,9 @@ def versions(paths: Iterable[str]) -> list[tuple[int, str]]:
                 continue
             with _as_oserror(path):
                 filesystem, name = _filesystem(path)
-                if parent(path) not in listed:  # one request for a folder, and not one for a file
-                    listed.add(parent(path))
-                    filesystem.ls(parent(name), detail=True)
+                if dirname(path) not in listed:  # one request per folder, not one per file
+                    listed.add(dirname(path))
+                    filesystem.ls(dirname(name), detail=True)
                 found.append(_version(filesystem.info(name)))
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror or error}") from None
@@ -141,7 +159,7 @@ def _version(info):
 
 
 def _filesystem(url):
-    """fsspec's file system (it keeps one per process) and the path on it."""
+    """Returns fsspec's file system (cached per process) and the path on it."""
     import fsspec
 
     scheme = url.partition("://")[0]
@@ -150,17 +168,86 @@ def _filesystem(url):
     except ImportError as error:
         known = {"gs": "gcs", "gcs": "gcs"}.get(scheme)
         advice = f'pip install "tnt_flax[{known}]"' if known else one_line(error)
-        raise InputError(f"{scheme}:// paths need one more package: {advice}") from None
+        raise InputError(f"{scheme}:// paths need another package: {advice}") from None
     except ValueError:
-        raise InputError(f"{url}: no way to read {scheme}:// paths is known") from None
+        raise InputError(f"cannot read {url}: fsspec does not know {scheme}:// paths") from None
 
 
 @contextlib.contextmanager
 def _as_oserror(path):
-    """Every file system of fsspec has its own exceptions for a network that fails."""
+    """Turns the exceptions of fsspec's file systems, each of which has its own, into OSError."""
     try:
         yield
     except (OSError, InputError):
         raise
     except Exception as error:
         raise ConnectionError(f"{path}: {one_line(error)}") from error
+
+
+# --------------------------------------------------------------------------------------- retrying
+
+
+def is_unavailable(error: OSError, storage_path: str) -> bool:
+    """True if the storage failed and may come back; False if a single file or record is bad.
+
+    `storage_path` exists as long as the storage is reachable: the data set's folder, or a file
+    with many records.
+    """
+    if isinstance(error, DamagedError):
+        return False
+    if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+        return not is_remote(storage_path) and not os.path.exists(storage_path)
+    return True  # an I/O error, a stale handle, a network failure
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RetryingReader:
+    """Reads records of `source` and retries for `seconds` while its storage is unavailable.
+
+    See `is_unavailable`. Errors of a single record are raised at once. Setting `closed` ends the
+    retries.
+    """
+
+    source: Any  # a data.sources.Source
+    seconds: float
+    # Events belong to one process: a pickled reader gets new ones in the worker.
+    closed: threading.Event = dataclasses.field(default_factory=threading.Event, repr=False)
+    failing: threading.Event = dataclasses.field(default_factory=threading.Event, repr=False)
+
+    def __reduce__(self):
+        return RetryingReader, (self.source, self.seconds)
+
+    def __getitem__(self, record: int) -> tuple[bytes | np.ndarray, int]:
+        """Returns image and label of a record.
+
+        Raises:
+            StorageUnavailable: the retry budget is exhausted.
+            OSError: the record itself cannot be read.
+        """
+        start, pause = time.monotonic(), 0.5
+        while True:
+            try:
+                found = self.source[record]
+            except OSError as error:
+                if not is_unavailable(error, self.source.storage_path):
+                    raise
+                name, reason = self.source.name_of(record), error.strerror or error
+                if self.closed.is_set() or time.monotonic() - start + pause > self.seconds:
+                    raise StorageUnavailable(
+                        f"{name} cannot be read: {reason}, for {self.seconds:g} s "
+                        "(data.retry_seconds); check the storage, then run the same command again"
+                    ) from None
+                if not self.failing.is_set():  # one warning, not one per thread
+                    self.failing.set()
+                    logging.getLogger("tnt_flax").warning(
+                        "%s cannot be read: %s; retrying for up to %g s", name, reason, self.seconds
+                    )
+                self.closed.wait(pause)
+                pause = min(2 * pause, MAX_PAUSE)
+                continue
+            if self.failing.is_set():
+                self.failing.clear()
+                logging.getLogger("tnt_flax").warning(
+                    "process %d can read its data again", os.getpid()
+                )
+            return found

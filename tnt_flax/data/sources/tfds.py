@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets that tfds prepared, read at random and without TensorFlow, in either of two forms.
+"""Data sets prepared by tfds, with random access and without TensorFlow.
 
-ArrayRecord files have an index of their own; TFRecord files, tfds' default, get one from
-`data.index`. The records are the same: tf.train.Example, of which an image and a label are used.
+ArrayRecord files have an index of their own; TFRecord files, the default of tfds, get one from
+`sources.index`. Records of both file formats are tf.train.Example protos.
 """
 
 import bisect
-import difflib
 import functools
 import itertools
 import os
@@ -16,34 +15,38 @@ import google_crc32c
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
-from tnt_flax.core.errors import InputError
+from tnt_flax.core.errors import InputError, did_you_mean, listed, one_line
 from tnt_flax.data.sources import storage
-from tnt_flax.data.sources.index import Index, Part, open_index
-from tnt_flax.data.sources.names import some
+from tnt_flax.data.sources.index import Index, open_index, whole_files
 
-FORMATS = ("array_record", "tfrecord")  # the better one first: the other needs an index
-_LENGTH, _CRC = 8, 4  # bytes: a TFRecord is length, crc of the length, data, crc of the data
+FORMATS = ("array_record", "tfrecord")  # in order of preference: tfrecord needs an index
+_LENGTH, _CRC = 8, 4  # bytes; a TFRecord is length, crc of the length, data, crc of the data
 
 
 class TfdsSource:
-    """A data set that tfds prepared as ArrayRecord or TFRecord files.
+    """A source of a data set that tfds prepared as ArrayRecord or TFRecord files.
 
-    `name` is a tfds name ("cifar10", "oxford_iiit_pet", "imagenet2012:5.1.0"), `split` a tfds
-    split, slices such as "train[:90%]" included, `data_dir` tfds' directory ("" for its default,
-    ~/tensorflow_datasets). Image and label are the data set's supervised pair; images stay encoded.
+    Image and label are the data set's supervised pair; images stay encoded.
 
-    Of a data set whose images are of several classes, or of none, such as "imagenet2012_real", the
-    label is int32 [most_labels], padded with -1. Only who says `several_labels` gets these.
+    A data set whose images have several classes, or none, such as "imagenet2012_real", is
+    multi-label: its labels are int32 [max_labels], padded with -1. It is refused unless
+    `multi_label` is true.
+
+    Args:
+        name: name in tfds ("cifar10", "oxford_iiit_pet", "imagenet2012:5.1.0").
+        split: a tfds split, optionally with slices such as "train[:90%]".
+        data_dir: tfds' directory; "" for its default, ~/tensorflow_datasets.
+        multi_label: whether to accept a multi-label data set.
     """
 
-    def __init__(self, name: str, split: str, data_dir: str = "", *, several_labels: bool = False):
+    def __init__(self, name: str, split: str, data_dir: str = "", *, multi_label: bool = False):
         builder = _prepared_builder(name, data_dir)
-        keys, label, several = _supervised_pair(builder, several_labels)
+        keys, label, several = _supervised_pair(builder, multi_label)
         self._image_key, self._label_key = keys
         self.class_names = tuple(label.names)
-        self.most_labels = len(self.class_names) if several else None
+        self.max_labels = len(self.class_names) if several else None
         self._records = _open_split(builder, split)
-        self.place = os.fspath(builder.data_path)
+        self.storage_path = os.fspath(builder.data_path)
         self._name = f"{name}/{split}"
 
     def __len__(self) -> int:
@@ -55,15 +58,15 @@ class TfdsSource:
             values = {feature.key: feature.value for feature in example.features.feature}
             image = values[self._image_key].bytes_list.value[0]
             labels = values[self._label_key].int64_list.value
-            if self.most_labels is None:
+            if self.max_labels is None:
                 return image, labels[0]
-            padded = np.full(self.most_labels, -1, np.int32)
+            padded = np.full(self.max_labels, -1, np.int32)
             padded[: len(labels)] = labels
             return image, padded
-        # How array_record and protobuf report damaged files; OSError is ours.
+        # array_record and protobuf report damaged files by these errors; OSError is ours.
         except (RuntimeError, ValueError, LookupError, message.DecodeError) as error:
             what = " ".join(str(error).split())
-            kind = storage.DamagedError if os.path.exists(self.place) else OSError
+            kind = storage.DamagedError if os.path.exists(self.storage_path) else OSError
             raise kind(what) from None
 
     def name_of(self, index: int) -> str:
@@ -72,9 +75,9 @@ class TfdsSource:
 
 @functools.cache
 def _example_class() -> Any:
-    """tf.train.Example (tensorflow/core/example), as far as it is needed here, for protobuf.
+    """Returns a protobuf class for the parts of tf.train.Example (tensorflow/core/example) in use.
 
-    A map is a list of pairs to protobuf, and is declared as one here.
+    The map of features is declared as a list of pairs, which is its encoding.
     """
     field = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="e", syntax="proto3")
@@ -86,10 +89,10 @@ def _example_class() -> Any:
         "Features": [("feature", 1, "Entry", "repeated")],
         "Example": [("features", 1, "Features", "")],
     }.items():
-        described = file.message_type.add(name=name)
+        message_type = file.message_type.add(name=name)
         for key, number, kind, repeated in fields:
             label = field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL
-            added = described.field.add(name=key, number=number, label=label)
+            added = message_type.field.add(name=key, number=number, label=label)
             if isinstance(kind, str):
                 added.type, added.type_name = field.TYPE_MESSAGE, f".e.{kind}"
             else:
@@ -99,7 +102,7 @@ def _example_class() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("e.Example"))
 
 
-# ------------------------------------------------------------------------------- what tfds knows
+# --------------------------------------------------------------------------------- tfds metadata
 
 
 def _prepared_builder(name, data_dir):
@@ -110,20 +113,18 @@ def _prepared_builder(name, data_dir):
     where = os.path.expanduser(data_dir) or tfds.core.constants.DATA_DIR
     readable = FORMATS
     if storage.is_remote(where):
-        storage.list_folder(where)  # says what is missing more clearly than tfds would
-        readable = ("tfrecord",)  # array_record opens files on disks only
+        storage.list_folder(where)  # its error for a missing folder is clearer than that of tfds
+        readable = ("tfrecord",)  # array_record opens local files only
     advice = f"prepare it with `tfds build {name} --file_format={readable[0]} --data_dir={where}`"
     try:
         builder = tfds.builder(name, data_dir=where)
     except tfds.core.DatasetNotFoundError:
-        guess = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False))
-        known = f"did you mean {guess[0]!r}? Otherwise " if guess else ""
+        guess = did_you_mean(name, tfds.list_builders(with_community_datasets=False))
         raise InputError(
-            f"tfds knows no data set {name!r} and finds none in {where}: {known}{advice}"
+            f"tfds knows no data set {name!r}{guess} and finds none in {where}: {advice}"
         ) from None
-    except Exception as error:  # an unknown config, damaged metadata, a package that is missing...
-        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"tfds cannot open {name!r} in {where}: {first_line}") from error
+    except Exception as error:  # an unknown config, damaged metadata, a missing package...
+        raise InputError(f"tfds cannot open {name!r} in {where}: {one_line(error)}") from error
     if not builder.info.splits:
         raise InputError(f"tfds data set {name!r} is not prepared in {where}: {advice}")
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
@@ -138,8 +139,8 @@ def _prepared_builder(name, data_dir):
     return builder
 
 
-def _supervised_pair(builder, several_labels):
-    """The keys of image and label, the ClassLabel, and whether an image has a sequence of these."""
+def _supervised_pair(builder, multi_label):
+    """Returns the keys of image and label, the ClassLabel, and whether labels are sequences."""
     import tensorflow_datasets as tfds
 
     features, keys = builder.info.features, builder.info.supervised_keys or ()
@@ -153,28 +154,28 @@ def _supervised_pair(builder, several_labels):
             f"tfds data set {builder.name!r} has no supervised (image, label) pair: its supervised "
             f"keys are {keys or 'not set'}; choose an image classification data set"
         )
-    if several and not several_labels:
+    if several and not multi_label:
         raise InputError(
-            f"an image of tfds data set {builder.name!r} is of several classes or of none: it is "
-            "for main.py --mode=eval alone"
+            f"tfds data set {builder.name!r} is multi-label: it can only be evaluated on, by "
+            "main.py --mode=eval"
         )
     return keys, label, several
 
 
 def _open_split(builder, split):
-    """The serialized examples of a split: a sequence of bytes."""
+    """Returns the serialized examples of a split as a sequence of bytes."""
     splits = builder.info.splits
     try:
         instructions = splits[split].file_instructions
     except (ValueError, KeyError, AssertionError):
         raise InputError(
-            f"tfds data set {builder.name!r} has no split {split!r}: it has {some(list(splits))}"
+            f"tfds data set {builder.name!r} has no split {split!r}: it has {listed(list(splits))}"
         ) from None
     if builder.info.file_format.value == "array_record":
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         return ArrayRecordDataSource(instructions)
-    # Slices share the index of their whole split.
+    # All slices of a split share one index.
     shards = {name: [os.fspath(p) for p in splits[name].filepaths] for name in splits}
     split_of = {path: (name, k) for name, paths in shards.items() for k, path in enumerate(paths)}
     indexes, ranges = {}, []
@@ -182,7 +183,7 @@ def _open_split(builder, split):
         name, shard = split_of[os.fspath(instruction.filename)]
         if name not in indexes:
             scan = functools.partial(_scan_tfrecord, shards[name])
-            indexes[name] = open_index("tfrecord", shards[name], _cut, scan)
+            indexes[name] = open_index("tfrecord", shards[name], whole_files, scan)
         rows = indexes[name].rows_of(shard)
         if len(rows) != instruction.examples_in_shard:
             raise InputError(
@@ -197,7 +198,7 @@ def _open_split(builder, split):
 
 
 class _TfRecords:
-    """The records of some TFRecord files: ranges of rows of one or more indexes."""
+    """Records of TFRecord files: ranges of rows of one or more indexes."""
 
     def __init__(self, indexes: dict[str, Index], ranges: list[tuple[str, range]]):
         self._indexes, self._ranges = indexes, ranges
@@ -216,12 +217,8 @@ class _TfRecords:
         return data
 
 
-def _cut(sizes):
-    return [Part(file, 0, size) for file, size in enumerate(sizes)]
-
-
 def _scan_tfrecord(files, read, part):
-    """Start and size of each record, its checksum included (tensorflow/core/lib/io)."""
+    """Yields start and size of each record, including its checksum (tensorflow/core/lib/io)."""
     position, what = 0, files[part.file]
     while position < part.end:
         header = read(position, _LENGTH + _CRC)
@@ -235,6 +232,6 @@ def _scan_tfrecord(files, read, part):
 
 
 def _masked_crc(data: bytes) -> bytes:
-    """A crc32c as TFRecord files store it: rotated and shifted."""
+    """Returns the crc32c as TFRecord files store it, rotated and with an offset."""
     crc = google_crc32c.value(data)
     return (((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF).to_bytes(4, "little")

@@ -31,17 +31,17 @@ def names(root, split, holdout=FIFTH):
 
 
 @pytest.mark.parametrize("below", ["", "train"])
-def test_every_image_is_in_one_part(tmp_path, capsys, below):
+def test_every_image_is_in_one_part(tmp_path, caplog, below):
     write(tmp_path / below, cat=20, dog=2, emu=1)
     rest, held_out = names(tmp_path, "train"), names(tmp_path, "validation")
     assert not set(rest) & set(held_out) and len(rest) + len(held_out) == 23
     count = {name: sum(name in path for path in held_out) for name in ("cat", "dog", "emu")}
     assert count == {"cat": 4, "dog": 1, "emu": 0}  # of one image none can be spared
     assert held_out == names(tmp_path, "validation")
-    (said,) = set(capsys.readouterr().err.splitlines())
-    assert said == (
-        f"{tmp_path} has no split 'validation': holding out 5 of the images in "
-        f"{tmp_path / below}, the same each time"
+    (message,) = set(caplog.messages)
+    assert message == (
+        f"{tmp_path} has no split 'validation': holding out a fixed set of 5 images of "
+        f"{tmp_path / below}"
     )
 
 
@@ -53,11 +53,11 @@ def test_further_images_move_hardly_any(tmp_path):
     assert (len(before), len(after)) == (20, 22) and len(before & after) >= 16
 
 
-def test_a_split_that_is_there_is_used(tmp_path, capsys):
+def test_a_split_that_is_there_is_used(tmp_path, caplog):
     write(tmp_path / "train", cat=9)
     write(tmp_path / "val", cat=3)
     assert len(names(tmp_path, "train")) == 9 and len(names(tmp_path, "validation")) == 3
-    assert capsys.readouterr().err == ""
+    assert not caplog.messages
 
 
 def test_bad_folders(tmp_path):

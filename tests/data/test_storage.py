@@ -17,9 +17,10 @@ from PIL import Image
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import pipeline
+from tnt_flax.data.pipeline import ReadOptions
 from tnt_flax.data.plan import TrainPlan
-from tnt_flax.data.sources import ImageFolder, outage, storage
-from tnt_flax.data.sources.outage import Outage, PatientReader
+from tnt_flax.data.sources import ImageFolder, storage
+from tnt_flax.data.sources.storage import RetryingReader, StorageUnavailable
 from tnt_flax.data.transforms import train_transform
 
 TRANSFORM = functools.partial(train_transform, size=8, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
@@ -49,27 +50,27 @@ def mount(tmp_path):
     ids=lambda x: str(x),
 )
 def test_what_may_come_back(error, away, tmp_path):
-    assert storage.is_away(error, str(tmp_path)) == away
+    assert storage.is_unavailable(error, str(tmp_path)) == away
     missing = isinstance(error, FileNotFoundError | PermissionError)
-    assert storage.is_away(error, str(tmp_path / "mount")) == (away or missing)
-    assert storage.is_away(error, "gs://bucket/shard.tar") == away
+    assert storage.is_unavailable(error, str(tmp_path / "mount")) == (away or missing)
+    assert storage.is_unavailable(error, "gs://bucket/shard.tar") == away
 
 
-def test_a_mount_that_comes_back_costs_nothing_but_time(mount, capsys):
+def test_a_mount_that_comes_back_costs_nothing_but_time(mount, caplog):
     plan = TrainPlan(8, batch_size=4, seed=0)
     source = ImageFolder(str(mount), "train")
 
     def train():
-        options = {"transform": TRANSFORM, "start_step": 0, "num_steps": 6, "threads": 3}
-        return pipeline.train_batches(source, plan, retry_seconds=60, **options)
+        arguments = {"transform": TRANSFORM, "start_step": 0, "num_steps": 6}
+        options = ReadOptions(threads=3, retry_seconds=60)
+        return pipeline.train_batches(source, plan, **arguments, options=options)
 
     expected = [batch["image"] for batch in train()]
     os.rename(mount, f"{mount}.away")
     threading.Timer(0.8, os.rename, [f"{mount}.away", mount]).start()
     np.testing.assert_array_equal([batch["image"] for batch in train()], expected)
-    err = capsys.readouterr().err
-    assert err.count("trying again, for 60 s at most") == 1 and "No such file" in err
-    assert "reads its data again" in err
+    assert caplog.text.count("retrying for up to 60 s") == 1 and "No such file" in caplog.text
+    assert "can read its data again" in caplog.text
 
 
 @pytest.mark.parametrize("corrupt", ["error", "skip"])
@@ -79,9 +80,14 @@ def test_patience_ends(mount, corrupt, monkeypatch):
     os.rename(mount, f"{mount}.away")
     transform = lambda image: np.zeros((2, 2, 3), np.uint8)
     batches = pipeline.eval_batches(
-        source, transform=transform, batch_size=4, corrupt=corrupt, retry_seconds=0.6
+        source,
+        transform=transform,
+        batch_size=4,
+        options=ReadOptions(corrupt=corrupt, retry_seconds=0.6),
     )
-    with pytest.raises(Outage, match=r"cannot be read: No such file.* for 0.6 s \(data"):
+    with pytest.raises(
+        StorageUnavailable, match=r"cannot be read: No such file.* for 0.6 s \(data"
+    ):
         next(batches)
 
 
@@ -89,7 +95,7 @@ def test_a_missing_file_is_no_outage(mount):
     source = ImageFolder(str(mount), "train")
     (mount / "train" / "dog" / "3.png").unlink()
     batches = pipeline.eval_batches(
-        source, transform=np.asarray, batch_size=8, retry_seconds=10_000
+        source, transform=np.asarray, batch_size=8, options=ReadOptions(retry_seconds=10_000)
     )
     with pytest.raises(InputError, match="dog/3.png cannot be read: No such file"):
         next(batches)
@@ -97,16 +103,16 @@ def test_a_missing_file_is_no_outage(mount):
 
 def test_closing_ends_the_waiting(mount):
     source = ImageFolder(str(mount), "train")
-    reader = PatientReader(source, 10_000)
+    reader = RetryingReader(source, 10_000)
     os.rename(mount, f"{mount}.away")
     threading.Timer(0.2, reader.closed.set).start()
-    with pytest.raises(Outage):
+    with pytest.raises(StorageUnavailable):
         reader[0]
     assert not pickle.loads(pickle.dumps(reader)).closed.is_set()
 
 
 def test_pauses_grow_up_to_a_limit(mount, monkeypatch):
-    reader, pauses = PatientReader(ImageFolder(str(mount), "train"), 100), []
+    reader, pauses = RetryingReader(ImageFolder(str(mount), "train"), 100), []
     os.rename(mount, f"{mount}.away")
     now = 0.0
 
@@ -120,9 +126,9 @@ def test_pauses_grow_up_to_a_limit(mount, monkeypatch):
         now += pause
         pauses.append(pause)
 
-    monkeypatch.setattr(outage, "time", Clock)
+    monkeypatch.setattr(storage, "time", Clock)
     monkeypatch.setattr(reader.closed, "wait", wait)
-    with pytest.raises(Outage):
+    with pytest.raises(StorageUnavailable):
         reader[0]
     assert pauses == [0.5, 1, 2, 4, 8, 15, 15, 15, 15, 15]
 
@@ -130,12 +136,13 @@ def test_pauses_grow_up_to_a_limit(mount, monkeypatch):
 WORKERS = """
 import functools, sys, time
 from tnt_flax.data import pipeline
+from tnt_flax.data.pipeline import ReadOptions
 from tnt_flax.data.plan import TrainPlan
 from tnt_flax.data.sources import Digits
-from test_outage import TRANSFORM
+from test_storage import TRANSFORM
 if __name__ == "__main__":
     batches = pipeline.train_batches(Digits("train"), TrainPlan(1437, 48, 0), transform=TRANSFORM,
-        start_step=0, num_steps=1_000_000, workers=1)
+        start_step=0, num_steps=1_000_000, options=pipeline.ReadOptions(workers=1))
     next(batches)
     print("ready", flush=True)
     time.sleep(1000)
