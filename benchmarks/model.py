@@ -45,7 +45,7 @@ from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import merged, split
 from tnt_flax.models import Model, create_model
 from tnt_flax.runtime import host
-from tnt_flax.tools import contractions
+from tnt_flax.tools import describe
 from tnt_flax.training.optimizer import make_optimizer
 from tnt_flax.training.step import TrainState, make_train_step
 
@@ -185,7 +185,7 @@ def count_macs(model: Model, image_size: int) -> int:
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     watched = functools.partial(model.apply, mutable=["intermediates"])
-    return contractions.count_macs(watched, variables, images)
+    return describe.count_macs(watched, variables, images)
 
 
 # ----------------------------------------------------------------------------------------- results

@@ -40,14 +40,13 @@ def measure_compile(args: argparse.Namespace) -> dict[str, Any]:
         InputError: the config or the topology is wrong, the config's network is not a TNT, or
             libtpu is not installed.
     """
-    from tnt_flax.tools import tpu_compiler
-    from tnt_flax.tools.compile_check import compile_check
+    from tnt_flax.tools.compile_check import compile_check, tpu_devices
 
     harness.check_counts(args, "images_per_chip")
     config = harness.read_config(args.config)
     if config.model.name.startswith("ptnt_"):
         raise InputError(f"--config={args.config}: {config.model.name} has no implementations")
-    config.batch_size = args.images_per_chip * len(tpu_compiler.devices(args.topology)[1])
+    config.batch_size = args.images_per_chip * len(tpu_devices(args.topology))
     results = {}
     for name in args.implementations:
         print(name, file=sys.stderr)

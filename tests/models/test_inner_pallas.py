@@ -128,7 +128,6 @@ def test_devices_that_share_the_outer_transformer(interpreted):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_compiles_for_v5e(dtype, monkeypatch):
-    pytest.importorskip("libtpu")
     from jax.experimental import topologies
 
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")

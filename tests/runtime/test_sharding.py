@@ -14,7 +14,7 @@ from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import flat_names
 from tnt_flax.models import create_model, draws
 from tnt_flax.runtime import sharding
-from tnt_flax.tools import hlo
+from tnt_flax.tools.compile_check import collectives
 from tnt_flax.training import mixup
 from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.step import TrainState
@@ -269,7 +269,7 @@ def test_eight_devices_train_as_one_does(trained_alone, name):
         np.testing.assert_allclose(ours, alone, atol=1e-4)
 
     exchanges = {}
-    for each in hlo.collectives(compiled.as_text()):
+    for each in collectives(compiled.as_text()):
         exchanges[each.kind] = exchanges.get(each.kind, 0) + each.executed
         assert not each.in_loops or name == "tensor", each
     assert exchanges == wanted or name == "tensor"

@@ -10,7 +10,7 @@ import pytest
 from tests.models.test_models import COUNTS, TNTS
 from tnt_flax.models import create_model
 from tnt_flax.tools import describe
-from tnt_flax.tools.contractions import contractions
+from tnt_flax.tools.describe import contractions
 
 
 def run(capsys, *arguments):

@@ -25,11 +25,13 @@ import itertools
 import math
 import re
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import flat_names
@@ -37,7 +39,6 @@ from tnt_flax.models import Model, create_model
 from tnt_flax.models.tnt_blocks import TNTBlock
 from tnt_flax.models.word_embedding import KERNEL
 from tnt_flax.tools.command_line import Parser, parse_settings, run
-from tnt_flax.tools.contractions import Contraction, contractions, count_macs
 
 # Of the cost model: the first one whose expression matches the beginning of a layer's path.
 PARTS = {
@@ -78,6 +79,15 @@ class Group(NamedTuple):
 
     def sum(self, field: str) -> int:
         return max(1, len(self.blocks)) * sum(getattr(layer, field) for layer in self.layers)
+
+
+class Contraction(NamedTuple):
+    """One product, or all turns of a loop of it."""
+
+    scope: tuple[str, ...]  # of `jax.named_scope`, outermost first
+    macs: int  # multiply-adds; the zeros of a convolution's padding count
+    weight_bytes: int  # of the operands that depend on parameters alone
+    activation_bytes: int  # of the other operands and of the result
 
 
 def make_parser() -> Parser:
@@ -308,6 +318,63 @@ def print_parts(parts: dict[str, dict[str, Any]]) -> None:
             line += f"{flops / 1e9:>{widths}.3f}{size / 1e9:>9.3f}{flops / max(1, size):>8.1f}"
         print(f"{line}{part['step']['flops'] / total:>9.1%}")
     print()
+
+
+# ------------------------------------------------------------------------------------ contractions
+
+
+def contractions(jaxpr: ClosedJaxpr, data: Sequence[bool]) -> Iterator[Contraction]:
+    """All of `jaxpr`; `data` says which of its arguments are no parameters.
+
+    The body of a scan counts as often as it turns, that of a `while_loop` once.
+    """
+    yield from _walk(jaxpr.jaxpr, data, (), 1)
+
+
+def count_macs(function: Callable[..., Any], *args: Any) -> int:
+    """All multiply-adds of `function`, whose arguments may be shapes alone."""
+    jaxpr = jax.make_jaxpr(function)(*args)
+    return sum(found.macs for found in contractions(jaxpr, [True] * len(jaxpr.in_avals)))
+
+
+def _walk(jaxpr: Jaxpr, data, scope, times):
+    from_data = {var for var, flag in zip(jaxpr.invars, data, strict=True) if flag}
+    for equation in jaxpr.eqns:
+        flags = [not isinstance(x, Literal) and x in from_data for x in equation.invars]
+        if any(flags):
+            from_data.update(equation.outvars)
+        inside = (*scope, *str(equation.source_info.name_stack).split("/"))
+        macs = _macs(equation)
+        if macs:
+            sizes = [times * _bytes(x) for x in equation.invars]
+            weights = sum(size for size, flag in zip(sizes, flags, strict=True) if not flag)
+            results = sum(times * _bytes(x) for x in equation.outvars)
+            yield Contraction(inside, times * macs, weights, sum(sizes) - weights + results)
+        turns = times * equation.params.get("length", 1)
+        for value in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(value, "jaxpr", value)
+            if isinstance(inner, Jaxpr):
+                # Where arguments do not match one to one, all may come from data.
+                same = len(inner.invars) == len(flags)
+                inner_data = flags if same else [True] * len(inner.invars)
+                yield from _walk(inner, inner_data, inside, turns)
+
+
+def _macs(equation) -> int:
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        per_result = (equation.invars[0].aval.shape[axis] for axis in contracted)
+    elif equation.primitive.name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        out_features = equation.params["dimension_numbers"].rhs_spec[0]
+        per_result = (size for axis, size in enumerate(kernel) if axis != out_features)
+    else:
+        return 0
+    return math.prod(equation.outvars[0].aval.shape) * math.prod(per_result)
+
+
+def _bytes(x) -> int:
+    return x.aval.size * x.aval.dtype.itemsize
 
 
 if __name__ == "__main__":
