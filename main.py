@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         args.num_processes,
         args.process_id,
         timeout=args.start_timeout,
-        meeting=workdir,
+        rendezvous_dir=workdir,
     )
     # The imports below initialize JAX's backend, which must not happen before `processes.start`.
     if args.mode == "eval":
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         if workdir is None:
             raise InputError("training needs --workdir=FOLDER")
         result = train_and_evaluate(args.config, workdir)
-    return result if processes.is_main() else None
+    return result if processes.is_main_process() else None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -35,7 +35,7 @@ from tnt_flax.training.metrics import read_metrics_file
 KEYS = SMOKE | {"eval.every": "10 steps", "checkpoint.every": "4 steps", "eval.batch_size": 60}
 TIMEOUT = 900  # seconds for whatever a process does here; a hang is a failure
 FAILURES = (AssertionError, subprocess.SubprocessError)
-SETUP = ("the open data set", "the state to begin with", "compile")
+SETUP = ("data opened", "state ready", "compile")
 PHASES = (*SETUP, "step 7 ", "batch 2 of", "save 8")
 
 
@@ -169,7 +169,7 @@ def full_disk(folder, args):
         with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
             while file.write(bytes(4096)):
                 pass
-        while "training goes on" not in run.said():
+        while "training continues" not in run.said():
             assert not run.ended(), run.said()[-3000:]
             time.sleep(0.02)
         assert kept.is_dir()
@@ -236,7 +236,7 @@ def kills(folder, args):
 
 def faults():
     """(name, processes, function of the workdir and the number of processes)."""
-    dead = "unhealthy|has ended the run|connection to another process|coordination service"
+    dead = "unhealthy|ended the run|connection to another process|coordination service"
     bug = "ZeroDivisionError: an injected bug"
     for which in (1, 0):
         for name, do, code, said in (
@@ -248,7 +248,7 @@ def faults():
             yield f"{name} process {which}", 2, does
     nan = r"the loss of step \d+ is nan"
     yield "NaN in process 1", 2, lambda f, n: failure(f, n, 1, "nan", 1, nan, "step 7")
-    stalled = r"no further than step [78] |has ended the run"
+    stalled = r"last: step [78] |ended the run"
     for processes in (1, 2):
         for phase in PHASES:
             for number in ("SIGTERM", "SIGINT") if phase == "step 7 " else ("SIGTERM",):

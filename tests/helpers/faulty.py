@@ -22,7 +22,7 @@ import numpy as np
 import main
 from tnt_flax.runtime import sharding
 from tnt_flax.runtime.checkpoints import Checkpoints
-from tnt_flax.runtime.watchdog import Guard
+from tnt_flax.runtime.watchdog import Watchdog
 
 FAULT = json.loads(os.environ.get("FAULT", "null")) or {}
 told = threading.Event()  # this process to stop, in a run of many
@@ -52,9 +52,9 @@ def strike(reached: str) -> None:
 
 
 def struck_first(function, reached=lambda *args: args[1]):
-    def wrapped(*args):
+    def wrapped(*args, **kwargs):
         strike(reached(*args))
-        return function(*args)
+        return function(*args, **kwargs)
 
     return wrapped
 
@@ -101,9 +101,8 @@ def not_a_number(x):
 
 
 if __name__ == "__main__":
-    Guard.reached = struck_first(Guard.reached)
-    Guard.check = struck_first(Guard.check)
-    Checkpoints.save = struck_after_save(Checkpoints.save)
+    Watchdog.progress = struck_first(Watchdog.progress)
+    Checkpoints.save_async = struck_after_save(Checkpoints.save_async)
     sharding.jit_train_step = struck_train_step(sharding.jit_train_step)
     if FAULT.get("at") == "compile":  # a program that was kept would not be compiled
         jax.config.update("jax_enable_compilation_cache", False)

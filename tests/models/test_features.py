@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.models.test_tnt import SMALL
 from tnt_flax.core.errors import InputError
-from tnt_flax.core.trees import flat_names
+from tnt_flax.core.trees import named_leaves
 from tnt_flax.models import TNT, PyramidTNT, block_outputs, create_model, feature_maps
 from tnt_flax.models.features import resample, with_positions
 
@@ -115,7 +115,7 @@ def test_gradients_reach_all_but_the_head_and_frozen_statistics_stay():
 
     run = jit(jax.grad(loss, has_aux=True), static_argnums=1)
     gradients, changed = run(variables["params"], ("batch_stats",))
-    silent = {name for name, x in flat_names(gradients).items() if not np.any(x)}
+    silent = {name for name, x in named_leaves(gradients).items() if not np.any(x)}
     assert silent <= {"head/kernel", "head/bias", "norm/scale", "norm/bias"}
     for before, after in zip(
         jax.tree.leaves(variables["batch_stats"]), jax.tree.leaves(changed), strict=True

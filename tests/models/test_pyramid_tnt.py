@@ -16,7 +16,7 @@ import tnt_flax
 from tests.goldens.scripts.pyramid import CLASSES, FIELDS, GOLDEN, LABELS, SIZE, digest, images
 from tests.models.test_models import shapes
 from tnt_flax.core.errors import InputError
-from tnt_flax.core.trees import fingerprint, flat_names, merged, split
+from tnt_flax.core.trees import fingerprint, merged, named_leaves, split
 from tnt_flax.models import MODELS, PyramidTNT, block_outputs, create_model
 from tnt_flax.models.batch_norm import BatchNorm
 from tnt_flax.models.pyramid_layers import tiles
@@ -108,7 +108,7 @@ def test_trap_32_statistics_are_torchs():
     apply = functools.partial(module.apply, variables, x)
     out, changed = apply(train=True, mutable=["batch_stats"])
     np.testing.assert_allclose(out.ravel(), (x.ravel() - 3) / np.sqrt(3.5 + 1e-5), rtol=1e-6)
-    assert flat_names(changed["batch_stats"]) == pytest.approx(
+    assert named_leaves(changed["batch_stats"]) == pytest.approx(
         {"mean": 0.1 * 3, "var": 0.9 + 0.1 * 14 / 3, "count": 1}
     )
     for frozen in (apply(train=True), apply(train=False)):
@@ -157,8 +157,8 @@ def test_statistics_are_those_of_all_devices(how):
     np.testing.assert_allclose(value_2.sum(), value, rtol=1e-5)
     np.testing.assert_allclose(d_scale_2.sum(0), d_scale, rtol=1e-4, atol=1e-2)
     np.testing.assert_allclose(gradients[1], d_x, rtol=1e-4, atol=1e-3)
-    for name, x in flat_names(changed).items():
-        np.testing.assert_allclose(flat_names(changed_2)[name], x, rtol=1e-5, err_msg=name)
+    for name, x in named_leaves(changed).items():
+        np.testing.assert_allclose(named_leaves(changed_2)[name], x, rtol=1e-5, err_msg=name)
 
 
 # -- The official files
@@ -254,7 +254,7 @@ def test_initial_values_are_the_official_ones():
 
     @jit
     def init(key):
-        params = flat_names(model.init(key, images)["params"])
+        params = named_leaves(model.init(key, images)["params"])
         return {n: x for n, x in params.items() if n in spread or n.endswith(("bias", "scale"))}
 
     for name, x in init(jax.random.key(0)).items():
@@ -265,7 +265,7 @@ def test_initial_values_are_the_official_ones():
 
 
 def test_which_parameters_decay():
-    decayed = {name for name, on in flat_names(decay_mask(abstract()["params"])).items() if on}
+    decayed = {name for name, on in named_leaves(decay_mask(abstract()["params"])).items() if on}
     kinds = {name.rpartition("/")[2] for name in decayed}
     assert kinds == {"kernel", "relative_pos"}
     assert sum(name.endswith("relative_pos") for name in decayed) == 4

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes find each other or say whom they miss, and agree or say who differs."""
+"""Start-up of several processes, and checks that they are consistent."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -10,12 +11,12 @@ import pytest
 
 from tests.helpers.processes import finish, free_port, start
 from tnt_flax.core.errors import InputError, RunError
-from tnt_flax.runtime import agreement, processes
+from tnt_flax.runtime import processes
 
 
 @pytest.fixture
 def initialize(monkeypatch):
-    """What JAX is asked to start, which it does not."""
+    """Returns the calls of `jax.distributed.initialize`, which is replaced."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
     for name in ("SLURM_STEP_NUM_NODES", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
@@ -23,15 +24,15 @@ def initialize(monkeypatch):
     return calls
 
 
-def test_one_process_starts_nothing(initialize):
+def test_a_single_process_does_not_initialize_distributed(initialize):
     processes.start()
     processes.start(num_processes=1)
     processes.start("10.0.0.1:8476", 1, 0)
     assert not initialize
-    assert processes.is_main() and processes.hosts() == [socket.gethostname()]
-    assert processes.exchange("x", "y", 1) == ["y"]
-    assert processes.total(3) == 3
-    assert processes.on_main("x", lambda: 5) == 5
+    assert processes.is_main_process() and processes.hosts() == [socket.gethostname()]
+    assert processes.all_gather_strings("x", "y", 1) == ["y"]
+    assert processes.sum_over_processes(3) == 3
+    assert processes.run_on_main("x", lambda: 5) == 5
 
 
 @pytest.mark.parametrize(
@@ -42,10 +43,10 @@ def test_one_process_starts_nothing(initialize):
         (("10.0.0.1", 2, 1), "--coordinator=10.0.0.1 is not HOST:PORT"),
         (("10.0.0.1:http", 2, 1), "--coordinator=10.0.0.1:http is not HOST:PORT"),
         (("10.0.0.1:70000", 2, 1), "is not HOST:PORT"),
-        (("10.0.0.1:8476", 2, 2), "--process-id=2 is not one of 0 to 1"),
+        (("10.0.0.1:8476", 2, 2), "--process-id=2 is not in 0 to 1"),
     ],
 )
-def test_incomplete_flags(initialize, given, message):
+def test_incomplete_or_invalid_flags(initialize, given, message):
     with pytest.raises(InputError, match=message):
         processes.start(*given)
     assert not initialize
@@ -66,22 +67,23 @@ def test_incomplete_flags(initialize, given, message):
         ),
     ],
 )
-def test_on_one_host_only_loopback_listens(
-    initialize, monkeypatch, capsys, host, environment, address, bind
+def test_a_single_host_binds_the_loopback_interface(
+    initialize, monkeypatch, caplog, host, environment, address, bind
 ):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    caplog.set_level("INFO", "tnt_flax")
     processes.start(f"{host}:8476", 2, 1, timeout=7)
     ((arguments, options),) = initialize
     assert arguments == (address, 2, 1)
     assert options["coordinator_bind_address"] == bind
-    assert capsys.readouterr().err == (
-        f"process 1 of 2 waits for the others at {address}, at most 7 s\n"
-    )
+    assert caplog.messages == [
+        f"process 1 of 2: waiting up to 7 s for the other processes at {address}"
+    ]
 
 
-def test_a_launcher_that_jax_knows(initialize, monkeypatch):
-    """The variables are those of Slurm, as `srun` sets them."""
+def test_a_launcher_that_jax_recognizes(initialize, monkeypatch):
+    """With the variables that `srun` of Slurm sets."""
     for name, value in {
         "SLURM_JOB_ID": "5000",
         "SLURM_STEP_NODELIST": "node[01-02]",
@@ -99,40 +101,40 @@ def test_a_launcher_that_jax_knows(initialize, monkeypatch):
     assert len(initialize) == 1
 
 
-def test_what_a_launcher_says_wrong(initialize, monkeypatch):
+def test_a_launcher_with_missing_variables(initialize, monkeypatch):
     from jax._src.clusters import ClusterEnv
 
     def fail(*args):
         raise KeyError("SLURM_NTASKS")
 
     monkeypatch.setattr(ClusterEnv, "auto_detect_unset_distributed_params", fail)
-    with pytest.raises(RunError, match="launcher of this process cannot be understood: KeyError"):
+    with pytest.raises(RunError, match="settings of this process's launcher: KeyError"):
         processes.start()
 
 
-def test_an_error_of_the_main_process_is_everybodys():
+def test_run_on_main_raises_errors_of_the_main_process():
     def fail():
         raise InputError("no room")
 
     with pytest.raises(InputError, match="no room"):
-        processes.on_main("room", fail)
+        processes.run_on_main("room", fail)
 
 
-def test_the_source_is_part_of_the_program(tmp_path, monkeypatch):
-    monkeypatch.setattr(agreement, "__file__", str(tmp_path / "runtime" / "agreement.py"))
+def test_the_program_digest_covers_the_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "__file__", str(tmp_path / "runtime" / "processes.py"))
     digests = set()
     for text in ("a", "b"):
         (tmp_path / "x.py").write_text(text)
-        digests.add(agreement._source_digest())
+        digests.add(processes._source_digest())
     assert len(digests) == 2
 
 
-@pytest.mark.slow
-def test_two_processes_agree_or_say_who_differs(root, tmp_path):
-    port, script = free_port(), root / "tests" / "agreeing.py"
+def run_two_processes(root, folder, *arguments):
+    """Runs tests/helpers/multiprocess.py twice; returns the exit codes, stdouts and stderrs."""
+    script, port = root / "tests" / "helpers" / "multiprocess.py", str(free_port())
     started = [
         subprocess.Popen(
-            [sys.executable, script, tmp_path, str(port), "2", str(process)],
+            [sys.executable, script, folder, port, "2", str(process), *arguments],
             cwd=root,
             env={"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
             stdout=subprocess.PIPE,
@@ -141,34 +143,63 @@ def test_two_processes_agree_or_say_who_differs(root, tmp_path):
         )
         for process in range(2)
     ]
-    results = finish(started, 120)
-    said = [
-        dict(line.split(" ", 1) for line in out.splitlines() if not line.startswith("[Gloo]"))
-        for _, out, _ in results
-    ]
-    host = said[0]["apart"].split("process 1 (")[1].split(")")[0]
-    for both in said:
-        assert both["program"] == both["same"] == both["shared"] == "None", results
-        assert both["other"] == (
-            f"InputError: process 1 ({host}) differs from process 0 ({host}) in its config: "
-            "a.b: 0 -> 1"
-        )
-        assert f"process 1 ({host}) does not see the workdir {tmp_path}/" in both["apart"]
-        assert both["fails"] == "RunError: the disk is gone"
-        assert both["total"] == "3"
-        assert both["without"] == "['é', 'éé']"
-    assert [both["does"] for both in said] == ["done", "None"]
-    assert said[0]["late"] == f"RunError: process 1 ({host}) did not tell its late within 1 s"
-    assert said[1]["late"] == "['x', 'x']"
+    return zip(*finish(started, 120), strict=True)
 
 
 @pytest.mark.slow
-def test_who_waits_in_vain_says_for_whom(root, tmp_path):
+def test_two_processes_compare_their_values(root, tmp_path):
+    codes, outs, errs = run_two_processes(root, tmp_path)
+    assert codes == (0, 0), errs
+    first, second = (
+        dict(line.split(": ", 1) for line in out.splitlines() if not line.startswith("[Gloo]"))
+        for out in outs
+    )
+    host = first["not shared"].split("process 1 (")[1].split(")")[0]
+    for result in (first, second):
+        assert result["program"] == result["same"] == result["shared"] == "None", errs
+        assert result["different"] == (
+            f"InputError: process 1 ({host}) differs from process 0 ({host}) in its config: "
+            "a.b: 0 -> 1"
+        )
+        assert f"process 1 ({host}) does not see the workdir {tmp_path}/" in result["not shared"]
+        assert result["main fails"] == "RunError: the disk is gone"
+        assert result["sum"] == "3"
+        assert result["no client"] == "['é', 'éé']"
+    assert (first["main returns"], second["main returns"]) == ("done", "None")
+    timed_out = f"timed out after 1 s waiting for process 1 ({host}) to report its answer"
+    assert first["late"] == f"RunError: {timed_out}"
+    assert second["late"] == "['x', 'x']"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "error, code, message, cause",
+    [
+        ("input", 2, "error: bad", "InputError: bad"),
+        ("bug", 1, "ZeroDivisionError: bug", "ZeroDivisionError: bug"),
+        ("memory", 1, "RESOURCE_", "RESOURCE_"),
+        (
+            "connection",
+            75,
+            "error: the connection to another process broke after step 4; it may be dead: see its",
+            "the connection to another process broke after step 4",
+        ),
+    ],
+)
+def test_a_failure_in_one_process_ends_all(root, tmp_path, error, code, message, cause):
+    codes, outs, errs = run_two_processes(root, tmp_path, error)
+    assert codes == (code, code), errs
+    assert message in errs[1]
+    assert re.search(rf"^error: process 1 \(\S+\) ended the run: .*{cause}", errs[0], re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_start_timeout_lists_the_missing_processes(root, tmp_path):
     (process, _) = started = start(root, tmp_path, ["--start-timeout=4"], 2, 1)
     started[1].kill()
     ((code, out, err),) = finish([process])
     finish(started[1:])
     assert (code, out) == (1, "")
-    assert "error: not all 2 processes met at localhost:" in err
-    assert f"within 4 s: process 1 did not start, or does not see {tmp_path}" in err
+    assert "error: timed out after 4 s waiting for 2 processes at localhost:" in err
+    assert f": process 1 did not start or does not see {tmp_path}" in err
     assert "Traceback" not in err

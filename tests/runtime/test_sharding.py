@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.smoke import SMOKE
 from tnt_flax.core.errors import InputError
-from tnt_flax.core.trees import flat_names
+from tnt_flax.core.trees import named_leaves
 from tnt_flax.models import create_model, draws
 from tnt_flax.runtime import sharding
 from tnt_flax.tools.compile_check import collectives
@@ -118,7 +118,7 @@ def tnt_s():
 
 
 def split_names(tree):
-    specs = {name: tuple(spec) for name, spec in flat_names(sharding.specs(tree)).items()}
+    specs = {name: tuple(spec) for name, spec in named_leaves(sharding.specs(tree)).items()}
     return {name: spec for name, spec in specs.items() if any(spec)}
 
 
@@ -126,7 +126,7 @@ def test_how_tnt_s_is_split(tnt_s):
     assert split_names(tnt_s.params) == split_names(tnt_s.ema) == TNT_S
     moments = {name.split("/", 2)[2]: spec for name, spec in split_names(tnt_s.opt_state).items()}
     assert moments == TNT_S and len(split_names(tnt_s.opt_state)) == 2 * len(TNT_S)
-    sizes = {name: x.size for name, x in flat_names(tnt_s.params).items()}
+    sizes = {name: x.size for name, x in named_leaves(tnt_s.params).items()}
     whole = sum(size for name, size in sizes.items() if "fsdp" not in TNT_S.get(name, ()))
     assert whole < 0.012 * sum(sizes.values())
 

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The lock of a workdir, its config.json and its free space."""
+
 import json
 import subprocess
 import sys
@@ -7,7 +9,8 @@ from collections import namedtuple
 import pytest
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.runtime.workdir import as_json, check_space, differences, open_workdir
+from tnt_flax.core.trees import diff_nested
+from tnt_flax.runtime.workdir import check_space, config_to_json, open_workdir
 
 CONFIG = {"batch_size": 4, "data": {"root": "a", "threads": 1}, "log": {"every": "1 steps"}}
 
@@ -25,7 +28,7 @@ def test_one_trainer_per_workdir(tmp_path, root):
 
 
 @pytest.mark.parametrize("result", ["checkpoints/10/x", "metrics.jsonl", "weights.safetensors"])
-def test_a_workdir_of_another_config_is_refused_by_key(tmp_path, result):
+def test_results_of_another_config_are_refused_by_key(tmp_path, result):
     with open_workdir(tmp_path, CONFIG):
         pass
     (tmp_path / result).parent.mkdir(parents=True, exist_ok=True)
@@ -37,20 +40,22 @@ def test_a_workdir_of_another_config_is_refused_by_key(tmp_path, result):
     assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
 
 
-def test_a_start_of_which_nothing_came_is_corrected(tmp_path, capsys):
+def test_a_workdir_without_results_accepts_another_config(tmp_path, caplog):
     with open_workdir(tmp_path, CONFIG):
-        (tmp_path / "checkpoints").mkdir()  # as the set-up leaves them
+        (tmp_path / "checkpoints").mkdir()  # as created during set-up
         (tmp_path / "metrics.jsonl").touch()
-    assert not capsys.readouterr().err
+    caplog.set_level("INFO", "tnt_flax")
     other = CONFIG | {"batch_size": 8}
     with open_workdir(tmp_path, other):
         pass
     assert json.loads((tmp_path / "config.json").read_text()) == other
-    said = "nothing came of an earlier start; changed since then: batch_size: 4 -> 8\n"
-    assert capsys.readouterr().err == f"workdir {tmp_path}: {said}"
+    assert caplog.messages == [
+        f"workdir {tmp_path} has no results yet; config changed since the last start: "
+        "batch_size: 4 -> 8"
+    ]
 
 
-def test_keys_that_a_resumed_run_may_change(tmp_path):
+def test_a_resumed_run_may_change_keys_without_effect_on_results(tmp_path):
     with open_workdir(tmp_path, CONFIG):
         pass
     moved = {"batch_size": 4, "data": {"root": "b", "threads": 2}, "log": {"every": "9 steps"}}
@@ -59,19 +64,19 @@ def test_keys_that_a_resumed_run_may_change(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text()) == moved
 
 
-def test_differences_are_dotted_and_complete():
+def test_diff_nested():
     old = {"a": 1, "b": {"c": 2, "d": 3}, "e": 4}
     new = {"a": 1, "b": {"c": 5, "d": 3}, "f": 6}
-    assert differences(old, new) == ["b.c: 2 -> 5", "e: 4 -> None", "f: None -> 6"]
+    assert diff_nested(old, new) == ["b.c: 2 -> 5", "e: 4 -> None", "f: None -> 6"]
 
 
-def test_config_survives_the_file(smoke_config):
-    config = as_json(smoke_config())
+def test_config_to_json_equals_a_round_trip(smoke_config):
+    config = config_to_json(smoke_config())
     assert json.loads(json.dumps(config)) == config
     assert config["augment"]["scale"] == [0.5, 1.0]
 
 
-def test_a_workdir_that_cannot_be_written(tmp_path, monkeypatch):
+def test_an_unwritable_workdir(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write to workdir .*/file: File exists"):
         with open_workdir(tmp_path / "file", CONFIG):
@@ -83,20 +88,20 @@ def test_a_workdir_that_cannot_be_written(tmp_path, monkeypatch):
     def denied(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("builtins.open", denied)  # the tests may run as root, whom no mode stops
+    monkeypatch.setattr("builtins.open", denied)  # file modes do not stop root
     with pytest.raises(InputError, match="cannot write to workdir .*: Permission denied"):
         with open_workdir(tmp_path, CONFIG):
             pass
 
 
-def test_damaged_config(tmp_path):
+def test_a_damaged_config_json(tmp_path):
     (tmp_path / "config.json").write_text('{"batch_')
     with pytest.raises(InputError, match="config.json is not JSON"):
         with open_workdir(tmp_path, CONFIG):
             pass
 
 
-def test_no_space(tmp_path, monkeypatch):
+def test_too_little_space(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(100, 0, 24_000_000))
     check_space(tmp_path, 9_000_000)

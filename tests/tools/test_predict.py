@@ -27,7 +27,7 @@ from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.files import open_table
 from tnt_flax.data.labels import IMAGENET_SUBSETS, imagenet_synsets, readable_names
 from tnt_flax.data.transforms import eval_transform
-from tnt_flax.runtime.workdir import as_json
+from tnt_flax.runtime.workdir import config_to_json
 from tnt_flax.tools import predict
 from tnt_flax.training.experiment import Experiment
 from tnt_flax.weights.weights_file import save_weights
@@ -44,7 +44,7 @@ def save(path, classes=10, class_names=NAMES, image_size=32, **data):
     params = random_params(model, image_size)
     if classes:
         params["head"]["kernel"] *= 50
-    info = {"config": as_json(config)}
+    info = {"config": config_to_json(config)}
     save_weights(path, params, info | ({"class_names": class_names} if class_names else {}))
     return model, params
 

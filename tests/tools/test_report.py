@@ -11,8 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tnt_flax.runtime import environment
-from tnt_flax.runtime.workdir import as_config, as_json
+from tnt_flax.runtime.workdir import (
+    config_from_json,
+    config_to_json,
+    current_environment,
+    read_environments,
+    record_environment,
+)
 from tnt_flax.tools import page, report
 from tnt_flax.tools import predictions as answering
 from tnt_flax.tools.predictions import Answers
@@ -62,7 +67,7 @@ def test_the_page_says_what_evaluation_says(made):
     for heading in ("Curves", "Confusion", "Calibration", "Hardest images", "Environment"):
         assert f"<h2>{heading}</h2>" in text
     assert "<td>optimizer.learning_rate</td><td>0.001</td>" in text
-    (start,) = environment.read(path.parent)
+    (start,) = read_environments(path.parent)
     assert f"From step 0 on, {start['time']}" in text
     assert f"<td>jaxlib</td><td>{start['environment']['jaxlib']}</td>" in text
 
@@ -108,15 +113,15 @@ def test_the_page_in_a_browser(made, tmp_path):
 
 
 def test_the_environments_of_a_run(tmp_path):
-    here = environment.describe()
+    here = current_environment()
     assert here["python"] and here["numpy"] == np.__version__ and here["hosts"] == 1
     assert report.environments(tmp_path) == [
         "<p>Unknown: this run has left no environment.json, as older ones have not.</p>"
     ]
     there = {"jax": "0.1", "devices": "4 TPU <v9>"}
     for step, seen in [(0, here), (20, here), (30, there), (40, here), (35, there), (35, there)]:
-        environment.record(tmp_path, step, seen)
-    starts = environment.read(tmp_path)
+        record_environment(tmp_path, step, seen)
+    starts = read_environments(tmp_path)
     assert [(s["step"], s["environment"]) for s in starts] == [(0, here), (30, there)]
     page = "".join(report.environments(tmp_path))
     assert page.index("From step 0 on") < page.index(here["machine"]) < page.index("From step 30")
@@ -148,9 +153,9 @@ def test_names_are_text_and_not_markup():
 
 def test_a_config_survives_its_file(smoke_config):
     config = smoke_config()
-    stored = json.loads(json.dumps(as_json(config)))
-    assert as_config(stored).to_dict() == config.to_dict()
-    assert as_config(stored).data.mean == (0.5, 0.5, 0.5)
+    stored = json.loads(json.dumps(config_to_json(config)))
+    assert config_from_json(stored).to_dict() == config.to_dict()
+    assert config_from_json(stored).data.mean == (0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +169,7 @@ def test_a_config_survives_its_file(smoke_config):
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, capsys, smoke_config):
-    (tmp_path / "config.json").write_text(json.dumps(as_json(smoke_config())))
+    (tmp_path / "config.json").write_text(json.dumps(config_to_json(smoke_config())))
     code = report.main([a.replace("RUN", str(tmp_path)) for a in arguments])
     out, err = capsys.readouterr()
     assert code == 2 and not out

@@ -8,7 +8,7 @@ import pytest
 
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.runtime import sharding
-from tnt_flax.runtime.workdir import as_json
+from tnt_flax.runtime.workdir import config_to_json
 from tnt_flax.training.evaluate import evaluate, evaluate_checkpoint, sums_and_means
 from tnt_flax.training.experiment import Experiment
 from tnt_flax.weights.weights_file import save_weights
@@ -55,7 +55,7 @@ def test_a_weights_file(setting, tmp_path):
     config = experiment.config
     path = tmp_path / "w.safetensors"
     names = [str(i) for i in range(10)]
-    save_weights(path, params, {"config": as_json(config), "class_names": names})
+    save_weights(path, params, {"config": config_to_json(config), "class_names": names})
     result = evaluate_checkpoint(config, None, str(path))
     assert result["images"] == 360
     assert result["checkpoint"] == str(path)
@@ -67,7 +67,7 @@ def test_a_weights_file(setting, tmp_path):
     config.model.dtype = "bfloat16"  # how it is computed is free
     assert evaluate_checkpoint(config, None, str(path))["images"] == 360
 
-    save_weights(path, params, {"config": as_json(config), "class_names": [*"abcdefghi0"]})
+    save_weights(path, params, {"config": config_to_json(config), "class_names": [*"abcdefghi0"]})
     with pytest.raises(InputError, match=r"10 classes \(a, b, c, d, e and 5 more\) and none is"):
         evaluate_checkpoint(config, None, str(path))
 
@@ -77,7 +77,7 @@ def test_nothing_to_evaluate(setting, tmp_path):
     config = experiment.config
     with pytest.raises(InputError, match="--checkpoint=best needs the --workdir"):
         evaluate_checkpoint(config, None, "best")
-    with pytest.raises(InputError, match="no whole checkpoint in"):
+    with pytest.raises(InputError, match="no intact checkpoint in"):
         evaluate_checkpoint(config, tmp_path, "best")
     with pytest.raises(InputError, match="none.safetensors: No such file"):
         evaluate_checkpoint(config, None, str(tmp_path / "none.safetensors"))

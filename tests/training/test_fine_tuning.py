@@ -16,8 +16,8 @@ from tests.helpers.random_weights import random_params
 from tests.helpers.smoke import SMOKE
 from tnt_flax import create_model
 from tnt_flax.core.errors import InputError
-from tnt_flax.core.trees import flat_names
-from tnt_flax.runtime.workdir import as_json
+from tnt_flax.core.trees import named_leaves
+from tnt_flax.runtime.workdir import config_to_json
 from tnt_flax.training import fine_tuning
 from tnt_flax.training.config import check_config, describe_model, resolve_model_config
 from tnt_flax.training.evaluate import evaluate_checkpoint
@@ -42,7 +42,7 @@ def make(depth=3, vanilla=()):
 
 def test_every_layer_has_its_factor():
     _, params = make(depth=4, vanilla=(1,))  # three groups of blocks: 0, 1, and 2 to 3
-    scales = {n: np.ravel(x).tolist() for n, x in flat_names(layer_scales(params, 0.5)).items()}
+    scales = {n: np.ravel(x).tolist() for n, x in named_leaves(layer_scales(params, 0.5)).items()}
     for name in ("word_embed/conv/kernel", "proj/dense/kernel", "sentence_pos", "cls_token"):
         assert scales[name] == [0.5**5], name
     assert scales["blocks_0/inner/fc1/kernel"] == [0.5**4]
@@ -95,7 +95,7 @@ def test_freezing_leaves_exactly_the_named_tensors_as_they_are():
     before, after = stepped(freeze, params, layer_decay=0.9)
     frozen = 0
     for tree in ("params", "ema"):
-        old, new = flat_names(getattr(before, tree)), flat_names(getattr(after, tree))
+        old, new = named_leaves(getattr(before, tree)), named_leaves(getattr(after, tree))
         for name, leaf in new.items():
             rows = fine_tuning.names_of(name, leaf)
             stacked = len(rows) > 1 or rows[0] != name
@@ -192,7 +192,7 @@ def weights(tmp_path_factory):
     model = Experiment(config).model
     params = random_params(model, 32)
     path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
-    save_weights(path, params, {"config": as_json(config), "class_names": [*"0123456789"]})
+    save_weights(path, params, {"config": config_to_json(config), "class_names": [*"0123456789"]})
     return path
 
 
@@ -264,8 +264,8 @@ def test_factors_are_timms(name):
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     shapes = jax.eval_shape(create_model(name).init, jax.random.key(0), images)["params"]
     ours = {}
-    for stacked, scales in flat_names(layer_scales(shapes, 0.7)).items():
-        rows = fine_tuning.names_of(stacked, flat_names(shapes)[stacked])
+    for stacked, scales in named_leaves(layer_scales(shapes, 0.7)).items():
+        rows = fine_tuning.names_of(stacked, named_leaves(shapes)[stacked])
         ours |= dict(zip(rows, np.ravel(scales).tolist(), strict=True))
     compared = {n: (ours[n], theirs[mapping.place_of("timm", n).name]) for n in ours}
     assert len(compared) == len(ours) > 200

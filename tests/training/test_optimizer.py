@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from tnt_flax import create_model
-from tnt_flax.core.trees import flat_names
+from tnt_flax.core.trees import named_leaves
 from tnt_flax.training.optimizer import (
     decay_mask,
     epoch_learning_rates,
@@ -56,7 +56,7 @@ def test_decay_mask_lists_exactly_the_kernels():
     model = create_model("tnt_s_patch16_224", depth=2, se=True, qkv_bias=True)
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    decayed = {name for name, decays in flat_names(decay_mask(params)).items() if decays}
+    decayed = {name for name, decays in named_leaves(decay_mask(params)).items() if decays}
     layers = [
         f"{t}/attention/{p}" for t in ("inner", "outer") for p in "query key value out".split()
     ]

@@ -11,7 +11,7 @@ import pytest
 
 import tnt_flax
 from tests.helpers.smoke import SMOKE
-from tnt_flax.core.trees import fingerprint, flat_names, merged, split
+from tnt_flax.core.trees import fingerprint, merged, named_leaves, split
 from tnt_flax.runtime import checkpoints
 from tnt_flax.tools import report
 from tnt_flax.tools.convert import main as convert
@@ -50,7 +50,7 @@ def stored(workdir, step, kind, config):
 
 def test_statistics_move_and_are_averaged(finished):
     config, workdir, _ = finished
-    raw, ema = (flat_names(stored(workdir, STEPS, kind, config)) for kind in ("raw", "ema"))
+    raw, ema = (named_leaves(stored(workdir, STEPS, kind, config)) for kind in ("raw", "ema"))
     for name, x in raw.items():
         if name.endswith("/count"):
             assert x == ema[name] == STEPS and x.dtype == np.int32
@@ -99,8 +99,8 @@ def test_a_step_sees_the_optimizer_without_statistics(finished):
     config, workdir, _ = finished
     experiment = Experiment(config)
     state = experiment.state_shapes
-    moments = [name for name in flat_names(state.opt_state) if "/mu/" in name]
-    assert len(moments) == len(flat_names(split(state.params)["params"]))
+    moments = [name for name in named_leaves(state.opt_state) if "/mu/" in name]
+    assert len(moments) == len(named_leaves(split(state.params)["params"]))
     batch = {
         "image": jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((8,), jnp.int32),
@@ -109,4 +109,4 @@ def test_a_step_sees_the_optimizer_without_statistics(finished):
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
     same = jax.tree.map(lambda a, b: a.dtype == b.dtype, new, state)
     assert functools.reduce(lambda a, b: a and b, jax.tree.leaves(same))
-    assert metrics["finite"].shape == (2 * len(flat_names(state.params)),)
+    assert metrics["finite"].shape == (2 * len(named_leaves(state.params)),)

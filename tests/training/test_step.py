@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from tnt_flax.core.trees import flat_names, merged
+from tnt_flax.core.trees import merged, named_leaves
 from tnt_flax.models import TNT
 from tnt_flax.models.batch_norm import BatchNorm
 from tnt_flax.training import mixup
@@ -176,7 +176,7 @@ def test_bfloat16_leaves_the_training_state_in_float32():
     gradients = {}
 
     def spy(updates, params=None):
-        gradients.update(flat_names(updates))
+        gradients.update(named_leaves(updates))
         return updates
 
     adamw = make_optimizer(
@@ -193,7 +193,7 @@ def test_bfloat16_leaves_the_training_state_in_float32():
     assert {x.dtype for x in jax.tree.leaves([new.params, new.ema])} == {jnp.dtype("float32")}
     moments = [optax.tree.get(new.opt_state, name) for name in ("mu", "nu")]
     assert {x.dtype for x in jax.tree.leaves(moments)} == {jnp.dtype("float32")}
-    assert gradients.keys() == flat_names(params).keys()
+    assert gradients.keys() == named_leaves(params).keys()
     assert {x.dtype for x in gradients.values()} == {jnp.dtype("float32")}
     assert metrics["loss"].dtype == jnp.float32
     assert jax.tree.structure(new) == jax.tree.structure(state)
@@ -206,7 +206,7 @@ def test_flags_tell_where_a_nan_began(batch):
     bad = {"head": {"kernel": state.params["head"]["kernel"], "bias": jnp.full(7, jnp.inf)}}
     _, metrics = step(state.replace(params=bad), batch, jax.random.key(1))
     assert not np.isfinite(metrics["loss"])
-    assert list(flat_names(state.params)) == ["head/bias", "head/kernel"]
+    assert list(named_leaves(state.params)) == ["head/bias", "head/kernel"]
     bias_gradient, kernel_gradient, bias, kernel = metrics["finite"]
     assert not (bias_gradient or kernel_gradient or bias)
     assert kernel

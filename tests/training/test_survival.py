@@ -55,7 +55,7 @@ def test_two_processes_stop_fail_and_go_on_as_one(run, tmp_path):
     codes, outs, errs = run(tmp_path / "run", {"process": 1, "at": "step 22 ", "do": "raise"})
     assert codes == [1, 1], errs
     assert "Traceback" in errs[1] and "ZeroDivisionError: an injected bug" in errs[1]
-    assert re.search(r"error: process 1 on \S+ has ended the run: ZeroDivisionError: an", errs[0])
+    assert re.search(r"error: process 1 \(\S+\) ended the run: ZeroDivisionError: an", errs[0])
 
     # The last checkpoint is damaged: one finds out, both take the one before.
     last = checkpoints.find_checkpoint(tmp_path / "run" / "checkpoints", "last")

@@ -21,8 +21,9 @@ from configs import default
 from tests.helpers.smoke import SMOKE
 from tnt_flax.core.errors import InputError, RunError, Stopped
 from tnt_flax.core.trees import fingerprint
-from tnt_flax.runtime import checkpoints, environment, sharding
-from tnt_flax.runtime.watchdog import Guard
+from tnt_flax.runtime import checkpoints, sharding
+from tnt_flax.runtime.watchdog import Watchdog
+from tnt_flax.runtime.workdir import read_environments
 from tnt_flax.training import run as training_run
 from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.metrics import read_metrics_file
@@ -62,7 +63,7 @@ def test_a_run_leaves_everything_behind(finished):
     assert saved == [10, 20, STEPS]
     for name in ("config.json", "weights.safetensors", "parameters.txt"):
         assert (workdir / name).stat().st_size > 0
-    (start,) = environment.read(workdir)
+    (start,) = read_environments(workdir)
     assert start["step"] == 0 and start["environment"]["jax"] == jax.__version__
     for name in ("curves.png", "predictions.png"):
         with Image.open(workdir / name) as picture:
@@ -92,7 +93,7 @@ def test_restarting_a_finished_run_changes_nothing(finished):
     assert train_and_evaluate(config, workdir) == result
 
 
-def test_a_damaged_latest_checkpoint_costs_only_the_steps_since(finished, tmp_path, capsys):
+def test_a_damaged_latest_checkpoint_costs_only_the_steps_since(finished, tmp_path, caplog, capsys):
     """The run falls back to the checkpoint before, and still ends bit-identical to the first."""
     config, workdir, result = finished
     copy = tmp_path / "copy"
@@ -106,7 +107,7 @@ def test_a_damaged_latest_checkpoint_costs_only_the_steps_since(finished, tmp_pa
         content[100] ^= 4
         array_file.write_bytes(content)
     assert train_and_evaluate(config, copy) == result
-    err = capsys.readouterr().err
+    err = caplog.text + capsys.readouterr().err
     assert err.count("is damaged") == 2
     assert "from step 10 to 29" in err
 
@@ -325,17 +326,17 @@ def test_killed_and_resumed_is_bit_identical_to_undisturbed(root, tmp_path, smok
 
 @pytest.fixture
 def at(monkeypatch):
-    """Returns a function: what to call when the guard of a run is told `reached`."""
+    """Returns a function: calls `action` when a run reports progress that starts with `reached`."""
 
     def register(reached, action):
-        original = Guard.reached
+        original = Watchdog.progress
 
-        def wrapped(self, what):
+        def wrapped(self, what, **options):
             if what.startswith(reached):
                 action()
-            return original(self, what)
+            return original(self, what, **options)
 
-        monkeypatch.setattr(Guard, "reached", wrapped)
+        monkeypatch.setattr(Watchdog, "progress", wrapped)
 
     return register
 

@@ -13,7 +13,7 @@ import pytest
 from configs import default
 from tests.goldens.scripts import trajectory as reference
 from tests.helpers import timm_weights
-from tnt_flax.core.trees import flat_names
+from tnt_flax.core.trees import named_leaves
 from tnt_flax.models import TNT
 from tnt_flax.training import mixup
 from tnt_flax.training.experiment import Experiment
@@ -82,7 +82,7 @@ def test_losses_and_rates_of_every_step(ours, golden):
 @pytest.mark.parametrize("tree", ["parameters", "average"])
 def test_final_weights_and_average(tree, ours, golden, initial):
     _, _, state = ours
-    tensors = flat_names(state.params if tree == "parameters" else state.ema)
+    tensors = named_leaves(state.params if tree == "parameters" else state.ema)
     probes = [reference.probe(x) for x in tensors.values()]
     ends = np.cumsum([len(x) for x in probes])
     expected = np.split(golden[tree], ends[:-1])
@@ -100,7 +100,7 @@ def test_every_tensor_equals_timms(ours, initial, golden, record_property):
     losses, _, state = ours
     difference = {"loss": float(np.abs(losses / theirs["losses"] - 1).max())}
     for tree, tensors in (("parameters", state.params), ("average", state.ema)):
-        pairs = zip(flat_names(tensors).items(), jax.tree.leaves(theirs[tree]), strict=True)
+        pairs = zip(named_leaves(tensors).items(), jax.tree.leaves(theirs[tree]), strict=True)
         starts = jax.tree.leaves(initial)
         norms = np.array(
             [
@@ -110,7 +110,7 @@ def test_every_tensor_equals_timms(ours, initial, golden, record_property):
         )
         for what, scale in (("", norms[:, 1]), (" by how far it moved", norms[:, 2])):
             relative = norms[:, 0] / scale
-            name = list(flat_names(tensors))[relative.argmax()]
+            name = list(named_leaves(tensors))[relative.argmax()]
             difference[f"{tree}{what}, {name}"] = float(relative.max())
     for what, value in difference.items():
         print(f"  largest relative difference of {what}: {value:.2g}")

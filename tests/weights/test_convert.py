@@ -382,7 +382,7 @@ def workdir(tmp_path_factory):
         state = state.replace(
             step=np.int32(step), params=shifted, ema=jax.tree.map(np.negative, shifted)
         )
-        checkpoints.save(jax.tree.map(np.asarray, state), step, {"top1": top1})
+        checkpoints.save_async(jax.tree.map(np.asarray, state), step, {"top1": top1})
     checkpoints.close()
     save_weights(folder / "weights.safetensors", state.ema, info)
     return folder, model, params, info
@@ -438,13 +438,13 @@ def test_preprocessing_travels_with_the_weights(workdir, tmp_path):
 
 def test_damaged_or_foreign_folders(workdir, tmp_path):
     folder, *_ = workdir
-    with pytest.raises(InputError, match="no whole checkpoint in"):
+    with pytest.raises(InputError, match="no intact checkpoint in"):
         read_checkpoint(tmp_path)
     copy = tmp_path / "copy"
     shutil.copytree(folder / "checkpoints" / "3", copy / "3")
     (copy / "3" / "info" / "metadata").write_text("{}")
     with pytest.raises(
-        InputError, match="is damaged: info/metadata has changed|no whole checkpoint"
+        InputError, match="is damaged: info/metadata has changed|no intact checkpoint"
     ):
         read_checkpoint(copy)
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import tnt_flax
 from tests.weights.test_names import SMALL, random_params
 from tnt_flax.core.errors import InputError
-from tnt_flax.core.trees import fingerprint, flat_names
+from tnt_flax.core.trees import fingerprint, named_leaves
 from tnt_flax.models import TNT
 from tnt_flax.models.features import resampled_positions
 from tnt_flax.weights import hub, names
@@ -154,7 +154,7 @@ def test_straight_onto_a_mesh(path, params):
     assert kernel.addressable_shards[3].data.shape == (2, 12, 6)
     np.testing.assert_array_equal(kernel, params["blocks_0"]["outer"]["fc1"]["kernel"])
     assert variables["params"]["head"]["kernel"].addressable_shards[0].data.shape == (12, 2)
-    for name, x in flat_names(variables["params"]).items():
+    for name, x in named_leaves(variables["params"]).items():
         assert x.sharding == split(name, x.shape)
 
 

@@ -1,78 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of whole runs: written in the background, committed atomically, verified when read.
+"""Checkpoints of whole runs: saved asynchronously, committed atomically, verified when read.
 
-Orbax commits a step by renaming its folder, so a kill at any moment leaves whole steps only. Every
-commit holds a manifest with the SHA-256 of its files, and nothing is restored that does not match.
+Orbax commits a checkpoint by renaming its folder, so a kill leaves only complete checkpoints. Orbax
+does not detect damage: a flipped bit in an array file restores as garbage. Therefore every commit
+contains MANIFEST.json with the SHA-256 of its files, and nothing is restored that does not match.
 
-In a run of many processes, each calls what is here, at the same step.
+In a run of several processes, all must call these functions at the same step.
 """
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from tnt_flax.core.errors import InputError, RunError, listed, one_line
 from tnt_flax.core.files import sha256, write_atomic
-from tnt_flax.core.trees import check_fit
+from tnt_flax.core.trees import check_tensors_match
 from tnt_flax.runtime import processes
 
-MANIFEST = "MANIFEST.json"  # SHA-256 of every file; Orbax restores damaged files without noticing
-NOT_IN_MANIFEST = {MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"}  # written by Orbax later
-MAX_FAILURES = 3  # saves in a row that may fail before the run ends
-RETRY = 10  # seconds before a save that must not be left out is tried again
+MANIFEST = "MANIFEST.json"
+NOT_IN_MANIFEST = {MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"}  # Orbax writes them late
+VERIFY_TIMEOUT = 600  # seconds that process 0 may take to read and hash all checkpoints
+MAX_FAILURES = 3  # consecutive failed saves that end the run
+RETRY_DELAY = 10  # seconds between attempts of `save_blocking`
+
+logger = logging.getLogger("tnt_flax")
 
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Orbax would ask on one process, from its thread, with the step: the others would not
-        agree any more with it on when to stop. The loop asks."""
+        """Disables Orbax's check for preemption; the training loop checks.
+
+        Orbax checks in a thread of one process with its own step number. After that the processes
+        would no longer agree on the step at which to stop.
+        """
         return False
 
 
 class Checkpoints:
-    """The checkpoints of one training run, in `folder`; use it under the lock of the workdir.
+    """The checkpoints of one training run. Requires the lock of the workdir.
 
-    Opening it moves damaged checkpoints to `folder/damaged` and says so. A save that fails is said
-    on stderr, counted in `failed_saves`, and left out: the older ones stay, training goes on.
+    The constructor moves damaged checkpoints to `folder/damaged` and logs a warning. A failed save
+    is logged, counted in `failed_saves` and skipped: training continues with the older ones.
+
+    Args:
+        folder: of the checkpoints, one folder per step.
+        keep: number of newest checkpoints to keep, besides the best one.
+        info: JSON values stored in every checkpoint: "config" and "class_names".
     """
 
     def __init__(self, folder: pathlib.Path, *, keep: int, info: dict[str, Any]):
         self.folder, self.info = folder, info
-        # One process looks, the others wait for it, and all find the same checkpoints.
-        found = processes.on_main("damaged checkpoints", lambda: _quarantine(folder, keep), 600)
-        self.damaged = bool(processes.total(len(found or ())))
+        # The other processes wait for process 0, so that all see the same checkpoints.
+        moved = processes.run_on_main(
+            "damaged checkpoints", lambda: _quarantine(folder, keep), VERIFY_TIMEOUT
+        )
+        self.found_damage = bool(processes.sum_over_processes(len(moved or ())))
         self.failed_saves = 0
-        self._failures = 0  # in a row
+        self._consecutive_failures = 0
         self._saving_step: int | None = None
-        self._error: Exception | None = None  # of that save
+        self._save_error: Exception | None = None
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(keep),
                 checkpoint_managers.BestN(
-                    get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False
+                    get_metric_fn=_top1, n=1, keep_checkpoints_without_metrics=False
                 ),
             ]
         )
         self._manager = _Manager(
             folder,
             options=ocp.CheckpointManagerOptions(
-                best_fn=_score,  # without it Orbax would drop the metrics silently
+                best_fn=_top1,  # without it Orbax drops the metrics silently
                 preservation_policy=policy,
                 save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
                 cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._add_manifest),
             ),
         )
 
@@ -80,277 +94,306 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def restore_latest(self, abstract_state: Any) -> Any | None:
-        """The newest whole state, laid out as `abstract_state` says; None in an empty folder.
+        """Restores the newest intact checkpoint; returns None if there are no checkpoints.
+
+        Args:
+            abstract_state: the state as `jax.ShapeDtypeStruct`s with shardings.
 
         Raises:
-            InputError: the state in it has other names, shapes or types, or is of other classes.
-            RunError: checkpoints exist but none is whole, or the newest cannot be read.
+            InputError: the stored state has other names, shapes, dtypes or classes.
+            RunError: all checkpoints are damaged, or the newest cannot be read.
         """
         step = self.latest_step()
         if step is None:
-            if self.damaged:
+            if self.found_damage:
                 raise RunError(
-                    f"every checkpoint in {self.folder} is damaged (they are in damaged/): "
-                    "remove the workdir to start anew, or restore the folder from a backup"
+                    f"every checkpoint in {self.folder} is damaged (moved to damaged/): "
+                    "remove the workdir to start over, or restore the folder from a backup"
                 )
             return None
         path = self.folder / str(step)
-        theirs, ours = read_info(path)["class_names"], self.info["class_names"]
-        if theirs != ours:
+        stored, expected = read_info(path)["class_names"], self.info["class_names"]
+        if stored != expected:
             raise InputError(
-                f"{path} is of {len(theirs)} classes ({listed(theirs, 3)}), the data are of "
-                f"{len(ours)} ({listed(ours, 3)}): look at data.root, or choose another workdir"
+                f"{path} was trained on {len(stored)} classes ({listed(stored, 3)}), the data has "
+                f"{len(expected)} ({listed(expected, 3)}): check data.root or choose another "
+                "workdir"
             )
-        check_fit(path, _stored(path), abstract_state)
+        check_tensors_match(path, _state_shapes(path), abstract_state)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         try:
             state = self._manager.restore(step, args=args).state
-        except Exception as error:  # Orbax raises a different type for every kind of misfit
+        except Exception as error:  # Orbax raises many types
             raise RunError(f"cannot restore {path}: {one_line(error)}") from error
         if int(state.step) != step:
-            raise RunError(f"{path} holds the state of step {int(state.step)}")
+            raise RunError(f"{path} contains the state of step {int(state.step)}")
         return state
 
-    def save(self, state: Any, step: int, metrics: dict[str, float] | None = None) -> None:
-        """Starts saving; returns when the arrays are copied. `metrics["top1"]` decides the best.
+    def save_async(self, state: Any, step: int, metrics: dict[str, float] | None = None) -> None:
+        """Starts a save; returns once the arrays are copied. `metrics["top1"]` ranks checkpoints.
 
         Raises:
-            RunError: the saves before have failed, one after the other; or there is such a step.
+            RunError: MAX_FAILURES consecutive saves have failed, or `step` exists already.
         """
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(self.info)
         )
-        self.wait()  # only one save is in flight, so the manifest knows which
+        self.wait_for_save()  # one save at a time: `_add_manifest` must know the step
         self._saving_step, started = step, True
         try:
             started = self._manager.save(step, args=args, metrics=metrics)
-        except Exception as error:  # Orbax raises whatever its storage does
-            self._error = error  # `wait` sees to it, on all processes alike
+        except Exception as error:  # Orbax passes on what its storage raises
+            self._save_error = error  # handled in `wait_for_save`, on all processes alike
         if not started:
             self._saving_step = None
             raise RunError(f"Orbax refused to save step {step} in {self.folder}: it exists already")
 
-    def wait(self) -> None:
-        """Returns when the save in flight is committed, or has failed.
+    def wait_for_save(self) -> None:
+        """Returns when the current save is committed or has failed.
 
         Raises:
-            RunError: it has, as did those before it, MAX_FAILURES in a row.
+            RunError: MAX_FAILURES consecutive saves have failed.
         """
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            self._error = error
+            self._save_error = error
         if self._saving_step is not None:
-            self._settle()
+            self._finish_save()
 
-    def ensure(self, state: Any, step: int, metrics: dict[str, float] | None = None) -> None:
-        """Returns when `step` is committed; saves it (again) where it is not. Raises RunError."""
-        self._failures = 0
-        self.wait()
-        while not self.committed(step):
-            if self._failures:
-                time.sleep(RETRY)
-            self.save(state, step, metrics)
-            self.wait()
+    def save_blocking(self, state: Any, step: int, metrics: dict[str, float] | None = None) -> None:
+        """Returns when `step` is committed; saves it if necessary, with retries.
 
-    def committed(self, step: int) -> bool:
-        """Is it whole in the folder, as process 0 sees it?"""
-        return bool(processes.total(processes.is_main() and (self.folder / str(step)).is_dir()))
+        Raises:
+            RunError: MAX_FAILURES consecutive saves have failed.
+        """
+        self._consecutive_failures = 0
+        self.wait_for_save()
+        while not self.is_committed(step):
+            if self._consecutive_failures:
+                time.sleep(RETRY_DELAY)
+            self.save_async(state, step, metrics)
+            self.wait_for_save()
+
+    def is_committed(self, step: int) -> bool:
+        """True if process 0 sees the folder of `step`."""
+        committed = processes.is_main_process() and (self.folder / str(step)).is_dir()
+        return bool(processes.sum_over_processes(committed))
 
     def metrics(self, step: int) -> dict[str, float]:
-        """The metrics saved with a checkpoint; empty if it was not evaluated."""
+        """Returns the metrics saved with a checkpoint; empty if it was not evaluated."""
         return read_metrics(self.folder / str(step))
 
     def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """For a committed checkpoint whose evaluation was interrupted."""
+        """Adds metrics to a committed checkpoint whose evaluation was interrupted."""
         folder = self.folder / str(step)
-        if processes.is_main():
+        if processes.is_main_process():
             (folder / "metrics").mkdir(exist_ok=True)
             write_atomic(folder / "metrics" / "metrics", json.dumps(metrics), fsync=True)
             write_manifest(folder)
-        processes.total(0)  # the others wait for it
+        processes.barrier("metrics", VERIFY_TIMEOUT)
         self._manager.reload()
 
     def close(self) -> None:
-        self.wait()
+        """Finishes the current save."""
+        self.wait_for_save()
         self._manager.close()
 
-    def _settle(self) -> None:
-        """Finds out what became of a save. The folder tells: it is renamed when all is written."""
+    def _finish_save(self) -> None:
+        """Counts, cleans up and logs a failed save. The rename of the folder marks success."""
         step, self._saving_step = self._saving_step, None
-        error, self._error = self._error, None
-        if self.committed(step):
-            self._failures = 0
+        error, self._save_error = self._save_error, None
+        if self.is_committed(step):
+            self._consecutive_failures = 0
             return
         self.failed_saves += 1
-        self._failures += 1
-        if processes.is_main():  # what was written of it would keep a full disk full
-            shutil.rmtree(self._temporary(step), ignore_errors=True)
-        self._manager.reload()  # Orbax believes that it is there
-        whole = step_folders(self.folder)
+        self._consecutive_failures += 1
+        if processes.is_main_process():  # partial files would keep a full disk full
+            shutil.rmtree(self._temporary_folder(step), ignore_errors=True)
+        self._manager.reload()  # Orbax counts the step as saved
+        intact = step_folders(self.folder)
         message = (
-            f"saving step {step} failed: "
-            f"{one_line(error) if error else 'on another process'}; "
-            + (f"the last whole one is {whole[-1]}" if whole else "there is no whole one")
+            f"saving step {step} failed: {one_line(error) if error else 'on another process'}; "
+            + (f"the last complete checkpoint is {intact[-1]}" if intact else "no checkpoint yet")
         )
-        if self._failures == MAX_FAILURES:
-            raise RunError(f"{message}; {MAX_FAILURES} saves in a row have failed") from error
-        print(f"error: {message}; training goes on", file=sys.stderr)
+        if self._consecutive_failures == MAX_FAILURES:
+            raise RunError(f"{message}; {MAX_FAILURES} consecutive saves failed") from error
+        logger.error(f"error: {message}; training continues")
 
-    def _temporary(self, step: int) -> pathlib.Path:
+    def _temporary_folder(self, step: int) -> pathlib.Path:
         return self.folder / f"{step}.orbax-checkpoint-tmp"
 
-    def _write_manifest(self) -> None:
-        """Runs in Orbax's thread on process 0, just before the rename that commits the step."""
-        write_manifest(self._temporary(self._saving_step))
+    def _add_manifest(self) -> None:
+        """Called in Orbax's thread in process 0, just before the rename that commits the step."""
+        write_manifest(self._temporary_folder(self._saving_step))
 
 
-def write_manifest(folder: pathlib.Path) -> None:
-    """Writes MANIFEST.json, the SHA-256 of every file in the folder of a checkpoint."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    content = {
-        str(path.relative_to(folder)): sha256(path)
-        for path in files
-        if path.name not in NOT_IN_MANIFEST
-    }
-    write_atomic(folder / MANIFEST, json.dumps(content, indent=1), fsync=True)
-
-
-def integrity_error(folder: pathlib.Path) -> str | None:
-    """Describes the first file that differs from the manifest; None for an intact checkpoint."""
-    try:
-        content = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST} is missing or unreadable ({one_line(error)})"
-    for name, expected in content.items():
-        try:
-            if sha256(folder / name) != expected:
-                return f"{name} has changed"
-        except OSError:
-            return f"{name} is missing"
-    return None
+# ------------------------------------------------------------------------------------ reading
 
 
 def step_folders(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The committed checkpoints in `folder`, oldest first."""
+    """Returns the folders of the committed checkpoints, oldest first."""
     if not folder.is_dir():
         return []
     return sorted((p for p in folder.iterdir() if p.name.isdecimal()), key=lambda p: int(p.name))
 
 
 def find_checkpoint(folder: pathlib.Path, which: str) -> pathlib.Path:
-    """The "best" (the last, if none was evaluated) or "last" whole checkpoint of a run.
+    """Returns the folder of an intact checkpoint; logs a warning for each damaged one.
 
-    Only reads, so a run may be training meanwhile. Damaged checkpoints are passed over, and said.
+    Only reads: a run may be training in `folder`.
+
+    Args:
+        folder: "checkpoints" of a workdir.
+        which: "best" by top-1 accuracy (the last one if none was evaluated), or "last".
+
+    Raises:
+        InputError: there is no intact checkpoint.
     """
-    whole = []
+    intact = []
     for step_folder in step_folders(folder):
-        why = integrity_error(step_folder)
-        if why:
-            print(f"warning: {step_folder} is damaged ({why}): passed over", file=sys.stderr)
+        if error := integrity_error(step_folder):
+            logger.warning(f"warning: {step_folder} is damaged ({error}): skipped")
         else:
-            whole.append(step_folder)
-    if not whole:
-        raise InputError(f"no whole checkpoint in {folder}: train first, or name other weights")
+            intact.append(step_folder)
+    if not intact:
+        raise InputError(f"no intact checkpoint in {folder}: train first or name other weights")
     if which == "best":
-        return max(whole, key=lambda p: (_score(read_metrics(p)), int(p.name)))
-    return whole[-1]
+        return max(intact, key=lambda p: (_top1(read_metrics(p)), int(p.name)))
+    return intact[-1]
 
 
 def read_metrics(step_folder: pathlib.Path) -> dict[str, float]:
-    """The metrics saved with a checkpoint; empty if it was not evaluated."""
+    """Returns the metrics saved with a checkpoint; empty if it was not evaluated."""
     path = step_folder / "metrics" / "metrics"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def read_info(step_folder: pathlib.Path) -> dict[str, Any]:
-    """What the run said of itself: its config and its class names."""
+    """Returns the "config" and "class_names" of the run that saved a checkpoint."""
     try:
         return json.loads((step_folder / "info" / "metadata").read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{step_folder} is no checkpoint of a run: {one_line(error)}") from error
+        raise InputError(
+            f"{step_folder} is not a checkpoint of a training run: {one_line(error)}"
+        ) from error
 
 
-def read_weights(step_folder: pathlib.Path, kind: str, abstract_params: Any) -> Any:
-    """The parameters of a checkpoint as numpy arrays; `kind` is "ema" or "raw"."""
-    why = integrity_error(step_folder)
-    if why:
-        raise InputError(f"{step_folder} is damaged: {why}")
-    name = "ema" if kind == "ema" else "params"
-    check_fit(step_folder, _stored(step_folder)[name], abstract_params)
-    restore = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray), abstract_params)
-    args = ocp.args.PyTreeRestore(
-        item={name: abstract_params}, restore_args={name: restore}, partial_restore=True
-    )
-    with _reader() as reader:
-        try:
-            return reader.restore(_state(step_folder), args=args)[name]
-        except Exception as error:
-            raise InputError(f"cannot read {step_folder}: {one_line(error)}") from error
-
-
-def stored_params(step_folder: pathlib.Path) -> Any:
-    """Shapes and types of the parameters in a checkpoint. Raises InputError if it has none."""
+def read_param_shapes(step_folder: pathlib.Path) -> Any:
+    """Returns shapes and dtypes of a checkpoint's parameters. Raises InputError if unreadable."""
     try:
-        return _stored(step_folder)["params"]
+        return _state_shapes(step_folder)["params"]
     except Exception as error:
         raise InputError(f"cannot read {step_folder}: {one_line(error)}") from error
 
 
-def abstract(tree: Any, shardings: Any) -> Any:
-    """Shapes and types of `tree`, to be laid out as `shardings` say."""
+def read_weights(step_folder: pathlib.Path, kind: str, abstract_params: Any) -> Any:
+    """Returns the parameters of a checkpoint as numpy arrays.
 
-    def of_leaf(x, sharding):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    Args:
+        step_folder: see `find_checkpoint`.
+        kind: "ema" or "raw".
+        abstract_params: the expected names, shapes and dtypes.
 
-    return jax.tree.map(of_leaf, tree, shardings)
-
-
-def _stored(step_folder: pathlib.Path) -> Any:
-    """Shapes and types of the state in a checkpoint.
-
-    Orbax would find a misfit too, but only while reading, and leave its threads in disorder.
+    Raises:
+        InputError: the checkpoint is damaged, unreadable or of another model.
     """
-    with _reader() as reader:
-        return reader.metadata(_state(step_folder)).item_metadata.tree
+    if error := integrity_error(step_folder):
+        raise InputError(f"{step_folder} is damaged: {error}")
+    name = "ema" if kind == "ema" else "params"
+    check_tensors_match(step_folder, _state_shapes(step_folder)[name], abstract_params)
+    restore = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray), abstract_params)
+    args = ocp.args.PyTreeRestore(
+        item={name: abstract_params}, restore_args={name: restore}, partial_restore=True
+    )
+    with _open_reader() as reader:
+        try:
+            return reader.restore(_state_folder(step_folder), args=args)[name]
+        except Exception as error:
+            raise InputError(f"cannot read {step_folder}: {one_line(error)}") from error
 
 
-def _state(step_folder: pathlib.Path) -> pathlib.Path:
-    return step_folder.absolute() / "state"  # at a relative path Orbax finds nothing
+def abstract_state(shapes: Any, shardings: Any) -> Any:
+    """Combines shapes, dtypes and shardings into `jax.ShapeDtypeStruct`s."""
+    combine = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(combine, shapes, shardings)
+
+
+def _state_shapes(step_folder: pathlib.Path) -> Any:
+    """Shapes and dtypes of the stored state.
+
+    `restore` would find a mismatch too, but only while reading, and leave failed threads behind.
+    """
+    with _open_reader() as reader:
+        return reader.metadata(_state_folder(step_folder)).item_metadata.tree
+
+
+def _state_folder(step_folder: pathlib.Path) -> pathlib.Path:
+    return step_folder.absolute() / "state"  # Orbax finds nothing at a relative path
 
 
 @contextlib.contextmanager
-def _reader() -> Iterator[ocp.Checkpointer]:
-    """Orbax's reader, without the warnings that are for its developers."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+def _open_reader() -> Iterator[ocp.Checkpointer]:
+    """Opens Orbax's reader, without warnings that concern its developers only."""
+    verbosity = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             yield reader
     finally:
-        logging.set_verbosity(verbosity)
+        absl.logging.set_verbosity(verbosity)
 
 
-def _score(metrics: dict[str, float]) -> float:
+def _top1(metrics: dict[str, float]) -> float:
     return metrics.get("top1", float("-inf"))
 
 
-def _quarantine(folder: pathlib.Path, keep: int) -> list[pathlib.Path]:
-    """Moves damaged checkpoints out of Orbax's sight: one bad file would stop its manager.
+# ------------------------------------------------------------------------------------ integrity
 
-    One that lacks files, behind `keep` whole ones, a kill kept from being deleted: that is done.
+
+def write_manifest(step_folder: pathlib.Path) -> None:
+    """Writes MANIFEST.json, the SHA-256 of every file of a checkpoint."""
+    paths = [path for path in sorted(step_folder.rglob("*")) if path.is_file()]
+    digests = {
+        str(path.relative_to(step_folder)): sha256(path)
+        for path in paths
+        if path.name not in NOT_IN_MANIFEST
+    }
+    write_atomic(step_folder / MANIFEST, json.dumps(digests, indent=1), fsync=True)
+
+
+def integrity_error(step_folder: pathlib.Path) -> str | None:
+    """Names the first file that differs from the manifest; None if the checkpoint is intact."""
+    try:
+        digests = json.loads((step_folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} is missing or unreadable ({one_line(error)})"
+    for name, expected in digests.items():
+        try:
+            if sha256(step_folder / name) != expected:
+                return f"{name} has changed"
+        except OSError:
+            return f"{name} is missing"
+    return None
+
+
+def _quarantine(folder: pathlib.Path, keep: int) -> list[pathlib.Path]:
+    """Moves damaged checkpoints to `folder/damaged`: Orbax's manager fails on a damaged file.
+
+    An incomplete checkpoint older than the `keep` newest intact ones is deleted instead: a kill had
+    interrupted its deletion.
     """
-    moved, whole = [], 0
+    moved, intact = [], 0
     for step_folder in reversed(step_folders(folder)):
-        why = integrity_error(step_folder)
-        if not why:
-            whole += 1
-        elif whole >= keep and "is missing" in why:
+        error = integrity_error(step_folder)
+        if not error:
+            intact += 1
+        elif intact >= keep and "is missing" in error:
             shutil.rmtree(step_folder, ignore_errors=True)
         else:
             target = folder / "damaged" / f"{step_folder.name}.{int(time.time())}"
             target.parent.mkdir(exist_ok=True)
             os.replace(step_folder, target)
-            print(f"warning: {step_folder} is damaged ({why}): moved to {target}", file=sys.stderr)
+            logger.warning(f"warning: {step_folder} is damaged ({error}): moved to {target}")
             moved.append(target)
     return moved

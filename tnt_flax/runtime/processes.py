@@ -1,43 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many processes as one run: how they find each other, and talk outside of the devices.
+"""Runs of several processes: start-up, host-side communication, consistency checks.
 
-JAX's own runtime does the work. Its coordinator, in process 0, is the only service that is opened
-here; in runs on one host it listens on the loopback interface alone.
+Built on JAX's distributed runtime. Its coordinator, in process 0, is the only service that listens
+on a port; in single-host runs it listens on the loopback interface only.
 """
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
+import logging
+import multiprocessing
 import os
 import pathlib
 import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tnt_flax.core.errors import InputError, RunError, listed, one_line
+from tnt_flax.core.errors import FAILED, InputError, RunError, listed, one_line
+from tnt_flax.core.files import write_atomic
+from tnt_flax.core.trees import diff_nested
 
-HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
-PATIENCE = 60  # seconds that an answer of a process that runs may take
-SHUTDOWN = 30  # seconds that a process which has ended waits for the others
+HEARTBEAT_TIMEOUT = 30  # seconds without a heartbeat after which a process counts as dead
+RPC_TIMEOUT = 60  # seconds to wait for a value from another process
+SHUTDOWN_TIMEOUT = 30  # seconds that a finished process waits for the others
 
-_questions = itertools.count()  # a key of the store can be set once
+logger = logging.getLogger("tnt_flax")
+_counter = itertools.count()  # makes keys unique: the coordinator's store accepts a key only once
+
+# ------------------------------------------------------------------------------- start and end
 
 
 class Job(NamedTuple):
-    """The processes of a run, and which of them this one is."""
+    """The processes of a run, and the place of this process among them."""
 
     coordinator: str  # HOST:PORT of process 0
-    processes: int
-    process: int
-    local_devices: list[int] | None = None  # None: all
+    num_processes: int
+    process_id: int
+    local_devices: list[int] | None = None  # None: all devices of the host
 
 
 def start(
@@ -46,145 +55,175 @@ def start(
     process_id: int | None = None,
     *,
     timeout: int = 300,
-    meeting: pathlib.Path | None = None,
+    rendezvous_dir: pathlib.Path | None = None,
 ) -> None:
-    """Joins the other processes, as the arguments say or else a launcher that JAX knows.
+    """Initializes `jax.distributed` from the arguments or from a launcher that JAX recognizes.
 
-    Does nothing where neither speaks of more than one process. Call it before JAX has looked for
-    its devices. `meeting` is a folder that all hosts see: there, who waits in vain finds out for
-    whom; after `timeout` seconds the process ends, with exit code 1.
+    Does nothing for a single process. Must be called before JAX initializes its devices. If the
+    other processes do not connect in time, the process logs an error and exits with code 1.
+
+    Args:
+        coordinator: HOST:PORT of process 0.
+        num_processes: number of processes of the run.
+        process_id: index of this process, from 0.
+        timeout: seconds to wait for the other processes.
+        rendezvous_dir: a folder shared by all hosts, for an error message that lists the missing
+            processes.
 
     Raises:
-        InputError: the arguments are incomplete or contradict each other.
+        InputError: the arguments are incomplete or inconsistent.
         RunError: JAX could not start its runtime.
     """
-    job = _explicit(coordinator, num_processes, process_id) or _launched(timeout)
-    if job is None or job.processes == 1:
+    job = _job_from_flags(coordinator, num_processes, process_id) or _job_from_launcher(timeout)
+    if job is None or job.num_processes == 1:
         return
     host, _, port = job.coordinator.rpartition(":")
-    bind = None
-    if on_one_host(host):
+    bind_address = None
+    if is_single_host(host):
         host = "127.0.0.1"
-        bind = f"{host}:{port}"
-    print(
-        f"process {job.process} of {job.processes} waits for the others at {host}:{port}, "
-        f"at most {timeout} s",
-        file=sys.stderr,
+        bind_address = f"{host}:{port}"
+    logger.info(
+        f"process {job.process_id} of {job.num_processes}: waiting up to {timeout} s for the other "
+        f"processes at {host}:{port}"
     )
-    with _ends_after(timeout, job, meeting):
+    with _exit_on_timeout(timeout, job, rendezvous_dir):
         try:
             jax.distributed.initialize(
                 f"{host}:{port}",
-                job.processes,
-                job.process,
+                job.num_processes,
+                job.process_id,
                 local_device_ids=job.local_devices,
                 cluster_detection_method="deactivate",
-                # It would end the process without a word on who is missing.
+                # JAX's own timeout aborts the process without listing the missing processes.
                 initialization_timeout=timeout + 60,
-                heartbeat_timeout_seconds=HEARTBEAT,
-                shutdown_timeout_seconds=SHUTDOWN,
-                coordinator_bind_address=bind,
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+                shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
+                coordinator_bind_address=bind_address,
             )
         except Exception as error:
             raise RunError(f"cannot join the run at {host}:{port}: {one_line(error)}") from error
     hosts()
 
 
-def _explicit(coordinator, num_processes, process_id) -> Job | None:
-    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    missing = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is None]
-    if num_processes == 1 and coordinator is None:  # whatever a launcher says
-        return Job("", 1, 0)
-    if len(missing) == len(given):
-        return None
-    if missing:
-        raise InputError(f"a run of many processes also needs {' and '.join(missing)}")
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise InputError(f"--coordinator={coordinator} is not HOST:PORT, such as 10.0.0.1:8476")
-    if not 0 <= process_id < num_processes:
-        raise InputError(
-            f"--process-id={process_id} is not one of 0 to {num_processes - 1}, the processes of "
-            f"--num-processes={num_processes}"
-        )
-    return Job(coordinator, num_processes, process_id)
+def exit_now(code: int) -> NoReturn:
+    """Exits without running exit handlers, which could wait for other processes forever."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    for handler in logger.handlers:
+        handler.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
-def _launched(timeout: int) -> Job | None:
-    """What JAX finds out about this process: Cloud TPU, Slurm, Open MPI, Kubernetes."""
-    try:
-        from jax._src.clusters import ClusterEnv
-    except ImportError:  # it is not public; what is, starts at once, or says that it found nothing
-        with contextlib.suppress(ValueError):
-            jax.distributed.initialize(initialization_timeout=timeout)
-        return None
-    try:
-        found = ClusterEnv.auto_detect_unset_distributed_params(
-            os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, timeout
-        )
-    except Exception as error:
-        raise RunError(
-            f"the launcher of this process cannot be understood: {one_line(error)}; use "
-            "--coordinator, --num-processes and --process-id"
-        ) from error
-    return None if None in found[:3] else Job(*found)
-
-
-def on_one_host(host: str) -> bool:
-    """Are all processes on this machine? `host` is where process 0 is."""
+def is_single_host(coordinator_host: str) -> bool:
+    """True if all processes run on this machine, judging by the coordinator and the launcher."""
     env = os.environ
     return (
-        host in ("localhost", "[::1]")
-        or host.startswith("127.")
+        coordinator_host in ("localhost", "[::1]")
+        or coordinator_host.startswith("127.")
         or env.get("SLURM_STEP_NUM_NODES") == "1"
         or env.get("OMPI_COMM_WORLD_SIZE", "") == env.get("OMPI_COMM_WORLD_LOCAL_SIZE")
     )
 
 
+def _job_from_flags(coordinator, num_processes, process_id) -> Job | None:
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is None]
+    if num_processes == 1 and coordinator is None:  # overrides the launcher
+        return Job("", 1, 0)
+    if len(missing) == len(given):
+        return None
+    if missing:
+        raise InputError(f"a run of several processes also needs {' and '.join(missing)}")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise InputError(f"--coordinator={coordinator} is not HOST:PORT, such as 10.0.0.1:8476")
+    if not 0 <= process_id < num_processes:
+        raise InputError(
+            f"--process-id={process_id} is not in 0 to {num_processes - 1} "
+            f"(--num-processes={num_processes})"
+        )
+    return Job(coordinator, num_processes, process_id)
+
+
+def _job_from_launcher(timeout: int) -> Job | None:
+    """Detects Cloud TPU, Slurm, Open MPI and Kubernetes as JAX does; None without a launcher."""
+    try:
+        from jax._src.clusters import ClusterEnv
+    except ImportError:  # not public; the public function detects and initializes in one call
+        with contextlib.suppress(ValueError):  # no launcher
+            jax.distributed.initialize(initialization_timeout=timeout)
+        return None
+    try:
+        detected = ClusterEnv.auto_detect_unset_distributed_params(
+            os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, timeout
+        )
+    except Exception as error:
+        raise RunError(
+            f"cannot read the settings of this process's launcher: {one_line(error)}; use "
+            "--coordinator, --num-processes and --process-id"
+        ) from error
+    return None if None in detected[:3] else Job(*detected)
+
+
 @contextlib.contextmanager
-def _ends_after(timeout: int, job: Job, meeting: pathlib.Path | None) -> Iterator[None]:
-    """Ends the process if what is inside takes too long: it waits in C++, deaf to exceptions."""
-    sign = meeting and meeting / f".waiting.{job.process}"
-    if sign:
-        with contextlib.suppress(OSError):  # what is wrong with the folder is said later
-            meeting.mkdir(parents=True, exist_ok=True)
-            sign.write_text(socket.gethostname())
+def _exit_on_timeout(timeout: int, job: Job, rendezvous_dir: pathlib.Path | None) -> Iterator[None]:
+    """Exits the process if the block takes too long: it waits in C++, where no exception helps."""
+    present = rendezvous_dir and _presence_file(rendezvous_dir, job.process_id)
+    if present:
+        with contextlib.suppress(OSError):  # a bad folder is reported when it is opened
+            rendezvous_dir.mkdir(parents=True, exist_ok=True)
+            present.write_text(socket.gethostname())
 
-    def end():
-        print(f"error: {_who_is_missing(timeout, job, meeting)}", file=sys.stderr, flush=True)
-        os._exit(1)
+    def exit_with_error():
+        logger.error(f"error: {_start_timeout_message(timeout, job, rendezvous_dir)}")
+        exit_now(FAILED)
 
-    timer = threading.Timer(timeout, end)
+    timer = threading.Timer(timeout, exit_with_error)
     timer.daemon = True
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
-        if sign:
+        if present:
             with contextlib.suppress(OSError):
-                sign.unlink(missing_ok=True)
+                present.unlink(missing_ok=True)
 
 
-def _who_is_missing(timeout, job, meeting):
-    message = f"not all {job.processes} processes met at {job.coordinator} within {timeout} s"
+def _presence_file(rendezvous_dir, process):
+    return rendezvous_dir / f".waiting.{process}"
+
+
+def _start_timeout_message(timeout, job, rendezvous_dir):
+    message = (
+        f"timed out after {timeout} s waiting for {job.num_processes} processes at "
+        f"{job.coordinator}"
+    )
     missing = []
-    for process in range(job.processes) if meeting else ():
+    for process in range(job.num_processes) if rendezvous_dir else ():
         try:
-            seen = (meeting / f".waiting.{process}").stat().st_mtime
+            modified = _presence_file(rendezvous_dir, process).stat().st_mtime
         except OSError:
-            seen = 0
-        if process != job.process and time.time() - seen > timeout + 60:
+            modified = 0
+        # An old file was left by a process that was killed.
+        if process != job.process_id and time.time() - modified > timeout + 60:
             missing.append(str(process))
     if missing:
-        return f"{message}: process {listed(missing)} did not start, or does not see {meeting}"
-    return f"{message}: look whether all have started, and whether that address can be reached"
+        return (
+            f"{message}: process {listed(missing)} did not start or does not see {rendezvous_dir}"
+        )
+    return f"{message}: check that all processes were started and can reach that address"
 
 
-def client() -> Any | None:
-    """The client of the coordinator's key-value store; None where there is none.
+# ------------------------------------------------------------------------------- communication
 
-    JAX has no public way to it. Nothing else here touches what is not public after the start.
+
+def coordinator_client() -> Any | None:
+    """Returns the client of the coordinator's key-value store; None if JAX has none.
+
+    JAX has no public access to it. After `start`, nothing else here uses private parts of JAX.
     """
     try:
         from jax._src.distributed import global_state
@@ -193,47 +232,55 @@ def client() -> Any | None:
     return getattr(global_state, "client", None)
 
 
-def is_main() -> bool:
-    """Is this the process that writes what one process writes: logs, pictures, config.json?"""
+def is_main_process() -> bool:
+    """True in process 0, which writes logs, plots, config.json and the like."""
     return jax.process_index() == 0
 
 
 @functools.cache
 def hosts() -> list[str]:
-    """The host of every process."""
-    return exchange("host", socket.gethostname(), PATIENCE)
+    """Returns the host name of every process."""
+    return all_gather_strings("host", socket.gethostname())
 
 
-def exchange(name: str, value: str, timeout: float) -> list[str]:
-    """What every process says, in their order. All must ask the same things in the same order.
+def process_name(process: int) -> str:
+    """Returns a process and its host, such as "3 (tpu-host-3)"."""
+    return f"{process} ({hosts()[process]})"
+
+
+def all_gather_strings(name: str, value: str, timeout: float = RPC_TIMEOUT) -> list[str]:
+    """Returns the `value` of every process, in their order.
+
+    All processes must make the same calls in the same order; `name` is for the error message.
 
     Raises:
-        RunError: naming those who did not answer within `timeout` seconds.
+        RunError: listing the processes that did not call it within `timeout` seconds.
     """
     if jax.process_count() == 1:
         return [value]
-    store = client()
-    if store is None or not hasattr(store, "blocking_key_value_get"):
-        return _gather(value)
-    question = f"tnt_flax/{next(_questions)}/{name}"
-    store.key_value_set(f"{question}/{jax.process_index()}", value)
-    deadline, answers, silent = time.monotonic() + timeout, [], []
+    client = coordinator_client()
+    if client is None or not hasattr(client, "blocking_key_value_get"):
+        return _all_gather_on_devices(value)
+    key = f"tnt_flax/{next(_counter)}/{name}"
+    client.key_value_set(f"{key}/{jax.process_index()}", value)
+    deadline, values, missing = time.monotonic() + timeout, [], []
     for process in range(jax.process_count()):
         left = max(deadline - time.monotonic(), 0.01)
         try:
-            answers.append(store.blocking_key_value_get(f"{question}/{process}", int(1000 * left)))
+            values.append(client.blocking_key_value_get(f"{key}/{process}", int(1000 * left)))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise RunError(f"the run's coordinator failed: {one_line(error)}") from error
-            silent.append(process)
-    if silent:
-        names = [str(process) if name == "host" else name_of(process) for process in silent]
-        raise RunError(f"process {listed(names)} did not tell its {name} within {timeout:g} s")
-    return answers
+            missing.append(process)
+    if missing:
+        names = [str(process) if name == "host" else process_name(process) for process in missing]
+        timed_out = f"timed out after {timeout:g} s waiting for process {listed(names)}"
+        raise RunError(f"{timed_out} to report its {name}")
+    return values
 
 
-def _gather(value):
-    """`exchange` by a collective, which waits as long as it takes."""
+def _all_gather_on_devices(value):
+    """Implements `all_gather_strings` by a collective, which has no timeout."""
     encoded = np.frombuffer(value.encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(encoded)))
     padded = np.zeros(lengths.max(), np.uint8)
@@ -242,35 +289,107 @@ def _gather(value):
     return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
-def name_of(process: int) -> str:
-    """Such as "3 (tpu-host-3)"."""
-    return f"{process} ({hosts()[process]})"
+def barrier(name: str, timeout: float = RPC_TIMEOUT) -> None:
+    """Returns when all processes have called it. Raises RunError as `all_gather_strings`."""
+    all_gather_strings(name, "", timeout)
 
 
-def total(count: int) -> int:
-    """The sum of what all processes have counted; all must ask."""
+def sum_over_processes(count: int) -> int:
+    """Returns the sum of the `count` of all processes, which must all call it."""
     if jax.process_count() == 1:
         return count
     return int(multihost_utils.process_allgather(np.int32(count)).sum())
 
 
-def on_main(what: str, function: Callable[[], Any], timeout: float = PATIENCE) -> Any:
-    """Runs `function` in process 0; the others wait, and get None.
+def run_on_main(name: str, function: Callable[[], Any], timeout: float = RPC_TIMEOUT) -> Any:
+    """Runs `function` in process 0 while the others wait; returns its result there, else None.
 
     Raises:
-        InputError, RunError: on every process alike, what process 0 has raised.
+        InputError, RunError: on every process, as raised by `function` in process 0.
     """
     result, error = None, None
-    if is_main():
+    if is_main_process():
         try:
             result = function()
         except (InputError, RunError) as caught:
             error = caught
-    said = json.dumps([type(error).__name__, str(error)] if error else None)
-    kind_and_message = json.loads(exchange(what, said, timeout)[0])
+    message = json.dumps([type(error).__name__, str(error)] if error else None)
+    raised = json.loads(all_gather_strings(name, message, timeout)[0])
     if error:
         raise error
-    if kind_and_message:
-        kind, message = kind_and_message
-        raise (InputError if kind == "InputError" else RunError)(message)
+    if raised:
+        raise (InputError if raised[0] == "InputError" else RunError)(raised[1])
     return result
+
+
+# ------------------------------------------------------------------------------- consistency
+
+
+def check_same_on_all_processes(
+    name: str, values: dict[str, Any], timeout: float = RPC_TIMEOUT
+) -> None:
+    """Checks that every process passes the same `values`, nested dictionaries of JSON values.
+
+    Raises:
+        InputError: on every process, with the first process that differs and the differing keys.
+        RunError: see `all_gather_strings`.
+    """
+    gathered = [json.loads(x) for x in all_gather_strings(name, json.dumps(values), timeout)]
+    for process, other in enumerate(gathered):
+        if changed := diff_nested(gathered[0], other):
+            raise InputError(
+                f"process {process_name(process)} differs from process {process_name(0)} in its "
+                f"{name}: {listed(changed, separator='; ')}"
+            )
+
+
+def check_same_program() -> None:
+    """Checks that all processes run the same code on the same number and kind of devices."""
+    devices = jax.local_devices()
+    program = {
+        "tnt_flax": _source_digest(),
+        "jax": jax.__version__,
+        "devices": f"{len(devices)} {devices[0].device_kind}",
+    }
+    check_same_on_all_processes("program", program)
+
+
+def _source_digest() -> str:
+    package = pathlib.Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def check_shared_workdir(workdir: pathlib.Path, timeout: float = RPC_TIMEOUT) -> None:
+    """Checks that all hosts see the same folder `workdir`, which process 0 has created.
+
+    Raises:
+        InputError: on every process, listing the processes that do not see it.
+        RunError: see `all_gather_strings`.
+    """
+    token = workdir / ".token"
+    if is_main_process():
+        write_atomic(token, uuid.uuid4().hex)
+    own = token.read_text() if is_main_process() else ""
+    expected = all_gather_strings("workdir token", own, timeout)[0]
+    visible = json.dumps(_wait_for_content(token, expected, timeout))
+    gathered = all_gather_strings("view of the workdir", visible, 2 * timeout)
+    blind = [process_name(i) for i, visible in enumerate(gathered) if not json.loads(visible)]
+    if blind:
+        raise InputError(
+            f"process {listed(blind)} does not see the workdir {workdir} of process "
+            f"{process_name(0)}: use a folder that all hosts share"
+        )
+
+
+def _wait_for_content(path: pathlib.Path, text: str, timeout: float) -> bool:
+    """True once a file holds `text`; network file systems show the writes of others with delay."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if path.read_text() == text:
+                return True
+        time.sleep(0.1)
+    return False

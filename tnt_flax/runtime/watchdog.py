@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ends a run before its last step: a notice, a stall, the failure of another process.
+"""Ends a run early: on a signal, a stall, or the failure of another process.
 
-Nothing here listens on a port. What processes tell each other goes through JAX's coordinator.
+No port is opened: processes communicate through JAX's coordinator.
 """
 
 import faulthandler
 import json
-import multiprocessing
+import logging
 import os
 import re
 import select
@@ -15,66 +15,75 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import jax
 from jax.experimental import multihost_utils
 
 from tnt_flax.core.errors import INTERRUPTED, STALLED, STOPPED, Stopped, one_line, print_error
 from tnt_flax.runtime import processes
+from tnt_flax.runtime.processes import exit_now
 
-NOTICES = (signal.SIGTERM, signal.SIGINT)  # of schedulers, of the person at the keyboard
-POLL = 1.0  # seconds between two looks at the clock and at the other processes
-LINGER = 3.0  # seconds that a failed process 0, whose end ends the others, lets them read why
-# What JAX says where another process is at fault: gloo, NCCL, the coordination service.
-LOST = re.compile(r"gloo|nccl|connection|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED", re.IGNORECASE)
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # from schedulers; from Ctrl-C
+POLL_INTERVAL = 1.0  # seconds between checks of the clock and of the other processes
+# Seconds that a failed process 0 waits before it exits, so that the others can read the cause:
+# its exit ends the coordinator and with it the others.
+EXIT_DELAY = 3.0
+# JAX's errors when another process is gone: from gloo, NCCL or the coordination service.
+CONNECTION_ERRORS = re.compile(
+    r"gloo|nccl|connection|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED", re.IGNORECASE
+)
+FAILURE_KEY = "tnt_flax/failure"  # in the coordinator's store: the first failure of any process
+
+logger = logging.getLogger("tnt_flax")
 T = TypeVar("T")
-FAILURE = "tnt_flax/failure"  # key of the coordinator's store: who failed first, and why
 
 
-class _NoticeWhileWaiting(BaseException):
-    """Breaks off the wait for a batch."""
+class _SignalWhileWaiting(BaseException):
+    """Interrupts the wait for a batch."""
 
 
-class Guard:
-    """Watches over one run, from a thread of its own, while it is entered.
+class Watchdog:
+    """Watches one run from a thread, as a context manager.
 
-    The run calls `reached` after every step, and every batch of an evaluation. Where that does not
-    happen for `stall_minutes`, the guard prints the stack of every thread and ends the process
-    (0: never). In a run of many processes, the failure of one ends all, with its cause.
+    *Stall*: the run calls `progress` after every part of the set-up, every step and every batch of
+    an evaluation. If it does not for `stall_minutes`, the watchdog prints the stacks of all threads
+    and exits with code 75. 0 disables this.
 
-    A notice to stop is SIGTERM or Ctrl-C, to any of the processes. Before the first step the
-    process leaves at once, as there is nothing to save; in a run of many processes as soon as all
-    have come to the next part of the set-up. Later `reached` says so, to all after the same step.
+    *Signal*: SIGTERM or Ctrl-C to any process stops the run. During the set-up there is nothing to
+    save: a single process exits at once, several exit after the current part of the set-up. Later
+    `progress` returns True, in all processes after the same step.
+
+    *Failure*: if one of several processes fails, all exit with its cause and exit code.
     """
 
     def __init__(self, stall_minutes: float):
         self.stall_seconds = 60 * stall_minutes
-        self.stopping = False  # the run has been told to stop, and knows
-        self._many = jax.process_count() > 1
-        self._ticks = 0  # calls of `reached` and `check`, alike on all processes
-        self._last, self._idle = "its start", 0.0  # what was reached, and seconds since then
-        self._notice: str | None = None
-        self._may_leave, self._waiting = True, False
+        self.stopping = False  # as last returned by `progress`
+        self._distributed = jax.process_count() > 1
+        self._counter = 0  # calls of `progress`, equal on all processes
+        self._last, self._idle = "start", 0.0  # last progress, and seconds since then
+        self._signal_received = False
+        self._in_setup, self._waiting = True, False
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="guard", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def __enter__(self) -> "Guard":
-        self._wakeup, end = os.pipe()
-        os.set_blocking(end, False)
-        self._handlers, self._end = {}, end
+    def __enter__(self) -> "Watchdog":
+        self._wakeup, self._wakeup_end = os.pipe()
+        os.set_blocking(self._wakeup_end, False)
+        self._handlers = {}
         if threading.current_thread() is threading.main_thread():
-            # In a run of many processes JAX itself has taken SIGTERM, and tells all of them.
-            for number in NOTICES if not self._many else (signal.SIGINT,):
+            # With several processes JAX handles SIGTERM itself and informs all of them.
+            for number in SIGNALS if not self._distributed else (signal.SIGINT,):
                 self._handlers[number] = signal.signal(number, self._handle)
-            # The thread learns of a signal even while the main thread is deep in XLA.
-            self._old_wakeup = signal.set_wakeup_fd(end, warn_on_full_buffer=False)
+            # Wakes the thread even while the main thread executes XLA code.
+            self._old_wakeup = signal.set_wakeup_fd(self._wakeup_end, warn_on_full_buffer=False)
         self._thread.start()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         if error is not None:
-            self.failed(error)
+            self.abort(error)
         self._done.set()
         if self._handlers:
             signal.set_wakeup_fd(self._old_wakeup)
@@ -82,146 +91,138 @@ class Guard:
                 signal.signal(number, handler)
         self._thread.join()
         os.close(self._wakeup)
-        os.close(self._end)
+        os.close(self._wakeup_end)
 
-    # ------------------------------------------------------------------- what the run says
+    # --------------------------------------------------------------------- called by the run
 
-    def check(self, what: str) -> None:
-        """The set-up has come to `what`. Raises Stopped if the run has been told to stop."""
-        if self._poll(what):
-            raise Stopped("there was nothing to save; the same command starts again")
+    def progress(self, what: str, *, setup: bool = False) -> bool:
+        """Records that the run has reached `what` and checks for signals.
 
-    def reached(self, what: str) -> bool:
-        """A step or a batch is done; should the run stop? All processes get the same answer."""
-        self._may_leave = False
-        return self._poll(what)
+        Args:
+            what: a step, a batch or a part of the set-up, for messages.
+            setup: nothing can be saved yet.
 
-    def wait(self, batches: Iterator[T]) -> T | None:
-        """The next of `batches`; None if the run should stop, also where that is said only now.
+        Returns:
+            True if the run should stop, alike in all processes; also kept in `stopping`.
+        """
+        self._in_setup = self._in_setup and setup
+        self._last, self._idle = what, 0.0
+        self._counter += 1
+        if not self.stopping:
+            if self._distributed:
+                self.stopping = multihost_utils.reached_preemption_sync_point(self._counter)
+            else:
+                self.stopping = self._signal_received
+        return self.stopping
 
-        But not in a run of many processes: the others may be in the next step already.
+    def raise_if_stopping(self) -> None:
+        """Raises Stopped if the last `progress` found a signal; for use while nothing is saved."""
+        if self.stopping:
+            raise Stopped("nothing to save yet; run the same command to start again")
+
+    def next_batch(self, batches: Iterator[T]) -> T | None:
+        """Returns the next of `batches`; None if the run should stop.
+
+        In a single process a signal interrupts the wait. With several processes it does not, as the
+        others may already be in the next step.
         """
         try:
-            self._waiting = not self._many
+            self._waiting = not self._distributed
             return None if self.stopping else next(batches)
-        except _NoticeWhileWaiting:
+        except _SignalWhileWaiting:
             self.stopping = True
             return None
         finally:
             self._waiting = False
 
-    def failed(self, error: BaseException) -> None:
-        """Ends the whole run, if it is one of many processes; returns if it is not.
+    def abort(self, error: BaseException) -> None:
+        """Ends all processes of the run; returns if there is only one, or if `error` is Stopped.
 
-        To be called before anything that waits for the other processes.
+        Must be called before anything that waits for the other processes.
         """
-        if not self._many or isinstance(error, Stopped):
+        if not self._distributed or isinstance(error, Stopped):
             return
-        lost = isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error))
-        if lost:
-            self._look_at_the_others()  # who ends the run says why before it breaks connections
+        if isinstance(error, jax.errors.JaxRuntimeError) and CONNECTION_ERRORS.search(str(error)):
+            self._check_other_processes()  # a failed process reports before it exits
             code = STALLED
             cause = f"the connection to another process broke after {self._last}"
-            print(f"error: {cause}; it may be dead: look at its log", file=sys.stderr)
+            logger.error(f"error: {cause}; it may be dead: see its log")
         else:
             code, cause = print_error(error), one_line(error)
-        self._announce(code, cause)
-        leave(code)
+        self._report_failure(code, cause)
+        exit_now(code)
 
-    # ------------------------------------------------------------------------------ notices
-
-    def _poll(self, what):
-        self._last, self._idle = what, 0.0
-        self._ticks += 1
-        if not self.stopping:
-            if self._many:
-                self.stopping = multihost_utils.reached_preemption_sync_point(self._ticks)
-            else:
-                self.stopping = self._notice is not None
-        return self.stopping
+    # ------------------------------------------------------------------------------- signals
 
     def _handle(self, number, frame):
-        """In the main thread, between two instructions of Python."""
-        if self._many:
-            os.kill(os.getpid(), signal.SIGTERM)  # JAX's way to all processes
+        """Signal handler, in the main thread."""
+        if self._distributed:
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX forwards SIGTERM to all processes
         else:
-            self._notice = signal.Signals(number).name
-            if self._waiting and not self._may_leave:
-                raise _NoticeWhileWaiting
+            self._signal_received = True
+            if self._waiting and not self._in_setup:
+                raise _SignalWhileWaiting
 
-    def _hear(self, number, interrupts):
-        """In the thread of the guard, at once."""
+    def _on_signal(self, number, interrupts):
+        """Called at once, in the watchdog's thread. `interrupts` counts Ctrl-C."""
         name = signal.Signals(number).name
-        if self._may_leave and not self._many:
-            print(f"stopped: {name} before the first step: nothing to save", file=sys.stderr)
-            leave(STOPPED)
+        if self._in_setup and not self._distributed:
+            logger.warning(f"stopped: {name} before the first step: nothing to save")
+            exit_now(STOPPED)
         if interrupts > 1:
-            print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-            leave(INTERRUPTED)
-        print(f"{name}: saving, then stopping; Ctrl-C again stops at once", file=sys.stderr)
+            logger.warning("interrupted: run the same command to resume from the last checkpoint")
+            exit_now(INTERRUPTED)
+        logger.warning(f"{name}: saving, then stopping; Ctrl-C again stops at once")
 
-    # --------------------------------------------------------------------------- the thread
+    # ------------------------------------------------------------------------------ the thread
 
     def _watch(self):
-        interrupts, looked = 0, time.monotonic()
+        interrupts, previous = 0, time.monotonic()
         while not self._done.is_set():
-            if select.select([self._wakeup], [], [], POLL)[0]:
+            if select.select([self._wakeup], [], [], POLL_INTERVAL)[0]:
                 for number in os.read(self._wakeup, 64):
-                    if number in NOTICES:
+                    if number in SIGNALS:
                         interrupts += number == signal.SIGINT
-                        self._hear(number, interrupts)
+                        self._on_signal(number, interrupts)
             now = time.monotonic()
-            # A process that was suspended for an hour has not been idle for an hour.
-            self._idle += min(now - looked, 2 * POLL)
-            looked = now
-            if self._many:
-                self._look_at_the_others()
+            # The time during which this process was suspended does not count as idle.
+            self._idle += min(now - previous, 2 * POLL_INTERVAL)
+            previous = now
+            if self._distributed:
+                self._check_other_processes()
             if 0 < self.stall_seconds < self._idle:
-                self._end_stalled()
+                self._exit_stalled()
 
-    def _end_stalled(self):
+    def _exit_stalled(self):
         faulthandler.dump_traceback(file=sys.__stderr__)
-        why = (
-            f"process {jax.process_index()} of {jax.process_count()} has come no further than "
-            f"{self._last} for {self._idle:.0f} s (stall_minutes)"
-        )
-        hint = "; another process may be dead: look at its log" if self._many else ""
-        print(f"error: {why}; the stacks are above{hint}", file=sys.stderr)
-        self._announce(STALLED, why)
-        leave(STALLED)
+        cause = f"no progress for {self._idle:.0f} s (stall_minutes); last: {self._last}"
+        hint = "; another process may be dead: see its log" if self._distributed else ""
+        logger.error(f"error: {cause}; stacks of all threads above{hint}")
+        self._report_failure(STALLED, cause)
+        exit_now(STALLED)
 
-    def _look_at_the_others(self):
+    def _check_other_processes(self):
         try:
-            failure = json.loads(processes.client().key_value_try_get(FAILURE))
+            failure = json.loads(processes.coordinator_client().key_value_try_get(FAILURE_KEY))
         except (jax.errors.JaxRuntimeError, AttributeError):
-            return  # there is no such key
+            return  # no failure, or no coordinator
         if failure["process"] != jax.process_index():
-            print(
-                f"error: process {failure['process']} on {failure['host']} has ended the run: "
-                f"{failure['cause']}",
-                file=sys.stderr,
+            logger.error(
+                f"error: process {failure['process']} ({failure['host']}) ended the run: "
+                f"{failure['cause']}"
             )
-            leave(failure["code"])
+            exit_now(failure["code"])
 
-    def _announce(self, code, cause):
-        if not self._many:
+    def _report_failure(self, code, cause):
+        if not self._distributed:
             return
-        me = jax.process_index()
-        host = processes.hosts()[me]
-        failure = {"process": me, "host": host, "code": code, "cause": cause}
+        process = jax.process_index()
+        host = processes.hosts()[process]
+        failure = {"process": process, "host": host, "code": code, "cause": cause}
         try:
-            processes.client().key_value_set(FAILURE, json.dumps(failure))
+            processes.coordinator_client().key_value_set(FAILURE_KEY, json.dumps(failure))
         except (jax.errors.JaxRuntimeError, AttributeError):
-            pass  # another one was first, or the coordinator is gone
-        if processes.is_main():
+            pass  # another process failed first, or the coordinator is gone
+        if processes.is_main_process():
             sys.stderr.flush()
-            time.sleep(LINGER)
-
-
-def leave(code: int) -> NoReturn:
-    """Ends this process now. Its exit handlers could wait for other processes, in vain."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+            time.sleep(EXIT_DELAY)

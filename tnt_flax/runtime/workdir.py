@@ -1,39 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: writable, with room, of one configuration, and of one trainer at a time."""
+"""The workdir of a run: lock, config.json, environment.json, free space."""
 
 import contextlib
+import datetime
 import fcntl
+import importlib.metadata
 import json
+import logging
 import os
 import pathlib
+import platform
 import shutil
-import sys
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.files import write_atomic
+from tnt_flax.core.trees import diff_nested
+from tnt_flax.runtime import processes
 
-# A resumed run may change these: they do not touch what is computed, but for its rounding, nor,
-# as to data.corrupt, what was computed up to the first image that cannot be read.
+# A resumed run may change these keys. They do not affect the results, except: `mesh` changes
+# rounding, and `data.corrupt` changes what follows the first unreadable image.
 FREE_GROUPS = ("log", "eval", "checkpoint")
 FREE_KEYS = ("data.root", "data.threads", "data.workers", "data.retry_seconds", "stall_minutes")
 FREE_KEYS += ("mesh.data", "mesh.fsdp", "mesh.tensor", "data.corrupt")
-# What a run leaves that another config would spoil; until then its workdir can take any.
+# Once one of these has content, the workdir accepts no other config.
 RESULTS = ("checkpoints", "metrics.jsonl", "weights.safetensors")
+ENVIRONMENT = "environment.json"
+PACKAGES = ("tnt_flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+PACKAGES += ("pillow",)
+
+logger = logging.getLogger("tnt_flax")
 
 
 @contextlib.contextmanager
 def open_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> Iterator[None]:
-    """Makes `workdir` if need be and holds it for one trainer, which runs `config`.
+    """Creates `workdir` if necessary, locks it for one trainer and writes config.json.
 
-    A run that ended before it had logged or saved anything, such as one with a mistyped
-    `init_from`, leaves its config, too: that is replaced, and said.
+    The config of an earlier run without any results, for instance one with a wrong `init_from`, is
+    replaced; the changes are logged.
 
     Raises:
-        InputError: it cannot be written, another trainer uses it, or it belongs to another config.
+        InputError: `workdir` is not writable, used by another trainer or has results of another
+            config.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -52,18 +64,18 @@ def open_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> Iterator[None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        _agree(workdir, config)
+        _update_config(workdir, config)
         yield
 
 
 def has_results(workdir: pathlib.Path) -> bool:
-    """Has a run in `workdir` saved or logged anything?"""
+    """True if a run in `workdir` has saved or logged anything."""
     paths = [workdir / name for name in RESULTS]
     return any(any(p.iterdir()) if p.is_dir() else p.exists() and p.stat().st_size for p in paths)
 
 
 def check_space(workdir: pathlib.Path, state_bytes: int) -> None:
-    """Raises InputError unless two and a half checkpoints fit: two whole, one being written."""
+    """Raises InputError unless 2.5 checkpoints fit: two complete ones and one being written."""
     free, needed = shutil.disk_usage(workdir).free, int(2.5 * state_bytes)
     if free < needed:
         raise InputError(
@@ -72,8 +84,11 @@ def check_space(workdir: pathlib.Path, state_bytes: int) -> None:
         )
 
 
+# --------------------------------------------------------------------------------- config.json
+
+
 def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The config of the run in `workdir`; None if there is none."""
+    """Returns the config of the run in `workdir`; None if there is no run."""
     path = workdir / "config.json"
     try:
         return json.loads(path.read_text()) if path.exists() else None
@@ -83,44 +98,71 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
         ) from error
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """["batch_size: 1024 -> 512", ...]: every key whose value differs, dotted."""
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key}: {before!r} -> {after!r}")
-    return found
-
-
-def as_json(config: Any) -> dict[str, Any]:
-    """A ConfigDict as it looks after a round trip through a file: tuples become lists."""
+def config_to_json(config: ConfigDict) -> dict[str, Any]:
+    """Returns a config as it is read back from a JSON file: with lists for tuples."""
     return json.loads(json.dumps(config.to_dict()))
 
 
-def as_config(stored: dict[str, Any]) -> ConfigDict:
-    """The ConfigDict that `as_json` made `stored` of: lists become tuples."""
+def config_from_json(stored: dict[str, Any]) -> ConfigDict:
+    """Inverts `config_to_json`: lists become tuples."""
     tuples = {key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()}
-    return ConfigDict({k: as_config(v) if isinstance(v, dict) else v for k, v in tuples.items()})
+    return ConfigDict(
+        {k: config_from_json(v) if isinstance(v, dict) else v for k, v in tuples.items()}
+    )
 
 
-def _agree(workdir: pathlib.Path, config: dict[str, Any]) -> None:
-    """Refuses a workdir with results of another config; writes config.json into any other."""
+def _update_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+    """Writes config.json; raises InputError if the workdir has results of another config."""
     old = read_config(workdir)
-    changed = differences(old, config) if old else []
-    fixed = [c for c in changed if c.split(".")[0] not in FREE_GROUPS]
-    fixed = [c for c in fixed if c.split(":")[0] not in FREE_KEYS]
-    if fixed and has_results(workdir):
+    changed = diff_nested(old, config) if old else []
+    changed = [c for c in changed if c.split(".")[0] not in FREE_GROUPS]
+    changed = [c for c in changed if c.split(":")[0] not in FREE_KEYS]
+    if changed and has_results(workdir):
         raise InputError(
-            f"workdir {workdir} belongs to another config ({'; '.join(fixed)}): "
-            "choose another workdir, or the old values"
+            f"workdir {workdir} belongs to another config ({'; '.join(changed)}): "
+            "choose another workdir or restore the old values"
         )
-    if fixed:
-        print(
-            f"workdir {workdir}: nothing came of an earlier start; changed since then: "
-            f"{'; '.join(fixed)}",
-            file=sys.stderr,
+    if changed:
+        logger.info(
+            f"workdir {workdir} has no results yet; config changed since the last start: "
+            f"{'; '.join(changed)}"
         )
     write_atomic(workdir / "config.json", json.dumps(config, indent=1))
+
+
+# ---------------------------------------------------------------------------- environment.json
+
+
+def current_environment() -> dict[str, Any]:
+    """Returns library versions and devices as seen by process 0. All processes must call it."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a mere checkout
+            versions[name] = importlib.metadata.version(name)
+    return versions | {
+        "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+        "hosts": len(set(processes.hosts())),
+        "machine": platform.platform(),
+    }
+
+
+def record_environment(workdir: pathlib.Path, step: int, environment: dict[str, Any]) -> None:
+    """Appends to environment.json that the run continues from `step` in `environment`.
+
+    An unchanged environment adds no entry. Entries from `step` on are dropped: their steps are
+    computed again.
+    """
+    starts = [start for start in read_environments(workdir) if start["step"] < step]
+    if not starts or starts[-1]["environment"] != environment:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        starts.append({"step": step, "time": now, "environment": environment})
+    write_atomic(workdir / ENVIRONMENT, json.dumps(starts, indent=1), fsync=True)
+
+
+def read_environments(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the entries of environment.json by step; empty if it is missing or damaged."""
+    try:
+        return json.loads((workdir / ENVIRONMENT).read_text())
+    except (OSError, ValueError):
+        return []

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.core.trees import flat_names
+from tnt_flax.core.trees import named_leaves
 from tnt_flax.models import Model, create_model
 from tnt_flax.models.tnt_blocks import TNTBlock
 from tnt_flax.models.word_embedding import KERNEL
@@ -202,7 +202,7 @@ def list_layers(
     model: Model, params, shapes, products: list[Contraction], batch_size: int
 ) -> list[Layer]:
     """Whatever has parameters or products of its own; of blocks the sum over their group."""
-    arrays = flat_names(params)
+    arrays = named_leaves(params)
     own = [path for path in arrays if "/" not in path]  # of the network itself
     costs = {path: [0, 0, 0] for path in [*own, *shapes]}
     for path, x in arrays.items():

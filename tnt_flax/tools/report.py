@@ -64,7 +64,7 @@ def report(args: Any) -> dict[str, Any]:
     if out.suffix != ".html" or not out.parent.is_dir():
         raise InputError(f"--out={out}: give a file that ends in .html, in a folder that exists")
     host.cache_compilations()
-    config = workdir.as_config(stored)
+    config = workdir.config_from_json(stored)
     if args.data_root is not None:
         config.data.root = args.data_root
     found = read_checkpoint(args.workdir, weights=config.eval.weights, checkpoint=args.checkpoint)
@@ -212,10 +212,10 @@ def image_of(config: ConfigDict, source, record: int) -> np.ndarray:
 
 def environments(folder: pathlib.Path) -> list[str]:
     """What the run computed on, one after the other."""
-    from tnt_flax.runtime import environment
+    from tnt_flax.runtime.workdir import read_environments
     from tnt_flax.tools import page
 
-    starts = environment.read(folder)
+    starts = read_environments(folder)
     if not starts:
         return ["<p>Unknown: this run has left no environment.json, as older ones have not.</p>"]
     parts = []

@@ -2,6 +2,7 @@
 """Exact evaluation: every image counts once, for any batch size and number of devices."""
 
 import contextlib
+import functools
 import math
 import pathlib
 import sys
@@ -25,7 +26,7 @@ from tnt_flax.data.labels import (
 )
 from tnt_flax.data.sources import Source, storage
 from tnt_flax.runtime import processes, sharding
-from tnt_flax.runtime.watchdog import Guard
+from tnt_flax.runtime.watchdog import Watchdog
 from tnt_flax.training.experiment import Batches, Experiment
 
 EvalStep = Callable[..., dict[str, jax.Array]]
@@ -83,7 +84,7 @@ def sums_and_means(
     metrics = {name: totals[name].item() / images for name in ("top1", "top5", "loss")}
     if not math.isfinite(metrics["loss"]):
         raise RunError(f"the evaluation loss is {metrics['loss']}: these weights are not usable")
-    return {**metrics, "images": images, "skipped": processes.total(skipped)}, totals
+    return {**metrics, "images": images, "skipped": processes.sum_over_processes(skipped)}, totals
 
 
 def calibration_error(calibration: np.ndarray) -> float:
@@ -123,11 +124,11 @@ def evaluate_checkpoint(
         if run is None:
             raise InputError(f"--checkpoint={which} needs the --workdir of a run")
         path, checkpoint = str(run), which
-    with Guard(config.stall_minutes) as watchdog, contextlib.ExitStack() as stack:
+    with Watchdog(config.stall_minutes) as watchdog, contextlib.ExitStack() as stack:
         experiment = Experiment(config, weights=path, checkpoint=checkpoint)
         mesh = experiment.mesh
         table = None
-        if per_class and processes.is_main():
+        if per_class and processes.is_main_process():
             table = stack.enter_context(open_table(pathlib.Path(per_class), PER_CLASS))
         source = open_labeled_source(experiment)
         multi_label = getattr(source, "max_labels", None) is not None
@@ -143,7 +144,10 @@ def evaluate_checkpoint(
         print(f"evaluating on {len(source)} images", file=sys.stderr)
         eval_step = sharding.jit_eval_step(experiment.make_eval_step(model, classes), mesh)
         batches = relabeled(experiment.eval_batches(source), to_network, classes)
-        metrics, sums = sums_and_means(eval_step, params, batches, mesh, watchdog.check)
+        # `setup`: there is nothing to save, so a signal may end the process at once.
+        progress = functools.partial(watchdog.progress, setup=True)
+        metrics, sums = sums_and_means(eval_step, params, batches, mesh, progress)
+        watchdog.raise_if_stopping()
         metrics["ece"] = calibration_error(sums["calibration"])
         if not multi_label:
             metrics["mean_per_class"] = mean_per_class(sums["per_class"])

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.core.trees import flat_names
+from tnt_flax.core.trees import named_leaves
 
 STEM = ("word_embed", "word_pos", "proj", "cls_token", "sentence_pos")
 
@@ -38,7 +38,7 @@ def per_block(params: Any, value_of: Callable[[str], Any]) -> Any:
         found = np.array([value_of(n) for n in names])
         return found[0] if names == [name] else found.reshape(-1, *[1] * (leaf.ndim - 1))
 
-    leaves = [values(name, leaf) for name, leaf in flat_names(params).items()]
+    leaves = [values(name, leaf) for name, leaf in named_leaves(params).items()]
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
@@ -66,7 +66,7 @@ def layer_scales(params: Any, decay: float) -> Any:
     The head has 1, and so has the last layer of a network without one. Source: timm's
     `param_groups_layer_decay`, whose factor also applies to the weight decay.
     """
-    names = [n for name, leaf in flat_names(params).items() for n in names_of(name, leaf)]
+    names = [n for name, leaf in named_leaves(params).items() for n in names_of(name, leaf)]
     depth = len({name.split("/")[1] for name in names if name.startswith("blocks/")})
     top = max(layer_of(name, depth) for name in names)
     return per_block(params, lambda name: np.float32(decay ** (top - layer_of(name, depth))))

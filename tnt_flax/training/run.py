@@ -13,12 +13,18 @@ import numpy as np
 from clu import parameter_overview
 
 from tnt_flax.core.errors import InputError, RunError
-from tnt_flax.core.trees import fingerprint, flat_names, split
+from tnt_flax.core.trees import fingerprint, named_leaves, split
 from tnt_flax.data.sources.storage import StorageUnavailable
-from tnt_flax.runtime import agreement, environment, processes, sharding
+from tnt_flax.runtime import processes, sharding
 from tnt_flax.runtime.checkpoints import Checkpoints
-from tnt_flax.runtime.watchdog import Guard
-from tnt_flax.runtime.workdir import as_json, check_space, open_workdir
+from tnt_flax.runtime.watchdog import Watchdog
+from tnt_flax.runtime.workdir import (
+    check_space,
+    config_to_json,
+    current_environment,
+    open_workdir,
+    record_environment,
+)
 from tnt_flax.training import plots
 from tnt_flax.training.evaluate import evaluate
 from tnt_flax.training.experiment import Experiment
@@ -36,7 +42,7 @@ Metrics = dict[str, float]
 
 
 @contextlib.contextmanager
-def open_run(workdir: pathlib.Path, experiment: Experiment) -> Iterator[Guard]:
+def open_run(workdir: pathlib.Path, experiment: Experiment) -> Iterator[Watchdog]:
     """Opens `workdir` on all processes of a run; yields the watchdog of the run.
 
     Process 0 locks the workdir. All processes must see it, and agree on program and config.
@@ -45,27 +51,30 @@ def open_run(workdir: pathlib.Path, experiment: Experiment) -> Iterator[Guard]:
         InputError: the workdir cannot be used, or processes differ. On every process alike.
         RunError: a process does not respond.
     """
-    config = as_json(experiment.config)
-    with Guard(experiment.config.stall_minutes) as watchdog, contextlib.ExitStack() as stack:
+    config = config_to_json(experiment.config)
+    with Watchdog(experiment.config.stall_minutes) as watchdog, contextlib.ExitStack() as stack:
         lock = open_workdir(workdir, config)
-        processes.on_main("workdir", lambda: stack.enter_context(lock))
-        agreement.agree_on_program()
-        agreement.agree("config", config)
-        agreement.check_shared(workdir)
+        processes.run_on_main("workdir", lambda: stack.enter_context(lock))
+        processes.check_same_program()
+        processes.check_same_on_all_processes("config", config)
+        processes.check_shared_workdir(workdir)
         yield watchdog
 
 
 def open_checkpoints(experiment: Experiment, workdir: pathlib.Path) -> Checkpoints:
     """Opens the checkpoints in `workdir`, once there is enough space for them."""
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(experiment.state_shapes))
-    processes.on_main("space", lambda: check_space(workdir, size))
+    processes.run_on_main("space", lambda: check_space(workdir, size))
     keep = experiment.config.checkpoint.keep
     return Checkpoints(workdir / "checkpoints", keep=keep, info=run_info(experiment))
 
 
 def run_info(experiment: Experiment) -> dict[str, Any]:
     """Returns what checkpoints and weights files store beside the weights, as JSON values."""
-    return {"config": as_json(experiment.config), "class_names": list(experiment.class_names)}
+    return {
+        "config": config_to_json(experiment.config),
+        "class_names": list(experiment.class_names),
+    }
 
 
 def write_parameter_table(experiment: Experiment, path: pathlib.Path) -> None:
@@ -76,9 +85,9 @@ def write_parameter_table(experiment: Experiment, path: pathlib.Path) -> None:
 
 def log_start(experiment: Experiment, workdir: pathlib.Path, start_step: int) -> None:
     """Logs what is about to run, and records library versions and devices in `workdir`."""
-    computes_on = environment.describe()  # on all processes: it gathers
-    if processes.is_main():
-        environment.record(workdir, start_step, computes_on)
+    environment = current_environment()  # on all processes: it gathers
+    if processes.is_main_process():
+        record_environment(workdir, start_step, environment)
         print(
             f"{experiment.config.model.name}: {len(experiment.train_source)} training and "
             f"{len(experiment.eval_source)} evaluation images, "
@@ -100,17 +109,17 @@ class Run:
         self,
         experiment: Experiment,
         workdir: pathlib.Path,
-        watchdog: Guard,
+        watchdog: Watchdog,
         checkpoints: Checkpoints,
         start_step: int,
     ):
         self.experiment, self.workdir = experiment, workdir
         self.watchdog, self.checkpoints = watchdog, checkpoints
-        self.is_main_process = processes.is_main()
+        self.is_main_process = processes.is_main_process()
         total = experiment.total_steps
         self.writer = MetricWriter(workdir, start_step) if self.is_main_process else NullWriter()
         self.progress = Progress(start_step, total) if self.is_main_process else NullWriter()
-        names = list(flat_names(experiment.state_shapes.params))
+        names = list(named_leaves(experiment.state_shapes.params))
         check = functools.partial(check_finite, names=names, checkpoints=checkpoints)
         batch_size = experiment.config.batch_size
         self.meter = StepMeter(batch_size, experiment.steps_per_epoch, total, check)
@@ -121,7 +130,7 @@ class Run:
 
     def __exit__(self, kind, error, trace) -> None:
         if error is not None:
-            self.watchdog.failed(error)  # what follows would wait for the other processes
+            self.watchdog.abort(error)  # what follows would wait for the other processes
         with contextlib.ExitStack() as stack:  # closes in reverse order, and all of them
             stack.callback(self.writer.close)
             stack.callback(self.checkpoints.close)  # commits the save in flight
@@ -139,7 +148,7 @@ class Run:
             experiment.eval_params(state),
             experiment.eval_batches(),
             experiment.mesh,
-            self.watchdog.reached,
+            self.watchdog.progress,
         )
         if self.watchdog.stopping:  # the next start repeats this evaluation
             return {}
@@ -153,7 +162,7 @@ class Run:
     def log_metrics(self, step: int) -> None:
         """Logs the averages of the steps since the last call, after `step` updates."""
         self.meter.fetch_pending_metrics()
-        self.meter.replaced = processes.total(self.meter.replaced)
+        self.meter.replaced = processes.sum_over_processes(self.meter.replaced)
         values = self.meter.report(step)
         values["checkpoint/failed"] = self.checkpoints.failed_saves
         self.writer.write(step, values)
@@ -163,7 +172,7 @@ class Run:
         """Saves the state after `step` updates, unless it is saved; returns when it is safe."""
         self.meter.fetch_pending_metrics()  # a NaN must not reach a checkpoint
         if step:  # the state of step 0 comes from the seed
-            self.checkpoints.ensure(state, step)
+            self.checkpoints.save_blocking(state, step)
 
     @contextlib.contextmanager
     def save_on_data_error(self, state: TrainState, step: int) -> Iterator[None]:
@@ -171,7 +180,7 @@ class Run:
         try:
             yield
         except (InputError, StorageUnavailable) as error:
-            self.watchdog.failed(error)
+            self.watchdog.abort(error)
             self.save_now(state, step)
             raise
 
@@ -216,7 +225,7 @@ def check_finite(
     """
     if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
         return
-    checkpoints.wait()
+    checkpoints.wait_for_save()
     gradients, parameters = np.split(metrics["finite"], 2)
     bad = [f"parameter {name}" for name, ok in zip(names, parameters, strict=True) if not ok]
     bad += [f"gradient of {name}" for name, ok in zip(names, gradients, strict=True) if not ok]

@@ -8,10 +8,10 @@ from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import Stopped
 from tnt_flax.data.sources import check_same_classes
-from tnt_flax.runtime import agreement, processes
-from tnt_flax.runtime.checkpoints import abstract
+from tnt_flax.runtime import processes
+from tnt_flax.runtime.checkpoints import abstract_state
 from tnt_flax.runtime.sharding import to_global
-from tnt_flax.runtime.watchdog import Guard
+from tnt_flax.runtime.watchdog import Watchdog
 from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.run import (
     Run,
@@ -49,7 +49,7 @@ def due(step: int, every: int, total: int) -> bool:
     return step % every == 0 or step == total
 
 
-def _train(experiment: Experiment, workdir: pathlib.Path, watchdog: Guard) -> dict[str, Any]:
+def _train(experiment: Experiment, workdir: pathlib.Path, watchdog: Watchdog) -> dict[str, Any]:
     # ---------------------------------------------------------------- data
     check_same_classes(experiment.train_source, experiment.eval_source)
     data = {
@@ -58,26 +58,28 @@ def _train(experiment: Experiment, workdir: pathlib.Path, watchdog: Guard) -> di
         "classes": dict(enumerate(experiment.class_names)),
     }
     # One host may have an index of the images ready while another has to build it.
-    agreement.agree("data", data, timeout=ONE_HOUR)
+    processes.check_same_on_all_processes("data", data, timeout=ONE_HOUR)
     total_steps = experiment.total_steps
     every = {group: experiment.interval(group) for group in ("eval", "checkpoint", "log")}
-    watchdog.check("the open data set")
+    watchdog.progress("data opened", setup=True)
+    watchdog.raise_if_stopping()
 
     # ---------------------------------------------------------------- state, new or restored
     checkpoints = open_checkpoints(experiment, workdir)
-    layout = abstract(experiment.state_shapes, experiment.state_shardings)
+    layout = abstract_state(experiment.state_shapes, experiment.state_shardings)
     state = checkpoints.restore_latest(layout)
     if state is None:
         state = experiment.initial_state()
-        if processes.is_main():
+        if processes.is_main_process():
             write_parameter_table(experiment, workdir / "parameters.txt")
     log_start(experiment, workdir, int(state.step))
-    watchdog.check("the state to begin with")
+    watchdog.progress("state ready", setup=True)
+    watchdog.raise_if_stopping()
 
     # ---------------------------------------------------------------- loop
     with Run(experiment, workdir, watchdog, checkpoints, int(state.step)) as run:
         state, last_eval = _loop(run, state, every)
-        checkpoints.ensure(state, total_steps, last_eval or None)
+        checkpoints.save_blocking(state, total_steps, last_eval or None)
         if not last_eval and not watchdog.stopping:  # the run was complete already
             last_eval = run.evaluate(state, total_steps)
         if watchdog.stopping:
@@ -86,7 +88,7 @@ def _train(experiment: Experiment, workdir: pathlib.Path, watchdog: Guard) -> di
         # ------------------------------------------------------------ final artifacts
         digest = run.write_final_artifacts(state)
         # The others would take a process that leaves much earlier for dead.
-        processes.exchange("end", "", ONE_HOUR)
+        processes.barrier("end", ONE_HOUR)
         return {**last_eval, "step": total_steps, "fingerprint": digest}
 
 
@@ -107,7 +109,7 @@ def _loop(
 
     for step in range(start_step, total_steps):  # `step` updates have been applied so far
         with run.meter.wait_for_data(), run.save_on_data_error(state, step):
-            batch = watchdog.wait(run.batches)
+            batch = watchdog.next_batch(run.batches)
         if batch is None:
             run.save_now(state, step)
             raise Stopped(f"step {step} is saved; the same command goes on from there")
@@ -118,7 +120,7 @@ def _loop(
         run.progress.advance()
 
         done = step + 1
-        stopping = watchdog.reached(f"step {done} of {total_steps}")
+        stopping = watchdog.progress(f"step {done} of {total_steps}")
         if due(done, every["log"], total_steps):
             run.log_metrics(done)
         evaluating = due(done, every["eval"], total_steps) and not stopping
@@ -127,5 +129,5 @@ def _loop(
             with run.meter.pause():
                 with run.save_on_data_error(state, done):
                     last_eval = run.evaluate(state, done) if evaluating else {}
-                checkpoints.save(state, done, last_eval or None)
+                checkpoints.save_async(state, done, last_eval or None)
     return state, last_eval

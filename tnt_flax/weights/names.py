@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from tnt_flax.core.errors import InputError, listed
-from tnt_flax.core.trees import flat_names
+from tnt_flax.core.trees import named_leaves
 from tnt_flax.weights import name_tables
 
 NAMINGS = (*name_tables.BLOCK_PREFIX, *name_tables.PYRAMID_NAMINGS)
@@ -190,7 +190,7 @@ def _is_norm_of_words(naming: str, layers: list[str]) -> bool:
 def unstacked(params: Any) -> dict[str, np.ndarray]:
     """The parameter tree by our per-block names, as views."""
     tensors = {}
-    for name, leaf in flat_names(params).items():
+    for name, leaf in named_leaves(params).items():
         match = STACKED.fullmatch(name)
         if not match:
             tensors[name] = leaf

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from tnt_flax.core.errors import InputError, listed, one_line
-from tnt_flax.core.trees import check_fit, flat_names, split
+from tnt_flax.core.trees import check_tensors_match, named_leaves, split
 from tnt_flax.models import MODELS, PyramidTNT, create_model
 from tnt_flax.runtime import checkpoints as run_checkpoints
 from tnt_flax.weights import hub, identify, name_tables
@@ -251,7 +251,7 @@ def _is_count(ours: str, spec: Spec) -> bool:
 
 def _check_complete(source: str, naming: str, specs: Mapping[str, Spec], abstract: Any) -> None:
     wanted = mapping.exported_shapes(naming, abstract)
-    check_fit(
+    check_tensors_match(
         source,
         {name: jax.ShapeDtypeStruct(spec.shape, np.float32) for name, spec in specs.items()},
         {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in wanted.items()},
@@ -278,7 +278,7 @@ def _assembled(
     abstract: Any, read: Callable[[str], np.ndarray], put: Callable, notes: list[str]
 ) -> Any:
     leaves, broken = [], []
-    for name, leaf in flat_names(abstract).items():
+    for name, leaf in named_leaves(abstract).items():
         x = mapping.restacked(read, name, leaf.shape, leaf.dtype)
         if not np.isfinite(x).all():
             broken.append(name)
@@ -302,13 +302,13 @@ def _read_run(
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         step_folder = run_checkpoints.find_checkpoint(folder, checkpoint)
     info = run_checkpoints.read_info(step_folder)
-    stored = run_checkpoints.stored_params(step_folder)
+    stored = run_checkpoints.read_param_shapes(step_folder)
     shapes = {n: x.shape for n, x in mapping.unstacked(mapping.hollow_tree(stored)).items()}
     with _sizes_of(step_folder):
         network = _described(step_folder, info.get("config"), shapes, name, overrides)
         abstract = network.abstract_params()
     params = run_checkpoints.read_weights(step_folder, weights, abstract)
-    names = list(flat_names(params))
+    names = list(named_leaves(params))
     leaves, structure = jax.tree.flatten(params)
     params = jax.tree.unflatten(structure, [put(n, x) for n, x in zip(names, leaves, strict=True)])
     container = f"checkpoint of step {step_folder.name}"

@@ -13,14 +13,14 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from tnt_flax.core.trees import flat_names
+from tnt_flax.core.trees import named_leaves
 
 HEADER = "tnt_flax"
 
 
 def save_weights(path: pathlib.Path, params: Any, info: dict[str, Any]) -> None:
     """Writes `params` and `info` (JSON values: config, class names) in one atomic step."""
-    arrays = {name: np.asarray(x) for name, x in flat_names(jax.device_get(params)).items()}
+    arrays = {name: np.asarray(x) for name, x in named_leaves(jax.device_get(params)).items()}
     write_tensors(path, arrays, {HEADER: json.dumps(info)})
 
 

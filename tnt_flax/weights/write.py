@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from tnt_flax.core.errors import InputError, RunError, listed
-from tnt_flax.core.trees import fingerprint, flat_names
+from tnt_flax.core.trees import fingerprint, named_leaves
 from tnt_flax.models import Model, PyramidTNT
 from tnt_flax.weights import identify, names, weights_file
 from tnt_flax.weights.formats import mindspore, torch
@@ -119,8 +119,8 @@ def _check_system(path: str, system: str, model: Model) -> None:
 def _with_biases_of(found: Checkpoint, naming: str, target: Model) -> Any:
     """The parameters with exactly the biases that `target` has."""
     network = dataclasses.replace(found.network, model=target)
-    abstract, params = network.abstract_params(), flat_names(found.params)
-    wanted = flat_names(abstract)
+    abstract, params = network.abstract_params(), named_leaves(found.params)
+    wanted = named_leaves(abstract)
     lost = [name for name in params if name not in wanted and np.any(params[name])]
     if lost:
         raise InputError(
