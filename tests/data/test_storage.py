@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Storage that goes away for a while is waited for; a broken file is not."""
+"""Local and remote files, and retries while the storage is unavailable."""
 
 import errno
 import functools
@@ -11,13 +11,13 @@ import sys
 import threading
 import time
 
+import fsspec
 import numpy as np
 import pytest
-from PIL import Image
 
+from tests.helpers.tars import image
 from tnt_flax.core.errors import InputError
-from tnt_flax.data import pipeline
-from tnt_flax.data.pipeline import ReadOptions
+from tnt_flax.data.pipeline import ReadOptions, eval_batches, train_batches
 from tnt_flax.data.plan import TrainPlan
 from tnt_flax.data.sources import ImageFolder, storage
 from tnt_flax.data.sources.storage import RetryingReader, StorageUnavailable
@@ -26,86 +26,142 @@ from tnt_flax.data.transforms import train_transform
 TRANSFORM = functools.partial(train_transform, size=8, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
 
 
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def test_short_reads_of_the_system_are_completed(tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(b"abcdef")
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, start: pread(fd, min(size, 1), start))
+    assert storage.read(str(tmp_path / "x"), 1, 4) == b"bcde"
+
+
+def test_unsupported_urls_are_refused(monkeypatch):
+    with pytest.raises(InputError, match="fsspec does not know nonsense:// paths"):
+        storage.file_versions(["nonsense://a/b"])
+
+    def missing(url):
+        raise ImportError("Please install gcsfs")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(InputError, match=r'gs:// paths need another package: pip install "tnt_f'):
+        storage.list_folder("gs://bucket/imagenet")
+
+
+def test_listings_exclude_the_folder_itself(monkeypatch):
+    class Bucket:
+        def ls(self, path, detail):
+            return ["b/folder/", "b/folder/x.tar", "b/folder/sub/"]  # as in object stores
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (Bucket(), "b/folder/"))
+    assert storage.list_folder("gs://b/folder/") == ["sub", "x.tar"]
+
+
+def test_errors_of_file_systems_become_oserrors(monkeypatch):
+    class Broken:
+        def cat_file(self, *_):
+            raise RuntimeError("503\nservice unavailable")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (Broken(), url))
+    with pytest.raises(OSError, match="gs://b/x: RuntimeError: 503$"):
+        storage.read("gs://b/x", 0, 5)
+
+
+def test_paths_and_urls_are_joined():
+    assert storage.join("gs://b/data/", "x.tar") == "gs://b/data/x.tar"
+    assert storage.join("/data", "gs://b/x.tar") == "gs://b/x.tar"
+    assert storage.join("/data", "/x.tar") == "/x.tar"
+    assert storage.join("~", "x.tar") == os.path.expanduser("~/x.tar")
+    assert (storage.dirname("gs://b/c/x"), storage.basename("gs://b/c/x")) == ("gs://b/c", "x")
+
+
+# ---------------------------------------------------------------------------------------- retries
+
+
 @pytest.fixture
 def mount(tmp_path):
-    """A folder that holds a data set of two classes, and that can be renamed away."""
+    """A folder with a data set of two classes; renaming it makes the storage unavailable."""
     for name in ("cat", "dog"):
         (tmp_path / "mount" / "train" / name).mkdir(parents=True)
         for i in range(4):
-            pixels = np.full((10, 10, 3), 20 * i, np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "mount" / "train" / name / f"{i}.png")
+            (tmp_path / "mount" / "train" / name / f"{i}.png").write_bytes(image(20 * i))
     return tmp_path / "mount"
 
 
 @pytest.mark.parametrize(
-    "error, away",
+    "error, unavailable",
     [
         (OSError(errno.EIO, "Input/output error"), True),
         (OSError(errno.ESTALE, "Stale file handle"), True),
         (ConnectionError("503"), True),
         (storage.DamagedError("its checksum is wrong"), False),
-        (FileNotFoundError(errno.ENOENT, "gone"), False),  # one file, of a folder that is there
+        (FileNotFoundError(errno.ENOENT, "gone"), False),  # one file of a reachable folder
         (PermissionError(errno.EACCES, "no"), False),
     ],
-    ids=lambda x: str(x),
+    ids=str,
 )
-def test_what_may_come_back(error, away, tmp_path):
-    assert storage.is_unavailable(error, str(tmp_path)) == away
+def test_errors_that_mean_unavailable_storage(error, unavailable, tmp_path):
+    assert storage.is_unavailable(error, str(tmp_path)) == unavailable
     missing = isinstance(error, FileNotFoundError | PermissionError)
-    assert storage.is_unavailable(error, str(tmp_path / "mount")) == (away or missing)
-    assert storage.is_unavailable(error, "gs://bucket/shard.tar") == away
+    assert storage.is_unavailable(error, str(tmp_path / "mount")) == (unavailable or missing)
+    assert storage.is_unavailable(error, "gs://bucket/shard.tar") == unavailable
 
 
-def test_a_mount_that_comes_back_costs_nothing_but_time(mount, caplog):
+def test_a_short_interruption_does_not_change_the_batches(mount, caplog):
     plan = TrainPlan(8, batch_size=4, seed=0)
     source = ImageFolder(str(mount), "train")
-
-    def train():
-        arguments = {"transform": TRANSFORM, "start_step": 0, "num_steps": 6}
-        options = ReadOptions(threads=3, retry_seconds=60)
-        return pipeline.train_batches(source, plan, **arguments, options=options)
-
-    expected = [batch["image"] for batch in train()]
+    arguments = {"transform": TRANSFORM, "start_step": 0, "num_steps": 6}
+    options = ReadOptions(threads=3, retry_seconds=60)
+    train = lambda: [b["image"] for b in train_batches(source, plan, **arguments, options=options)]
+    expected = train()
     os.rename(mount, f"{mount}.away")
-    threading.Timer(0.8, os.rename, [f"{mount}.away", mount]).start()
-    np.testing.assert_array_equal([batch["image"] for batch in train()], expected)
+
+    def restore():
+        wait_until(lambda: "retrying" in caplog.text)
+        os.rename(f"{mount}.away", mount)
+
+    threading.Thread(target=restore).start()
+    np.testing.assert_array_equal(train(), expected)
     assert caplog.text.count("retrying for up to 60 s") == 1 and "No such file" in caplog.text
     assert "can read its data again" in caplog.text
 
 
 @pytest.mark.parametrize("corrupt", ["error", "skip"])
-def test_patience_ends(mount, corrupt, monkeypatch):
-    """An outage is no corrupt image: it does not mask out the whole evaluation."""
+def test_retries_end_after_the_budget(mount, corrupt):
+    """Unavailable storage must not count as corrupt images, which evaluation would mask out."""
     source = ImageFolder(str(mount), "train")
     os.rename(mount, f"{mount}.away")
-    transform = lambda image: np.zeros((2, 2, 3), np.uint8)
-    batches = pipeline.eval_batches(
+    batches = eval_batches(
         source,
-        transform=transform,
+        transform=lambda image: np.zeros((2, 2, 3), np.uint8),
         batch_size=4,
-        options=ReadOptions(corrupt=corrupt, retry_seconds=0.6),
+        options=ReadOptions(corrupt=corrupt, retry_seconds=0.1),
     )
-    with pytest.raises(
-        StorageUnavailable, match=r"cannot be read: No such file.* for 0.6 s \(data"
-    ):
+    with pytest.raises(StorageUnavailable, match=r"cannot be read: No such file.* 0.1 s \(data"):
         next(batches)
 
 
-def test_a_missing_file_is_no_outage(mount):
+def test_a_missing_file_is_not_retried(mount):
     source = ImageFolder(str(mount), "train")
     (mount / "train" / "dog" / "3.png").unlink()
-    batches = pipeline.eval_batches(
-        source, transform=np.asarray, batch_size=8, options=ReadOptions(retry_seconds=10_000)
-    )
+    options = ReadOptions(retry_seconds=10_000)
+    batches = eval_batches(source, transform=np.asarray, batch_size=8, options=options)
     with pytest.raises(InputError, match="dog/3.png cannot be read: No such file"):
         next(batches)
 
 
-def test_closing_ends_the_waiting(mount):
+def test_closing_ends_the_retries(mount):
     source = ImageFolder(str(mount), "train")
     reader = RetryingReader(source, 10_000)
     os.rename(mount, f"{mount}.away")
-    threading.Timer(0.2, reader.closed.set).start()
+    threading.Timer(0.1, reader.closed.set).start()
     with pytest.raises(StorageUnavailable):
         reader[0]
     assert not pickle.loads(pickle.dumps(reader)).closed.is_set()
@@ -114,35 +170,22 @@ def test_closing_ends_the_waiting(mount):
 def test_pauses_grow_up_to_a_limit(mount, monkeypatch):
     reader, pauses = RetryingReader(ImageFolder(str(mount), "train"), 100), []
     os.rename(mount, f"{mount}.away")
-    now = 0.0
-
-    class Clock:
-        @staticmethod
-        def monotonic():
-            return now
-
-    def wait(pause):
-        nonlocal now
-        now += pause
-        pauses.append(pause)
-
-    monkeypatch.setattr(storage, "time", Clock)
-    monkeypatch.setattr(reader.closed, "wait", wait)
+    monkeypatch.setattr(storage.time, "monotonic", lambda: sum(pauses))
+    monkeypatch.setattr(reader.closed, "wait", pauses.append)
     with pytest.raises(StorageUnavailable):
         reader[0]
     assert pauses == [0.5, 1, 2, 4, 8, 15, 15, 15, 15, 15]
 
 
-WORKERS = """
-import functools, sys, time
-from tnt_flax.data import pipeline
-from tnt_flax.data.pipeline import ReadOptions
+TRAINER = """
+import time
+from tests.data.test_storage import TRANSFORM
+from tnt_flax.data.pipeline import ReadOptions, train_batches
 from tnt_flax.data.plan import TrainPlan
 from tnt_flax.data.sources import Digits
-from test_storage import TRANSFORM
 if __name__ == "__main__":
-    batches = pipeline.train_batches(Digits("train"), TrainPlan(1437, 48, 0), transform=TRANSFORM,
-        start_step=0, num_steps=1_000_000, options=pipeline.ReadOptions(workers=1))
+    batches = train_batches(Digits("train"), TrainPlan(1437, 48, 0), transform=TRANSFORM,
+        start_step=0, num_steps=1_000_000, options=ReadOptions(workers=1))
     next(batches)
     print("ready", flush=True)
     time.sleep(1000)
@@ -165,20 +208,12 @@ def command_line(pid):
         return ""
 
 
-def wait_until(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return condition()
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="looks at Linux' shared memory")
-def test_workers_and_shared_memory_end_with_a_killed_trainer(root, tmp_path):
-    """And not with a notice to stop, which schedulers send to every process."""
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="inspects Linux' shared memory")
+def test_workers_ignore_stop_signals_and_end_with_a_killed_trainer(root, tmp_path):
     script = tmp_path / "trainer.py"
-    script.write_text(WORKERS)
-    env = os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}"}
+    script.write_text(TRAINER)
+    env = os.environ | {"PYTHONPATH": str(root)}
     before = set(os.listdir("/dev/shm"))
     trainer = subprocess.Popen(
         [sys.executable, str(script)], cwd=root, env=env, stdout=subprocess.PIPE, text=True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tfds' TFRecord files give what its ArrayRecord files give; damage is noticed and named."""
+"""tfds data sets in both file formats: records, splits, damage, and error messages."""
 
 import json
 import pickle
@@ -14,9 +14,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tests.helpers.source_checks import message_of, records
 from tests.helpers.tars import image
 from tests.helpers.tfds_files import crc32c, tfrecord, write_tfds
-from tnt_flax.data.sources import tfds as tfds_records
-from tnt_flax.data.sources.tfds import TfdsSource
+from tnt_flax.data.sources import open_source
+from tnt_flax.data.sources.tfds import FORMATS, TfdsSource
 
+PAIR = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["cat", "dog"])}
 FEATURES = tfds.features.FeaturesDict(
     {
         "file_name": tfds.features.Text(),
@@ -30,6 +31,7 @@ SPLITS = {"train": 11, "test": 4}
 
 
 def examples(count):
+    """Examples whose mask is not decodable, so that decoding it would fail."""
     box = tfds.features.BBox(0.0, 0.0, 0.5, 1.0)
     return [
         {"file_name": f"{i}", "image": image(i), "label": i % 3, "mask": b"no image", "box": box}
@@ -37,28 +39,37 @@ def examples(count):
     ]
 
 
+def write_pets(folder, file_format="array_record", shards=1, features=FEATURES, **splits):
+    splits = {split: examples(count) for split, count in splits.items()}
+    options = dict(file_format=file_format, shards=shards)
+    return write_tfds(folder, "pets", "1.0.0", features, splits, **options)
+
+
 @pytest.fixture
 def written(tmp_path):
-    for form in ("tfrecord", "array_record"):
-        splits = {split: examples(count) for split, count in SPLITS.items()}
-        write_tfds(tmp_path / form, "pets", "1.0.0", FEATURES, splits, file_format=form, shards=3)
+    """A folder with the data set "pets" in each file format."""
+    for file_format in FORMATS:
+        write_pets(tmp_path / file_format, file_format, shards=3, **SPLITS)
     return tmp_path
 
 
-def shard(written, k=0):
-    return written / f"tfrecord/pets/1.0.0/pets-train.tfrecord-{k:05}-of-00003"
+def shard(written):
+    return written / "tfrecord/pets/1.0.0/pets-train.tfrecord-00000-of-00003"
 
 
-def test_the_checksum_is_crc32c():
-    assert crc32c(bytes(32)) == 0x8A9136AA and crc32c(b"123456789") == 0xE3069283  # RFC 3720
+def test_checksums_are_those_of_rfc_3720_and_tensorflow():
+    assert crc32c(b"123456789") == 0xE3069283
     assert crc32c(b"any bytes") == google_crc32c.value(b"any bytes")
-    # What TensorFlow's own writer makes of b"abc".
+    # TensorFlow's own writer encodes b"abc" as:
     assert tfrecord(b"abc").hex() == "0300000000000000b099490e6162636e57f121"
 
 
 @pytest.mark.parametrize("split", ["train", "test", "train[:60%]", "train[3:9]", "test+train[-2:]"])
-def test_both_forms_give_the_same_records(written, split):
-    source, other = (TfdsSource("pets", split, str(written / f)) for f in tfds_records.FORMATS)
+def test_both_file_formats_give_the_same_records(written, split):
+    source, other = (
+        open_source("tfds", split, root=str(written / file_format), name="pets")
+        for file_format in FORMATS
+    )
     assert records(source) == records(other) and len(source) > 1
     assert source.class_names == other.class_names == ("cat", "dog", "eel")
     assert source.name_of(1) == other.name_of(1) == f"pets/{split} record 1"
@@ -75,13 +86,12 @@ def test_slices_share_one_index(written):
     assert len(list((written / "tfrecord/pets/1.0.0").glob("*.index"))) == 2
 
 
-def test_an_empty_shard_is_no_obstacle(tmp_path):
-    splits = {"train": examples(2)}
-    write_tfds(tmp_path, "pets", "1.0.0", FEATURES, splits, file_format="tfrecord", shards=3)
+def test_shards_may_be_empty(tmp_path):
+    write_pets(tmp_path, "tfrecord", shards=3, train=2)
     assert records(TfdsSource("pets", "train", str(tmp_path))) == [(image(0), 0), (image(1), 1)]
 
 
-def test_where_both_forms_are_the_better_one_is_read(written):
+def test_array_record_is_preferred(written):
     folder, other = written / "tfrecord/pets/1.0.0", written / "array_record/pets/1.0.0"
     for file in other.glob("*.array_record*"):
         file.rename(folder / file.name)
@@ -92,8 +102,24 @@ def test_where_both_forms_are_the_better_one_is_read(written):
     assert not list(folder.glob("*.index"))
 
 
-def test_images_of_several_classes(tmp_path):
-    """As imagenet2012_real has them."""
+def test_data_sets_of_tfds_are_read(tmp_path):
+    # The real builders of these names, and files with the features of those builders.
+    for name in ("cifar10", "oxford_iiit_pet", "imagenet2012"):
+        info = tfds.builder(name, data_dir=tmp_path / "empty").info
+        label = info.features["label"].names[7]
+        box = tfds.features.BBox(0.0, 0.0, 1.0, 1.0)
+        values = {"image": image(9), "label": label, "id": "x", "file_name": "x", "species": 0}
+        values |= {"segmentation_mask": b"not an image", "head_bbox": box}
+        if name == "cifar10":
+            values["image"] = image(9, 32, 32)
+        example = {key: values[key] for key in info.features}
+        write_tfds(tmp_path, name, str(info.version), info.features, {"train": [example]})
+        source = TfdsSource(name, "train", str(tmp_path))
+        assert source[0] == (values["image"], 7) and source.class_names[7] == label
+
+
+def test_multi_label_data_sets(tmp_path):
+    """With the features of imagenet2012_real."""
     one = tfds.features.ClassLabel(names=["cat", "dog", "eel", "fox"])
     features = tfds.features.FeaturesDict(
         {
@@ -103,67 +129,117 @@ def test_images_of_several_classes(tmp_path):
             "file_name": tfds.features.Text(),
         }
     )
-    labels = [[2], [], [3, 0]]
     rows = [
-        {"image": image(i), "original_label": 1, "real_label": of_one, "file_name": "a.JPEG"}
-        for i, of_one in enumerate(labels)
+        {"image": image(i), "original_label": 1, "real_label": labels, "file_name": "a.JPEG"}
+        for i, labels in enumerate([[2], [], [3, 0]])
     ]
-    for form in tfds_records.FORMATS:
-        options = dict(file_format=form, supervised=("image", "real_label"))
-        write_tfds(tmp_path / form, "real", "1.0.0", features, {"validation": rows}, **options)
-        source = TfdsSource("real", "validation", str(tmp_path / form), multi_label=True)
+    for file_format in FORMATS:
+        folder = tmp_path / file_format
+        options = dict(file_format=file_format, supervised=("image", "real_label"))
+        write_tfds(folder, "real", "1.0.0", features, {"validation": rows}, **options)
+        source = TfdsSource("real", "validation", str(folder), multi_label=True)
         assert source.class_names == ("cat", "dog", "eel", "fox") and source.max_labels == 4
-        assert [source[i][0] for i in range(3)] == [image(i) for i in range(3)]
+        images, labels = zip(*records(source), strict=True)
+        assert images == (image(0), image(1), image(2))
         padded = [[2, -1, -1, -1], [-1] * 4, [3, 0, -1, -1]]
-        assert [source[i][1].tolist() for i in range(3)] == padded
-        message = message_of(
-            lambda form=form: TfdsSource("real", "validation", str(tmp_path / form))
-        )
-        assert (
-            "'real' is multi-label: it can only be evaluated on, by main.py --mode=eval" in message
-        )
+        assert [label.tolist() for label in labels] == padded
+        message = message_of(lambda f=folder: TfdsSource("real", "validation", str(f)))
+        assert "'real' is multi-label: it can only be evaluated on, by main.py --mode=" in message
 
 
-def test_damage_is_noticed(written):
+# ----------------------------------------------------------------------------------------- damage
+
+
+def test_damage_is_detected(written):
     root, path = str(written / "tfrecord"), shard(written)
     source = TfdsSource("pets", "train", root)
     whole = path.read_bytes()
     length = int.from_bytes(whole[:8], "little")
-    for position in (*range(12, 12 + length + 4, 7), 12 + length, 12 + length + 3):
+
+    def flip(position):
         damaged = bytearray(whole)
         damaged[position] ^= 1
         path.write_bytes(damaged)
+
+    for position in (*range(12, 12 + length + 4, 7), 12 + length, 12 + length + 3):
+        flip(position)
         with pytest.raises(OSError, match="its checksum is wrong"):
             records(source)  # its index was made before the damage
+
+    def message():
+        return message_of(lambda: TfdsSource("pets", "train", root))
+
     path.write_bytes(whole[:-1])
-    assert f"{path} is truncated" in message_of(lambda: TfdsSource("pets", "train", root))
+    assert f"{path} is truncated" in message()
     for position in (0, 7, 8, 11):
-        damaged = bytearray(whole)
-        damaged[position] ^= 1
-        path.write_bytes(damaged)
-        message = message_of(lambda: TfdsSource("pets", "train", root))
-        assert f"{path} is damaged: no TFRecord begins at byte 0" in message
+        flip(position)
+        assert f"{path} is damaged: no TFRecord begins at byte 0" in message()
     path.write_bytes(whole[:5])
-    assert "no TFRecord begins at byte 0" in message_of(lambda: TfdsSource("pets", "train", root))
+    assert "no TFRecord begins at byte 0" in message()
     path.write_bytes(whole + tfrecord(b"one more"))
-    message = message_of(lambda: TfdsSource("pets", "train", root))
-    assert "has 4 records, but dataset_info.json says 3" in message
+    assert "has 4 records, but dataset_info.json says 3" in message()
     path.unlink()
-    assert f"cannot read {path}: No such" in message_of(lambda: TfdsSource("pets", "train", root))
+    assert f"cannot read {path}: No such" in message()
 
 
 @pytest.mark.parametrize("record", [b"\xff no protobuf", b"", FEATURES["label"].__doc__.encode()])
-def test_a_record_that_is_no_example_is_an_oserror(tmp_path, record):
-    folder = write_tfds(
-        tmp_path, "pets", "1.0.0", FEATURES, {"train": examples(1)}, file_format="tfrecord"
-    )
+def test_a_record_that_is_not_an_example_raises_oserror(tmp_path, record):
+    folder = write_pets(tmp_path, "tfrecord", train=1)
     (folder / "pets-train.tfrecord-00000-of-00001").write_bytes(tfrecord(record))
     with pytest.raises(OSError):
         TfdsSource("pets", "train", str(tmp_path))[0]
 
 
+def test_a_damaged_array_record_file_raises_oserror(tmp_path):
+    folder = write_pets(tmp_path, train=50)
+    path = folder / "pets-train.array_record-00000-of-00001"
+    source = TfdsSource("pets", "train", str(tmp_path))
+    data = bytearray(path.read_bytes())
+    data[200:900] = bytes(700)
+    path.write_bytes(data)
+    with pytest.raises(OSError):
+        records(source)
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+
+def test_error_messages_tell_how_to_prepare_a_data_set(tmp_path):
+    root = str(tmp_path)
+    message = lambda name: message_of(lambda: TfdsSource(name, "train", root))
+    build = f"`tfds build cifar10 --file_format=array_record --data_dir={root}`"
+    assert f"'cifar10' is not prepared in {root}" in message("cifar10")
+    assert build in message("cifar10")
+    unknown = message("cifar1O")
+    assert "tfds knows no data set 'cifar1O' (did you mean 'cifar10'?) and finds" in unknown
+    assert root in unknown
+    assert "set data.name" in message("")
+    assert "cannot open 'cifar10:9.9.9'" in message("cifar10:9.9.9")
+    (write_tfds(tmp_path, "bad", "1.0.0", FEATURES, {}) / "dataset_info.json").write_text("{")
+    assert "tfds cannot open 'bad'" in message("bad")
+    info = tfds.builder("cifar10", data_dir=tmp_path).info
+    written = tmp_path, "cifar10", str(info.version), info.features, {"train": [1]}
+    write_tfds(*written, file_format="riegeli")
+    assert "is prepared as riegeli, which cannot be read" in message("cifar10")
+    assert build in message("cifar10")
+
+
+def test_error_messages_for_splits_and_supervised_pairs(tmp_path):
+    root = str(tmp_path)
+    write_pets(tmp_path, train=2, test=1)
+    for split in ("valid", "train[", "train[:x%]", ""):
+        message = message_of(lambda split=split: TfdsSource("pets", split, root))
+        assert message == f"tfds data set 'pets' has no split {split!r}: it has train, test"
+    row = {"text": "a", "image": image(1), "label": 0}
+    texts = tfds.features.FeaturesDict({"text": tfds.features.Text(), **PAIR})
+    for name, supervised, keys in (("alone", (), "not set"), ("words", ("text", "label"), "('te")):
+        write_tfds(tmp_path, name, "1.0.0", texts, {"train": [row]}, supervised=supervised)
+        message = message_of(lambda name=name: TfdsSource(name, "train", root))
+        assert f"no supervised (image, label) pair: its supervised keys are {keys}" in message
+
+
 class Bucket(MemoryFileSystem):
-    """As if memory was Google's storage: tfds reads its metadata from there, too."""
+    """A stand-in for Google Cloud Storage, from which tfds also reads its metadata."""
 
     protocol, store, pseudo_dirs = ("gs", "gcs"), {}, [""]
 
@@ -172,13 +248,14 @@ class Bucket(MemoryFileSystem):
         return super()._strip_protocol(path.replace("gs://", "memory://"))
 
 
-def test_tfrecords_are_read_from_an_address(written, tmp_path_factory, monkeypatch):
+def test_tfrecords_are_read_from_a_url(written, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     for scheme in Bucket.protocol:
         monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, scheme, Bucket)
-    for form in ("tfrecord", "array_record"):
-        for path in (written / form / "pets/1.0.0").iterdir():
-            Bucket().pipe_file(f"gs://tfds/{form}/pets/1.0.0/{path.name}", path.read_bytes())
+    for file_format in FORMATS:
+        for path in (written / file_format / "pets/1.0.0").iterdir():
+            url = f"gs://tfds/{file_format}/pets/1.0.0/{path.name}"
+            Bucket().pipe_file(url, path.read_bytes())
     source = TfdsSource("pets", "train[2:]", "gs://tfds/tfrecord")
     assert records(source) == records(TfdsSource("pets", "train[2:]", str(written / "tfrecord")))
     message = message_of(lambda: TfdsSource("pets", "train", "gs://tfds/array_record"))

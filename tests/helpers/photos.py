@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real photographs for the tests: the two JPEG files that scikit-learn ships (640 x 427)."""
+"""Real photographs for the tests: the two JPEG files in scikit-learn (640 x 427)."""
 
 import io
 import pathlib
@@ -10,20 +10,20 @@ from PIL import Image
 
 
 def jpeg(name: str) -> bytes:
-    """The file "china" or "flower", as scikit-learn's `load_sample_images` finds it."""
+    """Returns the file "china" or "flower" of scikit-learn's `load_sample_images`."""
     folder = pathlib.Path(sklearn.datasets.__file__).parent / "images"
     return (folder / f"{name}.jpg").read_bytes()
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """Pixels as a PNG file, which keeps them exactly."""
+    """Returns a (lossless) PNG file of the pixels."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def all_photos() -> dict[str, bytes]:
-    """Landscape, portrait, smaller than any crop, thin, grey: every branch of a resize."""
+    """Returns images that reach every branch of a resize: portrait, small, thin, grey, ..."""
     china = np.asarray(Image.open(io.BytesIO(jpeg("china"))))
     return {
         "china": jpeg("china"),

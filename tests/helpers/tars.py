@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small tar files for the tests, written by the standard library."""
+"""Small tar files written by the standard library, and the images in them."""
 
 import io
 import pathlib
@@ -12,10 +12,10 @@ from tests.helpers.photos import png
 SYNSETS = ("n01440764", "n01443537", "n02102040", "n09999999")
 
 
-def tar(files: dict[str, bytes], form: int = tarfile.USTAR_FORMAT) -> bytes:
-    """A tar of these files, in this order."""
+def tar(files: dict[str, bytes], file_format: int = tarfile.USTAR_FORMAT) -> bytes:
+    """Returns a tar of these files, in this order."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=form) as writer:
+    with tarfile.open(fileobj=buffer, mode="w", format=file_format) as writer:
         for name, data in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)
@@ -23,13 +23,13 @@ def tar(files: dict[str, bytes], form: int = tarfile.USTAR_FORMAT) -> bytes:
     return buffer.getvalue()
 
 
-def image(value: int) -> bytes:
-    """A PNG of 7 x 5 pixels, all of this value."""
-    return png(np.full((5, 7, 3), value, np.uint8))
+def image(value: int, height: int = 5, width: int = 7) -> bytes:
+    """Returns a PNG file with all pixels of this value."""
+    return png(np.full((height, width, 3), value, np.uint8))
 
 
 def write_imagenet(folder: pathlib.Path, counts=(3, 1, 2)) -> None:
-    """Both tars, classes and images out of order, other files among them, and a list of labels."""
+    """Writes both tars, with unsorted classes and images and other files, and a list of labels."""
     inner, value = {}, 0
     for synset, count in list(zip(SYNSETS, counts, strict=False))[::-1]:
         images = {f"{synset}_{k}.JPEG": image(value + k) for k in range(count)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a small data set as tfds prepares it on disk, without TensorFlow and without a builder."""
+"""Writes small data sets in the layout of tfds, without TensorFlow and without a builder."""
 
 import functools
 import json
@@ -20,9 +20,10 @@ def write_tfds(
     supervised: tuple[str, ...] = ("image", "label"),
     shards: int = 1,
 ) -> pathlib.Path:
-    """Shards of each split below data_dir/name/version; images in the examples are encoded bytes.
+    """Writes shards of each split below data_dir/name/version and returns that folder.
 
-    With a `file_format` other than array_record and tfrecord only the metadata is written.
+    Images in the examples are encoded bytes. With a `file_format` other than array_record and
+    tfrecord only the metadata is written.
     """
     folder = data_dir / name / version
     folder.mkdir(parents=True)
@@ -58,7 +59,7 @@ def write_tfds(
 
 
 def tfrecord(data: bytes) -> bytes:
-    """A record as TensorFlow's RecordWriter frames it."""
+    """Returns a record in the framing of TensorFlow's RecordWriter."""
     length = len(data).to_bytes(8, "little")
     return length + _masked(length) + data + _masked(data)
 
@@ -69,7 +70,7 @@ def _masked(data):
 
 
 def crc32c(data: bytes) -> int:
-    """RFC 3720, appendix B.4, a bit at a time for the table."""
+    """Computes the checksum of RFC 3720, appendix B.4."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc = crc >> 8 ^ _table()[(crc ^ byte) & 0xFF]
