@@ -1,10 +1,10 @@
 #!/bin/sh
-# Trains with Open MPI's launcher, here four processes:  launch/openmpi.sh 4 --config=configs/digits.py \
-#     --workdir=runs/digits
+# Trains in several processes (here 4), started by Open MPI:
+#   launch/openmpi.sh 4 --config=configs/digits.py --workdir=runs/digits
 # On several hosts: MPIRUN_FLAGS="--hostfile hosts --map-by node" launch/openmpi.sh 4 ...
-# MPI itself is not used: JAX finds out from the environment which process this one is.
-# To stop, send SIGTERM to one of the processes: that to mpirun kills before anything is saved.
-processes=${1:?how many processes}
+# JAX reads the number of processes from the environment and does not use MPI.
+# To stop, send SIGTERM to one of the processes: SIGTERM to mpirun kills all before they save.
+processes=${1:?number of processes}
 shift
-# shellcheck disable=SC2086 # several flags
+# shellcheck disable=SC2086 # may hold several flags
 exec mpirun -n "$processes" ${MPIRUN_FLAGS:-} "${PYTHON:-.venv/bin/python}" main.py "$@"

@@ -1,29 +1,29 @@
 #!/bin/sh
-# Trains in several processes on this machine, which no launcher has to know:
+# Trains in several processes (here 2) on this machine, without a launcher:
 #   launch/processes.sh 2 --config=configs/digits.py --workdir=runs/digits
-# On several machines, start on machine I of N the one command at the end by hand, with the address
-# of machine 0 instead of 127.0.0.1.
-processes=${1:?how many processes}
+# On N machines, run the python command below on each machine I, with --process-id=I,
+# --num-processes=N and the address of machine 0 instead of 127.0.0.1.
+processes=${1:?number of processes}
 port=${PORT:-8476}
 shift
 
 process=0
 children=
-told=
-trap 'told=yes; kill -TERM $children 2>/dev/null' TERM INT # each saves; this script waits for them
+stopping=
+trap 'stopping=yes; kill -TERM $children 2>/dev/null' TERM INT # the processes save and exit; this script waits
 while [ "$process" -lt "$processes" ]; do
   "${PYTHON:-.venv/bin/python}" main.py "$@" \
     --coordinator="127.0.0.1:$port" --num-processes="$processes" --process-id="$process" &
   children="$children $!"
   process=$((process + 1))
 done
-[ -z "$told" ] || kill -TERM $children 2>/dev/null # it came before this script knew them all
+[ -z "$stopping" ] || kill -TERM $children 2>/dev/null # the signal came before all were started
 
 code=0
 for child in $children; do
   wait "$child"
   status=$?
-  while kill -0 "$child" 2>/dev/null; do # a signal to this script has interrupted the wait
+  while kill -0 "$child" 2>/dev/null; do # a signal interrupted the wait
     wait "$child"
     status=$?
   done

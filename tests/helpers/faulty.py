@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""main.py, in which something goes wrong: $FAULT says where, when and what, as JSON.
+"""Runs main.py with an injected fault, described by $FAULT as JSON.
 
-{"process": 1, "at": "step 7 ", "do": "SIGTERM"}: process 1 gets SIGTERM as it reaches step 7; all
-do, without "process". `at` is the beginning of what the guard of the run is told, or "compile" or
-"save".
+{"process": 1, "at": "step 7 ", "do": "SIGTERM"} sends SIGTERM to process 1 when it reaches step 7;
+without "process", to all. "at" is a prefix of what the run reports to `Watchdog.progress`, or
+"compile" or "save STEP". "do" is a signal, "raise", "hang" or "nan".
 """
 
 import json
@@ -25,18 +25,18 @@ from tnt_flax.runtime.checkpoints import Checkpoints
 from tnt_flax.runtime.watchdog import Watchdog
 
 FAULT = json.loads(os.environ.get("FAULT", "null")) or {}
-told = threading.Event()  # this process to stop, in a run of many
+signaled = threading.Event()  # this process, in a run of several
 
 
-def is_here() -> bool:
+def concerns_this_process() -> bool:
     return FAULT.get("process", jax.process_index()) == jax.process_index()
 
 
-def strike(reached: str) -> None:
-    """Does what FAULT says, once, if this is the place."""
-    if told.is_set():  # JAX looks for the notice once a second; small steps are quicker
+def inject(reached: str) -> None:
+    """Injects FAULT once, if `reached` is where it belongs."""
+    if signaled.is_set():  # JAX checks for signals once a second, and these steps are shorter
         time.sleep(1)
-    if not FAULT or not is_here() or not reached.startswith(FAULT["at"]):
+    if not FAULT or not concerns_this_process() or not reached.startswith(FAULT["at"]):
         return
     what = FAULT["do"]
     FAULT.clear()
@@ -44,30 +44,30 @@ def strike(reached: str) -> None:
     if what.startswith("SIG"):
         os.kill(os.getpid(), signal.Signals[what])
         if jax.process_count() > 1:
-            told.set()
+            signaled.set()
     elif what == "raise":
         raise ZeroDivisionError("an injected bug")
     elif what == "hang":
         time.sleep(10_000)
 
 
-def struck_first(function, reached=lambda *args: args[1]):
-    def wrapped(*args, **kwargs):
-        strike(reached(*args))
-        return function(*args, **kwargs)
+def inject_before_progress(progress):
+    def wrapped(self, what, **options):
+        inject(what)
+        return progress(self, what, **options)
 
     return wrapped
 
 
-def struck_after_save(save):
+def inject_during_save(save_async):
     def wrapped(self, state, step, metrics=None):
-        save(self, state, step, metrics)  # it goes on in the background
-        strike(f"save {step}")
+        save_async(self, state, step, metrics)
+        inject(f"save {step}")
 
     return wrapped
 
 
-def struck_train_step(jit_train_step):
+def inject_in_train_step(jit_train_step):
     def make(*args):
         train_step, calls = jit_train_step(*args), 0
 
@@ -75,10 +75,10 @@ def struck_train_step(jit_train_step):
             nonlocal calls
             calls += 1
             if calls == 1 and FAULT.get("at") == "compile":
-                jax.monitoring.register_event_duration_secs_listener(struck_compiler)
-            if FAULT.get("do") == "nan" and is_here():
+                jax.monitoring.register_event_duration_secs_listener(inject_during_compilation)
+            if FAULT.get("do") == "nan" and concerns_this_process():
                 if FAULT["at"] == f"step {calls}":
-                    state = state.replace(params=jax.tree.map(not_a_number, state.params))
+                    state = state.replace(params=jax.tree.map(set_to_nan, state.params))
             return train_step(state, *rest)
 
         return wrapped
@@ -86,14 +86,14 @@ def struck_train_step(jit_train_step):
     return make
 
 
-def struck_compiler(event, *args, **kwargs):
-    """JAX has made the program, which XLA now compiles."""
+def inject_during_compilation(event, *args, **kwargs):
+    """Called after JAX has lowered the program and before XLA compiles it."""
     if event.endswith("jaxpr_to_mlir_module_duration"):
-        threading.Timer(0.3, strike, ["compile"]).start()
+        threading.Timer(0.3, inject, ["compile"]).start()
 
 
-def not_a_number(x):
-    """Of this process only, as if its memory had failed."""
+def set_to_nan(x):
+    """Sets an array to NaN on this process only, as a memory failure would."""
     shards = [np.full(s.data.shape, np.nan, x.dtype) for s in x.addressable_shards]
     devices = [s.device for s in x.addressable_shards]
     pieces = [jax.device_put(s, d) for s, d in zip(shards, devices, strict=True)]
@@ -101,9 +101,9 @@ def not_a_number(x):
 
 
 if __name__ == "__main__":
-    Watchdog.progress = struck_first(Watchdog.progress)
-    Checkpoints.save_async = struck_after_save(Checkpoints.save_async)
-    sharding.jit_train_step = struck_train_step(sharding.jit_train_step)
-    if FAULT.get("at") == "compile":  # a program that was kept would not be compiled
+    Watchdog.progress = inject_before_progress(Watchdog.progress)
+    Checkpoints.save_async = inject_during_save(Checkpoints.save_async)
+    sharding.jit_train_step = inject_in_train_step(sharding.jit_train_step)
+    if FAULT.get("at") == "compile":  # a cached program would not be compiled
         jax.config.update("jax_enable_compilation_cache", False)
     sys.exit(main.main())

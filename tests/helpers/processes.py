@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts main.py, or a program like it, as several processes of one run, on this machine."""
+"""Starts main.py, or a script like it, as several processes of one run on this machine."""
 
 import os
 import pathlib
@@ -24,9 +24,9 @@ def start(
     program: str = "main.py",
     env: dict[str, str] | None = None,
 ) -> list[subprocess.Popen]:
-    """`count` processes of `devices` virtual devices each, all started and none waited for.
+    """Starts `count` processes with `devices` virtual devices each and returns them.
 
-    A flag may be a sequence of `count` texts, one for each process.
+    An element of `flags` may be a sequence of `count` strings, one for each process.
     """
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": str(devices),
@@ -47,7 +47,7 @@ def start(
 
 
 def finish(started: Sequence[subprocess.Popen], timeout: float = 900) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of each; those that take longer are killed and fail the test."""
+    """Returns (exit code, stdout, stderr) of each process; after `timeout` seconds kills all."""
     results = []
     try:
         for process in started:

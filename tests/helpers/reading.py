@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""main.py, which also writes what its process reads for each training step to $READ/PROCESS."""
+"""Runs main.py and records the samples of every training step in the file $READ/PROCESS."""
 
 import json
 import os
@@ -14,8 +14,8 @@ import jax
 from tnt_flax.runtime import sharding
 
 
-def noted(to_global, folder: pathlib.Path):
-    """`sharding.to_global`, which also writes a line for each batch but those of evaluations."""
+def recorded(to_global, folder: pathlib.Path):
+    """Wraps `sharding.to_global`: also writes a line for each batch of a training step."""
 
     def wrapped(batch, mesh):
         if "mask" not in batch:
@@ -29,7 +29,7 @@ def noted(to_global, folder: pathlib.Path):
 
 
 def samples(folder: pathlib.Path) -> list[list[int]]:
-    """Of each step, the digests of all samples, in the order of the global batch."""
+    """Returns the digests of all samples of each step, in the order of the global batch."""
     steps = []
     for lines in zip(*[path.read_text().splitlines() for path in folder.iterdir()], strict=True):
         parts = {part: (count, digests) for part, count, digests in map(json.loads, lines)}
@@ -41,5 +41,5 @@ def samples(folder: pathlib.Path) -> list[list[int]]:
 if __name__ == "__main__":
     import main
 
-    sharding.to_global = noted(sharding.to_global, pathlib.Path(os.environ["READ"]))
+    sharding.to_global = recorded(sharding.to_global, pathlib.Path(os.environ["READ"]))
     sys.exit(main.main())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run goes on on other devices and in other processes, on another mesh."""
+"""A run resumes with another number of devices and processes, and on another mesh."""
 
 import json
 import shutil
@@ -9,14 +9,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.helpers.processes import finish, start
-from tests.helpers.reading import noted, samples
+from tests.helpers.reading import recorded, samples
 from tests.helpers.smoke import SMOKE
-from tnt_flax.runtime import sharding
+from tnt_flax.training import train
 from tnt_flax.training.metrics import read_metrics_file
-from tnt_flax.training.train import train_and_evaluate
 
 STEPS, RESUMED = 22, 10  # of 64 digits each
-NAMES = ("weights.safetensors", "curves.png", "predictions.png")
+ARTIFACTS = ("weights.safetensors", "curves.png", "predictions.png")
 FIELDS = {
     "batch_size": 64,
     "eval.batch_size": 120,
@@ -38,8 +37,8 @@ TOPOLOGIES = {
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run of one process on eight devices, four of which share what is stored."""
+def uninterrupted(tmp_path_factory):
+    """A run of one process on eight devices, with its state sharded over four."""
     from configs import digits
 
     config = digits.get_config()
@@ -47,8 +46,8 @@ def whole(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole") / "run"
     read = tmp_path_factory.mktemp("read")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "to_global", noted(sharding.to_global, read))
-        result = train_and_evaluate(config, workdir)
+        patch.setattr(train, "to_global", recorded(train.to_global, read))
+        result = train.train_and_evaluate(config, workdir)
     stream = samples(read)
     assert [len(set(step)) for step in stream] == [64] * STEPS
     return workdir, result, stream
@@ -61,9 +60,9 @@ def losses(workdir):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", TOPOLOGIES)
-def test_other_devices_go_on_where_eight_stopped(whole, root, tmp_path, name):
-    """They read a state that was split otherwise, and the very samples that were to come."""
-    before, expected, stream = whole
+def test_resuming_on_other_devices_and_processes(uninterrupted, root, tmp_path, name):
+    """The state is resharded, and the samples are the same as in the uninterrupted run."""
+    before, expected, stream = uninterrupted
     processes, devices, mesh, described = TOPOLOGIES[name]
     workdir, read = tmp_path / "run", tmp_path / "read"
     shutil.copytree(before, workdir)
@@ -71,7 +70,7 @@ def test_other_devices_go_on_where_eight_stopped(whole, root, tmp_path, name):
     for path in (workdir / "checkpoints").iterdir():
         if path.name.isdecimal() and int(path.name) > RESUMED:
             shutil.rmtree(path)
-    for file in NAMES:
+    for file in ARTIFACTS:
         (workdir / file).unlink()
     flags = [*FLAGS, *[f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]]
     env = {"READ": str(read)}
@@ -80,7 +79,7 @@ def test_other_devices_go_on_where_eight_stopped(whole, root, tmp_path, name):
     assert [code for code, _, _ in ended] == [0] * processes, err
     assert described in err
     assert f"; from step {RESUMED} to {STEPS}; " in err
-    assert not any("{" in other for _, other, _ in ended[1:])  # process 0 alone answers
+    assert not any("{" in other for _, other, _ in ended[1:])  # only process 0 prints the result
     assert samples(read) == stream[RESUMED:]
     result = json.loads(out.splitlines()[-1])
     assert list(losses(workdir)) == list(losses(before)) == list(range(1, STEPS + 1))
@@ -89,8 +88,8 @@ def test_other_devices_go_on_where_eight_stopped(whole, root, tmp_path, name):
     )
     assert result["images"] == expected["images"] == 360
     np.testing.assert_allclose(result["loss"], expected["loss"], rtol=1e-5)
-    ours, theirs = (load_file(folder / NAMES[0]) for folder in (workdir, before))
-    for key, average in theirs.items():
-        np.testing.assert_allclose(ours[key], average, rtol=0, atol=1e-5, err_msg=key)
-    for file in NAMES:
+    ours, theirs = (load_file(folder / ARTIFACTS[0]) for folder in (workdir, before))
+    for key, ema in theirs.items():
+        np.testing.assert_allclose(ours[key], ema, rtol=0, atol=1e-5, err_msg=key)
+    for file in ARTIFACTS:
         assert (workdir / file).stat().st_size > 0
