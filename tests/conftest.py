@@ -5,6 +5,7 @@ With TNT_FLAX_NO_SKIPS=1, as in CI, a skipped test is a failure.
 """
 
 import atexit
+import logging
 import os
 import pathlib
 import shutil
@@ -21,11 +22,14 @@ import PIL.Image
 import pytest
 
 from tests.helpers.smoke import SMOKE
+from tnt_flax.tools.command_line import setup_logging
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Compilation takes most of the time. Commands started by tests, and oracle tests, do optimize.
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+setup_logging()  # log messages go to stderr, as in the commands
+logging.getLogger("tnt_flax").propagate = True  # and to caplog
 
 
 NO_SKIPS = os.environ.get("TNT_FLAX_NO_SKIPS") == "1"

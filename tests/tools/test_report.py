@@ -21,6 +21,7 @@ from tnt_flax.runtime.workdir import (
 from tnt_flax.tools import page, report
 from tnt_flax.tools import predictions as answering
 from tnt_flax.tools.predictions import Answers
+from tnt_flax.training.evaluate import calibration_error, calibration_sums
 from tnt_flax.training.train import train_and_evaluate
 
 CHROMIUM = shutil.which("chromium")
@@ -58,6 +59,7 @@ def test_the_page_says_what_evaluation_says(made):
     path, result, evaluated = made
     for name in ("top1", "top5", "loss", "images"):
         assert result[name] == pytest.approx(evaluated[name], rel=1e-5), name
+    assert result["calibration_error"] == pytest.approx(evaluated["ece"], rel=1e-4)
     text = path.read_text()
     assert f"<b>{result['top1']:.2%}</b>top-1" in text
     cells = re.findall(r'<td style="background[^>]*>(\d*)</td>', text)
@@ -143,7 +145,8 @@ def test_statistics_by_hand():
     assert answering.most_confused(answers, 1) == [(1, 0, 2)]
     # Bins of a fifteenth: {.9, .9} half right, {.5} right, {.6, .6} wrong, {1} right.
     expected = (2 * 0.4 + 0.5 + 2 * 0.6 + 0) / 6
-    assert answering.calibration_error(answers) == pytest.approx(expected)
+    sums = calibration_sums(answers.confidence, answers.right)
+    assert calibration_error(sums) == pytest.approx(expected)
 
 
 def test_names_are_text_and_not_markup():

@@ -9,7 +9,7 @@ import pytest
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.runtime import sharding
 from tnt_flax.runtime.workdir import config_to_json
-from tnt_flax.training.evaluate import evaluate, evaluate_checkpoint, sums_and_means
+from tnt_flax.training.evaluate import evaluate, evaluate_checkpoint
 from tnt_flax.training.experiment import Experiment
 from tnt_flax.weights.weights_file import save_weights
 
@@ -29,7 +29,7 @@ def test_exact_for_any_batch_size(setting):
     results = []
     for batch_size in (8, 56, 360, 368):
         config.eval.batch_size = batch_size
-        result, sums = sums_and_means(step, params, experiment.eval_batches(), experiment.mesh)
+        result, sums = evaluate(step, params, experiment.eval_batches(), experiment.mesh)
         results.append(result)
         for name in ("per_class", "calibration"):  # images, hits, ...
             assert sums[name][0].sum() == 360

@@ -1,43 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
 import matplotlib
 import numpy as np
+import pytest
 from PIL import Image
 
-from tnt_flax.training.plots import plot_curves, plot_predictions
+from tnt_flax.training import plots
+from tnt_flax.training.evaluate import calibration_sums
 
 
-def test_curves_of_a_run_and_of_a_run_that_just_began(tmp_path):
-    train = {"train/loss": 2.0, "train/epoch": 0.5, "train/learning_rate": 0.1}
-    evals = {"eval/loss": 1.0, "eval/top1": 0.5, "eval/top5": 0.9}
-    plot_curves([{"step": 5, **train}, {"step": 10, **evals}], tmp_path / "run.png")
-    plot_curves([], tmp_path / "none.png")
-    for name in ("run.png", "none.png"):
-        with Image.open(tmp_path / name) as file:
-            image = np.asarray(file.convert("RGB"))
-        assert image.shape[0] > 300 and image.shape[1] > 1000
-        assert len(np.unique(image.reshape(-1, 3), axis=0)) > 10  # something is drawn
-
-
-def test_mistakes_come_first(tmp_path, monkeypatch):
-    titles = []
-    original = matplotlib.axes.Axes.set_title
+@pytest.fixture
+def figures(monkeypatch):
+    """Figures that were saved, in order."""
+    saved, save = [], plots.save
     monkeypatch.setattr(
-        matplotlib.axes.Axes,
-        "set_title",
-        lambda self, text, **kw: titles.append((text, kw["color"])) or original(self, text, **kw),
+        plots, "save", lambda figure, path: saved.append(figure) or save(figure, path)
     )
+    return saved
+
+
+def points(line):
+    return line.get_xydata().tolist()
+
+
+def test_curves_show_losses_accuracies_and_learning_rates(tmp_path, figures):
+    train = {"train/loss": 2.0, "train/epoch": 0.5, "train/learning_rate": 0.1}
+    evaluation = {"eval/loss": 1.0, "eval/top1": 0.5, "eval/top5": 0.9}
+    plots.plot_curves([{"step": 5, **train}, {"step": 10, **evaluation}], tmp_path / "run.png")
+    loss, accuracy, rate = figures[0].axes
+    assert [points(line) for line in loss.lines] == [[[0.5, 2.0]], [[1.0, 1.0]]]
+    assert [points(line) for line in accuracy.lines] == [[[1.0, 50.0]], [[1.0, 90.0]]]
+    assert [points(line) for line in rate.lines] == [[[0.5, 0.1]]]
+    assert accuracy.get_title() == "Evaluation accuracy (last top-1: 50.00%)"
+    with Image.open(tmp_path / "run.png") as file:
+        assert file.size[0] > 1000 and file.size[1] > 300
+
+
+def test_curves_of_a_run_without_metrics_are_empty(tmp_path, figures):
+    plots.plot_curves([], tmp_path / "none.png")
+    assert all(points(line) == [] for axes in figures[0].axes for line in axes.lines)
+    assert (tmp_path / "none.png").exists()
+
+
+def test_calibration_shows_accuracy_and_images_of_each_bin(tmp_path, figures):
+    confidence, correct = np.array([0.95, 1.0, 0.5]), np.array([True, False, True])
+    plots.plot_calibration(calibration_sums(confidence, correct), tmp_path / "c.png")
+    reliability, histogram = figures[0].axes
+    np.testing.assert_allclose(points(reliability.lines[1]), [[50, 100], [290 / 3, 50]])
+    heights = [bar.get_height() for bar in histogram.patches]
+    assert heights == [0] * 7 + [1] + [0] * 6 + [2]
+
+
+def test_predictions_show_mistakes_first_then_the_least_confident(tmp_path, figures):
     probabilities = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.3, 0.7]], np.float32)
-    plot_predictions(
-        np.zeros((4, 8, 8, 3), np.uint8),
-        np.array([0, 0, 0, 1]),
-        probabilities,
-        ("cat", "dog"),
-        tmp_path / "p.png",
-        columns=2,
-        rows=2,
-    )
-    texts = [text for text, _ in titles]
-    assert texts == ["dog  80%\n(is cat)", "cat  60%", "dog  70%", "cat  90%"]
-    assert titles[0][1] != titles[1][1]
-    with Image.open(tmp_path / "p.png") as file:
+    images = np.arange(4, dtype=np.uint8).repeat(8 * 8 * 3).reshape(4, 8, 8, 3)
+    labels, names, path = np.array([0, 0, 0, 1]), ("cat", "dog"), tmp_path / "p.png"
+    plots.plot_predictions(images, labels, probabilities, names, path, columns=2, rows=2)
+    axes = figures[0].axes
+    texts = ["dog  80%\n(is cat)", "cat  60%", "dog  70%", "cat  90%"]
+    assert [axis.get_title() for axis in axes] == texts
+    assert [axis.images[0].get_array()[0, 0, 0] for axis in axes] == [2, 1, 3, 0]
+    colors = [matplotlib.colors.to_hex(axis.title.get_color()) for axis in axes]
+    assert colors == [plots.WRONG] + [plots.RIGHT] * 3
+    with Image.open(path) as file:
         assert file.size[0] > 200

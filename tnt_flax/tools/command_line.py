@@ -269,4 +269,5 @@ def setup_logging() -> None:
     logger = logging.getLogger("tnt_flax")
     if not logger.handlers:
         logger.addHandler(_StderrHandler())
+        logger.propagate = False  # absl, imported by others, puts a handler on the root logger
     logger.setLevel(logging.INFO)

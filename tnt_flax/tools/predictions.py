@@ -70,13 +70,3 @@ def most_confused(answers: Answers, limit: int) -> list[tuple[int, int, int]]:
     found, counts = np.unique(pairs, axis=0, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:limit]
     return [(int(found[i][0]), int(found[i][1]), int(counts[i])) for i in order]
-
-
-def calibration_error(answers: Answers, bins: int = 15) -> float:
-    """Expected calibration error: |accuracy - mean confidence| in equal bins, weighed by images.
-
-    Guo et al. (2017); 15 bins as there.
-    """
-    place = np.minimum((answers.confidence * bins).astype(int), bins - 1)
-    gaps = np.bincount(place, weights=answers.right - answers.confidence, minlength=bins)
-    return float(np.abs(gaps).sum() / len(place))

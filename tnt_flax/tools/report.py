@@ -54,6 +54,7 @@ def report(args: Any) -> dict[str, Any]:
     from tnt_flax.runtime import workdir
     from tnt_flax.tools import predictions as answering
     from tnt_flax.training import metrics
+    from tnt_flax.training.evaluate import calibration_error, calibration_sums
     from tnt_flax.training.experiment import Experiment
     from tnt_flax.weights.read import read_checkpoint
 
@@ -81,7 +82,7 @@ def report(args: Any) -> dict[str, Any]:
         "top1": float(answers.right.mean()),
         "top5": float((answers.rank < 5).mean()),
         "loss": float(answers.loss.mean()),
-        "calibration_error": answering.calibration_error(answers),
+        "calibration_error": calibration_error(calibration_sums(answers.confidence, answers.right)),
         "images": len(answers.label),
     }
     page = make_page(args.workdir, config, stored, found, source, answers, lines, summary)
@@ -98,6 +99,7 @@ def make_page(folder, config, stored, found, source, answers, lines, summary) ->
     from tnt_flax.tools import page
     from tnt_flax.tools import predictions as answering
     from tnt_flax.training import plots
+    from tnt_flax.training.evaluate import calibration_sums
 
     names = readable_names(source.class_names)
     size = config.data.image_size
@@ -156,7 +158,10 @@ def make_page(folder, config, stored, found, source, answers, lines, summary) ->
         "<h2>Calibration</h2>",
         f"<p>Expected calibration error {summary['calibration_error']:.2%}, in 15 bins.</p>",
         page.drawing(
-            lambda p: plots.plot_calibration(answers.confidence, answers.right, p), "Calibration"
+            lambda p: plots.plot_calibration(
+                calibration_sums(answers.confidence, answers.right), p
+            ),
+            "Calibration",
         ),
         "<h2>Hardest images</h2>",
         "<p>Those whose own class the network finds least likely.</p>",

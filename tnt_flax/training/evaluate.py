@@ -3,9 +3,9 @@
 
 import contextlib
 import functools
+import logging
 import math
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -28,10 +28,13 @@ from tnt_flax.data.sources import Source, storage
 from tnt_flax.runtime import processes, sharding
 from tnt_flax.runtime.watchdog import Watchdog
 from tnt_flax.training.experiment import Batches, Experiment
+from tnt_flax.training.step import CALIBRATION_BINS
+
+logger = logging.getLogger(__name__)
 
 EvalStep = Callable[..., dict[str, jax.Array]]
-Stop = Callable[[str], bool | None]  # asked after every batch, which it is told of
-PER_CLASS = {"class": str, "name": str, "images": int, "top1": float, "top5": float}
+Stop = Callable[[str], bool | None]  # called with the progress after every batch; True stops
+PER_CLASS_COLUMNS = {"class": str, "name": str, "images": int, "top1": float, "top5": float}
 
 
 def evaluate(
@@ -39,36 +42,33 @@ def evaluate(
     params: Any,
     batches: Batches,
     mesh: Mesh,
-    stop: Stop = lambda what: False,
-) -> dict[str, float]:
-    """Returns top1 and top5 (shares of 1), loss (mean), images, and skipped (unreadable images).
+    stop: Stop = lambda progress: False,
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Evaluates `params` on all `batches`.
 
-    `stop` is told of every batch, and says whether to give up; then the result is empty.
+    Args:
+        eval_step: see `step.make_eval_step`, jitted.
+        params: parameters on `mesh`.
+        batches: this process's rows of each batch.
+        mesh: see `runtime.sharding`.
+        stop: called after every batch. If it returns True, both results are empty.
+
+    Returns:
+        The metrics: top1 and top5 (fractions), loss (mean), images, skipped (unreadable images).
+        The sums of `eval_step` over all batches, in float64.
 
     Raises:
         RunError: there is no image, or the loss is not finite.
     """
-    metrics, _ = sums_and_means(eval_step, params, batches, mesh, stop)
-    return metrics
-
-
-def sums_and_means(
-    eval_step: EvalStep,
-    params: Any,
-    batches: Batches,
-    mesh: Mesh,
-    stop: Stop = lambda what: False,
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """What `evaluate` returns, and the sums of `steps.make_eval_step` over all batches."""
     totals: dict[str, np.ndarray] = {}
     skipped = 0
 
-    def add(sums):  # in double precision, in the order of the data
+    def add(sums):  # in the order of the data
         for name, x in jax.device_get(sums).items():
             totals[name] = totals.get(name, 0) + np.asarray(x, np.float64)
 
     params = sharding.whole(params, mesh)
-    pending = {}  # added one batch late: the device never waits, nor do batches pile up on it
+    pending = {}  # added one batch late, so that the device never waits for the host
     with contextlib.closing(batches):
         for number, batch in enumerate(batches, start=1):
             skipped += int(batch.pop("corrupt").sum())
@@ -87,14 +87,25 @@ def sums_and_means(
     return {**metrics, "images": images, "skipped": processes.sum_over_processes(skipped)}, totals
 
 
-def calibration_error(calibration: np.ndarray) -> float:
-    """The expected calibration error (arXiv 1706.04599) of the sums [3, bins] of an eval step."""
-    images, hits, confidence = calibration
-    return float(np.abs(hits - confidence).sum() / images.sum())
+def calibration_sums(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """Returns [3, bins]: images, correct predictions and confidence, summed over each bin.
+
+    The bins are those of `step.make_eval_step`: (a, b], of equal width.
+    """
+    last = CALIBRATION_BINS - 1
+    bins = np.clip(np.ceil(np.float32(confidence) * CALIBRATION_BINS) - 1, 0, last).astype(int)
+    columns = (np.ones(len(bins)), correct, confidence)
+    return np.stack([np.bincount(bins, x, CALIBRATION_BINS) for x in columns])
+
+
+def calibration_error(sums: np.ndarray) -> float:
+    """Returns the expected calibration error (arXiv 1706.04599) of `calibration_sums`."""
+    images, correct, confidence = sums
+    return float(np.abs(correct - confidence).sum() / images.sum())
 
 
 def mean_per_class(per_class: np.ndarray) -> float:
-    """The mean of the top1 of all classes that have images, of sums [3, classes]."""
+    """Returns the mean top-1 accuracy of all classes with images; `per_class` is [3, classes]."""
     images, top1, _ = per_class[:, per_class[0] > 0]
     return float((top1 / images).mean())
 
@@ -129,31 +140,33 @@ def evaluate_checkpoint(
         mesh = experiment.mesh
         table = None
         if per_class and processes.is_main_process():
-            table = stack.enter_context(open_table(pathlib.Path(per_class), PER_CLASS))
+            table = stack.enter_context(open_table(pathlib.Path(per_class), PER_CLASS_COLUMNS))
         source = open_labeled_source(experiment)
         multi_label = getattr(source, "max_labels", None) is not None
         if multi_label and per_class:
             raise InputError("images may be of several classes in these data: no --per-class")
         params, found = experiment.load_params(path, checkpoint=checkpoint)
         params = sharding.place(params, sharding.shardings(params, mesh, (sharding.TENSOR,)))
-        known = (found.class_names, found.network.model.num_classes)
-        model = experiment.make_model(known[1])
-        classes = select_classes(experiment.config.eval.classes, *known)
-        to_network = map_to_network(source.class_names, *known)
+        class_names, num_classes = found.class_names, found.network.model.num_classes
+        model = experiment.make_model(num_classes)
+        only = experiment.config.eval.classes
+        classes = select_classes(only, class_names, num_classes)
+        to_network = map_to_network(source.class_names, class_names, num_classes)
 
-        print(f"evaluating on {len(source)} images", file=sys.stderr)
+        logger.info("evaluating on %d images", len(source))
         eval_step = sharding.jit_eval_step(experiment.make_eval_step(model, classes), mesh)
         batches = relabeled(experiment.eval_batches(source), to_network, classes)
         # `setup`: there is nothing to save, so a signal may end the process at once.
         progress = functools.partial(watchdog.progress, setup=True)
-        metrics, sums = sums_and_means(eval_step, params, batches, mesh, progress)
+        metrics, sums = evaluate(eval_step, params, batches, mesh, progress)
         watchdog.raise_if_stopping()
         metrics["ece"] = calibration_error(sums["calibration"])
         if not multi_label:
             metrics["mean_per_class"] = mean_per_class(sums["per_class"])
-        metrics["classes"] = len(classes) if classes else model.num_classes
+        metrics["classes"] = len(classes) if classes else num_classes
         if table:
-            names = names_or_imagenet(*known) or tuple(map(str, range(known[1])))
+            names = names_or_imagenet(class_names, num_classes)
+            names = names or tuple(map(str, range(num_classes)))
             write_per_class(table, sums["per_class"], names)
             metrics["per_class"] = per_class
     return {**metrics, "checkpoint": found.path}
@@ -170,9 +183,12 @@ def open_labeled_source(experiment: Experiment) -> Source:
 
 
 def relabeled(batches: Batches, to_network: np.ndarray, classes: tuple[int, ...] | None) -> Batches:
-    """`batches` with the network's classes, int32 [b, K], `to_network` of each of their labels.
+    """Yields `batches` with labels of the network, int32 [b, K], where they have the data's.
 
-    Images of none of the `classes`, or of none at all, do not count.
+    Args:
+        batches: with labels int32 [b] or [b, K], -1 for no label.
+        to_network: int [data classes], the network's class of each class of the data, or -1.
+        classes: if given, images of other classes are masked out, as are images without a label.
     """
     with contextlib.closing(batches):
         for batch in batches:
@@ -185,8 +201,9 @@ def relabeled(batches: Batches, to_network: np.ndarray, classes: tuple[int, ...]
 
 
 def write_per_class(table: Any, per_class: np.ndarray, names: tuple[str, ...]) -> None:
+    """Writes a row for each class with images; `per_class` is [3, classes]."""
     rows = zip(names, readable_names(names), per_class.T, strict=True)
     for synset, name, (images, top1, top5) in rows:
         if images:
-            shares = {"top1": top1 / images, "top5": top5 / images}
-            table.write({"class": synset, "name": name, "images": int(images), **shares})
+            accuracies = {"top1": top1 / images, "top5": top5 / images}
+            table.write({"class": synset, "name": name, "images": int(images), **accuracies})

@@ -5,7 +5,7 @@ Training, evaluation, the tools and the benchmarks all set up through this class
 """
 
 import functools
-import sys
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,6 +28,8 @@ from tnt_flax.training.step import TrainState
 from tnt_flax.weights.identify import check_same, unstored_fields
 from tnt_flax.weights.load import adapt
 from tnt_flax.weights.read import Checkpoint, read_checkpoint
+
+logger = logging.getLogger(__name__)
 
 Batches = Iterator[dict[str, np.ndarray]]
 
@@ -276,7 +278,7 @@ class Experiment:
         wanted = model.clone(num_classes=num_classes)
         description = f"the {config.model.name} that the config describes"
         check_same(found.path, adapted, wanted, description)
-        print("; ".join([f"loaded {summary}", *found.notes]), file=sys.stderr)
+        logger.info("; ".join([f"loaded {summary}", *found.notes]))
         return found.params, found
 
     # ---------------------------------------------------------------------------- state

@@ -4,7 +4,7 @@
 import contextlib
 import datetime
 import json
-import os
+import logging
 import pathlib
 import sys
 import time
@@ -14,40 +14,42 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from tnt_flax.core.files import write_atomic
+
+logger = logging.getLogger(__name__)
+
 
 class MetricWriter:
     """Appends scalars to `metrics.jsonl` and to TensorBoard event files, without TensorFlow.
 
-    A resumed run first drops what a killed one had logged past `start_step`. A disk that is full
-    costs lines, and no more.
+    A resumed run first drops the lines that a killed run wrote after `start_step`. If the disk is
+    full, lines are lost and training continues.
     """
 
     def __init__(self, workdir: pathlib.Path, start_step: int):
-        from tensorboard.summary import Writer  # a slow import that evaluation does not need
+        from tensorboard.summary import Writer  # slow to import; evaluation does not need it
 
         self.path = workdir / "metrics.jsonl"
         kept = [m for m in read_metrics_file(self.path) if m["step"] <= start_step]
-        temporary = self.path.with_name("metrics.jsonl.tmp")
-        temporary.write_text("".join(json.dumps(m) + "\n" for m in kept))
-        os.replace(temporary, self.path)
+        write_atomic(self.path, "".join(json.dumps(m) + "\n" for m in kept))
         self._file = open(self.path, "a")
         self._open_events = lambda: Writer(str(workdir / "tensorboard"))
         self._events = self._open_events()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """`values` are numbers by name ("train/loss"); anything else goes to the file alone."""
+        """Writes values by name, such as "train/loss"; TensorBoard gets the numbers only."""
         try:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
         except OSError as error:
-            print(f"error: cannot write {self.path}: {error.strerror}", file=sys.stderr)
+            logger.error("error: cannot write %s: %s", self.path, error.strerror)
         try:
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self._events.add_scalar(name, value, step)
             self._events.flush()
-        except OSError as error:  # after which a writer of TensorBoard's only repeats it
-            print(f"error: cannot write TensorBoard's events: {error.strerror}", file=sys.stderr)
+        except OSError as error:  # TensorBoard's writer would raise it again at every call
+            logger.error("error: cannot write TensorBoard's events: %s", error.strerror)
             self._events = self._open_events()
 
     def close(self) -> None:
@@ -58,7 +60,7 @@ class MetricWriter:
 
 
 def read_metrics_file(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """Returns the lines of a metrics.jsonl, without a last line that a kill truncated."""
     if not path.exists():
         return []
     metrics = []
@@ -115,7 +117,7 @@ class StepMeter:
         self.learning_rate = float(metrics["learning_rate"])
 
     def report(self, step: int) -> dict[str, float]:
-        """The window's averages as of `step` updates; starts the next window."""
+        """Returns the averages since the last report, after `step` updates."""
         elapsed = max(time.perf_counter() - self.began, 1e-9)
         steps = len(self.losses)
         values = {
@@ -140,14 +142,14 @@ class StepMeter:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """The time inside, for an evaluation or a checkpoint, is not training time."""
+        """Excludes the time inside, of an evaluation or a checkpoint, from the training time."""
         paused = time.perf_counter()
         yield
         self.began += time.perf_counter() - paused
 
 
 class Progress:
-    """A bar where a person watches, plain lines where a log is kept. Both go to stderr."""
+    """Shows progress on stderr: a bar on a terminal, plain lines otherwise."""
 
     def __init__(self, start_step: int, total_steps: int):
         self.total_steps = total_steps

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures: the curves of a run, test images with their predictions, training samples."""
+"""Plots: the curves of a run, calibration, images with predictions, training samples."""
 
 import pathlib
 from typing import Any
@@ -8,11 +8,11 @@ import numpy as np
 
 RIGHT, WRONG = "#1b7837", "#b2182b"
 DPI = 110
-SMALLEST = 160  # pixels: narrower training samples are enlarged
+MIN_SAMPLE_WIDTH = 160  # pixels: narrower training samples are enlarged
 
 
 def plot_curves(metrics: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Loss, accuracy and learning rate over epochs, from the lines of a metrics.jsonl."""
+    """Plots loss, accuracy and learning rate over epochs, from the lines of a metrics.jsonl."""
     plt = pyplot()
     train = [m for m in metrics if "train/loss" in m]
     evals = [m for m in metrics if "eval/loss" in m]
@@ -40,23 +40,19 @@ def plot_curves(metrics: list[dict[str, Any]], path: pathlib.Path) -> None:
     save(figure, path)
 
 
-def plot_calibration(confidence: np.ndarray, right: np.ndarray, path: pathlib.Path) -> None:
-    """How often answers of each confidence are right, and how many there are, in ten bins."""
+def plot_calibration(sums: np.ndarray, path: pathlib.Path) -> None:
+    """Plots accuracy and number of images by confidence, from `evaluate.calibration_sums`."""
     plt = pyplot()
-    edges = np.linspace(0, 1, 11)
-    bins = np.clip(np.digitize(confidence, edges) - 1, 0, 9)
-    counts = np.bincount(bins, minlength=10)
-    accuracy = np.bincount(bins, weights=right, minlength=10) / np.maximum(counts, 1)
-    centers = (edges[:-1] + edges[1:]) / 2
+    counts, correct, _ = sums
+    centers = 100 * (np.arange(len(counts)) + 0.5) / len(counts)
+    filled = counts > 0
     figure, (reliability, histogram) = plt.subplots(1, 2, figsize=(8.7, 3.6), layout="constrained")
     reliability.plot([0, 100], [0, 100], ":", color="0.5", lw=1, label="calibrated")
-    filled = counts > 0
-    reliability.plot(
-        100 * centers[filled], 100 * accuracy[filled], "o-", ms=4, label="this network"
-    )
-    reliability.set(title="Right answers by confidence", ylabel="right, %", ylim=(-3, 103))
+    accuracy = 100 * correct[filled] / counts[filled]
+    reliability.plot(centers[filled], accuracy, "o-", ms=4, label="this network")
+    reliability.set(title="Accuracy by confidence", ylabel="correct, %", ylim=(-3, 103))
     reliability.legend(frameon=False, loc="upper left")
-    histogram.bar(100 * centers, counts, width=8)
+    histogram.bar(centers, counts, width=80 / len(counts))
     histogram.set(title="Images by confidence", ylabel="images")
     for axes in (reliability, histogram):
         axes.set(xlabel="confidence, %", xlim=(-3, 103))
@@ -75,9 +71,15 @@ def plot_predictions(
     columns: int = 8,
     rows: int = 4,
 ) -> None:
-    """A sheet of images uint8 [B, H, W, 3] with prediction and confidence, mistakes first.
+    """Plots images with prediction and confidence: mistakes first, then the least confident.
 
-    `probabilities` is [B, classes]. Of the rest, the least certain come first.
+    Args:
+        images: uint8 [B, H, W, 3].
+        labels: int [B].
+        probabilities: [B, classes].
+        class_names: of all classes.
+        path: file to write.
+        columns, rows: size of the grid; further images are left out.
     """
     plt = pyplot()
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
@@ -89,15 +91,15 @@ def plot_predictions(
     for axis in axes.flat:
         axis.axis("off")
     for axis, i in zip(axes.flat, order, strict=False):
-        right = predicted[i] == labels[i]
+        correct = predicted[i] == labels[i]
         text = f"{class_names[predicted[i]]}  {confidence[i]:.0%}"
-        if not right:
+        if not correct:
             text += f"\n(is {class_names[labels[i]]})"
         axis.imshow(images[i])
-        axis.set_title(text, fontsize=9, color=RIGHT if right else WRONG)
+        axis.set_title(text, fontsize=9, color=RIGHT if correct else WRONG)
     wrong = int((predicted != labels).sum())
     figure.suptitle(
-        f"{len(labels)} evaluation images, {wrong} wrong: mistakes first, then the least certain",
+        f"{len(labels)} evaluation images, {wrong} wrong: mistakes first, then the least confident",
         fontsize=10,
     )
     save(figure, path)
@@ -106,17 +108,17 @@ def plot_predictions(
 def plot_samples(
     images: np.ndarray, captions: list[str], title: str, path: pathlib.Path, *, columns: int
 ) -> None:
-    """A sheet of images uint8 [B, H, W, 3], small ones enlarged by a whole factor, none resampled.
+    """Plots images uint8 [B, H, W, 3] with captions, enlarged by an integer factor if small.
 
-    Below an image is its caption: one line or two, of at most 24 letters each.
+    Captions have one or two lines of at most 24 characters.
     """
     plt = pyplot()
-    zoom = -(-SMALLEST // images.shape[2])
+    zoom = -(-MIN_SAMPLE_WIDTH // images.shape[2])
     height, width = images.shape[1] * zoom, images.shape[2] * zoom
-    size = min(10, width / 20)  # of letters, so that 24 fit
-    gap, below, head = 12, 12 + 3 * round(size), 44  # pixels: between, for captions, for the title
+    size = min(10, width / 20)  # font size: 24 characters fit
+    gap, below, head = 12, 12 + 3 * round(size), 44  # pixels: between images, captions, title
     rows = -(-len(images) // columns)
-    across = max(gap + columns * (width + gap), 760)  # the title needs that
+    across = max(gap + columns * (width + gap), 760)  # the width of the title
     down = head + rows * (height + below + gap)
     figure = plt.figure(figsize=(across / DPI, down / DPI), dpi=DPI)
     figure.text(gap / across, 1 - head / 2 / down, title, fontsize=10, va="center")
@@ -132,7 +134,8 @@ def plot_samples(
 
 
 def pyplot():
-    import matplotlib  # slow to import, and only this file needs it
+    """Returns matplotlib's pyplot with a backend that opens no windows."""
+    import matplotlib  # slow to import, and only plots need it
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -3,8 +3,8 @@
 
 import contextlib
 import functools
+import logging
 import pathlib
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,6 +37,8 @@ from tnt_flax.training.metrics import (
 )
 from tnt_flax.training.step import TrainState
 from tnt_flax.weights import weights_file
+
+logger = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
 
@@ -88,13 +90,12 @@ def log_start(experiment: Experiment, workdir: pathlib.Path, start_step: int) ->
     environment = current_environment()  # on all processes: it gathers
     if processes.is_main_process():
         record_environment(workdir, start_step, environment)
-        print(
+        logger.info(
             f"{experiment.config.model.name}: {len(experiment.train_source)} training and "
             f"{len(experiment.eval_source)} evaluation images, "
             f"{len(experiment.class_names)} classes, {sharding.describe(experiment.mesh)}, "
             f"{experiment.steps_per_epoch} steps per epoch; from step {start_step} to "
-            f"{experiment.total_steps}; logs and checkpoints in {workdir}",
-            file=sys.stderr,
+            f"{experiment.total_steps}; logs and checkpoints in {workdir}"
         )
 
 
@@ -143,7 +144,7 @@ class Run:
         Returns an empty dictionary if the run is told to stop before all images were seen.
         """
         experiment, which = self.experiment, self.experiment.config.eval.weights
-        metrics = evaluate(
+        metrics, _ = evaluate(
             experiment.eval_step,
             experiment.eval_params(state),
             experiment.eval_batches(),
@@ -193,7 +194,7 @@ class Run:
         evaluates_ema = experiment.config.eval.weights == "ema"
         evaluated = ema if evaluates_ema else sharding.fetch_on_main(state.params)
         if self.is_main_process:
-            print(f"SHA-256 of the final parameters: {digest}", file=sys.stderr)
+            logger.info("SHA-256 of the final parameters: %s", digest)
             weights_file.save_weights(workdir / "weights.safetensors", ema, run_info(experiment))
             plots.plot_curves(read_metrics_file(self.writer.path), workdir / "curves.png")
             plot_first_predictions(experiment, evaluated, workdir / "predictions.png")
