@@ -291,7 +291,7 @@ def _all_gather_on_devices(value):
 
 def barrier(name: str, timeout: float = RPC_TIMEOUT) -> None:
     """Returns when all processes have called it. Raises RunError as `all_gather_strings`."""
-    all_gather_strings(name, "", timeout)
+    all_gather_strings(name, "done", timeout)
 
 
 def sum_over_processes(count: int) -> int:
