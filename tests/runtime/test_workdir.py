@@ -9,7 +9,6 @@ from collections import namedtuple
 import pytest
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.core.trees import diff_nested
 from tnt_flax.runtime.workdir import check_space, config_to_json, open_workdir
 
 CONFIG = {"batch_size": 4, "data": {"root": "a", "threads": 1}, "log": {"every": "1 steps"}}
@@ -62,12 +61,6 @@ def test_a_resumed_run_may_change_keys_without_effect_on_results(tmp_path):
     with open_workdir(tmp_path, moved):
         pass
     assert json.loads((tmp_path / "config.json").read_text()) == moved
-
-
-def test_diff_nested():
-    old = {"a": 1, "b": {"c": 2, "d": 3}, "e": 4}
-    new = {"a": 1, "b": {"c": 5, "d": 3}, "f": 6}
-    assert diff_nested(old, new) == ["b.c: 2 -> 5", "e: 4 -> None", "f: None -> 6"]
 
 
 def test_config_to_json_equals_a_round_trip(smoke_config):

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Atomic writes, error texts and comparisons of trees."""
+
+import numpy as np
+import pytest
+
+from tnt_flax.core.errors import InputError, did_you_mean, listed, one_line
+from tnt_flax.core.files import atomic_path, cache_folder, write_atomic
+from tnt_flax.core.trees import check_tensors_match, diff_nested
+
+
+@pytest.mark.parametrize("fsync", [False, True])
+@pytest.mark.parametrize(
+    "content", ["né\n", b"n\xc3\xa9\n", lambda file: file.write(b"n\xc3\xa9\n")]
+)
+def test_write_atomic_replaces_a_file(tmp_path, content, fsync):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    write_atomic(path, content, fsync=fsync)
+    assert path.read_text() == "né\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
+    def fail(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(path, fail)
+    assert path.read_text() == "old"
+    with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+        (temporary / "part").write_text("half")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_path_moves_a_folder_and_keeps_the_suffix(tmp_path):
+    with atomic_path(tmp_path / "a.onnx") as temporary:
+        assert temporary.suffix == ".onnx"
+        temporary.mkdir()
+        (temporary / "part").write_text("all")
+    assert (tmp_path / "a.onnx" / "part").read_text() == "all"
+
+
+def test_cache_folder(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert str(cache_folder()) == "/cache/tnt_flax"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/x")
+    assert str(cache_folder()) == "/home/x/.cache/tnt_flax"
+
+
+def test_error_texts():
+    assert did_you_mean("TNT_s", ["tnt_s", "tnt_b", "other"]) == " (did you mean 'tnt_s'?)"
+    assert did_you_mean("xyz", ["tnt_s", "tnt_b"]) == ""
+    assert listed(["a", "b"]) == "a, b"
+    assert listed(["a", "b", "c"], limit=1, separator="; ") == "a and 2 more"
+    assert one_line(ValueError("first\nsecond")) == "ValueError: first"
+    assert one_line(KeyError()) == "KeyError"
+
+
+def test_mismatched_tensors_are_listed():
+    found = {"a": np.zeros(2), "b": np.zeros((2, 3), np.float32)}
+    check_tensors_match("x", found, found)
+    expected = {"b": np.zeros((3, 2), np.float32), "c": np.zeros(1)}
+    with pytest.raises(InputError) as error:
+        check_tensors_match("weights", found, expected)
+    assert str(error.value) == (
+        "weights does not fit this model: ! b float32[2, 3], not float32[3, 2]; "
+        "+ a float64[2]; - c float64[1]"
+    )
+
+
+def test_diff_nested():
+    old = {"a": 1, "b": {"c": 2, "d": 3}, "e": 4}
+    new = {"a": 1, "b": {"c": 5, "d": 3}, "f": 6}
+    assert diff_nested(old, new) == ["b.c: 2 -> 5", "e: 4 -> None", "f: None -> 6"]
