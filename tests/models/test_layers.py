@@ -199,7 +199,7 @@ def test_drop_path_keeps_the_dtype_of_the_computation():
     "fields, sites",
     [
         ({}, []),
-        ({"attention_dropout": 0.5}, [(6, 5, 5)]),  # of 2 sequences, 3 heads each
+        ({"attention_dropout": 0.5}, [(2, 3, 5, 5)]),
         ({"dropout": 0.5}, [(2, 5, 12), (2, 5, 48), (2, 5, 12)]),  # attention's output, MLP twice
     ],
 )

@@ -9,15 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from tnt_flax.models.kernels.platform import devices, manual_axes
-
 EPSILON, MOMENTUM = 1e-5, 0.1  # torch's defaults; its momentum is the weight of the new
-
-
-def mean_of_all(x: Float[Array, "*batch W"]) -> Float[Array, " W"]:
-    """Over all axes but the last, and over the devices among which `jax.shard_map` split `x`."""
-    mean = x.mean(tuple(range(x.ndim - 1)))
-    return jax.lax.pmean(mean, manual_axes()) if manual_axes() else mean
 
 
 class BatchNorm(nn.Module):
@@ -28,9 +20,8 @@ class BatchNorm(nn.Module):
     not as in flax's own, the running variance is the unbiased one of n / (n - 1). `count` is of the
     batches so far; nothing reads it, but torch's files have it (`num_batches_tracked`).
 
-    Under `jax.jit` a batch is the whole one, wherever its rows lie, and so it is made in
-    `jax.shard_map`: the statistics are those of all devices, which torch calls SyncBatchNorm. The
-    official recipe takes each GPU's own.
+    Under `jax.jit` the statistics are those of the global batch, on any number of devices, which
+    torch calls SyncBatchNorm. The official recipe uses the batch of each GPU.
     """
 
     dtype: DTypeLike = jnp.float32  # of the result; statistics are computed in float32
@@ -46,10 +37,11 @@ class BatchNorm(nn.Module):
         of_all = lambda values: jnp.broadcast_to(values, x.shape)  # said, not silently promoted
         x = x.astype(jnp.float32)
         if train and self.is_mutable_collection("batch_stats"):
-            mean = mean_of_all(x)
+            axes = tuple(range(x.ndim - 1))
+            mean = x.mean(axes)
             # Two passes: E[x^2] - E[x]^2 loses digits.
-            var = mean_of_all(jnp.square(x - of_all(mean)))
-            values = math.prod(x.shape[:-1]) * devices(manual_axes())
+            var = jnp.square(x - of_all(mean)).mean(axes)
+            values = math.prod(x.shape[:-1])
             for running, new in ((running_mean, mean), (running_var, var * values / (values - 1))):
                 new = jax.lax.stop_gradient(new)
                 running.value = (1 - MOMENTUM) * running.value + MOMENTUM * new

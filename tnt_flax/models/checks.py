@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from tnt_flax.core.errors import InputError
@@ -41,9 +40,8 @@ def positions(
     name: str,
     shape: tuple[int, ...],
     init: Callable[..., Array],
-    dtype: DTypeLike,
 ) -> Array:
-    """The table of positions `name`, a parameter, in `dtype`.
+    """The table of positions `name`, a parameter.
 
     Raises:
         InputError: the weights' table has another shape, which is that of other images.
@@ -55,4 +53,4 @@ def positions(
                 f"the weights' {name} has shape {tuple(found)}, but these images and this "
                 f"patch size need {shape}: give images of the size the weights were made for"
             )
-    return jnp.asarray(module.param(name, init, shape), dtype)
+    return jnp.asarray(module.param(name, init, shape))

@@ -17,13 +17,37 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.models import draws
+from tnt_flax.models.kernels import mixed_precision
+from tnt_flax.models.kernels.platform import shard_batch
 
 Tokens = Float[Array, "*batch T W"]
 
-# torch's trunc_normal_(std=.02, a=-2, b=2) cuts at 100 sigma, so it is a plain normal;
-# jax's truncated_normal would cut at 2 sigma and shrink the spread to .0176.
-Dense = functools.partial(nn.Dense, kernel_init=nn.initializers.normal(0.02))
+
+class Dense(nn.Module):
+    """A linear layer, computed in `dtype`, with gradients in the dtype of its parameters.
+
+    Unlike in `nn.Dense`, the parameters are cast inside `matmul` and after the broadcast of the
+    bias: see `tnt_flax.models.kernels.mixed_precision`.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: DTypeLike = jnp.float32
+    matmul: Callable[[Array, Array], Array] = mixed_precision.matmul
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
+        # torch's trunc_normal_(std=.02, a=-2, b=2) cuts at 100 sigma, so it is a plain normal;
+        # jax's truncated_normal would cut at 2 sigma and shrink the spread to .0176.
+        init = nn.initializers.normal(0.02)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        x = self.matmul(shard_batch(x.astype(self.dtype)), jnp.asarray(kernel))
+        x = shard_batch(x)
+        if not self.use_bias:
+            return x
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return mixed_precision.add(x, jnp.asarray(bias))
+
 
 # Two passes: flax's fast variance E[x^2] - E[x]^2 loses all digits where the variance is small.
 # Statistics and affine are computed in float32 whatever `dtype` is; the result is in `dtype`.
@@ -60,7 +84,7 @@ GELU: dict[str, Callable[[Array], Array]] = {
 class Primitives(NamedTuple):
     """What a transformer spends its time in, to be exchanged for faster forms of the same."""
 
-    dot_general: Callable[..., Array] = jax.lax.dot_general  # of the dense layers
+    matmul: Callable[[Array, Array], Array] = mixed_precision.matmul  # of the dense layers
     # (query, key, value), each (*batch, T, heads, width / heads), and the factor of their products,
     # to such sums of values; None is the attention as it stands in `Attention`, which also serves
     # where not all tokens attend.
@@ -80,7 +104,7 @@ class DropPath(nn.Module):
     def __call__(self, update: Tokens, rate: Float[Array, ""] | None) -> Tokens:
         if rate is None:
             return update
-        draw = draws.uniform(self.make_rng("dropout"), update.shape[:-2])[..., None, None]
+        draw = jax.random.uniform(self.make_rng("dropout"), update.shape[:-2])[..., None, None]
         keep = 1 - rate
         return update * (jnp.floor(keep + draw) / keep).astype(update.dtype)
 
@@ -94,7 +118,7 @@ class Dropout(nn.Module):
     def __call__(self, x: Float[Array, "*batch T W"], *, train: bool) -> Float[Array, "*batch T W"]:
         if not (train and self.rate):
             return x
-        draw = draws.uniform(self.make_rng("dropout"), x.shape, axes=2)
+        draw = jax.random.uniform(self.make_rng("dropout"), x.shape)
         return jnp.where(draw < 1 - self.rate, x / (1 - self.rate), jnp.zeros_like(x))
 
 
@@ -126,9 +150,7 @@ class Attention(nn.Module):
         width = x.shape[-1]
         if width % self.num_heads:
             raise InputError(f"width {width} is not divisible by {self.num_heads} attention heads")
-        dense = functools.partial(
-            Dense, width, dtype=self.dtype, dot_general=self.primitives.dot_general
-        )
+        dense = functools.partial(Dense, width, dtype=self.dtype, matmul=self.primitives.matmul)
 
         def project(name, x, use_bias):
             projected = dense(use_bias=use_bias, name=name)(x)
@@ -206,7 +228,7 @@ class TransformerBlock(nn.Module):
         train: bool,
     ) -> Float[Array, "*batch Q W"]:
         norm = functools.partial(self.norm, epsilon=self.norm_eps, dtype=self.dtype)
-        dense = functools.partial(Dense, dtype=self.dtype, dot_general=self.primitives.dot_general)
+        dense = functools.partial(Dense, dtype=self.dtype, matmul=self.primitives.matmul)
 
         attention = Attention(
             self.num_heads,

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.models.checks import check_images, check_known, check_rates, positions
+from tnt_flax.models.kernels.mixed_precision import add
 from tnt_flax.models.kernels.platform import platform
 from tnt_flax.models.kernels.select import PRIMITIVES, REMAT, choose_remat
 from tnt_flax.models.layers import Dense, LayerNorm, Primitives, TransformerBlock
@@ -116,9 +117,9 @@ class Stage(nn.Module):
         shape = (1, self.heads, rows * columns, averages)
         # float32 whatever `dtype` is, as the logits that it is added to
         init = nn.initializers.normal(1.0)
-        relative_pos = positions(self, "relative_pos", shape, init, jnp.float32)
+        relative_pos = positions(self, "relative_pos", shape, init)
 
-        dense = functools.partial(Dense, dot_general=self.primitives.dot_general)
+        dense = functools.partial(Dense, matmul=self.primitives.matmul)
         reduce = functools.partial(Averages, self.ratio, self.grid, dense, self.dtype)
         outer = functools.partial(
             self.transformer, self.heads, reduce=reduce if self.ratio > 1 else None
@@ -215,12 +216,13 @@ class PyramidTNT(nn.Module):
         # Words and sentences, each with its positions.
         stem = Stem(self.outer_dim, self.inner_dim, self.dtype, name="stem")
         words, sentences = stem(images, train=train)
-        table = functools.partial(positions, self, init=token_init, dtype=self.dtype)
+        table = functools.partial(positions, self, init=token_init)
         word_pos = table("word_pos", (1, *words.shape[2:]))
-        words = words + word_pos[:, None]  # the same for every sentence
+        words = add(words, word_pos[:, None])  # the same for every sentence
         sentence_pos = table("sentence_pos", (1, *sentences.shape[1:]))
         # Dropout drops positions, not sentences, and the same ones for all images.
-        sentences = sentences + nn.Dropout(self.dropout, deterministic=not train)(sentence_pos)
+        dropout = nn.Dropout(self.dropout, deterministic=not train)
+        sentences = add(sentences, dropout(sentence_pos))
 
         # The stages, with the rates of their blocks.
         rates = [None] * len(grids)

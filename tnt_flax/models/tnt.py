@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from tnt_flax.core.errors import InputError
 from tnt_flax.models.checks import check_images, check_known, check_rates, positions
 from tnt_flax.models.kernels import lanes
+from tnt_flax.models.kernels.mixed_precision import add
 from tnt_flax.models.kernels.select import (
     INNER,
     LANES_BLOCKS,
@@ -102,7 +103,9 @@ class TNT(nn.Module):
             name="word_embed",
         )
         words = embed(images)
-        words = words + self.positions("word_pos", words)[:, None]  # the same for every sentence
+        words = add(
+            words, self.positions("word_pos", words)[:, None]
+        )  # the same for every sentence
         stem = WordsToSentences(
             self.outer_dim,
             use_bias=self.output_bias,
@@ -115,11 +118,11 @@ class TNT(nn.Module):
 
         # The class token goes first, then the positions are added.
         cls_token = self.param("cls_token", token_init, (1, 1, self.outer_dim))
-        cls_token = jnp.asarray(cls_token, self.dtype)  # weights read from a file may be numpy's
         cls_token = jnp.broadcast_to(cls_token, (images.shape[0], 1, self.outer_dim))
+        cls_token = cls_token.astype(self.dtype)
         start = jnp.zeros_like(stem_sentences) if self.zero_sentences else stem_sentences
         sentences = jnp.concatenate([cls_token, start], axis=1)
-        sentences = sentences + self.positions("sentence_pos", sentences)
+        sentences = add(sentences, self.positions("sentence_pos", sentences))
         sentences = Dropout(self.dropout)(sentences, train=train)
         if self.zero_sentences:
             sentences = sentences.at[:, 1:].add(stem_sentences)
@@ -267,7 +270,7 @@ class TNT(nn.Module):
 
     def positions(self, name: str, tokens: Array) -> Array:
         """The position table `name`, one row per token, the same for every image."""
-        return positions(self, name, (1, *tokens.shape[-2:]), token_init, self.dtype)
+        return positions(self, name, (1, *tokens.shape[-2:]), token_init)
 
     def groups(self) -> Iterator[tuple[int, int, bool]]:
         """Yields (first block, end, vanilla) for every run of equal blocks."""

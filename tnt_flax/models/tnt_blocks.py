@@ -37,7 +37,7 @@ class WordsToSentences(nn.Module):
             self.outer_dim,
             use_bias=self.use_bias,
             dtype=self.dtype,
-            dot_general=self.primitives.dot_general,
+            matmul=self.primitives.matmul,
             name="dense",
         )(x)
         return norm(name="norm2")(x) if self.norm_out else x

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from tnt_flax.models.kernels.mixed_precision import add, matmul
+
 Images = Float[Array, "B H W channels"]
 Words = Float[Array, "B N M C"]
 
@@ -42,15 +44,15 @@ class PatchConv(nn.Module):
     def __call__(self, patches: Float[Array, "B N size size channels"]) -> Words:
         batch, sentences, size, _, channels = patches.shape
         kernel = self.param("kernel", self.init, (*KERNEL, channels, self.features))
-        kernel = unfold(jnp.asarray(kernel, self.dtype), size, self.stride)
+        kernel = unfold(jnp.asarray(kernel), size, self.stride)
         num_words = kernel.shape[1]
-        x = patches.reshape(batch * sentences, size * size * channels)
-        x = x @ kernel.reshape(x.shape[1], num_words * self.features)
+        x = patches.reshape(batch * sentences, size * size * channels).astype(self.dtype)
+        x = matmul(x, kernel.reshape(x.shape[1], num_words * self.features))
         x = x.reshape(batch, sentences, num_words, self.features)
         if not self.use_bias:
             return x
         bias = self.param("bias", self.init, (self.features,))
-        return x + jnp.asarray(bias, self.dtype)[None, None, None]
+        return add(x, jnp.asarray(bias))
 
 
 def unfold(kernel: Float[Array, "7 7 channels C"], size: int, stride: int) -> Array:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mesh of all devices, how arrays lie on it, and how gradients meet.
+"""The mesh of all devices, and how arrays are sharded over it.
 
 Three axes. "data" and "fsdp" split every batch. "fsdp" also splits what is stored: parameters,
 their average and the optimizer's moments (ZeRO). "tensor" splits the outer transformer: its heads
-and the hidden layer of its MLP. A step gathers the parameters once, before the forward pass, and
-exchanges the gradients once, after the backward pass; in between data parallel devices do not talk.
+and the hidden layer of its MLP. From these shardings XLA derives what a step communicates: it sums
+the gradients of a block over the devices as soon as they are computed, and gathers the parameters
+that "fsdp" splits block by block.
 """
 
 import functools
@@ -13,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -191,93 +191,6 @@ def jit_train_step(train_step: Callable, mesh: Mesh, state: Any) -> Callable:
 def jit_eval_step(eval_step: Callable, mesh: Mesh) -> Callable:
     """The function of `steps.make_eval_step` as it runs on `mesh`, on weights made `whole`."""
     return jax.jit(on_mesh(eval_step, mesh), out_shardings=replicated(mesh))
-
-
-def value_and_grad(loss: Callable, dtype: Any = jnp.float32) -> Callable:
-    """As `jax.value_and_grad(has_aux=True)` of `loss(params, statistics, batch, key)`.
-
-    `loss` returns a mean over the rows of `batch`, and new statistics that all devices agree on. On
-    an ambient mesh (see `on_mesh`) each device computes the gradient of its own rows, and these
-    are exchanged in `dtype` when they are all there. Left to itself, the compiler would exchange
-    every block's as soon as it has it, in the body of the loop over the blocks. Inside of `loss`,
-    the axes in BATCH are manual: so its random numbers must be those of `models.draws`.
-    """
-    local = jax.value_and_grad(loss, has_aux=True)
-
-    def function(params, statistics, batch, key):
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty:
-            return local(params, statistics, batch, key)
-        shares = mesh.shape["data"] * mesh.shape[FSDP]
-
-        def own(params, statistics, batch, key):
-            (value, statistics), gradients = local(params, statistics, batch, key)
-            share = lambda x: (x / shares).astype(x.dtype)[None]
-            return jax.tree.map(share, (value, gradients)), statistics
-
-        # An axis of one device is taken apart, too: a kernel wants to run on nothing else.
-        manual = {axis for axis in AXES if axis in BATCH or mesh.shape[axis] == 1}
-        alone = functools.partial(jax.shard_map, axis_names=manual, check_vma=False)
-        rows, same = PartitionSpec(BATCH), PartitionSpec()
-        own = alone(own, in_specs=(same, same, rows, same), out_specs=(rows, same))
-        (value, gradients), statistics = own(_gather(params), statistics, batch, key)
-        value, gradients = _exchange(value, gradients, dtype)
-        return (value, statistics), gradients
-
-    return function
-
-
-def _gather(params):
-    """What "fsdp" splits, as wholes."""
-    if jax.sharding.get_abstract_mesh().shape[FSDP] == 1:
-        return params
-    split = specs(params)
-
-    def gather(params):
-        def of_leaf(x, spec):
-            if FSDP not in spec:
-                return x
-            return jax.lax.all_gather(x, FSDP, axis=tuple(spec).index(FSDP), tiled=True)
-
-        return jax.tree.map(of_leaf, params, split)
-
-    out_specs = specs(params, (TENSOR,))
-    return jax.shard_map(gather, in_specs=(split,), out_specs=out_specs, check_vma=False)(params)
-
-
-def _exchange(value, gradients, dtype):
-    """Sums the first axis, which all devices along BATCH share: each gets its part of the sums.
-
-    All that is summed over the same devices is one `psum`, which the compiler makes few exchanges.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    like = jax.tree.map(lambda x: x[0], gradients)
-    split = specs(like)
-    stacked = jax.tree.map(lambda spec: PartitionSpec(BATCH, *spec), specs(like, (TENSOR,)))
-
-    def exchange(value, gradients):
-        flat, tree = jax.tree.flatten(jax.tree.map(lambda x: x[0].astype(dtype), gradients))
-        parts = {}  # which of them "fsdp" splits, and along which of their axes
-        if mesh.shape[FSDP] > 1:
-            leaves = enumerate(jax.tree.leaves(split))
-            parts = {i: tuple(spec).index(FSDP) for i, spec in leaves if FSDP in spec}
-        for i, axis in parts.items():
-            flat[i] = jax.lax.psum_scatter(flat[i], FSDP, scatter_dimension=axis, tiled=True)
-        scattered = jax.lax.psum([flat[i] for i in parts], "data")
-        rest = [i for i in range(len(flat)) if i not in parts]
-        value, shared = jax.lax.psum((value[0], [flat[i] for i in rest]), BATCH)
-        for i, x in zip([*parts, *rest], [*scattered, *shared], strict=True):
-            flat[i] = x
-        summed = jax.tree.unflatten(tree, flat)
-        return value, jax.tree.map(lambda x, old: x.astype(old.dtype), summed, gradients)
-
-    run = jax.shard_map(
-        exchange,
-        in_specs=(PartitionSpec(BATCH), stacked),
-        out_specs=(PartitionSpec(), split),
-        check_vma=False,
-    )
-    return run(value, gradients)
 
 
 # -------------------------------------------------------------------------------- batches

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import optax
 
 from tnt_flax.core.trees import merged, split
-from tnt_flax.runtime import sharding
 from tnt_flax.training import fine_tuning
 from tnt_flax.training.losses import smooth_one_hot, soft_target_cross_entropy
 from tnt_flax.training.mixup import normalize
@@ -51,6 +50,13 @@ def all_finite(tree: Any, unless: jax.Array) -> jax.Array:
     leaves = jax.tree.leaves(tree)
     look = lambda: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
     return jax.lax.cond(unless, lambda: jnp.ones(len(leaves), bool), look)
+
+
+def cast_kernels(params: Any, dtype: Any) -> Any:
+    """Casts the kernels to `dtype`; norms, biases and positions are too small to matter."""
+    is_kernel = lambda path: path[-1].key == "kernel"
+    cast = lambda path, x: x.astype(dtype) if is_kernel(path) else x
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def average(new: Any, old: Any, decay: float) -> Any:
@@ -100,13 +106,15 @@ def make_train_step(
     *,
     ema_decay: float,
     freeze: str = "",
-    gradient_dtype: Any = jnp.float32,
+    gradient_dtype: str = "float32",
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]]:
     """Returns `train_step(state, batch, key) -> (state, metrics)`.
 
     `prepare` is what `make_prepare` returns. Randomness depends on `key` and `state.step` alone, so
-    a resumed run draws what an unbroken one would, and any number of devices draw the same; these
-    exchange gradients in `gradient_dtype`, see `sharding.value_and_grad`.
+    a resumed run draws what an unbroken one would, and any number of devices draw the same.
+    Gradients are float32 before XLA sums them over the devices. With `gradient_dtype` "bfloat16" a
+    bfloat16 model is differentiated with respect to its kernels in bfloat16 instead, which halves
+    the traffic.
     `metrics` are scalars (loss, learning_rate, grad_norm) and `finite` bool [2 P]: a flag for each
     of the P gradients (or new running statistics), then for each parameter as it came in, which
     tell where a NaN began. One array, because fetching many small ones would slow the loop down.
@@ -134,14 +142,17 @@ def make_train_step(
         loss = soft_target_cross_entropy(logits, targets).mean()
         return loss, changed.get("batch_stats", statistics)
 
-    loss_and_grads = sharding.value_and_grad(loss_fn, gradient_dtype)
+    loss_and_grads = jax.value_and_grad(loss_fn, has_aux=True)
+    reduce_in_bfloat16 = gradient_dtype == "bfloat16" and jnp.dtype(model.dtype) == gradient_dtype
 
     def train_step(state, batch, key):
         dropout_key, mix_key, erase_key = step_keys(key, state.step)
         variables = split(state.params)
         params, statistics = variables["params"], variables.get("batch_stats", {})
         prepared = prepare(batch, mix_key, erase_key)
-        (loss, statistics), grads = loss_and_grads(params, statistics, prepared, dropout_key)
+        weights = cast_kernels(params, gradient_dtype) if reduce_in_bfloat16 else params
+        (loss, statistics), grads = loss_and_grads(weights, statistics, prepared, dropout_key)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
         updates, opt_state = tx.update(grads, state.opt_state, params)
         params = merged({"params": optax.apply_updates(params, updates), "batch_stats": statistics})
         changes = merged({"params": grads, "batch_stats": statistics})

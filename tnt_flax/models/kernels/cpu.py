@@ -28,11 +28,12 @@ barrier = jax.lax.optimization_barrier
 
 @jax.custom_vjp
 def matmul(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]) -> Float[Array, "*batch o"]:
-    return x @ kernel
+    """See `mixed_precision.matmul`."""
+    return x @ kernel.astype(x.dtype)
 
 
 def _matmul_forward(x, kernel):
-    return x @ kernel, (x, kernel)
+    return matmul(x, kernel), (x, kernel)
 
 
 def _matmul_backward(saved, d_out):
@@ -40,17 +41,12 @@ def _matmul_backward(saved, d_out):
     d_out = barrier(d_out)
     rows, d_rows = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
     more_inputs = rows.shape[-1] > d_rows.shape[-1]
-    d_kernel = barrier(d_rows.T @ rows).T if more_inputs else rows.T @ d_rows
-    return d_out @ kernel.T, d_kernel
+    product = functools.partial(jnp.matmul, preferred_element_type=kernel.dtype)
+    d_kernel = barrier(product(d_rows.T, rows)).T if more_inputs else product(rows.T, d_rows)
+    return d_out @ kernel.astype(x.dtype).T, d_kernel
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def dot_general(x: Array, kernel: Array, dimension_numbers: tuple, precision=None) -> Array:
-    """`jax.lax.dot_general` as `nn.Dense` calls it: last axis of `x` by first of `kernel`."""
-    assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ())) and precision is None
-    return matmul(x, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

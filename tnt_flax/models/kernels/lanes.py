@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from tnt_flax.models.kernels import mixed_precision
+from tnt_flax.models.kernels.platform import shard_batch
 from tnt_flax.models.layers import GELU, DropPath
 
 Lanes = Float[Array, "C M P"]
@@ -62,8 +64,8 @@ def normalize(x: Array, axes: int | tuple[int, ...], norm_eps: float) -> Array:
 
 
 def dense(weight: Array, x: Lanes) -> Float[Array, "O M P"]:
-    weight = weight.astype(x.dtype)
-    return jnp.einsum("io,imp->omp", weight[:-1], x) + weight[-1][:, None, None]
+    x = mixed_precision.einsum("io,imp->omp", weight[:-1], x, x.dtype)
+    return mixed_precision.add(x, weight[-1][:, None, None])
 
 
 def block(
@@ -138,10 +140,10 @@ class LanesToSentences(nn.Module):
         else:
             scale, bias = (x.reshape(num_words, width).T[:, :, None] for x in affine)
         x = (x * scale + bias).astype(self.dtype)
-        kernel = params["dense"]["kernel"].astype(self.dtype)
-        x = jnp.einsum("cmp,mcd->pd", x, kernel.reshape(num_words, width, -1))
+        kernel = jnp.asarray(params["dense"]["kernel"]).reshape(num_words, width, -1)
+        x = shard_batch(mixed_precision.einsum("cmp,mcd->pd", x, kernel, x.dtype))
         if "bias" in params["dense"]:
-            x = x + params["dense"]["bias"].astype(self.dtype)[None]
+            x = mixed_precision.add(x, params["dense"]["bias"])
         if "norm2" in params:
             scale, bias = (params["norm2"][name][None] for name in ("scale", "bias"))
             x = normalize(x, 1, self.norm_eps) * scale + bias

@@ -29,7 +29,7 @@ REMAT = ("auto", "none", "inner", "block")  # what the backward pass computes ag
 
 PRIMITIVES = {
     "reference": Primitives(),
-    "cpu": Primitives(cpu.dot_general, cpu.attend, flat_mlp=True),
+    "cpu": Primitives(cpu.matmul, cpu.attend, flat_mlp=True),
     "pallas": Primitives(attend=outer_pallas.attend),
 }
 LANES_BLOCKS = {"lanes": lanes.block, "pallas": inner_pallas.block}  # words as [C, M, P]
