@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ImageNet's two tars and webdataset's shards, read in place, and every mistake one clear line."""
+"""ImageNet's original tars and webdataset shards: records, labels, and error messages."""
 
 import functools
 import gzip
@@ -42,10 +42,10 @@ def webdataset(root, split, **options):
     return open_source("webdataset", split, root=str(root), **options)
 
 
-# ---------------------------------------------------------------------------------- ImageNet's tars
+# ------------------------------------------------------------------------- ImageNet's original tars
 
 
-def test_the_training_tar_is_that_of_tarfile(tmp_path):
+def test_training_images_are_those_that_tarfile_reads(tmp_path):
     write_imagenet(tmp_path)
     source = imagenet(tmp_path, "train")
     expected = []
@@ -62,18 +62,18 @@ def test_the_training_tar_is_that_of_tarfile(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["val", "validation"])
-def test_the_validation_tar_has_its_labels_from_a_list(tmp_path, split):
+def test_validation_labels_come_from_a_list(tmp_path, split):
     write_imagenet(tmp_path)
     source = imagenet(tmp_path, split)
     assert source.class_names == SYNSETS[:3]
-    # Lines 3, 1, 2, 4 of the list, in the order of the tar.
+    # The images of the tar have lines 3, 1, 2, 4 of the list.
     assert records(source) == [(image(103), 1), (image(101), 2), (image(102), 0), (image(104), 0)]
     assert "ILSVRC2012_val_00000003.JPEG" in source.name_of(0)
     check_same_classes(imagenet(tmp_path, "train"), source)
 
 
 def devkit(synsets, truth):
-    """As ILSVRC2012_devkit_t12.tar.gz: the classes in another order, and nodes above them."""
+    """Returns a file like ILSVRC2012_devkit_t12.tar.gz, with unsorted classes and a parent node."""
     kinds = [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O"), ("num_children", "f8")]
     table = np.empty((len(synsets) + 1, 1), kinds)
     for k, synset in enumerate([*synsets, "n00001740"]):
@@ -93,7 +93,7 @@ def devkit(synsets, truth):
     return buffer.getvalue()
 
 
-def test_every_form_of_the_labels_says_the_same(tmp_path):
+def test_all_label_files_give_the_same_labels(tmp_path):
     write_imagenet(tmp_path)
     expected = records(imagenet(tmp_path, "val"))
     listed = (tmp_path / "imagenet_2012_validation_synset_labels.txt").read_text().split()
@@ -101,7 +101,7 @@ def test_every_form_of_the_labels_says_the_same(tmp_path):
     rows = [(name.format(k + 1), synset) for k, synset in enumerate(listed)]
     order = (SYNSETS[1], SYNSETS[2], SYNSETS[0])
     truth = "".join(f"{order.index(synset) + 1}\n" for synset in listed)
-    forms = {
+    contents = {
         "names.csv": "".join(f"{n}.JPEG,{s}\n" for n, s in rows[::-1]),
         "columns.txt": "".join(f"val/{n}.JPEG {s}\n" for n, s in rows),
         "LOC_val_solution.csv": "ImageId,PredictionString\n"
@@ -109,15 +109,15 @@ def test_every_form_of_the_labels_says_the_same(tmp_path):
         "more.csv": "".join(f"{n}\t{s}\n" for n, s in [*rows, ("other", SYNSETS[0])]),
         "devkit.tar.gz": devkit(order, truth.encode()),
     }
-    for file, content in forms.items():
+    for file, content in contents.items():
         data = content if isinstance(content, bytes) else content.encode()
         (tmp_path / file).write_bytes(data)
         assert records(imagenet(tmp_path, "val", eval_labels=file)) == expected, file
     absolute = str(tmp_path / "names.csv")
     assert records(imagenet(tmp_path, "val", eval_labels=absolute)) == expected
     (tmp_path / "devkit.tar.gz").rename(tmp_path / "ILSVRC2012_devkit_t12.tar.gz")
-    (tmp_path / "imagenet_2012_validation_synset_labels.txt").write_text("never read")
-    assert records(imagenet(tmp_path, "val")) == expected  # the devkit is asked first
+    (tmp_path / "imagenet_2012_validation_synset_labels.txt").write_text("not read")
+    assert records(imagenet(tmp_path, "val")) == expected  # the devkit takes precedence
 
 
 @pytest.mark.parametrize(
@@ -136,14 +136,14 @@ def test_every_form_of_the_labels_says_the_same(tmp_path):
         (devkit(SYNSETS, b"1\n2\n4\n"), "has 3 labels for 4 images"),
     ],
 )
-def test_labels_that_do_not_fit(tmp_path, content, expected):
+def test_invalid_labels_are_refused(tmp_path, content, expected):
     path = tmp_path / "labels"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     message = message_of(lambda: read_labels(str(path), ["i1", "i2", "i3", "i4"]))
     assert expected in message and str(path) in message
 
 
-def test_a_class_list_orders_the_synsets(tmp_path):
+def test_class_list_orders_the_synsets(tmp_path):
     write_imagenet(tmp_path)
     classes = tmp_path / "classes.txt"
     classes.write_text("\n".join(SYNSETS[2::-1]))
@@ -160,7 +160,7 @@ def test_a_class_list_orders_the_synsets(tmp_path):
     assert f"names {SYNSETS[3]!r}" in message and "has no such tar" in message
 
 
-def test_a_missing_class_is_noticed(tmp_path):
+def test_a_class_missing_in_training_is_detected(tmp_path):
     write_imagenet(tmp_path, counts=(1, 2))
     message = message_of(
         lambda: check_same_classes(imagenet(tmp_path, "train"), imagenet(tmp_path, "val"))
@@ -168,7 +168,7 @@ def test_a_missing_class_is_noticed(tmp_path):
     assert "2 and 3 classes" in message and SYNSETS[2] in message
 
 
-def test_tars_that_are_wrong(tmp_path):
+def test_missing_and_invalid_tars_are_refused(tmp_path):
     assert "set data.root" in message_of(lambda: imagenet("", "train"))
     assert f"cannot read {tmp_path / TRAIN}: No such" in message_of(
         lambda: imagenet(tmp_path, "train")
@@ -201,7 +201,7 @@ def test_tars_that_are_wrong(tmp_path):
     assert "no records found" in message_of(lambda: imagenet(tmp_path, "val", eval_labels="x"))
 
 
-def test_a_tar_that_shrank_is_an_oserror(tmp_path):
+def test_reading_from_a_truncated_tar_raises_oserror(tmp_path):
     write_imagenet(tmp_path)
     source = imagenet(tmp_path, "train")
     (tmp_path / TRAIN).write_bytes(b"short")
@@ -210,7 +210,7 @@ def test_a_tar_that_shrank_is_an_oserror(tmp_path):
     assert f"{TRAIN}: ? (at byte" in source.name_of(0)
 
 
-# ------------------------------------------------------------------------------ webdataset's shards
+# ------------------------------------------------------------------------------ webdataset shards
 
 
 def sample(key, value, extension="png", **files):
@@ -220,7 +220,7 @@ def sample(key, value, extension="png", **files):
 
 
 def write_shards(folder):
-    """Two shards of a split "train" and one of "val", as ShardWriter writes them."""
+    """Writes two shards of the split "train" and one of "val", as webdataset's ShardWriter does."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [sample(f"s{k:04}", k, cls=f"{k % 3}", txt="a caption") for k in range(7)]
     for name, part in {"train-0": rows[:4], "train-1": rows[4:], "val-0": rows[:1]}.items():
@@ -241,7 +241,7 @@ def test_shards_are_read_in_order(tmp_path):
     assert len(webdataset("/nowhere", f"{tmp_path}/data-train-1.tar")) == 3
 
 
-def test_labels_and_keys_of_every_kind(tmp_path):
+def test_labels_are_numbers_or_names_in_cls_or_json(tmp_path):
     def read(*rows, **options):
         files = {name: data for row in rows for name, data in row.items()}
         (tmp_path / "x.tar").write_bytes(tar(files))
@@ -263,7 +263,10 @@ def test_labels_and_keys_of_every_kind(tmp_path):
     assert read(*words, class_list=str(classes)) == (names, [1, 2, 0])
     assert read(*rows, class_list=str(classes)) == (names, [2, 0])
     classes.write_text("2\n1\n0\n")
-    assert read(*rows, class_list=str(classes)) == (("2", "1", "0"), [0, 2])  # names come first
+    assert read(*rows, class_list=str(classes)) == (
+        ("2", "1", "0"),
+        [0, 2],
+    )  # names take precedence over numbers
     for text, listed in (("cat", "dog\n"), ("1", "dog\n"), ("-1", "dog\n")):
         classes.write_text(listed)
         message = message_of(lambda t=text: read(sample("a", 1, cls=t), class_list=str(classes)))
@@ -282,19 +285,19 @@ def test_labels_and_keys_of_every_kind(tmp_path):
         ({"a.cls": b"1"}, "sample 'a' has no image"),
         ({"a.cls": b"1", "a.txt": b"x"}, "sample 'a' has no image"),
         (sample("a", 1, cls="0", jpg="x"), "sample 'a' has two images"),
-        # The files of a sample that do not follow each other are two samples without the rest.
+        # Files of a sample that are not consecutive are two incomplete samples.
         ({"a.png": b"1", "b.png": b"2", "a.cls": b"0"}, "sample 'a' has no label"),
         ({"README": b"x"}, "x.tar has no samples"),
         ({}, "x.tar has no samples"),
     ],
 )
-def test_samples_that_are_not_whole(tmp_path, files, expected):
+def test_incomplete_samples_are_refused(tmp_path, files, expected):
     (tmp_path / "x.tar").write_bytes(tar(files))
     message = message_of(lambda: webdataset(tmp_path, "*.tar"))
     assert expected in message and f"{tmp_path}/x.tar" in message
 
 
-def test_shards_are_found(tmp_path):
+def test_shards_are_found_by_split_and_pattern(tmp_path):
     assert expand_braces("a-{08..11}.tar") == [f"a-{k}.tar" for k in ("08", "09", "10", "11")]
     assert expand_braces("{a,b}{1..2}") == ["a1", "a2", "b1", "b2"]
     assert expand_braces("a{b}c") == ["a{b}c"]
@@ -303,11 +306,14 @@ def test_shards_are_found(tmp_path):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "in-train-9.tar.1234abcd.index").write_bytes(b"")
     found = lambda split: [os.path.relpath(p, tmp_path) for p in find_shards(str(tmp_path), split)]
-    assert found("train") == ["in-train-9.tar", "in-train-10.tar"]  # not "trained", natural order
+    assert found("train") == [
+        "in-train-9.tar",
+        "in-train-10.tar",
+    ]  # natural order, without "trained"
     assert found("in-train-*") == ["in-train-9.tar", "in-train-10.tar"]
     assert found("{in-train-10,constrained}.tar") == ["in-train-10.tar", "constrained.tar"]
     (tmp_path / "train").mkdir()
-    assert found("train") == ["in-train-9.tar", "in-train-10.tar"]  # an empty folder is none
+    assert found("train") == ["in-train-9.tar", "in-train-10.tar"]  # empty folders are ignored
     (tmp_path / "train/b.tar").write_bytes(b"")
     (tmp_path / "train/.a.tar").write_bytes(b"")
     assert found("train") == ["train/b.tar"]
@@ -328,25 +334,25 @@ def test_compressed_shards_are_refused(tmp_path):
 # ------------------------------------------------------------------------------------------ common
 
 
-def test_both_are_read_from_an_address(tmp_path):
+def test_archives_are_read_from_a_url(tmp_path):
     (tmp_path / "i").mkdir()
     write_imagenet(tmp_path / "i")
     write_shards(tmp_path / "w")
     memory = fsspec.filesystem("memory")
     for path in pathlib.Path(tmp_path).glob("*/*"):
         memory.pipe_file(f"memory://archives/{path.parent.name}/{path.name}", path.read_bytes())
-    address = "memory://archives"
+    url = "memory://archives"
     for split in ("train", "val"):
         for kind, folder in (("imagenet_tars", "i"), ("webdataset", "w")):
-            here = open_source(kind, split, root=str(tmp_path / folder))
-            there = open_source(kind, split, root=f"{address}/{folder}/")
-            assert records(there) == records(here) and there.class_names == here.class_names
-            assert there.name_of(0) == here.name_of(0).replace(str(tmp_path), address)
-    assert len(webdataset(f"{address}/w", "data-train-{0..1}.tar")) == 7
+            local = open_source(kind, split, root=str(tmp_path / folder))
+            remote = open_source(kind, split, root=f"{url}/{folder}/")
+            assert records(remote) == records(local) and remote.class_names == local.class_names
+            assert remote.name_of(0) == local.name_of(0).replace(str(tmp_path), url)
+    assert len(webdataset(f"{url}/w", "data-train-{0..1}.tar")) == 7
 
 
 class Joined:
-    """Several sources as one, so that worker processes need to start but once."""
+    """Concatenated sources, so that one test starts worker processes once for all of them."""
 
     def __init__(self, sources):
         self.sources, self.class_names = sources, sources[0].class_names
@@ -372,9 +378,9 @@ def test_worker_processes_give_the_same_batches(tmp_path):
         {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=3)}
     )
     rows = [{"image": image(9 * k), "label": k % 3} for k in range(9)]
-    for form in ("tfrecord", "array_record"):
-        written = tmp_path / form, "nine", "1.0.0", features, {"train": rows}
-        write_tfds(*written, file_format=form, shards=2)
+    for file_format in ("tfrecord", "array_record"):
+        written = tmp_path / file_format, "nine", "1.0.0", features, {"train": rows}
+        write_tfds(*written, file_format=file_format, shards=2)
     joined = Joined(
         [
             imagenet(tmp_path, "train"),
@@ -388,12 +394,12 @@ def test_worker_processes_give_the_same_batches(tmp_path):
     augment = functools.partial(train_transform, size=6, scale=(0.5, 1), ratio=(1, 1), flip=0.5)
     arguments = dict(transform=augment, start_step=1, num_steps=9)
     plan = TrainPlan(len(joined), batch_size=8, seed=3)
-    here, there = (
+    serial, parallel = (
         list(train_batches(joined, plan, **arguments, options=ReadOptions(threads=2, workers=w)))
         for w in (0, 2)
     )
-    assert len(here) == len(there) == 9
-    for ours, theirs in zip(here, there, strict=True):
+    assert len(serial) == len(parallel) == 9
+    for ours, theirs in zip(serial, parallel, strict=True):
         for name, column in ours.items():
             np.testing.assert_array_equal(column, theirs[name])
     evaluate = functools.partial(eval_transform, size=6, crop_fraction=0.9)
@@ -402,7 +408,7 @@ def test_worker_processes_give_the_same_batches(tmp_path):
     assert seen.tolist() == [label for _, label in records(joined)]
 
 
-def test_the_config_reaches_the_source(tmp_path, smoke_config):
+def test_config_sets_the_source(tmp_path, smoke_config):
     write_imagenet(tmp_path)
     (tmp_path / "imagenet_2012_validation_synset_labels.txt").rename(tmp_path / "labels.txt")
     config = smoke_config(
@@ -411,8 +417,3 @@ def test_the_config_reaches_the_source(tmp_path, smoke_config):
     experiment = Experiment(config)
     assert len(experiment.train_source) == 6
     assert len(experiment.open_source("validation")) == 4
-
-
-def test_options_of_other_kinds_are_refused():
-    message = message_of(lambda: open_source("webdataset", "train", eval_labels="x"))
-    assert "data.eval_labels is for kind 'imagenet_tars', not 'webdataset'" in message

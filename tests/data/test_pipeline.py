@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One stream of batches, whatever evaluates it: hosts, threads, worker processes, restarts."""
+"""The same batches with any number of hosts, threads and worker processes, and after a restart."""
 
 import collections
 import functools
@@ -34,7 +34,7 @@ PLAN = TrainPlan(len(DIGITS), batch_size=8, seed=11)
 
 
 class Numbered:
-    """Record i is a grey image of level i with label i; reading those in `broken` fails."""
+    """A source whose record i is a grey image of level i; records in `broken` cannot be read."""
 
     class_names = tuple(str(i) for i in range(200))
     storage_path = "."
@@ -78,7 +78,7 @@ def assert_equal(actual, expected):
 
 
 def side_by_side(streams):
-    """The global batches: each host's rows, in host order."""
+    """Yields global batches: the rows of all hosts, in host order."""
     for parts in zip(*streams, strict=True):
         yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -97,7 +97,7 @@ def wait_until(condition, seconds=5):
 # ---------------------------------------------------------------------------------------- training
 
 
-def test_a_training_batch_is_what_the_plan_says():
+def test_training_batches_follow_the_plan():
     batches = list(train(num_steps=3, start_step=40))  # 45 steps an epoch
     assert len(batches) == 3
     for step, batch in zip(range(40, 43), batches, strict=True):
@@ -110,7 +110,7 @@ def test_a_training_batch_is_what_the_plan_says():
         assert not batch["replaced"].any()
 
 
-def test_each_epoch_augments_anew():
+def test_augmentation_differs_between_epochs():
     plan = TrainPlan(8, batch_size=8, seed=0)
     first, second = train(Numbered(8), plan, num_steps=2)
     assert sorted(first["label"]) == sorted(second["label"]) == list(range(8))
@@ -120,27 +120,23 @@ def test_each_epoch_augments_anew():
 
 
 @pytest.mark.parametrize("num_hosts", [1, 2, 4, 8])
-def test_any_number_of_hosts_sees_the_same_global_batches(num_hosts):
+def test_global_batches_do_not_depend_on_hosts(num_hosts):
     hosts = [train(host=h, num_hosts=num_hosts, num_steps=50) for h in range(num_hosts)]
     assert_equal(side_by_side(hosts), train(num_steps=50, threads=0))
 
 
 @pytest.mark.parametrize("threads, prefetch", [(0, 2), (1, 1), (4, 1), (4, 3), (9, 0)])
-def test_any_number_of_threads_gives_the_same_stream(threads, prefetch):
+def test_batches_do_not_depend_on_threads_and_prefetch(threads, prefetch):
     stream = train(threads=threads, prefetch=prefetch, num_steps=6)
     assert_equal(stream, train(num_steps=6))
 
 
 @pytest.mark.parametrize("start_step", [1, 44, 45, 46])
-def test_resuming_gives_the_tail_of_the_unbroken_run(start_step):
-    unbroken = list(train(num_steps=48))
-    resumed = train(start_step=start_step, num_steps=48 - start_step)
-    assert_equal(resumed, unbroken[start_step:])
-
-
-def test_resuming_on_other_hosts_gives_the_tail():
-    hosts = [train(start_step=44, num_steps=3, host=h, num_hosts=4) for h in range(4)]
-    assert_equal(side_by_side(hosts), list(train(num_steps=47))[44:])
+@pytest.mark.parametrize("num_hosts", [1, 4])
+def test_resuming_gives_the_batches_of_an_uninterrupted_run(start_step, num_hosts):
+    steps = dict(start_step=start_step, num_steps=48 - start_step)
+    hosts = [train(**steps, host=h, num_hosts=num_hosts) for h in range(num_hosts)]
+    assert_equal(side_by_side(hosts), list(train(num_steps=48))[start_step:])
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -148,12 +144,12 @@ def test_resuming_on_other_hosts_gives_the_tail():
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 30])
 @pytest.mark.parametrize("batch_size, num_hosts", [(4, 1), (4, 2), (8, 4), (32, 1), (32, 4)])
-def test_evaluation_shows_every_image_once(count, batch_size, num_hosts):
+def test_evaluation_has_every_image_once(count, batch_size, num_hosts):
     hosts = [
         list(evaluate(Numbered(count), batch_size, host=h, num_hosts=num_hosts))
         for h in range(num_hosts)
     ]
-    assert len({len(host) for host in hosts}) == 1  # equally many, or a collective would hang
+    assert len({len(host) for host in hosts}) == 1  # equal, or a collective would hang
     shapes = {(b["image"].shape, b["label"].shape) for host in hosts for b in host}
     assert shapes == {((batch_size // num_hosts, 12, 12, 3), (batch_size // num_hosts,))}
     batches = list(side_by_side(hosts))
@@ -180,7 +176,7 @@ def published(**options):
     return train(plan=PUBLISHED_PLAN, transform=PUBLISHED, **({"num_steps": 24} | options))
 
 
-def test_randaugment_and_repeats_are_one_stream_for_any_hosts_and_after_a_restart():
+def test_repeats_and_randaugment_do_not_depend_on_hosts_and_restarts():
     whole = list(published(threads=0))  # 22 steps an epoch
     for num_hosts in (1, 2, 4):
         hosts = [published(host=h, num_hosts=num_hosts) for h in range(num_hosts)]
@@ -196,7 +192,7 @@ def test_randaugment_and_repeats_are_one_stream_for_any_hosts_and_after_a_restar
 
 
 @pytest.mark.parametrize("num_hosts, threads", [(1, 0), (1, 5), (2, 2), (4, 3), (16, 0)])
-def test_a_batch_reads_a_record_once_for_all_its_views(num_hosts, threads, monkeypatch):
+def test_a_record_is_read_and_decoded_once_for_all_its_views(num_hosts, threads, monkeypatch):
     read, decoded = collections.Counter(), collections.Counter()
 
     class Counted(Digits):
@@ -220,17 +216,11 @@ def test_a_batch_reads_a_record_once_for_all_its_views(num_hosts, threads, monke
         plans = [PUBLISHED_PLAN.lookup(7, row) for row in rows]
         assert read == dict.fromkeys((record for record, _ in plans), 1)
         assert decoded["images"] == len(read)
-        for i, (record, key) in enumerate(plans):  # each row as if it were alone
+        for i, (record, key) in enumerate(plans):  # the images are those of single reads
             image, label = DIGITS[record]
             alone = PUBLISHED(image, sample_generator(key))
             np.testing.assert_array_equal(batch["image"][i], alone)
             assert batch["label"][i] == label
-
-
-@pytest.mark.slow
-def test_worker_processes_give_the_published_stream():
-    assert_equal(published(workers=2, num_steps=5), published(num_steps=5))
-    assert wait_until(lambda: not multiprocessing.active_children())
 
 
 # ------------------------------------------------------------------------------- unreadable records
@@ -251,7 +241,7 @@ REMEDY = '; remove it, or set data.corrupt="skip"'
 
 @pytest.mark.parametrize("threads", [0, 3])
 @pytest.mark.parametrize("make", [train, evaluate])
-def test_a_corrupt_image_stops_with_one_line(tmp_path, make, threads):
+def test_corrupt_images_and_missing_files_raise_one_line(tmp_path, make, threads):
     bad = tmp_path / "train/a/bad.jpg"
     bad.parent.mkdir(parents=True)
     for i in range(8):
@@ -268,7 +258,7 @@ def test_a_corrupt_image_stops_with_one_line(tmp_path, make, threads):
     )
 
 
-def test_after_an_error_the_stream_is_over_and_no_thread_is_left():
+def test_an_error_ends_the_stream_and_its_threads():
     before = threads_of_grain()
     stream = train(Numbered(8, {3}), TrainPlan(8, 8, 0), threads=4, num_steps=50)
     with pytest.raises(InputError):
@@ -285,10 +275,10 @@ def test_training_replaces_unreadable_records(error, caplog):
     with caplog.at_level(logging.WARNING, logger="tnt_flax"):
         (batch,) = train(source, plan, num_steps=1, corrupt="skip")
     records = np.array([plan.lookup(0, row)[0] for row in range(10)])
-    stand_in = {4: 6, 5: 6, 9: 0}  # the next readable record, from the last on to the first
-    assert batch["label"].tolist() == [stand_in.get(r, r) for r in records]
+    replacement = {4: 6, 5: 6, 9: 0}  # the next readable record, cyclically
+    assert batch["label"].tolist() == [replacement.get(r, r) for r in records]
     assert batch["image"][:, 0, 0, 0].tolist() == batch["label"].tolist()
-    assert batch["replaced"].tolist() == [r in stand_in for r in records]
+    assert batch["replaced"].tolist() == [r in replacement for r in records]
     assert "skipped: numbered record 9 " in caplog.text
     streams = [
         train(source, plan, num_steps=3, corrupt="skip", host=h, num_hosts=2) for h in (0, 1)
@@ -296,7 +286,7 @@ def test_training_replaces_unreadable_records(error, caplog):
     assert_equal(side_by_side(streams), train(source, plan, num_steps=3, corrupt="skip"))
 
 
-def test_a_replacement_is_augmented_as_if_it_had_been_planned():
+def test_a_replacement_uses_the_random_numbers_of_its_row():
     plan = TrainPlan(2, batch_size=2, seed=0)
 
     class FirstBroken(Numbered):
@@ -309,13 +299,13 @@ def test_a_replacement_is_augmented_as_if_it_had_been_planned():
     assert sorted(patched["replaced"]) == [False, True]
 
 
-def test_training_gives_up_on_a_data_set_of_rubbish():
+def test_training_fails_after_many_unreadable_records_in_a_row():
     source = Numbered(100, broken=range(100))
     message = error_of(train(source, TrainPlan(100, 4, 0), corrupt="skip"))
     assert message.startswith("17 records in a row cannot be read, the first is numbered record ")
 
 
-def test_evaluation_masks_unreadable_records_out():
+def test_evaluation_masks_out_unreadable_records():
     batches = list(evaluate(Numbered(7, broken={2, 6}), 4, corrupt="skip"))
     rows = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
     assert rows["mask"].tolist() == [True, True, False, True, True, True, False, False]
@@ -324,7 +314,7 @@ def test_evaluation_masks_unreadable_records_out():
     assert not rows["image"][~rows["mask"]].any()
 
 
-def test_images_of_several_classes():
+def test_multi_label_batches():
     class Several(Numbered):
         max_labels = 3
 
@@ -351,7 +341,7 @@ def test_close_stops_the_threads():
         next(stream)
 
 
-def test_an_exhausted_stream_leaves_no_threads():
+def test_exhausted_streams_leave_no_threads():
     before = threads_of_grain()
     list(train(threads=3))
     assert wait_until(lambda: not threads_of_grain(before))
@@ -377,21 +367,22 @@ def test_views_pickle():
         (lambda: evaluate(batch_size=0), "batch_size is 0"),
     ],
 )
-def test_bad_options_are_refused_before_the_first_batch(make, message):
+def test_invalid_options_are_refused_before_the_first_batch(make, message):
     with pytest.raises(InputError, match=message):
         make()
 
 
-@pytest.mark.slow  # starting two processes takes seconds on a small machine
-def test_worker_processes_give_the_same_stream():
-    assert_equal(train(workers=2, num_steps=5), train(num_steps=5))
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [train, published])
+def test_worker_processes_give_the_same_batches(make):
+    assert_equal(make(workers=2, num_steps=5), make(num_steps=5))
     assert wait_until(lambda: not multiprocessing.active_children())
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="only Linux tells")
-def test_what_a_worker_process_costs():
-    """Grain, numpy, Pillow and some batches, but no jax. `-s` prints what the README says."""
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs Linux")
+def test_memory_of_a_worker_process():
+    """A worker has Grain, numpy, Pillow and some batches, but no jax; `-s` prints the figures."""
     began = time.perf_counter()
     stream = published(workers=2, num_steps=50)
     next(stream)
@@ -401,13 +392,13 @@ def test_what_a_worker_process_costs():
     for process in processes:
         memory = pathlib.Path(f"/proc/{process.pid}/smaps_rollup").read_text()
         mebibytes = int(re.search(r"^Pss: +(\d+) kB$", memory, re.MULTILINE)[1]) / 1024
-        print(f"a worker process has {mebibytes:.0f} MiB, its share of what is shared included")
+        print(f"a worker process has {mebibytes:.0f} MiB, including its share of shared memory")
         assert mebibytes < 200
     stream.close()
 
 
 @pytest.mark.slow
-def test_worker_processes_evaluate_alike_and_report_the_same_line(tmp_path):
+def test_worker_processes_evaluate_the_same_and_raise_the_same_error(tmp_path):
     for i in range(9):
         path = tmp_path / "val/a" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

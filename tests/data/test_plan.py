@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order of the data: complete, different in every epoch and for every seed, and never silently
-changed."""
+"""The order of records: complete, different in every epoch and for every seed, and unchanged."""
 
 import collections
 import concurrent.futures
@@ -14,10 +13,10 @@ from tnt_flax.core.errors import InputError
 from tnt_flax.data import plan as plan_module
 from tnt_flax.data.plan import EvalPlan, TrainPlan, epoch_permutation, sample_generator
 
-# Of numpy 2.4, 1000 records, batches of 8, seed 42.
+# From numpy 2.4, with 1000 records, batches of 8 and seed 42.
 GOLDEN_STEP_0 = [3, 884, 354, 865, 142, 764, 560, 901]
 GOLDEN_EPOCH_1 = [955, 660, 109, 211, 812, 778, 907, 262]
-GOLDEN_DRAWS = [601, 817, 212, 117]
+GOLDEN_NUMBERS = [601, 817, 212, 117]
 
 
 def records(plan, step):
@@ -30,7 +29,7 @@ def epoch_records(plan, epoch):
 
 
 @pytest.mark.parametrize("num_records, batch_size", [(12, 4), (12, 5), (7, 7), (1, 1), (100, 3)])
-def test_an_epoch_shows_no_record_twice_and_leaves_out_only_the_remainder(num_records, batch_size):
+def test_an_epoch_has_each_record_once_except_the_remainder(num_records, batch_size):
     plan = TrainPlan(num_records, batch_size, seed=3)
     for epoch in range(3):
         shown = epoch_records(plan, epoch)
@@ -45,19 +44,18 @@ def test_epochs_and_seeds_differ():
     assert all(order != tuple(range(50)) for order in orders)
 
 
-def test_the_left_out_records_change_with_the_epoch():
+def test_the_dropped_records_change_with_the_epoch():
     plan = TrainPlan(11, 4, seed=0)
     assert set().union(*(epoch_records(plan, e) for e in range(10))) == set(range(11))
 
 
-def test_the_first_records_never_change():
-    # Literal, so that a new numpy or a rewrite cannot change the order of the data unnoticed.
+def test_the_order_is_the_golden_one():
+    # Literals, to detect a change of the order by a new numpy or a rewrite.
     plan = TrainPlan(1000, 8, seed=42)
     assert records(plan, 0) == GOLDEN_STEP_0
     assert records(plan, 125) == GOLDEN_EPOCH_1
     assert plan.lookup(126, 3)[1] == (42, 1, 11)
-    draws = sample_generator((42, 1, 11)).integers(0, 1000, 4).tolist()
-    assert draws == GOLDEN_DRAWS
+    assert sample_generator((42, 1, 11)).integers(0, 1000, 4).tolist() == GOLDEN_NUMBERS
 
 
 def test_a_plan_is_a_pure_function():
@@ -81,12 +79,12 @@ def test_threads_around_the_end_of_an_epoch_agree():
     assert plan_module._permutation.cache_info().misses == 3  # epochs 0, 1 and 2: once each
 
 
-def test_the_permutation_cannot_be_changed_by_its_reader():
+def test_the_permutation_is_read_only():
     with pytest.raises(ValueError, match="read-only"):
         epoch_permutation(10, 0, 0)[0] = 3
 
 
-def test_sample_keys_are_unique_and_their_numbers_independent():
+def test_sample_keys_are_unique_and_their_random_numbers_independent():
     plan = TrainPlan(40, 4, seed=7)
     keys = [plan.lookup(step, row)[1] for step in range(50) for row in range(4)]
     assert len(set(keys)) == len(keys)
@@ -97,13 +95,12 @@ def test_sample_keys_are_unique_and_their_numbers_independent():
     assert abs(neighbours) < 0.25  # 3.5 sigma of 200 pairs
 
 
-def test_samples_do_not_share_the_stream_of_the_permutation():
+def test_samples_and_permutation_share_no_random_numbers():
     generator = np.random.Generator(np.random.Philox(key=np.array([7, 0], np.uint64)))
     stream = set(generator.integers(0, 2**63, 4000).tolist())
-    drawn = sample_generator((7, 0, 0)).integers(0, 2**63, 4000).tolist()
-    assert not stream.intersection(drawn)
-    # Nor with the neighbour, however many numbers one sample draws.
-    assert not set(drawn).intersection(sample_generator((7, 0, 1)).integers(0, 2**63, 4000))
+    first = sample_generator((7, 0, 0)).integers(0, 2**63, 4000).tolist()
+    assert not stream.intersection(first)
+    assert not set(first).intersection(sample_generator((7, 0, 1)).integers(0, 2**63, 4000))
 
 
 def test_the_largest_seed_works_and_differs_from_its_neighbour():
@@ -116,7 +113,7 @@ def test_the_largest_seed_works_and_differs_from_its_neighbour():
 
 @pytest.fixture
 def in_order(monkeypatch):
-    """Epochs are not shuffled, so that positions can be read off the records."""
+    """Disables shuffling, so that records equal positions."""
     identity = functools.lru_cache(lambda n, seed, epoch: np.arange(n))
     monkeypatch.setattr(plan_module, "epoch_permutation", identity)
 
@@ -125,7 +122,7 @@ def positions(plan, step):
     return [plan.lookup(step, row)[1][2] for row in range(plan.batch_size)]
 
 
-def test_the_published_placement(in_order):
+def test_repeats_are_placed_as_in_the_published_recipe(in_order):
     plan = TrainPlan(1_281_167, 1024, seed=42, repeats=3)
     assert plan.steps_per_epoch == 1251
     rows = records(plan, 0)
@@ -135,13 +132,13 @@ def test_the_published_placement(in_order):
     assert ranks[2][:5] == [0, 3, 6, 8, 11]
     assert ranks[3][:4] == [1, 3, 6, 9]
     last = records(plan, 1250)
-    assert max(last) == 1251 * 1024 // 3 - 1 == 427_007  # of 1,281,167: a third each epoch
-    assert plan.lookup(1251, 0) == (0, (42, 1, 0))  # and the next begins again
+    assert max(last) == 1251 * 1024 // 3 - 1 == 427_007  # a third of 1,281,167 per epoch
+    assert plan.lookup(1251, 0) == (0, (42, 1, 0))  # the next epoch
 
 
 @pytest.mark.parametrize("num_records, batch_size, groups", [(200, 24, 8), (90, 8, 8), (50, 12, 4)])
 @pytest.mark.parametrize("repeats", [2, 3, 4])
-def test_each_view_has_its_own_group_and_its_own_numbers(num_records, batch_size, groups, repeats):
+def test_each_view_has_its_own_group_and_key(num_records, batch_size, groups, repeats):
     plan = TrainPlan(num_records, batch_size, seed=1, repeats=repeats, groups=groups)
     assert plan.steps_per_epoch == num_records // batch_size
     rows, group_size = plan.steps_per_epoch * batch_size, batch_size // groups
@@ -159,16 +156,16 @@ def test_each_view_has_its_own_group_and_its_own_numbers(num_records, batch_size
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])
-def test_repeats_work_for_any_data_set_that_fills_a_batch(groups):
+def test_repeats_work_for_small_data_sets(groups):
     plan = TrainPlan(8, 8, seed=0, repeats=3, groups=groups)
-    assert plan.steps_per_epoch == 1  # the published sampler would give none below 256 records
+    assert plan.steps_per_epoch == 1  # the published sampler gives none below 256 records
     shown = [records(plan, epoch) for epoch in range(60)]
     assert all(sorted(map(rows.count, set(rows))) == [2, 3, 3] for rows in shown)
-    assert set(sum(shown, [])) == set(range(8))  # and epochs differ, with one device as with many
+    assert set(sum(shown, [])) == set(range(8))
     assert len({tuple(rows) for rows in shown}) > 50
 
 
-def test_repeats_of_one_leave_the_order_alone():
+def test_one_repeat_is_the_plain_order():
     for groups in (1, 3, 8):
         plan = TrainPlan(100, 8, seed=4, repeats=1, groups=groups)
         assert [plan.lookup(s, r) for s in range(30) for r in range(8)] == [
@@ -176,7 +173,7 @@ def test_repeats_of_one_leave_the_order_alone():
         ]
 
 
-def test_the_repeated_records_never_change():
+def test_the_order_with_repeats_is_the_golden_one():
     plan = TrainPlan(1000, 8, seed=42, repeats=3, groups=4)  # group 0 has positions 0 and 4
     a, b, c = GOLDEN_STEP_0[:3]
     assert records(plan, 0) == [a, b, a, b, a, c, b, c]
@@ -184,18 +181,16 @@ def test_the_repeated_records_never_change():
 
 
 @pytest.mark.parametrize("repeats, records, batch_size", [(1, 40, 8), (3, 40, 8), (3, 9, 8)])
-def test_views_are_the_rows_by_record(repeats, records, batch_size):
+def test_views_group_the_rows_by_record(repeats, records, batch_size):
     plan = TrainPlan(records, batch_size, seed=5, repeats=repeats, groups=4)
     for rows in (range(8), range(4), range(4, 8), range(2, 3)):
-        most = 0
+        counts = []
         for step in range(12):
             views = plan.views(step, rows)
-            most = max(most, len(views))
-            assert len(views) <= plan.max_records(rows)
-            assert {
-                row: (record, key) for record, shown in views.items() for row, key in shown
-            } == {row: plan.lookup(step, row) for row in rows}
-        assert most == plan.max_records(rows)
+            counts.append(len(views))
+            by_row = {row: (record, key) for record, keys in views.items() for row, key in keys}
+            assert by_row == {row: plan.lookup(step, row) for row in rows}
+        assert max(counts) == plan.max_records(rows)
 
 
 @pytest.mark.oracle
@@ -218,12 +213,12 @@ def test_placement_equals_timms_sampler(in_order, num_records):
 
 @pytest.mark.parametrize("num_records", [1, 2, 7, 8, 9, 64])
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 100])
-def test_evaluation_shows_every_record_once_in_order(num_records, batch_size):
+def test_evaluation_has_every_record_once_in_order(num_records, batch_size):
     plan = EvalPlan(num_records, batch_size)
     rows = [plan.lookup(b, r) for b in range(plan.num_batches) for r in range(batch_size)]
     assert [row for row in rows if row is not None] == list(range(num_records))
-    assert rows[:num_records] == list(range(num_records))  # padding comes last
-    assert len(rows) - num_records < batch_size  # and no batch is all padding
+    assert rows[:num_records] == list(range(num_records))  # padding is at the end
+    assert len(rows) - num_records < batch_size  # no batch is only padding
 
 
 @pytest.mark.parametrize(
@@ -242,7 +237,7 @@ def test_evaluation_shows_every_record_once_in_order(num_records, batch_size):
         (lambda: TrainPlan(7, 7, 0, repeats=3, groups=0), "into 0 groups"),
     ],
 )
-def test_errors_say_the_numbers(make, message):
+def test_invalid_plans_are_refused(make, message):
     with pytest.raises(InputError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
