@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resampling by OpenCV: the same draws as by Pillow, and pixels within stated bounds of Pillow's.
+"""Resampling by OpenCV: the same random numbers as with Pillow, and pixels within bounds of it.
 
-The bounds are some tenths above what OpenCV 5.0 and Pillow 13.0 gave, in levels of 255.
+The bounds, in levels of 255, are a few tenths above the differences of OpenCV 5.0 and Pillow 13.0.
 """
 
 import functools
@@ -36,7 +36,7 @@ def differences(ours, theirs):
 
 
 def both(image, key, **options):
-    """The sample by OpenCV and by Pillow, after which both generators must stand alike."""
+    """Returns a sample by OpenCV and by Pillow; both must consume the same random numbers."""
     generators = [sample_generator(key) for _ in range(2)]
     pixels = OPENCV_TRANSFORM(image, generators[0], **RECIPE, **options)
     theirs = transforms.train_transform(image, generators[1], **RECIPE, **options)
@@ -47,7 +47,7 @@ def both(image, key, **options):
 
 @pytest.mark.parametrize("resample, mean, inside", [(BILINEAR, 0.9, 1), (BICUBIC, 1.6, 20)])
 @pytest.mark.parametrize("name", GEOMETRIC)
-def test_geometric_operations_are_near_pillows(name, resample, mean, inside):
+def test_geometric_operations_are_close_to_pillow(name, resample, mean, inside):
     for image in photographs().values():
         for level, _ in (case for case in cases(name) if case[1] == resample):
             if abs(level) > 10:
@@ -56,13 +56,13 @@ def test_geometric_operations_are_near_pillows(name, resample, mean, inside):
             theirs = randaugment.apply_op(image, name, level, resample, FILL)
             difference = differences(ours, theirs)
             assert difference.mean() < mean
-            # Beyond that lies only the outline, a line of pixels: less than the image's own.
+            # Larger differences only at the outline of the moved image.
             outline = 2 * sum(image.size) / (image.width * image.height)
             assert (difference.max(-1) > inside).mean() < outline
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *SIGNED])
-def test_operations_on_colours_are_pillows(name):
+def test_color_operations_equal_pillow(name):
     image = photographs()["flower"]
     pixels = np.asarray(image)
     ours = randaugment.apply_op(pixels, name, 9.0, BILINEAR, FILL, opencv.warp)
@@ -73,8 +73,8 @@ def test_operations_on_colours_are_pillows(name):
 @pytest.mark.parametrize("resample, larger", [(BILINEAR, 0.25), (BICUBIC, 2.6)])
 @pytest.mark.parametrize("scale", [0.3, 0.7, 1.0, 1.2, 1.5, 2.0, 2.1, 3.0, 4.5])
 @pytest.mark.parametrize("name", ["china", "flower", "portrait"])
-def test_resizing_is_near_pillows(name, scale, resample, larger):
-    """`larger` is the bound where the image is enlarged: bilinear differs by rounding alone."""
+def test_resizing_is_close_to_pillow(name, scale, resample, larger):
+    """`larger` bounds enlarged images; bilinear differs by rounding only."""
     size = 64
     side = round(scale * size)
     crop = PHOTOS[name].crop((5, 20, 5 + side, 20 + side))
@@ -85,8 +85,8 @@ def test_resizing_is_near_pillows(name, scale, resample, larger):
     assert difference.max() <= (1 if scale <= 1 and resample == BILINEAR else 40)
 
 
-def test_sides_are_smoothed_each_by_its_own_scale():
-    """Stripes one pixel wide turn grey where that side shrinks, and stay where it does not."""
+def test_each_side_is_smoothed_by_its_own_scale():
+    """Stripes one pixel wide become grey if their side shrinks and stay otherwise."""
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
     shrunk = opencv.resize(np.repeat(stripes, 3, 0), 64, BILINEAR)
@@ -100,13 +100,13 @@ def test_sides_are_smoothed_each_by_its_own_scale():
 
 
 @pytest.mark.parametrize("name, mean, worst", [("china", 1.4, 2.4), ("flower", 0.7, 1.2)])
-def test_crops_and_flips_are_pillows_and_pixels_near(name, mean, worst):
+def test_crops_and_flips_equal_pillow_and_pixels_are_close(name, mean, worst):
     image = PHOTOS[name]
     means = [differences(*both(image, (0, 0, i))).mean() for i in range(40)]
     assert np.mean(means) < mean and max(means) < worst
 
 
-def test_the_whole_transform_is_near_pillows():
+def test_train_transform_is_close_to_pillow():
     means = [
         differences(*both(PHOTOS[name], (1, 0, i), randaugment=PUBLISHED)).mean()
         for name in ("china", "flower")
@@ -122,11 +122,11 @@ def test_color_jitter_without_randaugment():
 
 
 @pytest.mark.parametrize("pixels", [(1, 1), (1, 300), (300, 1), (2, 3)])
-def test_the_smallest_images(pixels):
+def test_tiny_images(pixels):
     both(Image.new("RGB", pixels, "red"), (3, 0, 0), randaugment=PUBLISHED)
 
 
-def test_threads_do_not_change_the_stream():
+def test_batches_do_not_depend_on_threads():
     source = Digits("test")
     plan = TrainPlan(len(source), 16, seed=3, repeats=3, groups=4)
     transform = functools.partial(
@@ -149,7 +149,7 @@ def test_threads_do_not_change_the_stream():
         np.testing.assert_array_equal(one["image"], other["image"])
 
 
-def test_the_config_chooses_it(smoke_config):
+def test_config_selects_the_resampler(smoke_config):
     config = smoke_config()
     (theirs,) = Experiment(config).train_batches(start_step=0, num_steps=1)
     config.augment.resampling = "opencv"
@@ -157,7 +157,9 @@ def test_the_config_chooses_it(smoke_config):
     assert 0 < differences(ours["image"], theirs["image"]).mean() < 2
 
 
-def test_a_missing_package_is_named_before_anything_is_written(smoke_config, tmp_path, monkeypatch):
+def test_a_missing_package_is_reported_before_anything_is_written(
+    smoke_config, tmp_path, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "cv2", None)
     monkeypatch.delitem(sys.modules, "tnt_flax.data.opencv")
     monkeypatch.delattr("tnt_flax.data.opencv")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RandAugment: timm's arguments and pixels, and random numbers that are the sample's own.
+"""RandAugment: arguments and pixels of timm, with the random numbers of the sample.
 
-The hashes in golden/randaugment.json are of timm 1.0.31 (tests/goldens/scripts/randaugment.py) and
-the same with Pillow 10.1, 11.3, 12.0 and 13.0; the tests marked `oracle` compare with timm itself.
+The hashes in goldens/data/randaugment.json are from timm 1.0.31, see the script of that name in
+tests/goldens/scripts, and the same with Pillow 10.1, 11.3, 12.0 and 13.0. Tests marked `oracle`
+compare with timm itself.
 """
 
 import collections
@@ -51,8 +52,8 @@ def generator(seed):
     return np.random.Generator(np.random.Philox(seed))
 
 
-def draws(config, count, seed=0):
-    """The calls for `count` images, one list each."""
+def samples(config, count, seed=0):
+    """Returns the operations sampled for `count` images, one list each."""
     augment, numbers = parse(config), generator(seed)
     return [augment.sample(numbers) for _ in range(count)]
 
@@ -62,7 +63,7 @@ def draws(config, count, seed=0):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("photo", PHOTOGRAPHS)
-def test_pixels_are_timms(photo, name):
+def test_pixels_equal_timm(photo, name):
     golden = GOLDEN["sha256"][photo][name].split()
     assert len(golden) == len(cases(name))
     for case, expected in zip(cases(name), golden, strict=True):
@@ -72,7 +73,7 @@ def test_pixels_are_timms(photo, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_image_itself_is_never_changed(name):
+def test_operations_do_not_modify_their_argument(name):
     image = PHOTOGRAPHS["small"]
     before = image.tobytes()
     apply_op(image, name, 9.0, BICUBIC, FILL)
@@ -80,14 +81,14 @@ def test_the_image_itself_is_never_changed(name):
 
 
 @pytest.mark.parametrize("name, level", [("PosterizeIncreasing", 10.0), ("Posterize", 2.4)])
-def test_posterizing_to_no_bits_is_black(name, level):
+def test_posterizing_to_zero_bits_is_black(name, level):
     image = apply_op(PHOTOGRAPHS["china"], name, level, BILINEAR, FILL)
     assert image.size == PHOTOGRAPHS["china"].size
     assert not np.asarray(image).any()
 
 
-def test_the_arguments_at_magnitude_nine():
-    """The published string's, worked out by hand on images of which the result is plain."""
+def test_arguments_at_magnitude_nine():
+    """Results worked out by hand for the magnitude of the published recipe, on a grey ramp."""
     ramp = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, -1))
 
     def values(name, level=9.0):
@@ -100,18 +101,18 @@ def test_the_arguments_at_magnitude_nine():
     assert (values("SolarizeAdd") == np.where(grey < 128, np.minimum(255, grey + 99), grey)).all()
     assert abs(values("BrightnessIncreasing") - np.minimum(255, 1.81 * grey)).max() < 1
     assert abs(values("BrightnessIncreasing", -9.0) - 0.19 * grey).max() < 1
-    # 0.45 * 0.9 * 256 = 103.68 pixels to the left, grey beyond the edge; to the right the negative.
+    # 0.45 * 0.9 * 256 = 103.68 pixels to the left (to the right if negative), grey beyond the edge.
     assert abs(values("TranslateXRel")[:152] - (grey[:152] + 103.68)).max() < 1
     assert (values("TranslateXRel")[153:] == 128).all()
     assert (values("TranslateXRel", -9.0)[:103] == 128).all()
 
 
-# ------------------------------------------------------------------------------------- the drawing
+# --------------------------------------------------------------------------------------- sampling
 
 
-def test_the_draws_never_change_silently():
-    # Ours (the random numbers are not timm's), so literals: of four images, the pixels of twenty.
-    calls = [call for calls in draws(PUBLISHED, 4, seed=21) for call in calls]
+def test_samples_are_the_golden_ones():
+    # Literals of our own, because the random numbers are not timm's.
+    calls = [call for calls in samples(PUBLISHED, 4, seed=21) for call in calls]
     assert [(c.name, round(c.level, 6), c.resample.name) for c in calls] == GOLDEN_CALLS
     hashed = hashlib.sha256()
     for seed in range(20):
@@ -119,7 +120,7 @@ def test_the_draws_never_change_silently():
     assert hashed.hexdigest()[:16] == GOLDEN_PIXELS
 
 
-def test_the_global_random_numbers_are_neither_used_nor_changed():
+def test_global_random_numbers_are_neither_used_nor_changed():
     augment = parse(PUBLISHED)
     expected = [augment(PHOTOGRAPHS["small"], generator(seed)) for seed in range(20)]
     state, np_state = random.getstate(), np.random.get_state()[1].tolist()
@@ -133,7 +134,7 @@ def test_the_global_random_numbers_are_neither_used_nor_changed():
     np.random.seed(np_state[0])
 
 
-def test_it_pickles():
+def test_randaugment_pickles():
     augment = parse("rand-m9-mstd0.5-t3aw")
     copy = pickle.loads(pickle.dumps(augment))
     assert copy == augment
@@ -143,31 +144,31 @@ def test_it_pickles():
 
 
 def near(count, total, probability):
-    """Within four and a half standard deviations of a binomial."""
+    """True within 4.5 standard deviations of a binomial distribution."""
     return abs(count - total * probability) < 4.5 * math.sqrt(
         total * probability * (1 - probability)
     )
 
 
-def test_the_distribution_of_the_published_string():
+def test_distribution_of_the_published_recipe():
     images = 15_000
-    drawn = draws(PUBLISHED, images)
-    lengths = collections.Counter(map(len, drawn))
+    sampled = samples(PUBLISHED, images)
+    lengths = collections.Counter(map(len, sampled))
     assert all(near(lengths[k], images, p) for k, p in enumerate((0.25, 0.5, 0.25)))
-    same = sum(len(calls) == 2 and calls[0].name == calls[1].name for calls in drawn)
+    same = sum(len(calls) == 2 and calls[0].name == calls[1].name for calls in sampled)
     assert near(same, images, 0.25 / 15)  # with replacement
-    calls = [call for calls in drawn for call in calls]
+    calls = [call for calls in sampled for call in calls]
     names = collections.Counter(call.name for call in calls)
     assert set(names) == set(randaugment.INCREASING_OPS) and len(names) == 15
     assert all(near(count, 2 * images, 0.5 / 15) for count in names.values())
-    # Magnitudes: normal around 9 with deviation 0.5, what is above 10 becomes 10. For all alike.
+    # Magnitudes of all operations are normal with mean 9 and deviation 0.5, clipped at 10.
     for group in (set(names), {"AutoContrast", "Equalize", "Invert"}, set(GEOMETRIC)):
         levels = np.abs([call.level for call in calls if call.name in group])
         assert levels.min() > 6.5 and levels.max() == 10
         for bound in (8.0, 8.5, 9.0, 9.5, 9.999):
             below = (1 + math.erf((bound - 9) / 0.5 / math.sqrt(2))) / 2
             assert near((levels < bound).sum(), len(levels), below), bound
-    # Signs and filters are even coins, and independent.
+    # Signs and filters are uniform and independent.
     for name in names:
         here = [call for call in calls if call.name == name]
         negative = sum(call.level < 0 for call in here)
@@ -179,37 +180,37 @@ def test_the_distribution_of_the_published_string():
             assert near(both, len(here), 0.25)
 
 
-def test_the_distributions_of_the_options():
+def test_distributions_of_the_options():
     images = 4000
     for p in (0, 0.3, 1):
-        calls = [call for calls in draws(f"rand-p{p}-n3", images) for call in calls]
+        calls = [call for calls in samples(f"rand-p{p}-n3", images) for call in calls]
         assert near(len(calls), 3 * images, p) or len(calls) == p * 3 * images
         assert {abs(call.level) for call in calls} <= {10}
-    levels = np.abs([c.level for calls in draws("rand-m8-mstd101", images) for c in calls])
+    levels = np.abs([c.level for calls in samples("rand-m8-mstd101", images) for c in calls])
     assert 0 < levels.min() and levels.max() < 8  # uniform
     assert abs(levels.mean() - 4) < 4.5 * 8 / math.sqrt(12 * len(levels))
     assert np.histogram(levels, 4, (0, 8))[0] == pytest.approx(len(levels) / 4, rel=0.15)
-    levels = np.abs([c.level for calls in draws("rand-m1-mstd2", images) for c in calls])
+    levels = np.abs([c.level for calls in samples("rand-m1-mstd2", images) for c in calls])
     assert near((levels == 0).sum(), len(levels), (1 - math.erf(0.5 / math.sqrt(2))) / 2)
-    levels = np.abs([c.level for calls in draws("rand-m12-mmax14-mstd4", images) for c in calls])
+    levels = np.abs([c.level for calls in samples("rand-m12-mmax14-mstd4", images) for c in calls])
     assert levels.max() == 14
-    assert {abs(c.level) for calls in draws("rand-m12", 50) for c in calls} == {10}
+    assert {abs(c.level) for calls in samples("rand-m12", 50) for c in calls} == {10}
 
 
 @pytest.mark.parametrize("name", ["weights", "3aw"])
-def test_weighted_sets_are_drawn_without_replacement(name):
+def test_weighted_sets_are_sampled_without_replacement(name):
     images, weights = 6000, randaugment.NAMED_SETS[name]
-    drawn = draws(f"rand-n2-p1-t{name}", images)
-    assert all(len({call.name for call in calls}) == 2 for calls in drawn)
-    first = collections.Counter(calls[0].name for calls in drawn)
+    sampled = samples(f"rand-n2-p1-t{name}", images)
+    assert all(len({call.name for call in calls}) == 2 for calls in sampled)
+    first = collections.Counter(calls[0].name for calls in sampled)
     for op, weight in weights.items():
         assert near(first[op], images, weight / sum(weights.values())), op
 
 
-# -------------------------------------------------------------------------------------- the string
+# ---------------------------------------------------------------------------------- config strings
 
 
-def test_the_published_string():
+def test_the_published_recipe():
     assert parse(PUBLISHED) == randaugment.RandAugment(
         ops=tuple(randaugment.INCREASING_OPS),
         weights=None,
@@ -223,11 +224,11 @@ def test_the_published_string():
     assert parse("rand-inc1-mstd0.5-m9") == parse(PUBLISHED)
 
 
-def test_the_defaults_and_every_section():
+def test_defaults_and_every_section():
     plain = parse("rand")
     assert plain == parse("rand-m10-n2-p0.5-mstd0-mmax10-inc0")
     assert plain.ops == tuple(randaugment.PLAIN_OPS)
-    assert parse("rand-inc0").ops == plain.ops  # a zero is a no, which it was not in timm 0.3.2
+    assert parse("rand-inc0").ops == plain.ops  # unlike in timm 0.3.2
     full = parse("rand-m7-n3-p0.25-mstd1.5-mmax30-t3aw-inc1")
     assert full.ops == tuple(randaugment.NAMED_SETS["3aw"])
     assert sum(full.weights) == pytest.approx(1)
@@ -238,7 +239,7 @@ def test_the_defaults_and_every_section():
     assert parse("rand-t3a-inc1").weights is None
 
 
-def test_the_sets_are_timms():
+def test_named_sets_equal_timm():
     for name, timms in GOLDEN["sets"].items():
         augment = parse(f"rand-{name}" if name.startswith("inc") else f"rand-t{name}")
         assert augment.ops == tuple(timms)
@@ -249,7 +250,7 @@ def test_the_sets_are_timms():
             assert augment.weights is None
 
 
-def test_the_fill_is_the_mean():
+def test_fill_is_the_mean_color():
     assert randaugment.parse("rand", (0.485, 0.456, 0.406)).fill == (124, 116, 104)
     assert randaugment.parse("rand", (0.0, 1.0, 1.2)).fill == (0, 255, 255)
 
@@ -285,7 +286,7 @@ def test_the_fill_is_the_mean():
         ("rand-m9\n", "'m' takes a whole number"),
     ],
 )
-def test_what_is_not_understood_is_refused_in_one_line(config, message):
+def test_invalid_strings_are_refused_in_one_line(config, message):
     with pytest.raises(InputError) as caught:
         parse(config)
     assert str(caught.value).startswith(f"augment.randaugment={config!r}: ")
@@ -293,10 +294,10 @@ def test_what_is_not_understood_is_refused_in_one_line(config, message):
     assert caught.value.__cause__ is None
 
 
-# ------------------------------------------------------------------------------------ in its place
+# ------------------------------------------------------------------------------- train transform
 
 
-def test_the_transform_crops_flips_and_then_augments():
+def test_train_transform_augments_after_crop_and_flip():
     seen = []
 
     def invert(image, numbers, warp):
@@ -314,7 +315,7 @@ def test_the_transform_crops_flips_and_then_augments():
     assert set(seen) == {(32, 32)}
 
 
-# -------------------------------------------------------------------------------------- the oracle
+# ----------------------------------------------------------------------------------------- oracle
 
 CONFIGS = (
     PUBLISHED,
@@ -328,8 +329,8 @@ CONFIGS = (
 
 
 @pytest.fixture
-def timm_draws_ours(monkeypatch):
-    """Returns a function: from now on timm and torchvision draw from this generator."""
+def use_generator(monkeypatch):
+    """Returns a function that makes timm and torchvision use the random numbers of a generator."""
     auto_augment = pytest.importorskip("timm.data.auto_augment")
     import timm.data.transforms
     import torch
@@ -365,7 +366,7 @@ def timm_draws_ours(monkeypatch):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", NAMES)
-def test_operations_equal_timms(name):
+def test_operations_equal_timm(name):
     pytest.importorskip("timm")
     from tests.goldens.scripts.randaugment import timm_op
 
@@ -378,7 +379,7 @@ def test_operations_equal_timms(name):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("config", CONFIGS)
-def test_equals_timm_with_the_same_random_numbers(config, timm_draws_ours):
+def test_randaugment_equals_timm_with_the_same_random_numbers(config, use_generator):
     from timm.data.auto_augment import rand_augment_transform
 
     reference = rand_augment_transform(config, dict(translate_const=100, img_mean=FILL))
@@ -386,7 +387,7 @@ def test_equals_timm_with_the_same_random_numbers(config, timm_draws_ours):
     changed = 0
     for image in PHOTOGRAPHS.values():
         for seed in range(60):
-            timm_draws_ours(generator(seed))
+            use_generator(generator(seed))
             expected = reference(image)
             assert augment(image, generator(seed)) == expected, seed
             changed += expected != image
@@ -395,7 +396,7 @@ def test_equals_timm_with_the_same_random_numbers(config, timm_draws_ours):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("photo", ["china", "flower", "portrait", "small", "thin", "grey"])
-def test_the_whole_transform_equals_timms_with_the_same_random_numbers(photo, timm_draws_ours):
+def test_train_transform_equals_timm_with_the_same_random_numbers(photo, use_generator):
     from timm.data import create_transform
 
     reference = create_transform(
@@ -414,21 +415,21 @@ def test_the_whole_transform_equals_timms_with_the_same_random_numbers(photo, ti
         train_transform, size=224, flip=0.5, randaugment=parse(PUBLISHED), **CROP
     )
     for seed in range(40):
-        timm_draws_ours(generator(seed))
+        use_generator(generator(seed))
         expected = np.asarray(reference(image)).transpose(1, 2, 0)
         np.testing.assert_array_equal(ours(encoded, generator(seed)), expected, err_msg=str(seed))
 
 
 def largest_gap(a, b):
-    """Kolmogorov and Smirnov's distance between two samples, in units of its scale."""
+    """Returns the normalized Kolmogorov-Smirnov distance between two samples."""
     points = np.concatenate([a, b])
     below = [np.searchsorted(np.sort(x), points, side="right") / len(x) for x in (a, b)]
     return np.abs(below[0] - below[1]).max() / math.sqrt(1 / len(a) + 1 / len(b))
 
 
 @pytest.mark.oracle
-def test_the_draws_are_distributed_as_timms():
-    """timm with its own random numbers, what it calls written down instead of carried out."""
+def test_samples_have_the_distribution_of_timm():
+    """Records the operations that timm samples with its own random numbers."""
     auto_augment = pytest.importorskip("timm.data.auto_augment")
     images, recorded = 15_000, []
     reference = auto_augment.rand_augment_transform(
@@ -436,22 +437,22 @@ def test_the_draws_are_distributed_as_timms():
     )
     for op in reference.ops:
 
-        def take_down(level, hparams, level_fn=op.level_fn):
+        def level_of(level, hparams, level_fn=op.level_fn):
             return level, level_fn(level, hparams) if level_fn else ()
 
         def record(image, level, args, name=op.name, **kwargs):
-            auto_augment._check_args_tf(kwargs)  # draws the filter
+            auto_augment._check_args_tf(kwargs)  # samples the filter
             middle = 1.0 if "Increasing" in name and "ize" not in name else 0.0
             negative = bool(args) and args[0] < middle
             recorded.append((name, -level if negative else level, kwargs["resample"]))
             return image
 
-        op.level_fn, op.aug_fn = take_down, record
+        op.level_fn, op.aug_fn = level_of, record
     random.seed(0)
     np.random.seed(0)
     for _ in range(images):
         reference(None)
-    ours = [tuple(call) for calls in draws(PUBLISHED, images) for call in calls]
+    ours = [tuple(call) for calls in samples(PUBLISHED, images) for call in calls]
     assert abs(len(ours) - len(recorded)) < 4.5 * math.sqrt(2 * 2 * images / 4)
     report = {}
     for name in randaugment.INCREASING_OPS:
@@ -471,7 +472,7 @@ def test_the_draws_are_distributed_as_timms():
 
 
 @pytest.mark.oracle
-def test_crops_are_distributed_as_timms():
+def test_crops_have_the_distribution_of_timm():
     crop = pytest.importorskip("timm.data.transforms").RandomResizedCropAndInterpolation
     width, height, numbers = 500, 375, generator(0)
     random.seed(0)
@@ -488,4 +489,4 @@ def test_crops_are_distributed_as_timms():
     }
     for name, (a, b) in pairs.items():
         print(name, a.mean(), b.mean(), largest_gap(a, b))
-        assert largest_gap(a, b) < 1.95, name  # 0.1 % of the pairs of samples exceed it
+        assert largest_gap(a, b) < 1.95, name  # exceeded by 0.1 % of the pairs of samples

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixels: the same seed gives the same, and they are timm's.
+"""Pixels of training and evaluation: reproducible, and equal to timm's.
 
-The hashes in golden/eval_pixels.json were made by timm 1.0.31, torchvision 0.29.1 and Pillow 13.0
-(tests/goldens/scripts/transforms.py); the tests marked `oracle` compare with timm itself.
+The hashes in goldens/data/eval_pixels.json are from timm 1.0.31, torchvision 0.29.1 and Pillow 13.0
+(tests/goldens/scripts/transforms.py). Tests marked `oracle` compare with timm itself.
 """
 
 import collections
@@ -56,7 +56,7 @@ def test_decode_gives_the_pixels_of_the_file():
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 7, 3), (5, 7, 4)])
-def test_decode_takes_arrays(shape):
+def test_decode_accepts_arrays(shape):
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     expected = pixels.reshape(5, 7, -1)[..., :3] * np.ones(3, np.uint8)
     np.testing.assert_array_equal(np.asarray(decode(pixels)), expected)
@@ -70,7 +70,7 @@ def test_decode_repeats_grey_and_drops_alpha():
 
 
 def test_decode_converts_cmyk():
-    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # no cyan, all magenta and yellow: red
+    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # red
     red = np.asarray(decode(encoded(image, "JPEG", quality=100)))[8, 8].astype(int)
     assert red[0] > 240 and red[1:].max() < 15
 
@@ -84,14 +84,14 @@ def test_decode_reads_a_palette_with_transparency_without_a_warning():
     assert np.asarray(decode(file)).tolist() == [[[10, 20, 30], [40, 50, 60]]]
 
 
-def test_decode_clips_sixteen_bits_as_timm_does():
+def test_decode_clips_16_bits_as_in_timm():
     deep = np.array([[0, 7, 255, 256, 65535]], np.uint16)
     assert np.asarray(decode(png(deep)))[0, :, 0].tolist() == [0, 7, 255, 255, 255]
 
 
 def test_decode_ignores_the_exif_orientation():
     exif = Image.Exif()
-    exif[0x0112] = 6  # "rotate by a quarter": timm and torchvision do not
+    exif[0x0112] = 6  # rotate by 90 degrees, which timm and torchvision ignore
     assert decode(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)).size == (8, 4)
 
 
@@ -108,25 +108,28 @@ def test_decode_ignores_the_exif_orientation():
         (np.zeros((4, 4, 3), np.float32), "float32"),
         (np.zeros((4, 4, 4, 4), np.uint8), "Cannot handle"),
         (np.zeros((4, 4, 5), np.uint8), "Cannot handle"),
-        (encoded(Image.new("1", (10000, 10000))), "decompression bomb"),  # Pillow would only warn
+        (
+            encoded(Image.new("1", (10000, 10000))),
+            "decompression bomb",
+        ),  # by default Pillow only warns
         (encoded(Image.new("1", (14000, 14000))), "decompression bomb"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_corrupt_image_is_one_clear_error(image, reason):
+def test_corrupt_images_raise_one_line(image, reason):
     with pytest.raises(CorruptImageError, match=reason) as caught:
         decode(image)
     assert str(caught.value) and "\n" not in str(caught.value)
-    assert "0x" not in str(caught.value)  # no address: the message must be the same in each run
+    assert "0x" not in str(caught.value)  # no memory address: messages are reproducible
 
 
-def test_too_many_pixels_are_refused_whatever_the_warning_filters(recwarn):
+def test_too_many_pixels_are_refused_with_other_warning_filters(recwarn):
     warnings.simplefilter("ignore")
     with pytest.raises(CorruptImageError, match="10000 x 10000 pixels are too many"):
         decode(encoded(Image.new("1", (10000, 10000))))
 
 
-def test_damage_anywhere_in_a_file_never_escapes_as_another_error():
+def test_damaged_files_raise_no_other_error():
     rng = np.random.default_rng(0)
     small = Image.open(io.BytesIO(PHOTOS["small"]))
     for format in ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM"):
@@ -151,8 +154,8 @@ def test_the_seed_decides_the_pixels():
     assert (first != train_transform(PHOTOS["china"], generator(2))).any()
 
 
-def test_the_training_pixels_never_change_silently():
-    # Ours (the random numbers are not timm's), so a literal: the first of seed 0 on two photos.
+def test_training_pixels_are_the_golden_ones():
+    # A literal of our own, because the random numbers are not timm's.
     digest = hashlib.sha256()
     for name in ("portrait", "small"):
         digest.update(train_transform(PHOTOS[name], generator(0)).tobytes())
@@ -160,13 +163,13 @@ def test_the_training_pixels_never_change_silently():
 
 
 def test_crop_boxes_stay_inside_and_within_their_bounds():
-    draws = generator(0)
+    numbers = generator(0)
     width, height = 500, 375
     boxes = np.array(
-        [transforms.random_crop_box(width, height, draws, SCALE, RATIO) for _ in range(4000)]
+        [transforms.random_crop_box(width, height, numbers, SCALE, RATIO) for _ in range(4000)]
     )
     left, top, right, bottom = boxes.T
-    assert left.min() == top.min() == 0  # both edges are reached, neither is passed
+    assert left.min() == top.min() == 0
     assert right.max() == width and bottom.max() == height
     area = (right - left) * (bottom - top) / (width * height)
     ratio = (right - left) / (bottom - top)
@@ -174,10 +177,9 @@ def test_crop_boxes_stay_inside_and_within_their_bounds():
     assert ratio.min() > 3 / 4 * 0.98 and ratio.max() < 4 / 3 * 1.02
 
 
-def test_crop_boxes_have_the_distribution_of_the_definition():
-    # Boxes up to half the area always fit, so no draw is rejected: uniform area, log-uniform ratio.
-    draws = generator(1)
-    boxes = [transforms.random_crop_box(1000, 1000, draws, (0.1, 0.5), RATIO) for _ in range(4000)]
+def test_crop_boxes_have_uniform_area_and_position_and_log_uniform_ratio():
+    numbers, scale = generator(1), (0.1, 0.5)  # up to half the area always fits: no rejections
+    boxes = [transforms.random_crop_box(1000, 1000, numbers, scale, RATIO) for _ in range(4000)]
     left, top, right, bottom = np.array(boxes).T
     area = (right - left) * (bottom - top) / 1e6
     log_ratio = np.log((right - left) / (bottom - top))
@@ -188,7 +190,6 @@ def test_crop_boxes_have_the_distribution_of_the_definition():
     assert np.histogram(log_ratio, 4, (-math.log(4 / 3), math.log(4 / 3)))[0] == pytest.approx(
         1000, abs=4 * math.sqrt(750)
     )
-    # And the corner is uniform over where the box fits.
     assert abs((left / (1000 - (right - left))).mean() - 0.5) < sigmas / math.sqrt(12)
     assert abs((top / (1000 - (bottom - top))).mean() - 0.5) < sigmas / math.sqrt(12)
 
@@ -196,7 +197,7 @@ def test_crop_boxes_have_the_distribution_of_the_definition():
 @pytest.mark.parametrize(
     "width, height, box",
     [
-        (1000, 10, (493, 0, 506, 10)),  # too long: height 10, width round(10 * 4 / 3)
+        (1000, 10, (493, 0, 506, 10)),  # height 10, width round(10 * 4 / 3)
         (10, 1000, (0, 493, 10, 506)),
         (1000, 1, (499, 0, 500, 1)),
         (1, 1, (0, 0, 1, 1)),
@@ -207,14 +208,15 @@ def test_a_box_that_never_fits_becomes_the_central_crop(width, height, box):
 
 
 def test_a_tiny_image_never_gives_an_empty_box():
-    draws = generator(0)
+    numbers = generator(0)
     for size in (1, 2, 3):
         for _ in range(200):
-            left, top, right, bottom = transforms.random_crop_box(size, size, draws, SCALE, RATIO)
+            box = transforms.random_crop_box(size, size, numbers, SCALE, RATIO)
+            left, top, right, bottom = box
             assert 0 <= left < right <= size and 0 <= top < bottom <= size
 
 
-def test_both_filters_are_drawn_equally_often():
+def test_both_filters_are_equally_likely():
     image = decode(PHOTOS["small"])
     bicubic = 0
     for seed in range(400):
@@ -231,51 +233,46 @@ def test_both_filters_are_drawn_equally_often():
 def test_flip_mirrors_left_and_right_with_its_probability():
     image = decode(PHOTOS["small"])
     mirrored = np.asarray(image)[:, ::-1]
-    draws = generator(0)
+    numbers = generator(0)
     flips = 0
     for _ in range(400):
-        flipped = np.asarray(transforms.random_flip(image, draws, 0.25))
+        flipped = np.asarray(transforms.random_flip(image, numbers, 0.25))
         if (flipped == mirrored).all():
             flips += 1
         else:
             np.testing.assert_array_equal(flipped, np.asarray(image))
     assert abs(flips - 100) < 4 * math.sqrt(75)
-    assert transforms.random_flip(image, draws, 0.0) is image
-    np.testing.assert_array_equal(np.asarray(transforms.random_flip(image, draws, 1.0)), mirrored)
+    assert transforms.random_flip(image, numbers, 0.0) is image
+    np.testing.assert_array_equal(np.asarray(transforms.random_flip(image, numbers, 1.0)), mirrored)
 
 
 # ------------------------------------------------------------------------------------- evaluation
 
 
-@pytest.mark.parametrize("size, short", [(192, 213), (224, 248), (256, 284), (384, 426)])
-def test_sizes_of_the_short_side(monkeypatch, size, short):
-    seen = []
-    center = transforms.resized_center
-    monkeypatch.setattr(
-        transforms, "resized_center", lambda *args: seen.append(args[1]) or center(*args)
-    )
-    assert eval_transform(PHOTOS["china"], size=size, crop_fraction=0.9).shape == (size, size, 3)
-    assert eval_transform(PHOTOS["portrait"], size=size, crop_fraction=0.9).dtype == np.uint8
-    assert seen == [(int(short * 640 / 427), short), (short, int(short * 427 / 301))]
+@pytest.mark.parametrize("short", [213, 248, 284, 426])
+def test_sizes_of_the_short_side(short):
+    landscape, portrait = decode(PHOTOS["china"]), decode(PHOTOS["portrait"])
+    assert transforms.short_side_size(landscape, short) == (int(short * 640 / 427), short)
+    assert transforms.short_side_size(portrait, short) == (short, int(short * 427 / 301))
 
 
 def whole_then_center(image, resized, size):
-    """timm's way."""
+    """Resizes the whole image before cropping, as timm does."""
     return transforms.center_crop(image.resize(resized, Image.Resampling.BICUBIC), size)
 
 
 def assert_nearly_the_same(ours, reference):
-    """One level, of few values; more only where a value was clipped between the two passes."""
+    """Allows one level for few values, and two where a value is clipped between the passes."""
     difference = np.abs(np.asarray(ours).astype(int) - np.asarray(reference))
     assert difference.max() <= 2 and np.mean(difference > 0) < 0.005
 
 
 @pytest.mark.parametrize("name", PHOTOS)
-def test_eval_pixels_are_nearly_timms(name):
+def test_eval_pixels_are_close_to_timms(name):
     golden = GOLDEN["sha256"][name]
     image = decode(PHOTOS[name])
     digest = hashlib.sha256(image.tobytes()).hexdigest()
-    assert digest == golden["decoded"], "another decoder?"
+    assert digest == golden["decoded"], "the decoder differs"
     for size in (192, 224, 256, 384):
         resized = transforms.short_side_size(image, math.floor(size / 0.9))
         reference = whole_then_center(image, resized, size)
@@ -290,7 +287,7 @@ SHAPES += "300x600 300x601 301x600 199x400 600x450 450x600 512x384 1024x768 700x
 
 @pytest.mark.parametrize("shape", SHAPES.split())
 @pytest.mark.parametrize("size, short", [(224, 248), (224, 224), (32, 36), (97, 211), (20, 16)])
-def test_the_center_alone_is_the_center_of_the_whole(shape, size, short):
+def test_resized_center_is_close_to_the_center_of_the_resized_image(shape, size, short):
     width, height = map(int, shape.split("x"))
     china = Image.open(io.BytesIO(jpeg("china")))
     image = china.resize((width, height), box=(100, 50, 500, 350))
@@ -300,7 +297,7 @@ def test_the_center_alone_is_the_center_of_the_whole(shape, size, short):
     assert_nearly_the_same(center, whole_then_center(image, resized, size))
 
 
-def test_decoding_an_image_again_returns_it_and_a_jpeg_is_not_copied(monkeypatch):
+def test_decoded_rgb_images_are_not_copied(monkeypatch):
     monkeypatch.setattr(Image.Image, "copy", lambda self: pytest.fail("copied"))
     image = decode(PHOTOS["china"])
     assert image.mode == "RGB" and decode(image) is image
@@ -310,12 +307,12 @@ def test_a_crop_larger_than_the_image_is_padded_with_black():
     white = Image.new("RGB", (3, 6), "white")
     crop = np.asarray(transforms.center_crop(white, 6))[..., 0]
     expected = np.zeros((6, 6))
-    expected[:, 1:4] = 255  # three columns are missing: one on the left, two on the right
+    expected[:, 1:4] = 255  # adds one column on the left and two on the right
     np.testing.assert_array_equal(crop, expected)
     assert transforms.center_crop(white, 5).size == (5, 5)
 
 
-def test_a_line_of_pixels_is_refused_before_it_fills_the_memory():
+def test_long_thin_images_are_refused():
     with pytest.raises(CorruptImageError, match="20000 x 1 pixels"):
         eval_transform(np.zeros((1, 20000, 3), np.uint8), size=224, crop_fraction=0.9)
 
@@ -327,13 +324,13 @@ def test_transforms_pickle():
     )
 
 
-# ------------------------------------------------------------------------------------- the oracle
+# ----------------------------------------------------------------------------------------- oracle
 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("crop_fraction", [0.9, 0.875, 1.0, 1.15])
 @pytest.mark.parametrize("name", PHOTOS)
-def test_eval_is_nearly_timms(name, crop_fraction):
+def test_eval_is_close_to_timm(name, crop_fraction):
     timm_data = pytest.importorskip("timm.data")
     for size in (32, 224, 225, 384):
         reference = timm_data.create_transform(
@@ -356,10 +353,10 @@ def test_random_resized_crop_equals_torchvision(name):
     functional = pytest.importorskip("torchvision.transforms.functional")
     image = decode(PHOTOS[name])
     for seed in range(20):
-        draws = generator(seed)
-        left, top, right, bottom = transforms.random_crop_box(*image.size, draws, SCALE, RATIO)
+        numbers = generator(seed)
+        left, top, right, bottom = transforms.random_crop_box(*image.size, numbers, SCALE, RATIO)
         mode = functional.InterpolationMode
-        interpolation = mode.BICUBIC if draws.random() < 0.5 else mode.BILINEAR
+        interpolation = mode.BICUBIC if numbers.random() < 0.5 else mode.BILINEAR
         reference = functional.resized_crop(
             image, top, left, bottom - top, right - left, [64, 64], interpolation
         )
@@ -372,10 +369,10 @@ def test_crop_boxes_equal_timms_for_the_same_random_numbers(monkeypatch, width, 
     timm_transforms = pytest.importorskip("timm.data.transforms")
     crop = timm_transforms.RandomResizedCropAndInterpolation
     for seed in range(50):
-        draws = generator(seed)
-        monkeypatch.setattr(timm_transforms.random, "uniform", draws.uniform)
+        numbers = generator(seed)
+        monkeypatch.setattr(timm_transforms.random, "uniform", numbers.uniform)
         monkeypatch.setattr(
-            timm_transforms.random, "randint", lambda a, b, d=draws: int(d.integers(a, b + 1))
+            timm_transforms.random, "randint", lambda a, b, n=numbers: int(n.integers(a, b + 1))
         )
         top, left, h, w = crop.get_params(Image.new("L", (width, height)), SCALE, RATIO)
         ours = transforms.random_crop_box(width, height, generator(seed), SCALE, RATIO)
@@ -385,7 +382,7 @@ def test_crop_boxes_equal_timms_for_the_same_random_numbers(monkeypatch, width, 
 # ------------------------------------------------------------------------------------ color jitter
 
 
-def test_color_jitter_draws_order_and_factors(monkeypatch):
+def test_color_jitter_samples_order_and_factors(monkeypatch):
     calls = []
 
     def enhancer(name):
@@ -415,7 +412,7 @@ def test_color_jitter_is_off_with_randaugment():
 
 @pytest.mark.oracle
 def test_color_jitter_equals_torchvision():
-    """Given the same order and factors."""
+    """With the same order and factors."""
     import torch
     from torchvision.transforms import ColorJitter
 
@@ -427,8 +424,8 @@ def test_color_jitter_equals_torchvision():
         permutation, factors = again.permutation(3), {}
         for i in permutation:
             factors[int(i)] = again.uniform(0.6, 1.4)
-        drawn = (torch.tensor([*permutation, 3]), *(factors[i] for i in range(3)), None)
-        assert len(drawn) == len(order)
+        sampled = (torch.tensor([*permutation, 3]), *(factors[i] for i in range(3)), None)
+        assert len(sampled) == len(order)
         jitter = ColorJitter(0.4, 0.4, 0.4)
-        jitter.get_params = lambda *_, drawn=drawn: drawn
+        jitter.get_params = lambda *_, sampled=sampled: sampled
         np.testing.assert_array_equal(np.array(ours), np.array(jitter(image)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What golden/randaugment.json holds: operations, magnitudes and photographs."""
+"""The operations, magnitudes and photographs of goldens/data/randaugment.json."""
 
 import hashlib
 
@@ -27,7 +27,7 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def cases(name: str) -> list[tuple[float, Image.Resampling]]:
-    """The (level, resample) that `name` is tried with; a negative level is the other direction."""
+    """Returns the (level, filter) pairs to test `name` with; levels may be negative."""
     if name in NO_ARGUMENT:
         return [(5.0, RESAMPLE[0])]
     levels = LEVELS if name in PLAIN else (*LEVELS, *(-level for level in LEVELS[1:]))

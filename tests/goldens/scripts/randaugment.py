@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes golden/randaugment.json: hashes of what timm's own operations make of photographs.
+"""Writes goldens/data/randaugment.json: hashes of photographs after timm's operations.
 
-Run it where timm is installed: `python tests/goldens/scripts/randaugment.py`. For each
-photograph and operation, the first 12 digits of the SHA-256 of the pixels, in the order of
-`randaugment_cases.cases`. timm fails on posterizing to 0 bits with Pillow 13; what it gave before,
-black, is written instead. Besides, "sets": the operations that timm draws from.
+    python tests/goldens/scripts/randaugment.py                                      (needs timm)
+
+"sha256" has, for each photograph and operation, the first 12 digits of the SHA-256 of the pixels in
+the order of `randaugment_cases.cases`. Posterizing to 0 bits fails in timm with Pillow 13; the hash
+is that of black, the result with older versions. "sets" has the operations that timm samples from.
 """
 
 import json
@@ -22,7 +23,7 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "randaugment.json"
 
 
 def timm_posterize(image, bits_to_keep, **_):
-    """timm's `posterize` with the Pillow of its time."""
+    """Posterizes like timm with Pillow before 13."""
     if bits_to_keep >= 8:
         return image
     if bits_to_keep < 1:
@@ -31,16 +32,16 @@ def timm_posterize(image, bits_to_keep, **_):
 
 
 def timm_op(image: Image.Image, name: str, level: float, resample) -> Image.Image:
-    """The image after timm's operation at this magnitude; a negative level flips its sign."""
+    """Applies timm's operation at this magnitude; a negative level flips its sign."""
     hparams = dict(img_mean=FILL, interpolation=resample, magnitude_max=100)
     op = auto_augment.AugmentOp(name, prob=1.0, magnitude=abs(level), hparams=hparams)
     if name.startswith("Posterize"):
         op.aug_fn = timm_posterize
-    draw, random.random = random.random, lambda: float(level < 0)  # > 0.5 negates
+    original, random.random = random.random, lambda: float(level < 0)  # > 0.5 negates
     try:
         return op(image)
     finally:
-        random.random = draw
+        random.random = original
 
 
 def main():

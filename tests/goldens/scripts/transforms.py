@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes golden/eval_pixels.json: SHA-256 of the pixels that timm itself evaluates.
+"""Writes goldens/data/eval_pixels.json: SHA-256 of timm's evaluation pixels.
 
-Run it where timm is installed: `python tests/goldens/scripts/transforms.py`. The hashes are of the
-uint8 pixels [size, size, 3]; "decoded" is of the photograph before any resizing, so that a failing
-test says whether the decoder or the resize changed.
+    python tests/goldens/scripts/transforms.py                                       (needs timm)
+
+The hashes are of uint8 pixels [size, size, 3]. "decoded" is the hash of the photograph before
+resizing, so that a failing test shows whether the decoder or the resize changed.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ def sha256(pixels: np.ndarray) -> str:
 
 
 def timm_pixels(image: Image.Image, size: int) -> np.ndarray:
-    """timm's evaluation transform, its normalisation undone: uint8 [size, size, 3]."""
+    """Returns timm's evaluation pixels without normalization, uint8 [size, size, 3]."""
     transform = timm.data.create_transform(
         size,
         is_training=False,
@@ -39,8 +40,8 @@ def timm_pixels(image: Image.Image, size: int) -> np.ndarray:
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
     )
-    normalised = transform(image).numpy().transpose(1, 2, 0)
-    return np.round((normalised * 0.5 + 0.5) * 255).astype(np.uint8)
+    normalized = transform(image).numpy().transpose(1, 2, 0)
+    return np.round((normalized * 0.5 + 0.5) * 255).astype(np.uint8)
 
 
 def main():
