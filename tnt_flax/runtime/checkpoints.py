@@ -40,10 +40,9 @@ logger = logging.getLogger("tnt_flax")
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Disables Orbax's check for preemption; the training loop checks.
+        """Disables Orbax's own check, in a thread of one process: the loop checks for signals.
 
-        Orbax checks in a thread of one process with its own step number. After that the processes
-        would no longer agree on the step at which to stop.
+        JAX counts the checks to find the common step at which all processes stop.
         """
         return False
 
@@ -71,19 +70,15 @@ class Checkpoints:
         self._consecutive_failures = 0
         self._saving_step: int | None = None
         self._save_error: Exception | None = None
-        policy = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(keep),
-                checkpoint_managers.BestN(
-                    get_metric_fn=_top1, n=1, keep_checkpoints_without_metrics=False
-                ),
-            ]
+        newest = checkpoint_managers.LatestN(keep)
+        best = checkpoint_managers.BestN(
+            get_metric_fn=_top1, n=1, keep_checkpoints_without_metrics=False
         )
         self._manager = _Manager(
             folder,
             options=ocp.CheckpointManagerOptions(
                 best_fn=_top1,  # without it Orbax drops the metrics silently
-                preservation_policy=policy,
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
                 save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
                 cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._add_manifest),
@@ -115,9 +110,8 @@ class Checkpoints:
         stored, expected = read_info(path)["class_names"], self.info["class_names"]
         if stored != expected:
             raise InputError(
-                f"{path} was trained on {len(stored)} classes ({listed(stored, 3)}), the data has "
-                f"{len(expected)} ({listed(expected, 3)}): check data.root or choose another "
-                "workdir"
+                f"{path} has {len(stored)} classes ({listed(stored, 3)}), the data {len(expected)} "
+                f"({listed(expected, 3)}): check data.root or choose another workdir"
             )
         check_tensors_match(path, _state_shapes(path), abstract_state)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
@@ -149,11 +143,7 @@ class Checkpoints:
             raise RunError(f"Orbax refused to save step {step} in {self.folder}: it exists already")
 
     def wait_for_save(self) -> None:
-        """Returns when the current save is committed or has failed.
-
-        Raises:
-            RunError: MAX_FAILURES consecutive saves have failed.
-        """
+        """Returns when the current save is committed or has failed. Raises as `save_async`."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
@@ -162,11 +152,7 @@ class Checkpoints:
             self._finish_save()
 
     def save_blocking(self, state: Any, step: int, metrics: dict[str, float] | None = None) -> None:
-        """Returns when `step` is committed; saves it if necessary, with retries.
-
-        Raises:
-            RunError: MAX_FAILURES consecutive saves have failed.
-        """
+        """Saves `step` unless it is committed, with retries. Raises as `save_async`."""
         self._consecutive_failures = 0
         self.wait_for_save()
         while not self.is_committed(step):
@@ -241,14 +227,8 @@ def step_folders(folder: pathlib.Path) -> list[pathlib.Path]:
 def find_checkpoint(folder: pathlib.Path, which: str) -> pathlib.Path:
     """Returns the folder of an intact checkpoint; logs a warning for each damaged one.
 
-    Only reads: a run may be training in `folder`.
-
-    Args:
-        folder: "checkpoints" of a workdir.
-        which: "best" by top-1 accuracy (the last one if none was evaluated), or "last".
-
-    Raises:
-        InputError: there is no intact checkpoint.
+    `which` is "last", or "best" by top-1 accuracy (the last one if none was evaluated). Only reads:
+    a run may be training in `folder`. Raises InputError if there is no intact checkpoint.
     """
     intact = []
     for step_folder in step_folders(folder):
@@ -290,13 +270,8 @@ def read_param_shapes(step_folder: pathlib.Path) -> Any:
 def read_weights(step_folder: pathlib.Path, kind: str, abstract_params: Any) -> Any:
     """Returns the parameters of a checkpoint as numpy arrays.
 
-    Args:
-        step_folder: see `find_checkpoint`.
-        kind: "ema" or "raw".
-        abstract_params: the expected names, shapes and dtypes.
-
-    Raises:
-        InputError: the checkpoint is damaged, unreadable or of another model.
+    `kind` is "ema" or "raw"; `abstract_params` has the expected names, shapes and dtypes. Raises
+    InputError if the checkpoint is damaged, unreadable or of another model.
     """
     if error := integrity_error(step_folder):
         raise InputError(f"{step_folder} is damaged: {error}")
@@ -353,12 +328,8 @@ def _top1(metrics: dict[str, float]) -> float:
 
 def write_manifest(step_folder: pathlib.Path) -> None:
     """Writes MANIFEST.json, the SHA-256 of every file of a checkpoint."""
-    paths = [path for path in sorted(step_folder.rglob("*")) if path.is_file()]
-    digests = {
-        str(path.relative_to(step_folder)): sha256(path)
-        for path in paths
-        if path.name not in NOT_IN_MANIFEST
-    }
+    paths = [p for p in sorted(step_folder.rglob("*")) if p.name not in NOT_IN_MANIFEST]
+    digests = {str(p.relative_to(step_folder)): sha256(p) for p in paths if p.is_file()}
     write_atomic(step_folder / MANIFEST, json.dumps(digests, indent=1), fsync=True)
 
 

@@ -197,12 +197,9 @@ def _presence_file(rendezvous_dir, process):
 
 
 def _start_timeout_message(timeout, job, rendezvous_dir):
-    message = (
-        f"timed out after {timeout} s waiting for {job.num_processes} processes at "
-        f"{job.coordinator}"
-    )
-    missing = []
-    for process in range(job.num_processes) if rendezvous_dir else ():
+    count, missing = job.num_processes, []
+    message = f"timed out after {timeout} s waiting for {count} processes at {job.coordinator}"
+    for process in range(count) if rendezvous_dir else ():
         try:
             modified = _presence_file(rendezvous_dir, process).stat().st_mtime
         except OSError:
@@ -211,9 +208,8 @@ def _start_timeout_message(timeout, job, rendezvous_dir):
         if process != job.process_id and time.time() - modified > timeout + 60:
             missing.append(str(process))
     if missing:
-        return (
-            f"{message}: process {listed(missing)} did not start or does not see {rendezvous_dir}"
-        )
+        missing = f"process {listed(missing)}"
+        return f"{message}: {missing} did not start or does not see {rendezvous_dir}"
     return f"{message}: check that all processes were started and can reach that address"
 
 

@@ -30,8 +30,7 @@ FREE_KEYS += ("mesh.data", "mesh.fsdp", "mesh.tensor", "data.corrupt")
 # Once one of these has content, the workdir accepts no other config.
 RESULTS = ("checkpoints", "metrics.jsonl", "weights.safetensors")
 ENVIRONMENT = "environment.json"
-PACKAGES = ("tnt_flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-PACKAGES += ("pillow",)
+PACKAGES = "tnt_flax jax jaxlib flax optax orbax-checkpoint grain numpy pillow".split()
 
 logger = logging.getLogger("tnt_flax")
 
@@ -93,9 +92,8 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text()) if path.exists() else None
     except ValueError as error:
-        raise InputError(
-            f"{path} is not JSON ({error}): restore it or remove the workdir"
-        ) from error
+        advice = "restore it or remove the workdir"
+        raise InputError(f"{path} is not JSON ({error}): {advice}") from error
 
 
 def config_to_json(config: ConfigDict) -> dict[str, Any]:
