@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every key is known, every key is read, every config builds."""
+"""Configs: all files build, all keys are read, bad values are errors of one line."""
 
 import dataclasses
 import importlib
@@ -60,15 +60,15 @@ def flat(config, prefix=""):
             yield f"{prefix}{key}"
 
 
-def test_every_file_is_tested(root):
+def test_all_config_files_are_tested(root):
     assert sorted(p.stem for p in (root / "configs").glob("*.py")) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_config_builds(name):
+def test_config_builds_its_network(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     assert set(flat(config)) == set(flat(default.get_config()))
-    if not config.model.name:  # that of the weights
+    if not config.model.name:  # the network of the weights
         with pytest.raises(InputError, match="model.name is empty.*: set init_from=FILE"):
             Experiment(config).make_model(10)
         config.model.name = "tnt_s_patch16_224"
@@ -81,7 +81,7 @@ def test_config_builds(name):
         assert experiment.interval(group) >= 1
 
 
-def test_transfer_to_every_data_set():
+def test_transfer_configs_of_all_data_sets():
     for name in transfer.DATA:
         config = transfer.get_config(name)
         check_config(config)
@@ -102,7 +102,7 @@ def test_each_size_has_its_own_file(family, sizes):
         config_of("xl")
 
 
-def test_the_published_recipe_of_pyramids():
+def test_pyramid_tnt_has_the_published_image_sizes_and_warm_up():
     for name in ("ti", "s", "m", "b"):
         config = importlib.import_module(f"configs.ptnt_{name}").get_config()
         assert config.model.name == f"ptnt_{name}_patch16_{config.data.image_size}"
@@ -111,7 +111,7 @@ def test_the_published_recipe_of_pyramids():
         assert rates == pytest.approx([1e-6, 5.095e-5, 9.5005e-4, 9.891831e-4], rel=1e-6)
 
 
-def test_a_misspelt_key_in_a_config_file_is_refused():
+def test_a_misspelled_key_in_a_config_file_is_an_error():
     with pytest.raises(AttributeError, match='Did you mean "batch_size"'):
         default.get_config().batch_sise = 3
 
@@ -164,17 +164,17 @@ def test_every_model_key_is_a_field_of_a_network():
         ("2epochs", 14),
     ],
 )
-def test_durations(duration, steps):
+def test_durations_in_epochs_or_steps(duration, steps):
     assert steps_of("eval.every", duration, 7) == steps
 
 
 @pytest.mark.parametrize("duration", ["", "5", "0 steps", "-1 epochs", "two epochs", "1 hours"])
-def test_bad_durations(duration):
+def test_bad_durations_are_errors(duration):
     with pytest.raises(ValueError, match=r'eval\.every=.*is not a valid duration: use "N epochs"'):
         steps_of("eval.every", duration, 7)
 
 
-def test_randaugment_is_spelled_in_the_config(smoke_config):
+def test_the_config_selects_randaugment(smoke_config):
     config = default.get_config()
     assert Experiment(config).randaugment == randaugment.parse(PUBLISHED, (0.5, 0.5, 0.5))
     config.data.mean = (0.0, 0.5, 1.0)
@@ -190,7 +190,7 @@ def test_randaugment_is_spelled_in_the_config(smoke_config):
         (batch,) = Experiment(config).train_batches(start_step=2, num_steps=1)
         first[spelled] = batch["image"]
     changed = (first[""] != first[PUBLISHED]).any(axis=(1, 2, 3)).mean()
-    assert 0.5 < changed < 0.95  # a quarter of the images draws no operation
+    assert 0.5 < changed < 0.95  # no operation for a quarter of the images
 
 
 def test_the_plan_is_the_published_one(smoke_config):
@@ -219,14 +219,14 @@ def test_the_plan_is_the_published_one(smoke_config):
         ({"augment.erase_ratio": (0.0, 2.0)}, "augment.erase_ratio=.* is not a valid range"),
     ],
 )
-def test_bad_mixing_and_erasing(changes, message):
+def test_bad_mixing_and_erasing_values_are_errors(changes, message):
     config = default.get_config()
     config.update_from_flattened_dict(changes)
     with pytest.raises(InputError, match=message):
         check_config(config)
 
 
-def test_without_mixing_any_batch_size_does():
+def test_any_batch_size_is_valid_without_mixing():
     config = default.get_config()
     config.update_from_flattened_dict(
         {"batch_size": 7, "augment.mixup_alpha": 0.0, "augment.cutmix_alpha": 0.0}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command itself: one clear line for bad input, the right exit code, JSON as the last line."""
+"""main.py: exit codes, one line for bad input, JSON as the last line on stdout."""
 
 import json
 import os
@@ -65,20 +65,20 @@ def test_train_then_evaluate(root, tmp_path, smoke_flags):
 
     evaluated = command(root, *flags, "--mode=eval")
     assert evaluated.returncode == 0, evaluated.stderr
-    answer = json.loads(evaluated.stdout.splitlines()[-1])
-    assert answer.pop("checkpoint") == str(tmp_path / "checkpoints" / "29")
+    of_workdir = json.loads(evaluated.stdout.splitlines()[-1])
+    assert of_workdir.pop("checkpoint") == str(tmp_path / "checkpoints" / "29")
     for name in ("top1", "top5", "loss", "images", "skipped"):
-        assert answer[name] == result[name]
-    assert 0 < answer["ece"] < 1 and answer["classes"] == 10
+        assert of_workdir[name] == result[name]
+    assert 0 < of_workdir["ece"] < 1 and of_workdir["classes"] == 10
 
     file = f"--checkpoint={tmp_path / 'weights.safetensors'}"
     from_file = command(root, *flags, "--mode=eval", file)
-    answer_from_file = json.loads(from_file.stdout.splitlines()[-1])
-    assert answer_from_file.pop("checkpoint").endswith("weights.safetensors")
-    assert answer_from_file == answer  # the average of the last step is what the file holds
+    of_file = json.loads(from_file.stdout.splitlines()[-1])
+    assert of_file.pop("checkpoint").endswith("weights.safetensors")
+    assert of_file == of_workdir  # the file contains the EMA of the last step
 
     raw = command(root, *flags, "--mode=eval", "--config.eval.weights=raw", "--checkpoint=last")
-    assert json.loads(raw.stdout.splitlines()[-1])["loss"] != answer["loss"]
+    assert json.loads(raw.stdout.splitlines()[-1])["loss"] != of_workdir["loss"]
 
     failed = command(root, *flags, "--config.optimizer.learning_rate=1")
     assert failed.returncode == 2

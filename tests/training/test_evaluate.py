@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every image counts exactly once, whatever the batch size and the number of devices."""
+"""Every image counts exactly once, for any batch size and number of devices."""
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,11 @@ from tnt_flax.weights.weights_file import save_weights
 def setting(smoke_config):
     experiment = Experiment(smoke_config())
     params = experiment.init_params(jax.random.key(3))
-    params["head"]["kernel"] *= 50  # so that logits differ
+    params["head"]["kernel"] *= 50  # logits that differ between images
     return experiment, params
 
 
-def test_exact_for_any_batch_size(setting):
+def test_metrics_are_equal_for_any_batch_size(setting):
     experiment, params = setting
     config, model = experiment.config, experiment.model
     step = jax.jit(experiment.make_eval_step(model))
@@ -39,7 +39,7 @@ def test_exact_for_any_batch_size(setting):
         assert result["top1"] == results[0]["top1"] and result["top5"] == results[0]["top5"]
         np.testing.assert_allclose(result["loss"], results[0]["loss"], rtol=1e-6)
 
-    # The same by hand, without batches, masks or devices.
+    # Computed directly, without batches, masks or devices.
     config.eval.batch_size = 360
     (batch,) = experiment.eval_batches()
     pixels = (jnp.asarray(batch["image"], jnp.float32) - 127.5) / 127.5
@@ -50,7 +50,7 @@ def test_exact_for_any_batch_size(setting):
     assert 0 < results[0]["top1"] < results[0]["top5"] < 1
 
 
-def test_a_weights_file(setting, tmp_path):
+def test_a_weights_file_is_evaluated_if_its_network_and_classes_fit(setting, tmp_path):
     experiment, params = setting
     config = experiment.config
     path = tmp_path / "w.safetensors"
@@ -64,7 +64,7 @@ def test_a_weights_file(setting, tmp_path):
     with pytest.raises(InputError, match="another network, not the tnt_ti_.*depth: 1 -> 2"):
         evaluate_checkpoint(config, None, str(path))
     config.model.depth = 1
-    config.model.dtype = "bfloat16"  # how it is computed is free
+    config.model.dtype = "bfloat16"  # not part of the architecture
     assert evaluate_checkpoint(config, None, str(path))["images"] == 360
 
     save_weights(path, params, {"config": config_to_json(config), "class_names": [*"abcdefghi0"]})
@@ -72,7 +72,7 @@ def test_a_weights_file(setting, tmp_path):
         evaluate_checkpoint(config, None, str(path))
 
 
-def test_nothing_to_evaluate(setting, tmp_path):
+def test_missing_weights_or_images_are_errors(setting, tmp_path):
     experiment, params = setting
     config = experiment.config
     with pytest.raises(InputError, match="--checkpoint=best needs the --workdir"):
@@ -86,7 +86,7 @@ def test_nothing_to_evaluate(setting, tmp_path):
         evaluate(step, params, (batch for batch in ()), sharding.make_mesh())
 
 
-def test_weights_that_give_nan(setting):
+def test_a_nan_loss_is_an_error(setting):
     experiment, params = setting
     params["head"]["bias"] = jnp.full(10, jnp.nan)
     step = jax.jit(experiment.make_eval_step(experiment.model))

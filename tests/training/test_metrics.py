@@ -7,7 +7,7 @@ import pytest
 from tnt_flax.training.metrics import MetricWriter, Progress, StepMeter, read_metrics_file
 
 
-def test_a_resumed_run_drops_what_a_killed_one_logged_later(tmp_path):
+def test_a_resumed_run_drops_the_lines_logged_after_its_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": s, "train/loss": 1.0 / s}) for s in (1, 2, 3)]
     path.write_text("\n".join(lines) + '\n{"step": 4, "train/lo')  # killed while writing
@@ -33,7 +33,7 @@ def test_event_files_hold_the_scalars(tmp_path):
     assert event.tensor_proto.float_val[0] == 0.25
 
 
-def test_the_meter_averages_a_window_and_starts_the_next(monkeypatch):
+def test_the_meter_averages_the_steps_since_the_last_report(monkeypatch):
     clock = iter([0.0, 2.0, 5.0, 7.0, 7.0, 8.0, 8.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     meter = StepMeter(batch_size=32, steps_per_epoch=10, total_steps=100)
@@ -61,7 +61,7 @@ def test_the_meter_averages_a_window_and_starts_the_next(monkeypatch):
 
 
 @pytest.mark.parametrize("left, eta", [(59.6, "0:01:00"), (200_000, "2 days, 7:33:20")])
-def test_plain_progress_lines_where_nobody_watches(capsys, left, eta):
+def test_progress_is_plain_lines_if_stderr_is_no_terminal(capsys, left, eta):
     progress = Progress(start_step=0, total_steps=50)
     values = dict.fromkeys(("epoch", "loss", "learning_rate", "images_per_second"), 1.0)
     values |= {"data_wait": 0.031, "seconds_left": left}
@@ -74,7 +74,7 @@ def test_plain_progress_lines_where_nobody_watches(capsys, left, eta):
     assert err.rstrip().endswith(f"data wait 3.1%  ETA {eta}")
 
 
-def test_a_full_disk_costs_lines_and_no_more(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_loses_lines_and_raises_nothing(tmp_path, monkeypatch, capsys):
     writer = MetricWriter(tmp_path, 0)
     writer.write(1, {"train/loss": 1.0})
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop and its glue: cadence, resume, kills, NaN, and what a run leaves behind."""
+"""Training runs: intervals, files, resumption, kills, NaN, and errors of config and data."""
 
 import contextlib
 import functools
@@ -39,7 +39,7 @@ STEPS = 29  # 1,437 digits in batches of 48
     "every, total, expected",
     [(1, 4, [1, 2, 3, 4]), (3, 7, [3, 6, 7]), (7, 7, [7]), (9, 7, [7]), (3, 6, [3, 6])],
 )
-def test_cadence(every, total, expected):
+def test_due_is_true_every_n_steps_and_at_the_last(every, total, expected):
     assert [step for step in range(1, total + 1) if due(step, every, total)] == expected
 
 
@@ -54,7 +54,7 @@ def finished(tmp_path_factory):
     return config, workdir, train_and_evaluate(config, workdir)
 
 
-def test_a_run_leaves_everything_behind(finished):
+def test_a_run_writes_all_its_files(finished):
     config, workdir, result = finished
     assert result["step"] == STEPS and result["images"] == 360 and result["skipped"] == 0
     assert 0 <= result["top1"] <= result["top5"] <= 1
@@ -66,11 +66,11 @@ def test_a_run_leaves_everything_behind(finished):
     (start,) = read_environments(workdir)
     assert start["step"] == 0 and start["environment"]["jax"] == jax.__version__
     for name in ("curves.png", "predictions.png"):
-        with Image.open(workdir / name) as picture:
-            assert min(picture.size) > 200
+        with Image.open(workdir / name) as plot:
+            assert min(plot.size) > 200
 
 
-def test_the_log_of_a_run(finished):
+def test_metrics_are_logged_at_their_intervals(finished):
     config, workdir, result = finished
     lines = read_metrics_file(workdir / "metrics.jsonl")
     assert [m["step"] for m in lines if "train/loss" in m] == [10, 20, STEPS]
@@ -82,7 +82,7 @@ def test_the_log_of_a_run(finished):
     assert 0 <= lines[0]["train/data_wait"] <= 1
 
 
-def test_the_first_loss_is_that_of_a_guess(finished):
+def test_the_first_loss_is_that_of_uniform_predictions(finished):
     _, workdir, _ = finished
     first = read_metrics_file(workdir / "metrics.jsonl")[0]["train/loss"]
     assert first == pytest.approx(np.log(10), abs=0.1)
@@ -93,8 +93,8 @@ def test_restarting_a_finished_run_changes_nothing(finished):
     assert train_and_evaluate(config, workdir) == result
 
 
-def test_a_damaged_latest_checkpoint_costs_only_the_steps_since(finished, tmp_path, caplog, capsys):
-    """The run falls back to the checkpoint before, and still ends bit-identical to the first."""
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(finished, tmp_path, caplog, capsys):
+    """It ends bit-identical to an uninterrupted run."""
     config, workdir, result = finished
     copy = tmp_path / "copy"
     shutil.copytree(workdir, copy)
@@ -112,7 +112,7 @@ def test_a_damaged_latest_checkpoint_costs_only_the_steps_since(finished, tmp_pa
     assert "from step 10 to 29" in err
 
 
-def test_an_evaluation_is_saved_even_off_the_checkpoint_cadence(smoke_config, tmp_path):
+def test_every_evaluation_is_checkpointed(smoke_config, tmp_path):
     config = smoke_config(eval__every="14 steps", checkpoint__every="20 steps", checkpoint__keep=9)
     train_and_evaluate(config, tmp_path)
     folders = checkpoints.step_folders(tmp_path / "checkpoints")
@@ -121,7 +121,7 @@ def test_an_evaluation_is_saved_even_off_the_checkpoint_cadence(smoke_config, tm
     assert evaluated == [14, 28, STEPS]
 
 
-def test_nan_stops_the_run_with_its_cause(smoke_config, tmp_path):
+def test_nan_stops_the_run_and_names_the_tensor(smoke_config, tmp_path):
     config = smoke_config(optimizer__learning_rate=1e30, checkpoint__every="1 steps")
     with pytest.raises(RunError) as caught:
         train_and_evaluate(config, tmp_path)
@@ -134,8 +134,8 @@ def test_nan_stops_the_run_with_its_cause(smoke_config, tmp_path):
         assert np.isfinite(leaf).all()
 
 
-def test_training_begins_from_weights_of_any_system(finished, smoke_config, tmp_path, capsys):
-    """With a learning rate of zero the run ends with the weights that it began from."""
+def test_training_starts_from_weights_of_any_framework(finished, smoke_config, tmp_path, capsys):
+    """With a learning rate of zero, the final weights are the initial ones."""
     _, workdir, result = finished
     params = read_checkpoint(workdir, weights="raw", checkpoint="last").params
     torch.write(tmp_path / "x.pth", dict(names.export("huawei", params)))
@@ -147,8 +147,8 @@ def test_training_begins_from_weights_of_any_system(finished, smoke_config, tmp_
     again = train_and_evaluate(config, tmp_path / "run")
     assert again["fingerprint"] == result["fingerprint"]
     assert "official network, huawei names, torch file" in capsys.readouterr().err
-    average = read_checkpoint(tmp_path / "run", weights="ema").params  # it began there, too
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), average, params)
+    ema = read_checkpoint(tmp_path / "run", weights="ema").params
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), ema, params)
 
 
 def test_other_classes_get_a_new_head(finished, smoke_config, capsys):
@@ -162,7 +162,7 @@ def test_other_classes_get_a_new_head(finished, smoke_config, capsys):
     kept, _ = load(same)
     assert fingerprint(kept) == fingerprint(params)
     assert "a new head" not in capsys.readouterr().err
-    new, _ = load(renamed)  # as many, but others
+    new, _ = load(renamed)  # as many classes, with other names
     assert "a new head for 10 classes" in capsys.readouterr().err
     assert fingerprint(new["head"]) != fingerprint(params["head"])
     assert fingerprint(new["blocks_0"]) == fingerprint(params["blocks_0"])
@@ -203,7 +203,7 @@ def test_other_classes_get_a_new_head(finished, smoke_config, capsys):
     ],
     ids=lambda x: "" if isinstance(x, str) else ",".join(x),
 )
-def test_bad_configs(smoke_config, tmp_path, overrides, message):
+def test_bad_config_values_are_errors_of_one_line(smoke_config, tmp_path, overrides, message):
     with pytest.raises(InputError, match=message) as caught:
         train_and_evaluate(smoke_config(**overrides), tmp_path)
     assert "\n" not in str(caught.value)
@@ -232,21 +232,20 @@ def folder_config(smoke_config, root, **overrides):
     )
 
 
-def test_an_image_folder_trains(smoke_config, tmp_path):
+def test_training_on_an_image_folder(smoke_config, tmp_path):
     config = folder_config(smoke_config, make_folder(tmp_path / "data"))
     result = train_and_evaluate(config, tmp_path / "run")
     assert (result["step"], result["images"], result["top5"]) == (3, 48, 1.0)
 
 
-def test_train_and_eval_classes_that_differ(smoke_config, tmp_path):
+def test_training_and_evaluation_classes_must_match(smoke_config, tmp_path):
     make_folder(tmp_path / "data", splits=("train",))
     make_folder(tmp_path / "data", classes=("cat", "fox"), splits=("val",))
     with pytest.raises(InputError, match="dog.*fox"):
         train_and_evaluate(folder_config(smoke_config, tmp_path / "data"), tmp_path / "run")
 
 
-def test_a_missing_data_folder(smoke_config, tmp_path):
-    """And the command corrected, in the same workdir."""
+def test_a_failed_start_can_be_corrected_in_the_same_workdir(smoke_config, tmp_path):
     with pytest.raises(InputError, match="nowhere"):
         train_and_evaluate(folder_config(smoke_config, tmp_path / "nowhere"), tmp_path / "run")
     config = folder_config(smoke_config, make_folder(tmp_path / "data"))
@@ -260,13 +259,13 @@ def test_a_missing_data_folder(smoke_config, tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_truncated_file_stops_the_run_by_name_or_is_counted(smoke_config, tmp_path, split):
+def test_a_truncated_image_stops_the_run_or_is_counted(smoke_config, tmp_path, split):
     make_folder(tmp_path / "data")
     broken = tmp_path / "data" / split / "dog" / "7.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
     with pytest.raises(InputError, match=f"{split}/dog/7.jpg.*data.corrupt"):
         train_and_evaluate(folder_config(smoke_config, tmp_path / "data"), tmp_path / "run")
-    # As the message advises, in the same workdir.
+    # The advice of the message works in the same workdir.
     config = folder_config(smoke_config, tmp_path / "data", data__corrupt="skip")
     result = train_and_evaluate(config, tmp_path / "run")
     lines = read_metrics_file(tmp_path / "run" / "metrics.jsonl")
@@ -290,9 +289,9 @@ def run(root, workdir, flags, **kwargs):
 
 @pytest.mark.slow
 def test_killed_and_resumed_is_bit_identical_to_undisturbed(root, tmp_path, smoke_flags):
-    """kill -9 of the real command, twice: the same command goes on at the exact sample.
+    """kill -9 of the command, twice: the same command resumes at the exact sample.
 
-    Everything that is random is on: the whole published augmentation, and drop path.
+    With all random functions: the published augmentation, and drop path.
     """
     flags = [*smoke_flags, "--config.checkpoint.every=4 steps", "--config.model.drop_path=0.2"]
     published = default.get_config().augment
@@ -312,7 +311,7 @@ def test_killed_and_resumed_is_bit_identical_to_undisturbed(root, tmp_path, smok
     process = run(root, tmp_path / "killed", flags)
     out, err = process.communicate()
     assert process.returncode == 0, err
-    assert "from step 0 " not in err  # it did resume
+    assert "from step 0 " not in err
     assert json.loads(out.splitlines()[-1]) == whole
     weights = [
         (tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "killed")
@@ -339,8 +338,8 @@ def at(monkeypatch):
     return register
 
 
-def test_notices_to_stop_cost_nothing(finished, tmp_path, at):
-    """In a step, in an evaluation, while a save is in flight: it ends as if undisturbed."""
+def test_a_run_stopped_by_signals_ends_bit_identical(finished, tmp_path, at):
+    """Signals come in a step, in an evaluation, and while a save is in flight."""
     config, _, result = finished
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(
@@ -367,7 +366,7 @@ def test_notices_to_stop_cost_nothing(finished, tmp_path, at):
     assert checkpoints.read_metrics(tmp_path / "checkpoints" / "10")["images"] == 360
 
 
-def test_data_that_goes_away_ends_the_run_with_its_state_saved(smoke_config, tmp_path, at):
+def test_unavailable_data_end_the_run_with_its_state_saved(smoke_config, tmp_path, at):
     make_folder(tmp_path / "data")
     config = folder_config(smoke_config, tmp_path / "data", epochs=4, data__retry_seconds=0.0)
     whole = train_and_evaluate(config, tmp_path / "whole")
@@ -376,12 +375,12 @@ def test_data_that_goes_away_ends_the_run_with_its_state_saved(smoke_config, tmp
     with pytest.raises(RunError, match=r"cannot be read: No such file.*\(data.retry_seconds\)"):
         train_and_evaluate(config, tmp_path / "run")
     saved = int(checkpoints.find_checkpoint(tmp_path / "run" / "checkpoints", "last").name)
-    assert 2 <= saved < 9  # every 10 steps would be the cadence
+    assert 2 <= saved < 9  # the regular checkpoint is every 10 steps
     os.rename(tmp_path / "away", tmp_path / "data")
     assert train_and_evaluate(config, tmp_path / "run")["fingerprint"] == whole["fingerprint"]
 
 
-def test_config_of_the_workdir_must_match(finished):
+def test_the_config_must_match_that_of_the_workdir(finished):
     config, workdir, _ = finished
     other = config.copy_and_resolve_references()
     other.optimizer.learning_rate = 5.0

@@ -112,7 +112,7 @@ def _loop(
             batch = watchdog.next_batch(run.batches)
         if batch is None:
             run.save_now(state, step)
-            raise Stopped(f"step {step} is saved; the same command goes on from there")
+            raise Stopped(f"step {step} is saved; the same command resumes from there")
         run.meter.replaced += int(batch.pop("replaced").sum())
 
         state, metrics = train_step(state, to_global(batch, mesh), step_key)
