@@ -93,7 +93,7 @@ def test_restarting_a_finished_run_changes_nothing(finished):
     assert train_and_evaluate(config, workdir) == result
 
 
-def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(finished, tmp_path, caplog, capsys):
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(finished, tmp_path, capsys):
     """It ends bit-identical to an uninterrupted run."""
     config, workdir, result = finished
     copy = tmp_path / "copy"
@@ -107,7 +107,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(finished, tmp_pa
         content[100] ^= 4
         array_file.write_bytes(content)
     assert train_and_evaluate(config, copy) == result
-    err = caplog.text + capsys.readouterr().err
+    err = capsys.readouterr().err
     assert err.count("is damaged") == 2
     assert "from step 10 to 29" in err
 
@@ -288,7 +288,7 @@ def run(root, workdir, flags, **kwargs):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_bit_identical_to_undisturbed(root, tmp_path, smoke_flags):
+def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(root, tmp_path, smoke_flags):
     """kill -9 of the command, twice: the same command resumes at the exact sample.
 
     With all random functions: the published augmentation, and drop path.
@@ -323,7 +323,7 @@ def test_killed_and_resumed_is_bit_identical_to_undisturbed(root, tmp_path, smok
 
 @pytest.fixture
 def at(monkeypatch):
-    """Returns a function: calls `action` when a run reports progress that starts with `reached`."""
+    """Function that registers an action for progress that starts with the given text."""
 
     def register(reached, action):
         original = Watchdog.progress

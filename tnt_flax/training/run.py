@@ -64,7 +64,7 @@ def open_run(workdir: pathlib.Path, experiment: Experiment) -> Iterator[Watchdog
 
 
 def open_checkpoints(experiment: Experiment, workdir: pathlib.Path) -> Checkpoints:
-    """Opens the checkpoints in `workdir`, once there is enough space for them."""
+    """Opens the checkpoints in `workdir`, after a check that they fit on the disk."""
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(experiment.state_shapes))
     processes.run_on_main("space", lambda: check_space(workdir, size))
     keep = experiment.config.checkpoint.keep
@@ -80,14 +80,15 @@ def run_info(experiment: Experiment) -> dict[str, Any]:
 
 
 def write_parameter_table(experiment: Experiment, path: pathlib.Path) -> None:
+    """Writes names, shapes and sizes of all parameters."""
     params = split(experiment.state_shapes.params)["params"]
     table = parameter_overview.get_parameter_overview(params, include_stats=False)
     path.write_text(table + "\n")
 
 
 def log_start(experiment: Experiment, workdir: pathlib.Path, start_step: int) -> None:
-    """Logs what is about to run, and records library versions and devices in `workdir`."""
-    environment = current_environment()  # on all processes: it gathers
+    """Logs data, devices and steps of the run; records library versions and devices."""
+    environment = current_environment()  # a collective: on all processes
     if processes.is_main_process():
         record_environment(workdir, start_step, environment)
         logger.info(
@@ -100,10 +101,10 @@ def log_start(experiment: Experiment, workdir: pathlib.Path, start_step: int) ->
 
 
 class Run:
-    """What the training loop works with besides the state: data, metrics, checkpoints.
+    """Data, metrics, checkpoints and watchdog of a training loop.
 
-    Use as a context manager around the loop. Leaving it commits the save in flight and closes all
-    files.
+    A context manager around the loop: at its end, the save in flight is committed and all files are
+    closed.
     """
 
     def __init__(
@@ -131,8 +132,8 @@ class Run:
 
     def __exit__(self, kind, error, trace) -> None:
         if error is not None:
-            self.watchdog.abort(error)  # what follows would wait for the other processes
-        with contextlib.ExitStack() as stack:  # closes in reverse order, and all of them
+            self.watchdog.abort(error)  # first: closing checkpoints waits for the other processes
+        with contextlib.ExitStack() as stack:  # closes all, in reverse order
             stack.callback(self.writer.close)
             stack.callback(self.checkpoints.close)  # commits the save in flight
             stack.callback(self.progress.close)
@@ -141,7 +142,7 @@ class Run:
     def evaluate(self, state: TrainState, step: int) -> Metrics:
         """Evaluates and logs the state after `step` updates.
 
-        Returns an empty dictionary if the run is told to stop before all images were seen.
+        Returns an empty dictionary if a signal stops the run before all images are evaluated.
         """
         experiment, which = self.experiment, self.experiment.config.eval.weights
         metrics, _ = evaluate(
@@ -190,7 +191,7 @@ class Run:
         experiment, workdir = self.experiment, self.workdir
         digest = fingerprint(state.params, sharding.fetch)
         self.writer.write(experiment.total_steps, {"fingerprint": digest})
-        ema = sharding.fetch_on_main(state.ema)  # on all processes: it gathers
+        ema = sharding.fetch_on_main(state.ema)  # a collective: on all processes
         evaluates_ema = experiment.config.eval.weights == "ema"
         evaluated = ema if evaluates_ema else sharding.fetch_on_main(state.params)
         if self.is_main_process:
@@ -218,7 +219,7 @@ def check_finite(
 ) -> None:
     """Stops the run if the loss or a gradient of `step` is NaN or infinite.
 
-    `names` are those of the parameters, in the order of `metrics["finite"]`.
+    `names` are the parameters, in the order of `metrics["finite"]`.
 
     Raises:
         RunError: with the step, the learning rate and the first tensor with a NaN or infinity, once

@@ -87,7 +87,7 @@ def _train(experiment: Experiment, workdir: pathlib.Path, watchdog: Watchdog) ->
 
         # ------------------------------------------------------------ final artifacts
         digest = run.write_final_artifacts(state)
-        # The others would take a process that leaves much earlier for dead.
+        # A process that exits much earlier than the others would count as dead.
         processes.barrier("end", ONE_HOUR)
         return {**last_eval, "step": total_steps, "fingerprint": digest}
 
