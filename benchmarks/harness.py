@@ -13,7 +13,6 @@ import importlib.util
 import multiprocessing
 import os
 import pathlib
-import runpy
 import statistics
 import sys
 import time
@@ -21,11 +20,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 from PIL import Image
 
 from tnt_flax.core.errors import InputError, RunError, one_line
-from tnt_flax.tools import command_line
+from tnt_flax.tools.command_line import positive, read_config
 
 # Returns the amount of work done, such as a number of images, optionally with the seconds it took
 # where not all of the elapsed time counts.
@@ -39,15 +37,6 @@ PHOTO_SIZES, PHOTO_QUALITY = ((500, 375), (500, 333), (375, 500)), 97
 
 
 # --------------------------------------------------------------------------------- arguments, facts
-
-
-def check_counts(args: argparse.Namespace, *names: str) -> None:
-    """Raises InputError if one of these arguments, or an item of a list argument, is below 1."""
-    for name in names:
-        value = getattr(args, name)
-        for count in value if isinstance(value, list) else [value]:
-            if count < 1:
-                raise InputError(f"--{name.replace('_', '-')}={count} is less than 1")
 
 
 def pick_cores(count: int) -> list[int]:
@@ -199,44 +188,30 @@ def median(values: Sequence[float]) -> float | None:
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", default="configs/tnt_s.py", help="config of the run")
-    add("--batch-size", type=int, default=16, help="images per step")
+    add("--batch-size", type=positive, default=16, help="images per step")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="config keys to change")
-    add("--rounds", type=int, default=3, help="timed rounds")
-    add("--cores", type=int, default=1, help="number of cores to pin the run to")
+    add("--rounds", type=positive, default=3, help="timed rounds")
+    add("--cores", type=positive, default=1, help="number of cores to pin the run to")
 
 
-def read_config(path: str) -> ConfigDict:
-    """Returns the config of the file at `path`, which may end in ":ARGUMENT".
+def synthetic_overrides(args: argparse.Namespace, folder: pathlib.Path, steps: int) -> list[str]:
+    """Returns config overrides for a short run: ["--config.batch_size=16", ...].
 
-    Raises:
-        InputError: the file cannot be read or is not a config.
-    """
-    file, _, argument = path.partition(":")
-    try:
-        return runpy.run_path(file)["get_config"](*[argument][: bool(argument)])
-    except (OSError, ImportError, KeyError) as error:
-        raise InputError(f"--config={path} is not a readable config: {one_line(error)}") from None
-
-
-def synthetic_settings(
-    args: argparse.Namespace, folder: pathlib.Path, steps: int
-) -> dict[str, Any]:
-    """Returns the config keys to change for a short run: {"data.root": ..., ...}.
-
-    If the config reads an image folder and neither it nor `args.set` names one, photographs for
-    `steps` steps are written below `folder`.
+    If the config reads an image folder but names none, photographs for `steps` steps are written
+    below `folder`.
 
     Raises:
-        InputError: the config cannot be read, or an item of `args.set` is not KEY=VALUE.
+        InputError: the config cannot be read, or an item of `args.set` is not a valid KEY=VALUE.
     """
-    config, batch = read_config(args.config), args.batch_size
-    changes = {"batch_size": batch, "eval.batch_size": batch}
-    given = command_line.parse_settings(args.set)
-    if config.data.source == "folder" and not config.data.root and "data.root" not in given:
+    batch = args.batch_size
+    settings = [f"batch_size={batch}", f"eval.batch_size={batch}", *args.set]
+    overrides = [f"--config.{setting}" for setting in settings]
+    data = read_config(args.config, overrides).data
+    if data.source == "folder" and not data.root:
         for split, count in (("train", steps * batch), ("val", batch)):
             generate_photos(folder / split / "photographs", count)
-        changes["data.root"] = str(folder)
-    return changes | given
+        overrides.append(f"--config.data.root={folder}")
+    return overrides
 
 
 def generate_photos(folder: pathlib.Path, count: int) -> None:

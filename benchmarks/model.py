@@ -46,6 +46,7 @@ from tnt_flax.core.trees import merged, split
 from tnt_flax.models import Model, create_model
 from tnt_flax.runtime import host
 from tnt_flax.tools import describe
+from tnt_flax.tools.command_line import positive
 from tnt_flax.training.optimizer import make_optimizer
 from tnt_flax.training.step import TrainState, make_train_step
 
@@ -79,14 +80,14 @@ class Work(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common_arguments(parser)
-    parser.add_argument("--batch-size", type=int, default=8, help="images per batch")
+    parser.add_argument("--batch-size", type=positive, default=8, help="images per batch")
 
 
 def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common_arguments(parser)
     sizes = [1, 2, 4, 8, 16, 32]
     parser.add_argument(
-        "--batch-sizes", type=int, nargs="+", default=sizes, help="images per batch"
+        "--batch-sizes", type=positive, nargs="+", default=sizes, help="images per batch"
     )
 
 
@@ -94,8 +95,8 @@ def _add_common_arguments(parser):
     add = parser.add_argument
     add("--model", default="tnt_s_patch16_224", help="one of tnt_flax.list_models()")
     add("--against", choices=["timm"], help="default: timm, if installed and if it has MODEL")
-    add("--rounds", type=int, default=6, help="timed rounds")
-    add("--cores", type=int, default=1, help="number of cores to pin each contender to")
+    add("--rounds", type=positive, default=6, help="timed rounds")
+    add("--cores", type=positive, default=1, help="number of cores to pin each contender to")
 
 
 def measure_model(
@@ -106,10 +107,9 @@ def measure_model(
     `image_size` and `fields`, such as depth, select networks other than the published ones.
 
     Raises:
-        InputError: unknown model, too few cores, a count below 1, or timm is missing.
+        InputError: unknown model, too few cores, or timm is missing.
         RunError: a contender failed.
     """
-    harness.check_counts(args, "rounds", "cores", "batch_size")
     task, batches = args.command, {args.batch_size: FORWARD_BATCHES}
     work, facts, contenders = _set_up(args, batches, image_size, fields)
     macs = count_macs(create_model(args.model, num_classes=CLASSES, **fields), work.image_size)
@@ -128,7 +128,6 @@ def measure_inference(
 
     Arguments and exceptions are those of `measure_model`.
     """
-    harness.check_counts(args, "rounds", "cores", "batch_sizes")
     sizes = sorted(set(args.batch_sizes))
     batches = {size: -(-INFERENCE_IMAGES // size) for size in sizes}
     work, facts, contenders = _set_up(args, batches, image_size, fields)

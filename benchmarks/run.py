@@ -15,9 +15,7 @@ process is ended after its first step. Results, medians over rounds:
 
     seconds     from process start until the metrics of step 1 are printed
     compile_s   thereof in XLA's compiler, or reading its cache
-    trace_s     thereof in Python: tracing and lowering
     cpu_s       CPU time: below `seconds` if the cores are shared, above it with several cores
-    programs    programs compiled or read from the cache
     peak_gib    peak resident memory
 
 `loop` compares, alternating in one process that is set up as `main.py`:
@@ -33,7 +31,6 @@ import argparse
 import contextlib
 import functools
 import itertools
-import json
 import os
 import pathlib
 import re
@@ -46,25 +43,20 @@ import time
 from typing import Any
 
 from benchmarks import harness
-from tnt_flax.core.errors import InputError, RunError, one_line
+from tnt_flax.core.errors import InputError, RunError
+from tnt_flax.tools.command_line import positive, read_config
 
 MARK = "watched: "  # prefix of the lines that the started process prints for this one
-# Events of jax.monitoring.
-COMPILE = "/jax/core/compile/backend_compile_duration"
-TRACE = (
-    "/jax/core/compile/jaxpr_trace_duration",
-    "/jax/core/compile/jaxpr_to_mlir_module_duration",
-)
+COMPILE = "/jax/core/compile/backend_compile_duration"  # event of jax.monitoring
 WATCHED = "from benchmarks.run import run_watched; run_watched()"
-SLOWEST = 5  # programs listed
-EPOCHS = {  # three epochs, each reported separately
-    "epochs": 3,
-    "optimizer.warmup_epochs": 0,
-    "optimizer.cooldown_epochs": 0,
-    "log.every": "1 epochs",
-    "eval.every": "3 epochs",
-    "checkpoint.every": "3 epochs",
-}
+EPOCHS = (  # three epochs, each reported separately
+    "epochs=3",
+    "optimizer.warmup_epochs=0",
+    "optimizer.cooldown_epochs=0",
+    "log.every=1 epochs",
+    "eval.every=3 epochs",
+    "checkpoint.every=3 epochs",
+)
 
 
 def add_start_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +65,7 @@ def add_start_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     harness.add_run_arguments(parser)
-    parser.add_argument("--steps", type=int, default=6, help="steps per epoch of photographs")
+    parser.add_argument("--steps", type=positive, default=6, help="steps per epoch of photographs")
 
 
 def _facts(args):
@@ -94,19 +86,18 @@ def measure_start(args: argparse.Namespace) -> dict[str, Any]:
     """Measures the start-up time; returns the JSON result.
 
     Raises:
-        InputError: no main.py here, too few cores, a count below 1, or main.py rejected its input.
+        InputError: no main.py here, too few cores, or main.py rejected its input.
         RunError: the run failed before its first step.
     """
-    harness.check_counts(args, "rounds", "cores", "batch_size")
     if not pathlib.Path("main.py").is_file():
         raise InputError("there is no main.py here: run this in a checkout of tnt_flax")
     facts = _facts(args)
     starts = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        changes = harness.synthetic_settings(args, folder / "images", steps=2)
-        changes = {"log.every": "1 steps"} | changes
-        flags = [f"--config={args.config}", *(f"--config.{k}={v}" for k, v in changes.items())]
+        args.set = ["log.every=1 steps", *args.set]
+        overrides = harness.synthetic_overrides(args, folder / "images", steps=2)
+        flags = [f"--config={args.config}", *overrides]
         for i in range(args.rounds):
             for kind, results in starts.items():
                 workdir, cache = folder / f"{kind}{i}", folder / f"cache{i}"
@@ -115,7 +106,6 @@ def measure_start(args: argparse.Namespace) -> dict[str, Any]:
                 print(f"round {i + 1}: {kind}: {line}", file=sys.stderr)
     return {
         **{kind: _medians(results) for kind, results in starts.items()},
-        "slowest": starts["cold"][-1]["slowest"],
         "rounds": {
             kind: [[result["seconds"], result["compile_s"]] for result in results]
             for kind, results in starts.items()
@@ -125,8 +115,7 @@ def measure_start(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _medians(results):
-    keys = [key for key in results[0] if key != "slowest"]
-    return {key: round(statistics.median(r[key] for r in results), 3) for key in keys}
+    return {key: round(statistics.median(r[key] for r in results), 3) for key in results[0]}
 
 
 def start(flags: list[str], cache: pathlib.Path, cores: list[int]) -> dict[str, Any]:
@@ -140,14 +129,15 @@ def start(flags: list[str], cache: pathlib.Path, cores: list[int]) -> dict[str, 
             stderr=subprocess.PIPE,
             text=True,
         )
-    events, last_line = [], ""
+    compile_s, last_line = 0.0, ""
     with process:
         try:
             for line in process.stderr:
                 if line.startswith(MARK):
-                    events.append(json.loads(line.removeprefix(MARK)))
+                    compile_s += float(line.removeprefix(MARK))
                 elif line.startswith("step 1/"):
-                    return _summarize(time.perf_counter() - began, process.pid, events)
+                    seconds = time.perf_counter() - began
+                    return _summarize(seconds, compile_s, process.pid)
                 else:
                     last_line = line.strip() or last_line
         finally:
@@ -157,44 +147,26 @@ def start(flags: list[str], cache: pathlib.Path, cores: list[int]) -> dict[str, 
     raise RunError(f"main.py ended before its first step: {last_line}")
 
 
-def _summarize(seconds, pid, events):
+def _summarize(seconds, compile_s, pid):
     process = pathlib.Path(f"/proc/{pid}")
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", (process / "status").read_text())[1])
     ticks = (process / "stat").read_text().rpartition(")")[2].split()[11:13]  # user, system
-    compiled = [event for event in events if event["event"] == COMPILE]
-    slowest = sorted(compiled, key=lambda event: -event["seconds"])[:SLOWEST]
     return {
         "seconds": round(seconds, 3),
-        "compile_s": round(covered(compiled), 3),
-        "trace_s": round(covered(event for event in events if event["event"] in TRACE), 3),
+        "compile_s": round(compile_s, 3),
         "cpu_s": sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"),
-        "programs": len(compiled),
         "peak_gib": round(peak / 2**20, 3),
-        "slowest": {event["name"]: round(event["seconds"], 3) for event in slowest},
     }
 
 
-def covered(events) -> float:
-    """Returns the seconds covered by at least one event: traces of nested functions overlap."""
-    total, until = 0.0, 0.0
-    for event in sorted(events, key=lambda event: event["end"] - event["seconds"]):
-        begin = max(until, event["end"] - event["seconds"])
-        total += max(0.0, event["end"] - begin)
-        until = max(until, event["end"])
-    return total
-
-
 def run_watched() -> None:
-    """Runs main.py in this process and reports every compiled program on stderr."""
+    """Runs main.py in this process and reports the time of every compilation on stderr."""
     from jax import monitoring
 
-    def watch(event, seconds, **details):
-        if event == COMPILE or event in TRACE:
-            found = dict(
-                event=event, seconds=seconds, end=time.time(), name=details.get("fun_name")
-            )
+    def watch(event, seconds, **_):
+        if event == COMPILE:
             with contextlib.suppress(BrokenPipeError):
-                print(f"{MARK}{json.dumps(found)}", file=sys.stderr, flush=True)
+                print(f"{MARK}{seconds}", file=sys.stderr, flush=True)
 
     monitoring.register_event_duration_secs_listener(watch)
     sys.argv[0] = "main.py"
@@ -208,15 +180,15 @@ def measure_loop(args: argparse.Namespace) -> dict[str, Any]:
     """Measures the training loop relative to its bare step; returns the JSON result.
 
     Raises:
-        InputError: too few cores, a count below 1, or the config is invalid.
+        InputError: too few cores, or the config is invalid.
         RunError: the run failed.
     """
-    harness.check_counts(args, "rounds", "cores", "batch_size", "steps")
     facts = _facts(args)
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        changes = EPOCHS | harness.synthetic_settings(args, folder / "images", args.steps)
-        contender = functools.partial(loop_passes, args.config, changes, folder)
+        args.set = [*EPOCHS, *args.set]
+        overrides = harness.synthetic_overrides(args, folder / "images", args.steps)
+        contender = functools.partial(_loop_passes, args.config, overrides, folder)
         with harness.processes({"run": contender}, facts["cores"]) as runs:
             tasks = {task: functools.partial(runs["run"], task) for task in ("loop", "bare")}
             rates = harness.alternate(tasks, args.rounds, "steps/s")
@@ -229,8 +201,8 @@ def measure_loop(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def loop_passes(
-    path: str, changes: dict[str, Any], folder: pathlib.Path, cores: int
+def _loop_passes(
+    path: str, overrides: list[str], folder: pathlib.Path, cores: int
 ) -> dict[str, harness.Pass]:
     """Contender with the tasks "loop" and "bare"; workdirs are created in `folder`."""
     del cores  # XLA starts one thread per available core
@@ -241,11 +213,7 @@ def loop_passes(
     from tnt_flax.training.metrics import read_metrics_file
     from tnt_flax.training.train import train_and_evaluate
 
-    config = harness.read_config(path)
-    try:
-        config.update_from_flattened_dict(changes)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"--set: {one_line(error)}") from None
+    config = read_config(path, overrides)
     workdirs = (folder / f"run{i}" for i in itertools.count())
 
     def loop_pass():

@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks import harness
 from tnt_flax.core.errors import InputError
+from tnt_flax.tools.command_line import positive, read_config
 
 CLASSES = 1000
 IMPLEMENTATIONS = {  # fields of config.model
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--topology", default="v5e:2x2", help="TPU kind and chips along each axis")
     add("--config", default="configs/tnt_s.py", help="config of the compiled step")
-    add("--images-per-chip", type=int, default=128, help="images per step and chip")
+    add("--images-per-chip", type=positive, default=128, help="images per step and chip")
     names = list(IMPLEMENTATIONS)
     add("--implementations", nargs="+", choices=names, default=names, help="default: all")
 
@@ -42,8 +43,7 @@ def measure_compile(args: argparse.Namespace) -> dict[str, Any]:
     """
     from tnt_flax.tools.compile_check import compile_check, tpu_devices
 
-    harness.check_counts(args, "images_per_chip")
-    config = harness.read_config(args.config)
+    config = read_config(args.config)
     if config.model.name.startswith("ptnt_"):
         raise InputError(f"--config={args.config}: {config.model.name} has no implementations")
     config.batch_size = args.images_per_chip * len(tpu_devices(args.topology))

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from tests.helpers import looked_at
+from tests.helpers import small_network
 from tnt_flax.training import plots
 
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
@@ -21,7 +21,7 @@ def test_notebook_runs(name, tmp_path, monkeypatch, capsys):
     assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells)
     folder = tmp_path / "runs" / "digits"
     folder.mkdir(parents=True)
-    looked_at.save(folder, size=32, depth=1).rename(folder / "weights.safetensors")
+    small_network.save(folder, size=32, depth=1).rename(folder / "weights.safetensors")
     monkeypatch.chdir(tmp_path)
     plots.pyplot()  # selects a backend without windows
     names = {}

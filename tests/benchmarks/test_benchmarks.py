@@ -148,17 +148,11 @@ def test_start_ends_the_run_after_its_first_step(root, tmp_path, monkeypatch):
     (tmp_path / "main.py").write_text(MAIN)
     cores = harness.pick_cores(1)
     cost = run.start([], tmp_path / "cache", cores)
-    assert 0 < cost["compile_s"] < cost["seconds"] and 0 < cost["trace_s"] < cost["seconds"]
-    assert cost["programs"] >= len(cost["slowest"]) > 0 and cost["peak_gib"] > 0.01
+    assert 0 < cost["compile_s"] < cost["seconds"] and cost["peak_gib"] > 0.01
     with pytest.raises(RunError, match="main.py ended before its first step: error: it cannot"):
         run.start(["1"], tmp_path / "cache", cores)
     with pytest.raises(InputError, match="^it cannot"):
         run.start(["2"], tmp_path / "cache", cores)
-
-
-def test_overlapping_traces_count_once():
-    events = [dict(seconds=s, end=end) for s, end in [(1, 12), (5, 14), (1, 15), (1, 20)]]
-    assert run.covered(events) == 7
 
 
 @pytest.mark.slow
@@ -175,16 +169,18 @@ def test_loop(root, monkeypatch):
     [
         (["output"], "invalid choice: 'output'"),
         ([], "arguments are required: COMMAND; see python -m benchmarks --help"),
-        (["input", "--rounds=0"], "--rounds=0 is less than 1"),
+        (["input", "--rounds=0"], "argument --rounds: '0' is not a positive integer"),
         (["input", "--cores=100000"], "--cores=100000: this process may use "),
         (["input", "--images=nowhere"], "--images=nowhere is not a folder"),
         (["input", "--images=tests/goldens"], "has 0 JPEGs: at least 8 are needed"),
         (["forward", "--model=tnt_s"], "unknown model 'tnt_s'"),
         (["step", "--against=jimm"], "invalid choice: 'jimm'"),
-        (["inference", "--batch-sizes", "8", "0"], "--batch-sizes=0 is less than 1"),
-        (["start", "--config=nowhere.py"], "--config=nowhere.py is not a readable config"),
-        (["start", "--set", "epochs"], "--set epochs: write NAME=VALUE"),
-        (["loop", "--set", "nothing=3"], "--set: "),
+        (
+            ["inference", "--batch-sizes", "8", "0"],
+            "argument --batch-sizes: '0' is not a positive integer",
+        ),
+        (["start", "--config=nowhere.py"], "there is no config file nowhere.py"),
+        (["loop", "--set", "nothing=3"], "the config has no key 'nothing'"),
         (["compile", "--config=configs/ptnt_s.py"], "has no implementations"),
     ],
 )

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A look inside a traced function."""
+"""Equations of a traced function."""
 
 import jax
 
 
 def equations(jaxpr):
-    """All equations, those inside scans, remats and calls included."""
+    """Yields all equations, including those inside scans, remats and calls."""
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         yield equation
         for value in jax.tree.leaves(list(equation.params.values())):

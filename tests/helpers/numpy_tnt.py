@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TNT's equations in plain numpy and float64: what the tests hold `tnt_flax.models` against.
+"""Reference implementation of TNT in NumPy and float64, for the tests of `tnt_flax.models`.
 
-Written from the published description, image by image and loop by loop, so that it can be read
-beside the paper. `model` is any object with the fields of `tnt_flax.models.TNT`; only its fields
-are read. Parameters are our tree, in which groups of equal blocks are stacked.
+Written from the published description, image by image, with loops, to be read beside the paper.
+`model` is any object with the fields of `tnt_flax.models.TNT`. Parameters are our tree, in which
+groups of equal blocks are stacked.
 """
 
 import math

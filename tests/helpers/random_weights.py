@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights without the time that compiling an initialization takes."""
+"""Random weights without compiling an initialization."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def random_params(model, size, seed=0):
-    """Parameters of `model` for images of `size` pixels: norms near 1, all else small."""
+    """Returns parameters for images of `size` pixels: norm scales near 1, all others small."""
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     generator = np.random.default_rng(seed)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import tnt_flax
-from tests.helpers import looked_at
+from tests.helpers import small_network
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.inference import stablehlo
 from tnt_flax.tools import export
@@ -35,7 +35,7 @@ def images():
 
 
 def test_stablehlo(tmp_path, capsys, images, root):
-    path, out = looked_at.save(tmp_path), tmp_path / "small.stablehlo"
+    path, out = small_network.save(tmp_path), tmp_path / "small.stablehlo"
     result = run(capsys, path, out)
     assert result["path"] == str(out) and result["max_abs_difference"] < 1e-4
     assert [p.name for p in tmp_path.iterdir() if "tmp" in p.name] == []
@@ -71,7 +71,10 @@ def test_stablehlo(tmp_path, capsys, images, root):
 
 def test_a_pyramid(tmp_path, capsys):
     """With its running statistics. timm has no such network."""
-    path, out = looked_at.save(tmp_path, "ptnt_ti_patch16_192", 32), tmp_path / "small.stablehlo"
+    path, out = (
+        small_network.save(tmp_path, "ptnt_ti_patch16_192", 32),
+        tmp_path / "small.stablehlo",
+    )
     assert run(capsys, path, out)["max_abs_difference"] < 1e-4
     info = tnt_flax.load_exported(out).info
     assert info["image_size"] == 32 and info["lineage"] == "pyramid"
@@ -119,14 +122,14 @@ def test_a_wrong_export_is_not_written(tmp_path, monkeypatch, capsys):
         return jax.jit(lambda images: model.apply(variables, 1.01 * images))
 
     monkeypatch.setitem(export.FORMS, "stablehlo", wrong)
-    code = export.main([str(looked_at.save(tmp_path, depth=1)), str(tmp_path / "x.stablehlo")])
+    code = export.main([str(small_network.save(tmp_path, depth=1)), str(tmp_path / "x.stablehlo")])
     assert code == 1
     assert "x.stablehlo differs from its source by" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["small.safetensors"]
 
 
 def test_the_comparison_uses_photographs(tmp_path):
-    found = read_checkpoint(looked_at.save(tmp_path, depth=1))
+    found = read_checkpoint(small_network.save(tmp_path, depth=1))
     images = export.real_images(found)
     assert images.shape == (4, 48, 48, 3) and images.std() > 0.5  # std 0.25 a channel
     np.testing.assert_array_equal(images[2], images[0, :, ::-1])
@@ -142,7 +145,7 @@ def test_onnx(name, size, tmp_path, capsys):
     import onnx
     import onnxruntime
 
-    path, out = looked_at.save(tmp_path, name, size), tmp_path / "small.onnx"
+    path, out = small_network.save(tmp_path, name, size), tmp_path / "small.onnx"
     images = np.random.default_rng(1).normal(size=(5, size, size, 3)).astype(np.float32)
     with jax.numpy_rank_promotion("allow"):  # which the exporter's convolutions need
         assert run(capsys, path, out)["max_abs_difference"] < 1e-4
@@ -160,13 +163,13 @@ def test_onnx(name, size, tmp_path, capsys):
 def test_onnx_without_its_packages(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    code = export.main([str(looked_at.save(tmp_path, depth=1)), str(tmp_path / "x.onnx")])
+    code = export.main([str(small_network.save(tmp_path, depth=1)), str(tmp_path / "x.onnx")])
     assert code == 2
     assert "pip install --no-deps jax2onnx" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_folder_for_timm(tmp_path, capsys):
-    path, out = looked_at.save(tmp_path, "tnt_s_legacy_patch16_224"), tmp_path / "folder"
+    path, out = small_network.save(tmp_path, "tnt_s_legacy_patch16_224"), tmp_path / "folder"
     result = run(capsys, path, out)
     assert result["form"] == "timm" and result["max_abs_difference"] < 1e-4
     assert sorted(p.name for p in out.iterdir()) == [
@@ -189,7 +192,7 @@ def test_timm_takes_the_folder(name, tmp_path, capsys, images):
     import timm
     import torch
 
-    path, out = looked_at.save(tmp_path, name), tmp_path / "folder"
+    path, out = small_network.save(tmp_path, name), tmp_path / "folder"
     run(capsys, path, out)
     config = json.loads((out / "config.json").read_text())
     by_overlay = timm.create_model(
@@ -218,7 +221,7 @@ def test_timm_takes_a_published_size(tmp_path, capsys):
     import torch
 
     fields = dict(outer_dim=384, inner_dim=24, outer_heads=6, inner_heads=4, depth=12)
-    path = looked_at.save(tmp_path, size=224, num_classes=1000, **fields)
+    path = small_network.save(tmp_path, size=224, num_classes=1000, **fields)
     out = tmp_path / "tnt_s_timm"
     run(capsys, path, out)
     file = str(out / "model.safetensors")
@@ -244,7 +247,7 @@ def test_timm_takes_a_published_size(tmp_path, capsys):
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, capsys, monkeypatch):
-    path = looked_at.save(tmp_path, depth=1)
+    path = small_network.save(tmp_path, depth=1)
     monkeypatch.chdir(tmp_path)
     code = export.main([a.replace("CHECKPOINT", str(path)) for a in arguments])
     out, err = capsys.readouterr()
@@ -253,7 +256,7 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, capsys, monkeypatch
 
 
 def test_what_timm_has_not_is_refused(tmp_path, capsys):
-    path = looked_at.save(tmp_path, depth=2, vanilla_blocks=(1,))
+    path = small_network.save(tmp_path, depth=2, vanilla_blocks=(1,))
     code = export.main([str(path), str(tmp_path / "folder")])
     assert code == 2
     assert "timm cannot build blocks without words" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from PIL import Image
 
 import tnt_flax
 from configs import digits
-from tests.helpers import looked_at
+from tests.helpers import small_network
 from tests.helpers.photos import all_photos, png
 from tests.helpers.random_weights import random_params
 from tests.helpers.smoke import SMOKE
@@ -96,7 +96,7 @@ def test_a_pyramid_classifies(tmp_path, monkeypatch):
     """With its running statistics, which `classifier.variables` hold, too."""
     one = jax.local_devices()[:1]  # to compile for fewer
     monkeypatch.setattr(jax, "local_devices", lambda: one)
-    classifier = tnt_flax.load_classifier(looked_at.save(tmp_path, "ptnt_ti_patch16_192", 32))
+    classifier = tnt_flax.load_classifier(small_network.save(tmp_path, "ptnt_ti_patch16_192", 32))
     assert classifier.image_size == 32
     (answers,) = classifier.predict(all_photos()["china"], top=10)
     pixels = eval_transform(all_photos()["china"], size=32, crop_fraction=1.0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers import looked_at
+from tests.helpers import small_network
 from tnt_flax.tools import attention as look
 from tnt_flax.tools import pictures, visualize
 from tnt_flax.weights.read import read_checkpoint
@@ -117,8 +117,8 @@ def test_light_falls_where_the_weight_is():
 
 def test_looking_is_what_the_network_computes(tmp_path):
     """Two images at once; the class token of the last block gives the answer by hand."""
-    found = read_checkpoint(looked_at.save(tmp_path))
-    pixels = look.prepare(found, looked_at.photo(tmp_path))
+    found = read_checkpoint(small_network.save(tmp_path))
+    pixels = look.prepare(found, small_network.photo(tmp_path))
     assert pixels.shape == (48, 48, 3)
     first, second = look.look(found, np.stack([pixels, pixels[::-1]]))
     assert first.grid == (3, 3)
@@ -140,9 +140,9 @@ def test_looking_is_what_the_network_computes(tmp_path):
 def test_looking_with_a_pyramid(tmp_path):
     """The mean of the last sentences gives the answer by hand."""
     found = read_checkpoint(
-        looked_at.save(tmp_path, "ptnt_ti_patch16_192", 64, depths=(1, 2, 1, 1))
+        small_network.save(tmp_path, "ptnt_ti_patch16_192", 64, depths=(1, 2, 1, 1))
     )
-    pixels = look.prepare(found, looked_at.photo(tmp_path))
+    pixels = look.prepare(found, small_network.photo(tmp_path))
     (seen,) = look.look(found, pixels[None])
     assert seen.grid == (8, 8) and seen.stages == [0, 1, 1, 2, 3]
     maps = [(8, 8, 8), (4, 4, 16), (4, 4, 16), (2, 2, 32), (1, 1, 32)]
@@ -166,7 +166,7 @@ def test_looking_with_a_pyramid(tmp_path):
     [("tnt_s_patch16_224", 48, ["--patches", "0,0", "2,1"]), ("ptnt_ti_patch16_192", 128, [])],
 )
 def test_every_picture_is_drawn(name, size, patches, tmp_path, capsys):
-    path, image = looked_at.save(tmp_path, name, size), looked_at.photo(tmp_path)
+    path, image = small_network.save(tmp_path, name, size), small_network.photo(tmp_path)
     out = tmp_path / "new" / "pictures"
     assert visualize.main([str(path), str(image), f"--out={out}", *patches]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -178,7 +178,7 @@ def test_every_picture_is_drawn(name, size, patches, tmp_path, capsys):
 
 
 def test_the_answer_is_in_words(tmp_path):
-    found = read_checkpoint(looked_at.save(tmp_path, depth=1))
+    found = read_checkpoint(small_network.save(tmp_path, depth=1))
     first = np.eye(1000)[0]
     assert visualize.answer(found, first[:10]) == {"class": "class 0", "probability": 1.0}
     published = dataclasses.replace(found, info={})
@@ -190,9 +190,9 @@ def test_the_answer_is_in_words(tmp_path):
 @pytest.mark.slow
 def test_without_words_or_head(tmp_path, capsys):
     """Blocks without words have no inner attention to draw; features are no answer."""
-    path = looked_at.save(tmp_path, depth=2, vanilla_blocks=(0, 1), num_classes=0)
+    path = small_network.save(tmp_path, depth=2, vanilla_blocks=(0, 1), num_classes=0)
     assert (
-        visualize.main([str(path), str(looked_at.photo(tmp_path)), f"--out={tmp_path / 'out'}"])
+        visualize.main([str(path), str(small_network.photo(tmp_path)), f"--out={tmp_path / 'out'}"])
         == 0
     )
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -213,7 +213,10 @@ def test_without_words_or_head(tmp_path, capsys):
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
-    known = {"CHECKPOINT": looked_at.save(tmp_path, depth=1), "PHOTO": looked_at.photo(tmp_path)}
+    known = {
+        "CHECKPOINT": small_network.save(tmp_path, depth=1),
+        "PHOTO": small_network.photo(tmp_path),
+    }
     arguments = [f"--out={tmp_path / 'out'}", *arguments]
     for word, path in known.items():
         arguments = [argument.replace(word, str(path)) for argument in arguments]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small random networks as files, for the commands that look at weights or hand them on."""
+"""Weights files of small random networks, and a photograph."""
 
 import pathlib
 
@@ -18,7 +18,7 @@ del PYRAMID["depth"]
 
 
 def save(folder: pathlib.Path, name: str = "tnt_s_patch16_224", size: int = 48, **fields):
-    """Weights of unit scale, so that attention is not uniform; returns their path."""
+    """Writes weights with a std of 0.3, so that attention is not uniform; returns the path."""
     small = PYRAMID if name.startswith("ptnt_") else SMALL
     model = create_model(name, **(small | fields))
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
