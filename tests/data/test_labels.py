@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation on other data than a network was trained on: whose label is whose class."""
+"""Evaluation on data sets whose classes differ from those of the network."""
 
 import csv
 import json
@@ -37,7 +37,7 @@ HALF = (0.5, 0.5, 0.5)
 FLAT = png(np.full((8, 8, 3), 127, np.uint8))
 
 
-# ----------------------------------------------------------------------------------- whose class
+# ------------------------------------------------------------------------------- labels to classes
 
 
 def test_labels_are_mapped_by_name():
@@ -46,21 +46,21 @@ def test_labels_are_mapped_by_name():
     assert map_to_network(names, names, 4).tolist() == [0, 1, 2, 3]
     with pytest.raises(InputError, match=r"4 classes \(ant, .*\) and none is called 'cow', one"):
         map_to_network(["ant", "cow"], names, 4)
-    with pytest.raises(InputError, match="and none is called '0'"):  # numbers are no names of these
+    with pytest.raises(InputError, match="and none is called '0'"):  # not ImageNet's classes
         map_to_network(["0", "1", "2", "3"], names, 4)
 
 
-def test_weights_without_names():
+def test_labels_are_mapped_for_weights_without_class_names():
     assert map_to_network(["b", "a"], None, 2).tolist() == [0, 1]
     with pytest.raises(InputError, match=r"2 classes \(of unknown names\) and none is called 'a'"):
         map_to_network(["a"], None, 2)
-    # 1,000 of them are ImageNet's.
+    # 1,000 classes without names are ImageNet's.
     r = imagenet_synsets("imagenet-r")
     assert map_to_network(r, None, 1000)[:4].tolist() == [1, 2, 4, 6]
     assert map_to_network([f"class {i}" for i in range(1000)], None, 1000)[7] == 7
 
 
-def test_folders_of_imagenet_v2_are_numbers():
+def test_numbers_are_imagenet_classes_as_in_imagenet_v2():
     numbers = [str(i) for i in range(1000)]
     assert map_to_network(numbers, None, 1000).tolist() == list(range(1000))
     backwards = map_to_network(numbers, SYNSETS[::-1], 1000)
@@ -69,29 +69,25 @@ def test_folders_of_imagenet_v2_are_numbers():
         map_to_network(numbers[:999], SYNSETS, 1000)
 
 
-def test_the_only_answers(tmp_path):
+def test_selected_classes(tmp_path):
     assert select_classes("", None, 7) is None
     assert select_classes("imagenet-a", None, 1000)[:3] == (6, 11, 13)
     (tmp_path / "few.txt").write_text("dog\nant\n")
     few = str(tmp_path / "few.txt")
     assert select_classes(few, ["ant", "bee", "dog"], 3) == (0, 2)
     (tmp_path / "none.txt").write_text("\n")
-    for spelled, names, message in [
-        (
-            "imagenet-b",
-            None,
-            "'imagenet-b' is neither imagenet-a nor imagenet-r: cannot read the c",
-        ),
+    for selection, names, message in [
+        ("imagenet-b", None, "'imagenet-b' is neither imagenet-a nor imagenet-r: cannot read"),
         (few, ["ant", "bee"], "and none is called 'dog'"),
         ("imagenet-r", ["ant", "bee"], "and none is called 'n01443537'"),
         (str(tmp_path / "none.txt"), ["ant"], "names no class"),
     ]:
         with pytest.raises(InputError, match=message):
-            select_classes(spelled, names, len(names or SYNSETS))
+            select_classes(selection, names, len(names or SYNSETS))
 
 
 class Named:
-    """A source of records with these names."""
+    """A source that has only names of records."""
 
     class_names = SYNSETS
 
@@ -129,10 +125,10 @@ def test_real_labels(tmp_path):
         read_real_labels(str(tmp_path / "none.json"), source)
 
 
-# --------------------------------------------------------------------------------- what is counted
+# --------------------------------------------------------------------------------- evaluation sums
 
 
-class Given:
+class LogitsFromPixels:
     """A network whose logits are the first channel of the images' first row."""
 
     num_classes = 6
@@ -142,7 +138,7 @@ class Given:
 
 
 def evaluated(logits, labels, classes=None, mask=None):
-    """The sums for these logits, of tenths from 0 to 25.5."""
+    """Returns the evaluation sums for these logits, multiples of 0.1 from 0 to 25.5."""
     logits = np.asarray(logits)
     image = np.zeros((len(logits), 1, 6, 3), np.uint8)
     image[:, 0, :, 0] = np.round(logits * 10)
@@ -151,7 +147,7 @@ def evaluated(logits, labels, classes=None, mask=None):
         "label": jnp.asarray(labels, jnp.int32),
         "mask": jnp.ones(len(logits), bool) if mask is None else jnp.asarray(mask),
     }
-    step = make_eval_step(Given(), mean=HALF, std=HALF, classes=classes)
+    step = make_eval_step(LogitsFromPixels(), mean=HALF, std=HALF, classes=classes)
     return jax.tree.map(np.asarray, jax.jit(step)({}, batch))
 
 
@@ -184,7 +180,7 @@ def test_sums_of_each_class_and_of_confidence():
     assert calibration_error(certain["calibration"]) < 1e-5
 
 
-def test_multi_label_may_be_right():
+def test_any_label_of_a_multi_label_image_is_correct():
     labels = [[1, 0, -1], [2, -1, -1], [0, 4, 5], [-1, -1, -1]]
     sums = evaluated(LOGITS, labels, mask=[True, True, True, False])
     assert (sums["top1"], sums["images"]) == (2, 3)
@@ -193,7 +189,7 @@ def test_multi_label_may_be_right():
     np.testing.assert_allclose(sums["loss"], -np.log(right).sum(), rtol=1e-5)
 
 
-def test_answers_are_among_the_chosen():
+def test_predictions_are_restricted_to_selected_classes():
     sums = evaluated(LOGITS, [1, 4, 4, 4], classes=(1, 3, 4))
     assert (sums["top1"], sums["images"]) == (3, 4)  # 1, 1, 4, 4
     p = softmax(np.asarray(LOGITS)[:, [1, 3, 4]])
@@ -203,7 +199,7 @@ def test_answers_are_among_the_chosen():
     np.testing.assert_allclose(sums["calibration"][2].sum(), p.max(axis=1).sum(), rtol=1e-5)
 
 
-def test_images_of_other_classes_do_not_count():
+def test_images_of_other_classes_are_masked_out():
     def with_labels(*labels):
         mask = np.array([True] * (len(labels) - 1) + [False])
         return (batch for batch in [{"label": np.array(labels), "mask": mask}])
@@ -218,12 +214,12 @@ def test_images_of_other_classes_do_not_count():
     assert all_of_them["mask"].tolist() == [True, True, False, False]
 
 
-# ------------------------------------------------------------------------------- from end to end
+# ------------------------------------------------------------------------------- ImageNet variants
 
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
-    """A small network of ImageNet's classes without names, and tiny copies of the test sets."""
+    """Weights for 1,000 classes that predict class 0, 6 or 11, and tiny copies of the test sets."""
     root = tmp_path_factory.mktemp("sets")
     fields = dict(depth=1, outer_dim=24, inner_dim=4, outer_heads=3, inner_heads=2)
     model = create_model("tnt_s_patch16_224", num_classes=1000, **fields)
@@ -243,19 +239,17 @@ def imagenet(tmp_path_factory):
     return root
 
 
-def variant(name, root, **changes):
+def evaluate(name, root, table=None):
     config = imagenet_variants.get_config(name)
     config.data.update(root=str(root), image_size=32, threads=2)
-    config.update_from_flattened_dict(changes)
-    return config
+    return evaluate_checkpoint(config, None, str(root / "w.safetensors"), table)
 
 
 @pytest.mark.slow
-def test_the_sets(imagenet, tmp_path, capsys):
-    weights = str(imagenet / "w.safetensors")
-    # The answer is always class 0, or among those of ImageNet-A class 6, which has two images.
+def test_imagenet_a_and_its_table_of_classes(imagenet, tmp_path):
+    # The prediction is class 6, the first class of ImageNet-A, which has two images.
     table = str(tmp_path / "classes.csv")
-    result = evaluate_checkpoint(variant("a", imagenet), None, weights, table)
+    result = evaluate("a", imagenet, table)
     assert (result["top1"], result["images"], result["classes"]) == (2 / 201, 201, 200)
     assert result["top5"] >= 3 / 201 and result["mean_per_class"] == pytest.approx(1 / 200)
     with open(table, newline="") as file:
@@ -264,17 +258,27 @@ def test_the_sets(imagenet, tmp_path, capsys):
     assert rows[0] == {
         "class": SYNSETS[6], "name": "stingray", "images": "2", "top1": "1.0", "top5": "1.0",
     }  # fmt: skip
-    v2 = evaluate_checkpoint(variant("v2", imagenet), None, weights)
+
+
+@pytest.mark.slow
+def test_imagenet_v2(imagenet):
+    v2 = evaluate("v2", imagenet)
     assert (v2["top1"], v2["images"], v2["mean_per_class"]) == (0.001, 1000, 0.001)
     assert 0 < v2["ece"] < 1
+    with pytest.raises(InputError, match="classes.txt is not a known kind of table"):
+        evaluate("v2", imagenet, "classes.txt")
 
-    real = evaluate_checkpoint(variant("real", imagenet), None, weights)
-    assert (real["top1"], real["images"]) == (2 / 3, 3)  # the third has no label
+
+@pytest.mark.slow
+def test_real_labels_from_json_and_tfds(imagenet, tmp_path):
+    table = str(tmp_path / "classes.csv")
+    real = evaluate("real", imagenet)
+    assert (real["top1"], real["images"]) == (2 / 3, 3)  # the third image has no label
     assert "mean_per_class" not in real
     with pytest.raises(InputError, match="several classes .*: no --per-class"):
-        evaluate_checkpoint(variant("real", imagenet), None, weights, table)
+        evaluate("real", imagenet, table)
 
-    # The same images and labels as tfds has them.
+    # The same images and labels in tfds.
     one = tfds.features.ClassLabel(names=SYNSETS)
     features = {"image": tfds.features.Image(encoding_format="jpeg"), "original_label": one}
     features |= {"real_label": tfds.features.Sequence(one), "file_name": tfds.features.Text()}
@@ -291,15 +295,12 @@ def test_the_sets(imagenet, tmp_path, capsys):
         file_format="tfrecord",
         supervised=("image", "real_label"),
     )
-    again = evaluate_checkpoint(variant("real_tfds", imagenet), None, weights)
-    assert again == pytest.approx(real)
+    assert evaluate("real_tfds", imagenet) == pytest.approx(real)
     with pytest.raises(InputError, match="several classes .*: no --per-class"):
-        evaluate_checkpoint(variant("real_tfds", imagenet), None, weights, table)
-    with pytest.raises(InputError, match="classes.txt ends with none of"):
-        evaluate_checkpoint(variant("v2", imagenet), None, weights, "classes.txt")
+        evaluate("real_tfds", imagenet, table)
 
 
-def test_every_set_has_a_config():
+def test_every_variant_has_a_config():
     for name in imagenet_variants.NAMES:
         config = imagenet_variants.get_config(name)
         config.model.name = "tnt_s_patch16_224"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two epochs of the published recipe on an image folder, nothing switched off, stopped once."""
+"""Two epochs of the published recipe on an image folder, interrupted once."""
 
 import contextlib
 import io
@@ -16,9 +16,9 @@ from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.metrics import read_metrics_file
 from tnt_flax.training.train import train_and_evaluate
 
-CLASSES = ("n3", "n1", "n2")  # in the order of the class list, which is not theirs
+CLASSES = ("n3", "n1", "n2")  # in the order of the class list, which is not sorted
 SIZES = {"train": (61, 40, 55), "val": (9, 4, 8)}
-DAMAGED = {"train": "n1/20.jpg", "val": "n1/2.jpg"}  # the first is shown in both epochs
+DAMAGED = {"train": "n1/20.jpg", "val": "n1/2.jpg"}  # both epochs sample the first
 BATCH, STEPS = 32, 4  # of 156 images an epoch
 PUBLISHED = default.get_config().augment
 CHANGES = {
@@ -42,7 +42,7 @@ CHANGES = {
 
 
 def make_folder(root):
-    """Crops of photographs. Of each split one file is cut short; returns training's."""
+    """Writes crops of photographs, one file truncated per split; returns that of training."""
     photos = [Image.open(io.BytesIO(jpeg(name))) for name in ("china", "flower")]
     generator = np.random.default_rng(0)
     for split, counts in SIZES.items():
@@ -59,18 +59,18 @@ def make_folder(root):
     return root / "train" / DAMAGED["train"]
 
 
-def planned(config, source, damaged):
-    """The records of every step, and how many are stand-ins, as the plan alone says."""
+def planned_records(config, source, damaged):
+    """Returns the records of every step according to the plan, and the number of replacements."""
     plan = Experiment(config).plan
     assert plan.steps_per_epoch == STEPS
     records = np.array([[plan.lookup(s, row)[0] for row in range(BATCH)] for s in range(2 * STEPS)])
     broken = [i for i in range(len(source)) if source.name_of(i) == str(damaged)]
-    shown = np.where(records == broken, records + 1, records)  # the next one stands in
+    shown = np.where(records == broken, records + 1, records)  # replaced by the next one
     return shown, int((records == broken).sum())
 
 
 @pytest.mark.soak
-def test_two_epochs_with_every_switch_on(tmp_path, monkeypatch):
+def test_two_epochs_of_the_published_recipe(tmp_path, monkeypatch):
     damaged = make_folder(tmp_path / "data")
     config = default.get_config()
     config.update_from_flattened_dict(CHANGES)
@@ -78,9 +78,9 @@ def test_two_epochs_with_every_switch_on(tmp_path, monkeypatch):
     config.data.class_list = str(tmp_path / "data" / "classes.txt")
     assert config.augment.to_dict() == PUBLISHED.to_dict() and config.model.drop_path == 0.1
     source = ImageFolder(config.data.root, "train", config.data.class_list)
-    records, stand_ins = planned(config, source, damaged)
+    records, replaced = planned_records(config, source, damaged)
     labels = np.array([source[record][1] for record in range(len(source))])
-    assert stand_ins == 6  # three views in each epoch
+    assert replaced == 6  # three views per epoch
 
     batches = []
 
@@ -103,9 +103,9 @@ def test_two_epochs_with_every_switch_on(tmp_path, monkeypatch):
     np.testing.assert_array_equal(batches, labels[records[: STEPS + 2]])
     batches.clear()
     stop_after(math.inf)
-    result = train_and_evaluate(config, tmp_path / "run")  # from the first epoch's end on
+    result = train_and_evaluate(config, tmp_path / "run")  # resumes at the end of the first epoch
 
-    # Every step had the images of the plan, three views of each, labelled as the list says.
+    # Every step has the planned images, three views each, with the labels of the class list.
     np.testing.assert_array_equal(batches, labels[records[STEPS:]])
     epochs = records.reshape(2, STEPS * BATCH)
     assert [len(set(epoch)) for epoch in epochs] == [math.ceil(STEPS * BATCH / 3)] * 2
@@ -114,8 +114,8 @@ def test_two_epochs_with_every_switch_on(tmp_path, monkeypatch):
     steps = [line for line in lines if "train/loss" in line]
     assert [line["step"] for line in steps] == [2, 4, 6, 8]
     assert all(math.isfinite(v) for line in steps for v in line.values())
-    assert sum(line["train/replaced_images"] for line in steps) == stand_ins
-    assert steps[0]["train/loss"] == pytest.approx(math.log(3), abs=0.1)  # a guess's
+    assert sum(line["train/replaced_images"] for line in steps) == replaced
+    assert steps[0]["train/loss"] == pytest.approx(math.log(3), abs=0.1)  # of a random guess
     assert [line["train/epoch"] for line in steps] == [0.5, 1, 1.5, 2]
     rates = [line["train/learning_rate"] for line in steps]
     assert rates[:2] == pytest.approx([1e-6] * 2) and min(rates[2:]) > 1e-4
@@ -123,7 +123,7 @@ def test_two_epochs_with_every_switch_on(tmp_path, monkeypatch):
 
     evaluations = [line for line in lines if "eval/top1" in line]
     assert [line["step"] for line in evaluations] == [4, 8]
-    for line in evaluations:  # each image once, but for the damaged one
+    for line in evaluations:  # each image once except the damaged one
         assert (line["eval/images"], line["eval/skipped"]) == (sum(SIZES["val"]) - 1, 1)
     assert result == {
         name: evaluations[-1][f"eval/{name}"]

@@ -37,7 +37,7 @@ from tnt_flax.core.errors import InputError
 from tnt_flax.core.files import cache_folder, write_atomic
 from tnt_flax.data.sources import storage
 
-log = logging.getLogger("tnt_flax")
+logger = logging.getLogger("tnt_flax")
 
 VERSION = "tnt_flax index 1"
 SAVE_EVERY = 10  # seconds between two saves of a partial index
@@ -325,8 +325,8 @@ def _usable(path: str, wanted: dict[str, Any]) -> bool:
         return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
-        log.warning("the index %s is damaged (%s): indexing again", path, reason)
+        logger.warning("the index %s is damaged (%s): indexing again", path, reason)
         return False
     if changed:
-        log.warning("%s has changed since %s: indexing again", changed[0][0], path)
+        logger.warning("%s has changed since %s: indexing again", changed[0][0], path)
     return not changed
