@@ -348,7 +348,9 @@ def test_exhausted_streams_leave_no_threads():
 
 
 def test_views_pickle():
-    view = pipeline._TrainView(RetryingReader(DIGITS, 0), PLAN, AUGMENT, "error", 3, 2, 4, 4)
+    view = pipeline._TrainView(
+        RetryingReader(DIGITS, 0), "error", range(4, 8), PLAN, AUGMENT, start_step=3, num_steps=2
+    )
     copy = pickle.loads(pickle.dumps(view))
     assert len(view) == 2 and [row for row, _ in view[1]] == [0, 1, 2, 3]
     for (row, sample), (expected_row, expected) in zip(copy[1], view[1], strict=True):

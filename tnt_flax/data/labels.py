@@ -76,16 +76,8 @@ def map_to_network(
     ImageNet's classes, data names "0", "1", ..., "999" are class numbers (as in ImageNet-V2's
     folders). If the network's names are unknown and the counts are equal, labels are not changed.
 
-    Args:
-        data_names: class names of the data set.
-        network_names: class names of the network; None if its weights have none.
-        num_classes: number of classes of the network.
-
-    Returns:
-        int32 [labels], the network's class of each label.
-
-    Raises:
-        InputError: the network has no class for a name.
+    `network_names` is None for weights without class names; `num_classes` is the network's.
+    Returns int32 [labels]. Raises InputError if the network has no class for a name.
     """
     known = names_or_imagenet(network_names, num_classes)
     position = {name: i for i, name in enumerate(known or ())}
@@ -151,12 +143,8 @@ def read_real_labels(path: str, source: Source) -> np.ndarray:
 
     `path` is their real.json: a list of classes (possibly empty) for each validation image of
     ImageNet, in the order of the file names.
-
-    Returns:
-        int32 [records, K], padded with -1. K is the largest number of labels of an image.
-
-    Raises:
-        InputError: the file is not real.json, or a record is not named like a validation image.
+    Returns int32 [records, K], padded with -1, for up to K labels per image. Raises InputError if
+    the file is not real.json or a record is not named like a validation image.
     """
     try:
         labels = json.loads(storage.read_file(path))

@@ -27,6 +27,8 @@ from tnt_flax.data.sources import Source
 from tnt_flax.data.sources.storage import RetryingReader, StorageUnavailable
 from tnt_flax.data.transforms import CorruptImageError, Encoded, decode
 
+logger = logging.getLogger("tnt_flax")
+
 Batch = dict[str, np.ndarray]
 Samples = list[tuple[int, dict[str, np.ndarray]]]  # one element: (row of the batch, columns)
 RECORDS_PER_ELEMENT = 4  # passing an element on costs a thread and the training loop 0.1 ms
@@ -35,29 +37,15 @@ MAX_REPLACEMENTS = 16  # unreadable records in a row before training gives up on
 
 @dataclasses.dataclass(frozen=True)
 class ReadOptions:
-    """How a host reads its rows of the global batches.
+    """How a host reads its rows of the global batches. Raises InputError for invalid values."""
 
-    Args:
-        corrupt: what to do with a record that cannot be read: "error" raises InputError from
-            `next()`, "skip" replaces it (training) or masks it out (evaluation).
-        host, num_hosts: this host's index, and the number of hosts that share a batch.
-        threads: threads that read and decode, per process.
-        prefetch: number of batches to read ahead.
-        workers: number of worker processes; 0 reads in this process. With workers, the program must
-            guard its `__main__`.
-        retry_seconds: how long to retry while the storage is unavailable.
-
-    Raises:
-        InputError: an option is invalid.
-    """
-
-    corrupt: str = "error"
-    host: int = 0
-    num_hosts: int = 1
-    threads: int = 4
-    prefetch: int = 2
-    workers: int = 0
-    retry_seconds: float = 0
+    corrupt: str = "error"  # "error" raises InputError; "skip" replaces or masks the record
+    host: int = 0  # index of this host
+    num_hosts: int = 1  # that share a batch
+    threads: int = 4  # per process, for reading and decoding
+    prefetch: int = 2  # batches to read ahead
+    workers: int = 0  # processes, for which the program must guard its `__main__`; 0 uses none
+    retry_seconds: float = 0  # for how long to retry while the storage is unavailable
 
     def __post_init__(self):
         if self.corrupt not in ("error", "skip"):
@@ -65,14 +53,15 @@ class ReadOptions:
         if not 0 <= self.host < self.num_hosts:
             raise InputError(f"host {self.host} of {self.num_hosts}: hosts are numbered from 0")
 
-    def rows_per_host(self, batch_size: int) -> int:
-        """Returns the rows of a host. Raises InputError if the hosts cannot share evenly."""
+    def rows(self, batch_size: int) -> range:
+        """Returns this host's rows of a global batch. Raises InputError for an uneven split."""
         if batch_size % self.num_hosts:
             raise InputError(
                 f"a batch of {batch_size} cannot be split evenly over {self.num_hosts} hosts: "
                 f"choose a multiple of {self.num_hosts}"
             )
-        return batch_size // self.num_hosts
+        size = batch_size // self.num_hosts
+        return range(self.host * size, (self.host + 1) * size)
 
 
 def train_batches(
@@ -94,24 +83,19 @@ def train_batches(
     processes. Worker processes ignore SIGTERM and SIGINT and end with this process.
 
     Args:
-        source: the records.
-        plan: their order.
+        source, plan: the records and their order.
         transform: a `functools.partial` of `transforms.train_transform`.
-        start_step: step of the first batch.
-        num_steps: number of batches.
+        start_step, num_steps: step of the first batch, and number of batches.
         options: see `ReadOptions`.
 
     Raises:
         InputError: at once for invalid options, from `next()` for unreadable records.
         StorageUnavailable: from `next()`, if the storage does not come back in time.
     """
-    rows = options.rows_per_host(plan.batch_size)
+    rows = options.rows(plan.batch_size)
     reader = RetryingReader(source, options.retry_seconds)
-    first_row = options.host * rows
-    view = _TrainView(
-        reader, plan, transform, options.corrupt, start_step, num_steps, first_row, rows
-    )
-    return _run(view, rows, options)
+    view = _TrainView(reader, options.corrupt, rows, plan, transform, start_step, num_steps)
+    return _run(view, options)
 
 
 def eval_batches(
@@ -131,12 +115,12 @@ def eval_batches(
     `batch_size` is that of the global batch, over all hosts. Closing and errors are those of
     `train_batches`.
     """
-    rows = options.rows_per_host(batch_size)
+    rows = options.rows(batch_size)
     blank = np.zeros_like(transform(np.zeros((1, 1, 3), np.uint8)))  # for its shape
     plan = EvalPlan(len(source), batch_size)
     reader = RetryingReader(source, options.retry_seconds)
-    view = _EvalView(reader, plan, transform, options.corrupt, options.host * rows, rows, blank)
-    return _run(view, rows, options)
+    view = _EvalView(reader, options.corrupt, rows, plan, transform, blank)
+    return _run(view, options)
 
 
 # ----------------------------------------------------------------------------------------- views
@@ -147,32 +131,30 @@ class _TrainView:
     """One host's training samples; an element has up to RECORDS_PER_ELEMENT records of a step."""
 
     reader: RetryingReader
+    corrupt: str
+    rows: range  # of the global batch
     plan: TrainPlan
     transform: Callable[[Encoded, np.random.Generator], np.ndarray]
-    corrupt: str
     start_step: int
     num_steps: int
-    first_row: int
-    rows: int
 
     @functools.cached_property
     def elements_per_batch(self) -> int:
         """The maximum over all batches; smaller batches are padded with empty elements."""
-        records = self.plan.max_records(range(self.first_row, self.first_row + self.rows))
-        return -(-records // RECORDS_PER_ELEMENT)
+        return -(-self.plan.max_records(self.rows) // RECORDS_PER_ELEMENT)
 
     def __len__(self):
         return self.num_steps * self.elements_per_batch
 
     def __getitem__(self, index) -> Samples:
         step, i = divmod(index, self.elements_per_batch)
-        records = _records_of(self.plan, self.start_step + step, self.first_row, self.rows)
+        records = _records_of(self.plan, self.start_step + step, self.rows)
         samples = []
         for record, views in records[i * RECORDS_PER_ELEMENT : (i + 1) * RECORDS_PER_ELEMENT]:
             images, label, replaced = self._read(record, [key for _, key in views])
             columns = {"label": np.int32(label), "replaced": np.bool_(replaced)}
             samples += [
-                (row - self.first_row, {"image": image, **columns})
+                (row - self.rows.start, {"image": image, **columns})
                 for (row, _), image in zip(views, images, strict=True)
             ]
         return samples
@@ -201,27 +183,26 @@ class _EvalView:
     """One host's evaluation samples; an element has up to RECORDS_PER_ELEMENT of a batch."""
 
     reader: RetryingReader
+    corrupt: str
+    rows: range  # of the global batch
     plan: EvalPlan
     transform: Callable[[Encoded], np.ndarray]
-    corrupt: str
-    first_row: int
-    rows: int
     blank: np.ndarray
 
     @property
     def elements_per_batch(self) -> int:
-        return -(-self.rows // RECORDS_PER_ELEMENT)
+        return -(-len(self.rows) // RECORDS_PER_ELEMENT)
 
     def __len__(self):
         return self.plan.num_batches * self.elements_per_batch
 
     def __getitem__(self, index) -> Samples:
         batch, i = divmod(index, self.elements_per_batch)
-        rows = range(i * RECORDS_PER_ELEMENT, min((i + 1) * RECORDS_PER_ELEMENT, self.rows))
-        return [(row, self._sample(batch, row)) for row in rows]
+        rows = self.rows[i * RECORDS_PER_ELEMENT : (i + 1) * RECORDS_PER_ELEMENT]
+        return [(row - self.rows.start, self._sample(batch, row)) for row in rows]
 
     def _sample(self, batch, row):
-        record = self.plan.lookup(batch, self.first_row + row)
+        record = self.plan.lookup(batch, row)
         if record is None:
             return self._columns(self.blank)
         try:
@@ -243,15 +224,15 @@ class _EvalView:
         }
 
 
-def _records_of(plan, step, first_row, rows) -> tuple[tuple[int, list[tuple[int, SampleKey]]], ...]:
+def _records_of(plan, step, rows) -> tuple[tuple[int, list[tuple[int, SampleKey]]], ...]:
     """Returns the records in these rows of the batch of `step` with their (row, key) pairs."""
     with _RECORDS_LOCK:  # many threads need them when a batch begins: compute them once
-        return _compute_records(plan, step, first_row, rows)
+        return _compute_records(plan, step, rows)
 
 
 @functools.lru_cache(maxsize=16)  # at least the number of unfinished batches
-def _compute_records(plan, step, first_row, rows):
-    return tuple(plan.views(step, range(first_row, first_row + rows)).items())
+def _compute_records(plan, step, rows):
+    return tuple(plan.views(step, rows).items())
 
 
 # A global, not a field of the view, because locks do not pickle into worker processes.
@@ -266,17 +247,17 @@ def _refuse_or_log(source, record, reason, corrupt):
         problem = f"{source.name_of(record)} cannot be read: {reason.strerror or reason}"
     if corrupt == "error":
         raise InputError(f'{problem}; remove it, or set data.corrupt="skip"') from None
-    logging.getLogger("tnt_flax").warning("skipped: %s", problem)
+    logger.warning("skipped: %s", problem)
 
 
 # --------------------------------------------------------------------------------------- running
 
 
-def _run(view, rows, options):
+def _run(view, options):
     """Returns the batches of the view, evaluated ahead of time."""
     records = grain.MapDataset.source(view)
     count, threads, prefetch = view.elements_per_batch, options.threads, options.prefetch
-    make_batch = functools.partial(_make_batch, rows)
+    make_batch = functools.partial(_make_batch, len(view.rows))
     if not options.workers:
         # Threads share records, not batches: the first batch is ready sooner, and the memory in
         # use does not grow with threads * rows.

@@ -31,23 +31,15 @@ class TrainPlan:
     one batch (except a few at its ends) and in different groups. Without repeats, row r of a batch
     has its r-th position.
 
-    Args:
-        num_records: number of records in the source.
-        batch_size: rows of a global batch, over all hosts.
-        seed: selects order and augmentation; 0 to 2**64 - 1.
-        repeats: views of a record per epoch; 1 disables repeated augmentation.
-        groups: number of groups in a batch; used if repeats > 1.
-
-    Raises:
-        InputError: the batch size is below one or above the number of records, the groups do not
-            divide it (if repeats > 1), or seed or repeats are out of range.
+    Raises InputError if the batch size is below one or above the number of records, if the groups
+    do not divide it (with repeats > 1), and if seed or repeats are out of range.
     """
 
     num_records: int
-    batch_size: int
-    seed: int
-    repeats: int = 1
-    groups: int = 8
+    batch_size: int  # rows of a global batch, over all hosts
+    seed: int  # selects order and augmentation; 0 to 2**64 - 1
+    repeats: int = 1  # views of a record per epoch; 1 disables repeated augmentation
+    groups: int = 8  # per batch; used if repeats > 1
 
     def __post_init__(self):
         _check_batch_size(self.batch_size)

@@ -66,15 +66,7 @@ def _gaussian_blur(image, level):
     return image.filter(ImageFilter.GaussianBlur(min(2.0, 0.1 + (2.0 - 0.1) * (level / 10))))
 
 
-def _rotate(image, level, resample, fill):
-    return image.rotate(level / 10 * 30.0, resample, fillcolor=fill)
-
-
-def _affine(matrix, image, level, resample, fill):
-    data = matrix(level / 10, *image.size)
-    return image.transform(image.size, Image.Transform.AFFINE, data, resample, fillcolor=fill)
-
-
+_ENHANCERS = ("Color", "Contrast", "Brightness", "Sharpness")
 # Called with (image, level). Operations without an argument ignore the level.
 PLAIN = {
     "AutoContrast": lambda image, _: ImageOps.autocontrast(image),
@@ -87,19 +79,13 @@ PLAIN = {
         image, 256 - _solarize_threshold(level)
     ),
     "SolarizeAdd": _solarize_add,
-    "Color": functools.partial(_enhance, ImageEnhance.Color),
-    "Contrast": functools.partial(_enhance, ImageEnhance.Contrast),
-    "Brightness": functools.partial(_enhance, ImageEnhance.Brightness),
-    "Sharpness": functools.partial(_enhance, ImageEnhance.Sharpness),
     "Desaturate": _desaturate,
     "GaussianBlur": _gaussian_blur,
-}
+} | {name: functools.partial(_enhance, getattr(ImageEnhance, name)) for name in _ENHANCERS}
 # Called with (image, level); the level has a random sign.
 SIGNED = {
-    "ColorIncreasing": functools.partial(_enhance_increasing, ImageEnhance.Color),
-    "ContrastIncreasing": functools.partial(_enhance_increasing, ImageEnhance.Contrast),
-    "BrightnessIncreasing": functools.partial(_enhance_increasing, ImageEnhance.Brightness),
-    "SharpnessIncreasing": functools.partial(_enhance_increasing, ImageEnhance.Sharpness),
+    f"{name}Increasing": functools.partial(_enhance_increasing, getattr(ImageEnhance, name))
+    for name in _ENHANCERS
 }
 # (level / 10, width, height) -> affine matrix from coordinates of the result to those of the image.
 MATRICES = {
@@ -108,10 +94,7 @@ MATRICES = {
     "TranslateXRel": lambda L, w, h: (1, 0, L * 0.45 * w, 0, 1, 0),
     "TranslateYRel": lambda L, w, h: (1, 0, 0, 0, 1, L * 0.45 * h),
 }
-# Called with (image, level, resample, fill); the level has a random sign.
-GEOMETRIC = {"Rotate": _rotate} | {
-    name: functools.partial(_affine, matrix) for name, matrix in MATRICES.items()
-}
+GEOMETRIC = ("Rotate", *MATRICES)  # applied by `warp`; the level has a random sign
 
 
 def warp(
@@ -122,7 +105,10 @@ def warp(
     fill: tuple[int, int, int],
 ) -> Image.Image:
     """Applies the geometric operation `name` with Pillow; see `apply_op` for the arguments."""
-    return GEOMETRIC[name](image, level, resample, fill)
+    if name == "Rotate":
+        return image.rotate(level / 10 * 30.0, resample, fillcolor=fill)
+    matrix = MATRICES[name](level / 10, *image.size)
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fill)
 
 
 def apply_op(
@@ -133,15 +119,14 @@ def apply_op(
     fill: tuple[int, int, int],
     warp: Warp = warp,
 ) -> Pixels:
-    """Applies the operation `name` to an RGB image; nothing here is random.
+    """Applies an operation to an RGB image; nothing here is random.
 
     Args:
         image: the image.
-        name: a key of PLAIN, SIGNED or GEOMETRIC.
-        level: the magnitude; the operations of SIGNED and GEOMETRIC take both signs.
-        resample: filter of geometric operations.
-        fill: color of pixels from outside the image in geometric operations.
-        warp: implementation of the geometric operations.
+        name: one of PLAIN, SIGNED or GEOMETRIC.
+        level: the magnitude; SIGNED and GEOMETRIC take both signs.
+        resample, fill: for GEOMETRIC, the filter and the color of pixels from outside the image.
+        warp: implementation of GEOMETRIC.
     """
     if name in GEOMETRIC:
         return warp(image, name, level, resample, fill)
@@ -185,28 +170,16 @@ class OpCall(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """Applies randomly sampled operations one after the other. Created by `parse`.
+    """Applies randomly sampled operations one after the other. Created by `parse`."""
 
-    Args:
-        ops: operations to sample from.
-        weights: their probabilities, for sampling without replacement; None samples uniformly with
-            replacement.
-        num_ops: number of operations per image.
-        probability: with which each sampled operation is applied.
-        magnitude: mean of the normally distributed magnitude.
-        magnitude_std: its standard deviation; inf makes it uniform from 0 to `magnitude`.
-        max_magnitude: magnitudes are clipped to [0, max_magnitude].
-        fill: color of pixels from outside the image.
-    """
-
-    ops: tuple[str, ...]
-    weights: tuple[float, ...] | None
-    num_ops: int
-    probability: float
-    magnitude: float
-    magnitude_std: float
-    max_magnitude: float
-    fill: tuple[int, int, int]
+    ops: tuple[str, ...]  # operations to sample from
+    weights: tuple[float, ...] | None  # for sampling without replacement; None: uniform, with
+    num_ops: int  # per image
+    probability: float  # of applying a sampled operation
+    magnitude: float  # mean of the normally distributed magnitude
+    magnitude_std: float  # its standard deviation; inf: uniform from 0 to `magnitude`
+    max_magnitude: float  # magnitudes are clipped to [0, max_magnitude]
+    fill: tuple[int, int, int]  # color of pixels from outside the image
 
     def __call__(self, image: Pixels, generator: np.random.Generator, warp: Warp = warp) -> Pixels:
         """Returns the augmented RGB image, of the same size."""
@@ -255,14 +228,10 @@ _SECTIONS = {
 def parse(config: str, mean: Sequence[float]) -> RandAugment:
     """Parses a config string of timm, such as "rand-m9-mstd0.5-inc1".
 
-    The string is "rand" followed by sections in any order, here with their defaults:
-
-    * `m10`: magnitude;
-    * `mstd0`: its standard deviation (above 100: uniform from 0 to m);
-    * `mmax10`: its upper bound;
-    * `n2`: number of operations per image;
-    * `p0.5`: probability of each operation;
-    * `inc0` or `inc1`: list of operations; or a named set: `tweights`, `t3a`, `t3aw`.
+    The string is "rand" followed by sections in any order, here with their defaults: `m10` the
+    magnitude; `mstd0` its standard deviation (above 100: uniform from 0 to m); `mmax10` its upper
+    bound; `n2` operations per image; `p0.5` the probability of each; `inc0` or `inc1` the list of
+    operations, or a named set `tweights`, `t3a`, `t3aw`.
 
     Sections that timm silently ignores are refused: those without a number, unknown sets,
     repetitions. `inc0` is the plain list, as in current timm; in timm 0.3.2, which trained the

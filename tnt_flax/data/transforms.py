@@ -93,18 +93,10 @@ def _from_pixels(pixels):
 
 @dataclasses.dataclass(frozen=True)
 class Resampler:
-    """The geometric operations of `train_transform`, as implemented by one library.
+    """The geometric operations of `train_transform`, as implemented by one library."""
 
-    Every function takes and returns `Pixels`.
-
-    Args:
-        resize: (image, size, filter) -> the image at `size` x `size`.
-        flip: (image) -> the image mirrored left to right.
-        warp: (image, name, level, filter, fill) -> see `randaugment.warp`.
-    """
-
-    resize: Callable[[Image.Image, int, Image.Resampling], Pixels]
-    flip: Callable[[Pixels], Pixels]
+    resize: Callable[[Image.Image, int, Image.Resampling], Pixels]  # to size x size
+    flip: Callable[[Pixels], Pixels]  # left to right
     warp: Warp
 
 
@@ -149,12 +141,6 @@ def random_crop_box(
     `ratio`. A box that does not fit is rejected; after ten rejections the result is the largest
     central box with an allowed ratio. Source: `get_params` in torchvision and timm. As in
     torchvision, and unlike timm, a box of zero pixels (in a tiny image) does not fit.
-
-    Args:
-        width, height: size of the image.
-        generator: source of random numbers.
-        scale: least and largest area.
-        ratio: least and largest aspect ratio.
     """
     for _ in range(CROP_TRIES):
         area = generator.uniform(*scale) * width * height
@@ -233,10 +219,9 @@ def train_transform(
     not depend on the resampler.
 
     Args:
-        image: the record's image.
-        generator: the sample's source of random numbers.
+        image, generator: the record's image, and the sample's source of random numbers.
         size: height and width of the result.
-        scale, ratio: see `random_crop_box`.
+        scale, ratio: ranges of area and aspect ratio, see `random_crop_box`.
         flip: probability of mirroring left to right.
         jitter: strength of `color_jitter`, which is used if there is no `randaugment`, as in timm.
         randaugment: a `RandAugment`, called with (image, generator, resampler.warp).

@@ -48,13 +48,8 @@ class Member(NamedTuple):
 def members(read: storage.Read, start: int, end: int, what: str) -> Iterator[Member]:
     """Yields the regular files of the tar in bytes [start, end) from their headers alone.
 
-    Args:
-        read: reads bytes of the file that holds the tar.
-        start, end: byte range of the tar within that file.
-        what: name of the tar in error messages.
-
-    Raises:
-        InputError: the tar is truncated, damaged, compressed or sparse.
+    Raises InputError, with `what` as the tar's name, if it is truncated, damaged, compressed or
+    sparse.
     """
     position, override = start, {}  # override: fields from extended headers for the next member
     while True:
@@ -177,19 +172,13 @@ def imagenet_tars(root: str, split: str, eval_labels: str = "", class_list: str 
 
     `ILSVRC2012_img_train.tar` holds one tar per class, named by its synset (n01440764.tar);
     `ILSVRC2012_img_val.tar` holds images, and their labels are in another file. Classes are sorted
-    by synset, as in torchvision and timm.
+    by synset, as in torchvision and timm, unless `class_list` names them in another order.
 
-    Args:
-        root: folder or URL of the tars.
-        split: "train", "validation" or "val".
-        eval_labels: file with the labels of the validation images: the devkit
-            (ILSVRC2012_devkit_t12.tar.gz); or text with a synset per line, in the order of the
-            image names; or text with an image name and its synset per line, separated by a comma or
-            blanks (as in LOC_val_solution.csv). "" takes whichever file of LABEL_FILES is in root.
-        class_list: optional file that gives the order of the classes, one synset per line.
+    `eval_labels` is the devkit (ILSVRC2012_devkit_t12.tar.gz); or text with a synset per line, in
+    the order of the image names; or text with an image name and its synset per line, separated by a
+    comma or blanks (as in LOC_val_solution.csv). "" takes the first of LABEL_FILES in `root`.
 
-    Raises:
-        InputError: a file is missing or damaged, or the labels do not match the images.
+    Raises InputError if a file is missing or damaged, or if labels do not match the images.
     """
     if not root:
         raise InputError("ImageNet's tars need their folder: set data.root")
@@ -201,12 +190,8 @@ def imagenet_tars(root: str, split: str, eval_labels: str = "", class_list: str 
 
 
 def _train(path, class_list):
-    index = open_index(
-        "imagenet train",
-        [path],
-        functools.partial(_cut_classes, path),
-        functools.partial(_scan_class, path),
-    )
+    cut, scan = functools.partial(_cut_classes, path), functools.partial(_scan_class, path)
+    index = open_index("imagenet train", [path], cut, scan)
     texts = index.texts()
     names = order_classes(sorted(texts), class_list, path, "tar")
     numbers = {name: label for label, name in enumerate(names)}
@@ -338,15 +323,12 @@ def webdataset(root: str, split: str, class_list: str = "") -> TarImages:
     first dot of the file name: `shard/0017.jpg` and `shard/0017.cls` are the sample "shard/0017". A
     sample has one image and a label, in `.cls` (a number or a name) or as "label" in `.json`.
 
-    Args:
-        root: folder or URL of the shards.
-        split: a pattern below `root` ("train-{000000..000146}.tar", "train/*.tar"); or a name, and
-            then the shards are ROOT/NAME/*.tar, or else ROOT/*NAME*.tar with NAME as a whole word.
-        class_list: optional file with the class names, in order. Without it they are the names
-            found, in natural order, or "0", "1", ... up to the largest number found.
+    `split` is a pattern below `root` ("train-{000000..000146}.tar", "train/*.tar"); or a name, and
+    then the shards are ROOT/NAME/*.tar, or else ROOT/*NAME*.tar with NAME as a whole word. Class
+    names are those of `class_list`, or else the names found, in natural order, or "0", "1", ... up
+    to the largest number found.
 
-    Raises:
-        InputError: shards, images or labels are missing or damaged.
+    Raises InputError if shards, images or labels are missing or damaged.
     """
     if not root:
         raise InputError("webdataset shards need their folder: set data.root")

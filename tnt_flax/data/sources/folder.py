@@ -11,6 +11,8 @@ from tnt_flax.core.errors import InputError, listed
 from tnt_flax.data.sources import storage
 from tnt_flax.data.sources.names import is_image, natural_key, order_classes, split_names
 
+logger = logging.getLogger("tnt_flax")
+
 # Folder names that are splits rather than classes.
 SPLIT_LIKE = {"train", "training", "val", "valid", "validation", "eval", "test", "testing"}
 
@@ -56,10 +58,8 @@ class ImageFolder:
         if part == "held out":
             if not self._files:
                 raise InputError(f"no class in {folder} has two images, so none can be held out")
-            logging.getLogger("tnt_flax").warning(
-                "%s has no split %r: holding out a fixed set of %d images of %s",
-                *(root, split, len(self), folder),
-            )
+            message = "%s has no split %r: holding out a fixed set of %d images of %s"
+            logger.warning(message, root, split, len(self), folder)
 
     def __len__(self) -> int:
         return len(self._files)

@@ -49,16 +49,10 @@ def read_class_list(path: str) -> tuple[str, ...]:
 def order_classes(
     found: Sequence[str], class_list: str, where: str, kind: str = "folder"
 ) -> tuple[str, ...]:
-    """Returns the classes `found` in the order of a class list, or unchanged without one.
+    """Returns the classes `found` in the order of a class list, or unchanged if that is "".
 
-    Args:
-        found: names of the classes in the data.
-        class_list: path of the class list; "" for none.
-        where: path of the data, for error messages.
-        kind: what holds one class ("folder", "tar"), for error messages.
-
-    Raises:
-        InputError: the class list does not name exactly the classes found.
+    Raises InputError unless the class list names exactly the classes found. `where`, the path of
+    the data, and `kind` ("folder", "tar"), what holds one class, are for its message.
     """
     if not class_list:
         return tuple(found)

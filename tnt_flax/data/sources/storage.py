@@ -18,6 +18,8 @@ import numpy as np
 
 from tnt_flax.core.errors import InputError, RunError, one_line
 
+logger = logging.getLogger("tnt_flax")
+
 REMOTE_BLOCK = 2**23  # bytes per request during a sequential read of a remote file
 MAX_PAUSE = 15.0  # seconds between two attempts; the first pause is half a second
 
@@ -60,12 +62,7 @@ def basename(path: str) -> str:
 
 
 def read(path: str, start: int, size: int) -> bytes:
-    """Reads bytes [start, start + size) of a file.
-
-    Raises:
-        DamagedError: the file ends before.
-        OSError: the file cannot be read.
-    """
+    """Reads bytes [start, start + size) of a file; raises DamagedError if it is shorter."""
     if is_remote(path):
         with _as_oserror(path):
             filesystem, name = _filesystem(path)
@@ -218,11 +215,9 @@ class RetryingReader:
         return RetryingReader, (self.source, self.seconds)
 
     def __getitem__(self, record: int) -> tuple[bytes | np.ndarray, int]:
-        """Returns image and label of a record.
+        """Returns image and label of a record; raises the source's OSError for a bad record.
 
-        Raises:
-            StorageUnavailable: the retry budget is exhausted.
-            OSError: the record itself cannot be read.
+        Raises StorageUnavailable if the retry budget is exhausted.
         """
         start, pause = time.monotonic(), 0.5
         while True:
@@ -239,15 +234,12 @@ class RetryingReader:
                     ) from None
                 if not self.failing.is_set():  # one warning, not one per thread
                     self.failing.set()
-                    logging.getLogger("tnt_flax").warning(
-                        "%s cannot be read: %s; retrying for up to %g s", name, reason, self.seconds
-                    )
+                    message = "%s cannot be read: %s; retrying for up to %g s"
+                    logger.warning(message, name, reason, self.seconds)
                 self.closed.wait(pause)
                 pause = min(2 * pause, MAX_PAUSE)
                 continue
             if self.failing.is_set():
                 self.failing.clear()
-                logging.getLogger("tnt_flax").warning(
-                    "process %d can read its data again", os.getpid()
-                )
+                logger.warning("process %d can read its data again", os.getpid())
             return found

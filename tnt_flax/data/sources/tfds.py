@@ -32,11 +32,8 @@ class TfdsSource:
     multi-label: its labels are int32 [max_labels], padded with -1. It is refused unless
     `multi_label` is true.
 
-    Args:
-        name: name in tfds ("cifar10", "oxford_iiit_pet", "imagenet2012:5.1.0").
-        split: a tfds split, optionally with slices such as "train[:90%]".
-        data_dir: tfds' directory; "" for its default, ~/tensorflow_datasets.
-        multi_label: whether to accept a multi-label data set.
+    `name` is a name in tfds, optionally with a version ("imagenet2012:5.1.0"); `split` may have
+    slices ("train[:90%]"); `data_dir` is "" for tfds' default, ~/tensorflow_datasets.
     """
 
     def __init__(self, name: str, split: str, data_dir: str = "", *, multi_label: bool = False):
