@@ -100,6 +100,7 @@ def test_padding_is_zeros_to_the_right_and_below():
     assert (ours.valid, theirs.valid) == ((20, 40), (32, 48))
 
 
+@pytest.mark.slow
 def test_gradients_reach_all_but_the_head_and_frozen_statistics_stay():
     """At another size than that of the weights, so that positions are resampled."""
     model, shape = small_pyramid()

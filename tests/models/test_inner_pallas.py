@@ -65,6 +65,7 @@ def test_values_and_gradients_of_the_widest_words(interpreted):
     compare(40, 4, 3)
 
 
+@pytest.mark.slow
 def test_bfloat16(interpreted):
     """As near as two orders of bfloat16 roundings come; GELU's erf is another formula, too."""
     compare(12, 2, 5, dtype=jnp.bfloat16, tolerance=0.05)

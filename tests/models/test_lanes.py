@@ -66,6 +66,7 @@ def test_every_lineage_gives_the_references_values_and_gradients(lineage):
     check_same(value_and_gradients(model, params, images), expected, 2e-5)
 
 
+@pytest.mark.slow
 def test_the_same_sentences_are_dropped():
     model, params, images = build(inner_impl="lanes", drop_path=0.5, vanilla_blocks=(1,), depth=3)
     run = functools.partial(

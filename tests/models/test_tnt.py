@@ -324,6 +324,7 @@ def value_and_gradients(lineage, **fields):
 
 
 # The gradients of the official and the legacy network are also compared with timm's above.
+@pytest.mark.slow
 @pytest.mark.parametrize("lineage", ["official", "mindspore_pets"])
 def test_every_parameter_gets_a_gradient(lineage):
     _, gradients = value_and_gradients(lineage)

@@ -243,6 +243,7 @@ def trained_alone():
     return config, start, metrics, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_eight_devices_train_as_one_does(trained_alone, name):
     """The same batches and the same state give the same losses and weights on any mesh."""

@@ -69,6 +69,7 @@ def test_stablehlo(tmp_path, capsys, images, root):
     np.testing.assert_allclose(json.loads(own.stdout), wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_pyramid(tmp_path, capsys):
     """With its running statistics. timm has no such network."""
     path, out = (

@@ -92,6 +92,7 @@ def test_images_are_prepared_as_in_evaluation(classifier):
         assert all(a.label == NAMES[a.index] for a in mine)
 
 
+@pytest.mark.slow
 def test_a_pyramid_classifies(tmp_path, monkeypatch):
     """With its running statistics, which `classifier.variables` hold, too."""
     one = jax.local_devices()[:1]  # to compile for fewer

@@ -137,6 +137,7 @@ def test_looking_is_what_the_network_computes(tmp_path):
     assert reached[chosen[0]] == reached.max() and len(chosen) == 2
 
 
+@pytest.mark.slow
 def test_looking_with_a_pyramid(tmp_path):
     """The mean of the last sentences gives the answer by hand."""
     found = read_checkpoint(

@@ -88,6 +88,7 @@ def stepped(freeze, params=None, steps=2, **options):
     return before, state
 
 
+@pytest.mark.slow
 def test_freezing_leaves_exactly_the_named_tensors_as_they_are():
     _, params = make()
     params = params | {"sentence_pos": params["sentence_pos"].at[0, 1].set(-0.0)}

@@ -112,6 +112,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(finished, tmp_pa
     assert "from step 10 to 29" in err
 
 
+@pytest.mark.slow
 def test_every_evaluation_is_checkpointed(smoke_config, tmp_path):
     config = smoke_config(eval__every="14 steps", checkpoint__every="20 steps", checkpoint__keep=9)
     train_and_evaluate(config, tmp_path)
@@ -134,6 +135,7 @@ def test_nan_stops_the_run_and_names_the_tensor(smoke_config, tmp_path):
         assert np.isfinite(leaf).all()
 
 
+@pytest.mark.slow
 def test_training_starts_from_weights_of_any_framework(finished, smoke_config, tmp_path, capsys):
     """With a learning rate of zero, the final weights are the initial ones."""
     _, workdir, result = finished
@@ -232,6 +234,7 @@ def folder_config(smoke_config, root, **overrides):
     )
 
 
+@pytest.mark.slow
 def test_training_on_an_image_folder(smoke_config, tmp_path):
     config = folder_config(smoke_config, make_folder(tmp_path / "data"))
     result = train_and_evaluate(config, tmp_path / "run")
@@ -258,6 +261,7 @@ def test_a_failed_start_can_be_corrected_in_the_same_workdir(smoke_config, tmp_p
         train_and_evaluate(folder_config(smoke_config, other), tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_truncated_image_stops_the_run_or_is_counted(smoke_config, tmp_path, split):
     make_folder(tmp_path / "data")
@@ -338,6 +342,7 @@ def at(monkeypatch):
     return register
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_signals_ends_bit_identical(finished, tmp_path, at):
     """Signals come in a step, in an evaluation, and while a save is in flight."""
     config, _, result = finished
@@ -366,6 +371,7 @@ def test_a_run_stopped_by_signals_ends_bit_identical(finished, tmp_path, at):
     assert checkpoints.read_metrics(tmp_path / "checkpoints" / "10")["images"] == 360
 
 
+@pytest.mark.slow
 def test_unavailable_data_end_the_run_with_its_state_saved(smoke_config, tmp_path, at):
     make_folder(tmp_path / "data")
     config = folder_config(smoke_config, tmp_path / "data", epochs=4, data__retry_seconds=0.0)
@@ -403,6 +409,7 @@ class Sealed:
         self.array, self.step = array, step
 
 
+@pytest.mark.slow
 def test_metrics_are_fetched_one_step_late_and_nothing_else_is_transferred(
     smoke_config, tmp_path, monkeypatch
 ):
