@@ -12,12 +12,9 @@ photographs beside the source. The last line on stdout is one JSON object. Exit 
 that could not be written or that differs, 2 is bad input.
 """
 
-import contextlib
 import json
 import logging
-import os
 import pathlib
-import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tnt_flax.core.errors import InputError, RunError, one_line
+from tnt_flax.core.files import atomic_path
 from tnt_flax.inference.stablehlo import load_exported, save_exported, trace
 from tnt_flax.runtime import host
 from tnt_flax.tools import attention
@@ -75,17 +73,13 @@ def export(args: Any) -> dict[str, Any]:
     host.cache_compilations()
     found = read_weights(args, square_rgb=True)
     print(f"exporting {found.summary()}", file=sys.stderr)
-    temporary = out.with_name(f"{out.stem}.tmp{out.suffix}")
     try:
-        exported = FORMS[form](found, temporary)
-        images = real_images(found)
-        difference = verify(found, exported, images, str(out))
-        os.replace(temporary, out)
+        with atomic_path(out) as temporary:
+            exported = FORMS[form](found, temporary)
+            images = real_images(found)
+            difference = verify(found, exported, images, str(out))
     except OSError as error:
         raise RunError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
     return {
         "path": str(out),
         "form": form,

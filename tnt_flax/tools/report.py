@@ -12,7 +12,6 @@ object. Exit code 1 is a report that cannot be made, 2 is bad input.
 
 import datetime
 import json
-import os
 import pathlib
 import sys
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError, RunError
+from tnt_flax.core.files import write_atomic
 from tnt_flax.data.labels import readable_names
 from tnt_flax.runtime import host
 from tnt_flax.tools.command_line import Parser, run
@@ -86,10 +86,8 @@ def report(args: Any) -> dict[str, Any]:
         "images": len(answers.label),
     }
     page = make_page(args.workdir, config, stored, found, source, answers, lines, summary)
-    temporary = out.with_name(out.name + ".tmp")
     try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, out)
+        write_atomic(out, page)
     except OSError as error:
         raise RunError(f"cannot write {out}: {error.strerror or error}") from None
     return {"out": str(out), **summary, "checkpoint": found.path}
