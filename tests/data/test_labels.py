@@ -16,12 +16,7 @@ from tests.helpers.random_weights import random_params
 from tests.helpers.tfds_files import write_tfds
 from tnt_flax import create_model
 from tnt_flax.core.errors import InputError
-from tnt_flax.data.labels import (
-    imagenet_synsets,
-    map_to_network,
-    read_real_labels,
-    select_classes,
-)
+from tnt_flax.data.labels import imagenet_synsets, map_to_network, read_real_labels, select_classes
 from tnt_flax.training.config import check_config
 from tnt_flax.training.evaluate import (
     calibration_error,

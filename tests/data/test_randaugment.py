@@ -26,7 +26,7 @@ from tests.helpers.randaugment_cases import FILL, NAMES, cases, digest, photogra
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import randaugment
 from tnt_flax.data.randaugment import GEOMETRIC, PLAIN, RESAMPLE, apply_op
-from tnt_flax.data.transforms import random_crop_box, train_transform
+from tnt_flax.data.transforms import train_transform
 
 GOLDEN = json.loads(
     (pathlib.Path(__file__).parents[1] / "goldens/data" / "randaugment.json").read_text()
@@ -418,75 +418,3 @@ def test_train_transform_equals_timm_with_the_same_random_numbers(photo, use_gen
         use_generator(generator(seed))
         expected = np.asarray(reference(image)).transpose(1, 2, 0)
         np.testing.assert_array_equal(ours(encoded, generator(seed)), expected, err_msg=str(seed))
-
-
-def largest_gap(a, b):
-    """Returns the normalized Kolmogorov-Smirnov distance between two samples."""
-    points = np.concatenate([a, b])
-    below = [np.searchsorted(np.sort(x), points, side="right") / len(x) for x in (a, b)]
-    return np.abs(below[0] - below[1]).max() / math.sqrt(1 / len(a) + 1 / len(b))
-
-
-@pytest.mark.oracle
-def test_samples_have_the_distribution_of_timm():
-    """Records the operations that timm samples with its own random numbers."""
-    auto_augment = pytest.importorskip("timm.data.auto_augment")
-    images, recorded = 15_000, []
-    reference = auto_augment.rand_augment_transform(
-        PUBLISHED, dict(translate_const=100, img_mean=FILL)
-    )
-    for op in reference.ops:
-
-        def level_of(level, hparams, level_fn=op.level_fn):
-            return level, level_fn(level, hparams) if level_fn else ()
-
-        def record(image, level, args, name=op.name, **kwargs):
-            auto_augment._check_args_tf(kwargs)  # samples the filter
-            middle = 1.0 if "Increasing" in name and "ize" not in name else 0.0
-            negative = bool(args) and args[0] < middle
-            recorded.append((name, -level if negative else level, kwargs["resample"]))
-            return image
-
-        op.level_fn, op.aug_fn = level_of, record
-    random.seed(0)
-    np.random.seed(0)
-    for _ in range(images):
-        reference(None)
-    ours = [tuple(call) for calls in samples(PUBLISHED, images) for call in calls]
-    assert abs(len(ours) - len(recorded)) < 4.5 * math.sqrt(2 * 2 * images / 4)
-    report = {}
-    for name in randaugment.INCREASING_OPS:
-        a, b = ([c for c in calls if c[0] == name] for calls in (ours, recorded))
-        scale = math.sqrt(len(a) + len(b))
-        report[name] = (
-            (len(a) - len(b)) / scale,
-            largest_gap(*(np.array([c[1] for c in calls]) for calls in (a, b))),
-            (sum(c[1] < 0 for c in a) / len(a) - sum(c[1] < 0 for c in b) / len(b)) * scale,
-            (sum(c[2] == BICUBIC for c in a) / len(a) - sum(c[2] == BICUBIC for c in b) / len(b))
-            * scale
-            * (name in GEOMETRIC),
-        )
-        print(name, len(a), len(b), *(f"{x:.2f}" for x in report[name]))
-    count, level, sign, interpolation = np.abs(list(report.values())).max(0)
-    assert count < 4 and level < 2.2 and sign < 4 and interpolation < 4
-
-
-@pytest.mark.oracle
-def test_crops_have_the_distribution_of_timm():
-    crop = pytest.importorskip("timm.data.transforms").RandomResizedCropAndInterpolation
-    width, height, numbers = 500, 375, generator(0)
-    random.seed(0)
-    image = Image.new("L", (width, height))
-    theirs = np.array([crop.get_params(image, CROP["scale"], CROP["ratio"]) for _ in range(8000)])
-    top, left, h, w = theirs.T
-    boxes = [random_crop_box(width, height, numbers, **CROP) for _ in range(8000)]
-    x, y, right, bottom = np.array(boxes).T
-    pairs = {
-        "area": ((right - x) * (bottom - y), w * h),
-        "ratio": ((right - x) / (bottom - y), w / h),
-        "left": (x, left),
-        "top": (y, top),
-    }
-    for name, (a, b) in pairs.items():
-        print(name, a.mean(), b.mean(), largest_gap(a, b))
-        assert largest_gap(a, b) < 1.95, name  # exceeded by 0.1 % of the pairs of samples

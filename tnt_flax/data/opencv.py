@@ -48,11 +48,7 @@ def flip(image: Pixels) -> np.ndarray:
 
 
 def warp(
-    image: Pixels,
-    name: str,
-    level: float,
-    resample: Image.Resampling,
-    fill: tuple[int, int, int],
+    image: Pixels, name: str, level: float, resample: Image.Resampling, fill: tuple[int, int, int]
 ) -> np.ndarray:
     """Applies a geometric operation, see `randaugment.warp`; returns uint8 [H, W, 3].
 

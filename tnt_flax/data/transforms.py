@@ -178,10 +178,7 @@ def random_resized_crop(
 
 
 def random_flip(
-    image: Pixels,
-    generator: np.random.Generator,
-    probability: float,
-    resampler: Resampler = PILLOW,
+    image: Pixels, generator: np.random.Generator, probability: float, resampler: Resampler = PILLOW
 ) -> Pixels:
     """Mirrors the image left to right with this probability."""
     return resampler.flip(image) if generator.random() < probability else image
