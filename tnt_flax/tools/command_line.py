@@ -237,6 +237,7 @@ def run(
 @contextmanager
 def exit_on_error(on_interrupt: str) -> Iterator[None]:
     """Exits with one line for an expected error, or with `on_interrupt` after Ctrl-C."""
+    setup_logging()
     try:
         yield
     except EXPECTED as error:

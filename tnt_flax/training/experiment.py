@@ -77,9 +77,10 @@ class Experiment:
                 not installed, or `optimizer.freeze` matches no parameter or all of them.
         """
         transforms.resampler(self.config.augment.resampling)
-        model = self.make_model(num_classes=1)
+        self.make_model(num_classes=1)
         if self.config.optimizer.freeze:
-            shapes = jax.eval_shape(self._init_function(model), jax.random.key(0))
+            init_params = Experiment(self.config, num_classes=1).init_params
+            shapes = jax.eval_shape(init_params, jax.random.key(0))
             fine_tuning.trained(shapes, self.config.optimizer.freeze)
 
     # ---------------------------------------------------------------------------- devices
@@ -230,18 +231,13 @@ class Experiment:
 
     @functools.cached_property
     def model(self) -> Model:
-        if self._num_classes is None:
-            return self.make_model(len(self.class_names))
-        return self.make_model(self._num_classes)
-
-    def _init_function(self, model: Model):
-        size = self.config.data.image_size
-        images = jnp.zeros((1, size, size, 3))
-        return lambda key: merged(model.init(key, images, train=False))
+        known = self._num_classes
+        return self.make_model(len(self.class_names) if known is None else known)
 
     def init_params(self, key: jax.Array) -> Any:
         """Returns initial parameters, with BatchNorm statistics; to jit or to `jax.eval_shape`."""
-        return self._init_function(self.model)(key)
+        size = self.config.data.image_size
+        return merged(self.model.init(key, jnp.zeros((1, size, size, 3)), train=False))
 
     def load_params(
         self, path: str, class_names: Sequence[str] | None = None, *, checkpoint: str = "best"

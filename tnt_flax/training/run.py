@@ -67,30 +67,19 @@ def open_checkpoints(experiment: Experiment, workdir: pathlib.Path) -> Checkpoin
     """Opens the checkpoints in `workdir`, after a check that they fit on the disk."""
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(experiment.state_shapes))
     processes.run_on_main("space", lambda: check_space(workdir, size))
-    keep = experiment.config.checkpoint.keep
-    return Checkpoints(workdir / "checkpoints", keep=keep, info=run_info(experiment))
-
-
-def run_info(experiment: Experiment) -> dict[str, Any]:
-    """Returns what checkpoints and weights files store beside the weights, as JSON values."""
-    return {
-        "config": config_to_json(experiment.config),
-        "class_names": list(experiment.class_names),
-    }
-
-
-def write_parameter_table(experiment: Experiment, path: pathlib.Path) -> None:
-    """Writes names, shapes and sizes of all parameters."""
-    params = split(experiment.state_shapes.params)["params"]
-    table = parameter_overview.get_parameter_overview(params, include_stats=False)
-    path.write_text(table + "\n")
+    config = experiment.config
+    info = {"config": config_to_json(config), "class_names": list(experiment.class_names)}
+    return Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, info=info)
 
 
 def log_start(experiment: Experiment, workdir: pathlib.Path, start_step: int) -> None:
-    """Logs data, devices and steps of the run; records library versions and devices."""
+    """Logs data, devices and steps; writes environment.json and parameters.txt."""
     environment = current_environment()  # a collective: on all processes
     if processes.is_main_process():
         record_environment(workdir, start_step, environment)
+        params = split(experiment.state_shapes.params)["params"]
+        table = parameter_overview.get_parameter_overview(params, include_stats=False)
+        (workdir / "parameters.txt").write_text(table + "\n")
         logger.info(
             f"{experiment.config.model.name}: {len(experiment.train_source)} training and "
             f"{len(experiment.eval_source)} evaluation images, "
@@ -196,7 +185,7 @@ class Run:
         evaluated = ema if evaluates_ema else sharding.fetch_on_main(state.params)
         if self.is_main_process:
             logger.info("SHA-256 of the final parameters: %s", digest)
-            weights_file.save_weights(workdir / "weights.safetensors", ema, run_info(experiment))
+            weights_file.save_weights(workdir / "weights.safetensors", ema, self.checkpoints.info)
             plots.plot_curves(read_metrics_file(self.writer.path), workdir / "curves.png")
             plot_first_predictions(experiment, evaluated, workdir / "predictions.png")
         return digest

@@ -13,13 +13,7 @@ from tnt_flax.runtime.checkpoints import abstract_state
 from tnt_flax.runtime.sharding import to_global
 from tnt_flax.runtime.watchdog import Watchdog
 from tnt_flax.training.experiment import Experiment
-from tnt_flax.training.run import (
-    Run,
-    log_start,
-    open_checkpoints,
-    open_run,
-    write_parameter_table,
-)
+from tnt_flax.training.run import Run, log_start, open_checkpoints, open_run
 from tnt_flax.training.step import TrainState
 
 ONE_HOUR = 3600  # seconds
@@ -70,8 +64,6 @@ def _train(experiment: Experiment, workdir: pathlib.Path, watchdog: Watchdog) ->
     state = checkpoints.restore_latest(layout)
     if state is None:
         state = experiment.initial_state()
-        if processes.is_main_process():
-            write_parameter_table(experiment, workdir / "parameters.txt")
     log_start(experiment, workdir, int(state.step))
     watchdog.progress("state ready", setup=True)
     watchdog.raise_if_stopping()
