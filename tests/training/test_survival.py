@@ -35,14 +35,14 @@ def run(root, smoke_flags):
 
 @pytest.mark.soak
 def test_two_processes_stop_fail_and_resume_together(run, tmp_path):
-    codes, outs, errs = run(tmp_path / "whole")
+    codes, outs, errs = run(tmp_path / "undisturbed")
     assert codes == [0, 0], errs
-    whole = json.loads(outs[0].splitlines()[-1])
+    expected = json.loads(outs[0].splitlines()[-1])
 
     # One process of two devices with sharded state: a sum of two terms has one rounding.
     codes, outs, errs = run(tmp_path / "alone", more=["--config.mesh.fsdp=2"], layout=(1, 2))
     assert codes == [0], errs
-    assert json.loads(outs[0].splitlines()[-1])["fingerprint"] == whole["fingerprint"]
+    assert json.loads(outs[0].splitlines()[-1])["fingerprint"] == expected["fingerprint"]
 
     # A signal to one process, in an evaluation: both save that step and exit.
     codes, outs, errs = run(tmp_path / "run", {"process": 1, "at": "batch 2 ", "do": "SIGTERM"})
@@ -65,6 +65,6 @@ def test_two_processes_stop_fail_and_resume_together(run, tmp_path):
     codes, outs, errs = run(tmp_path / "run")
     assert codes == [0, 0], errs
     assert f"{last} is damaged" in errs[0] and "damaged" not in errs[1]
-    assert json.loads(outs[0].splitlines()[-1]) == whole
+    assert json.loads(outs[0].splitlines()[-1]) == expected
     lines = read_metrics_file(tmp_path / "run" / "metrics.jsonl")
     assert [m["step"] for m in lines if "eval/top1" in m] == [10, 20, 29]

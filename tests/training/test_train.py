@@ -300,10 +300,10 @@ def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(root, tmp_path, s
     flags = [*smoke_flags, "--config.checkpoint.every=4 steps", "--config.model.drop_path=0.2"]
     published = default.get_config().augment
     flags += [f"--config.augment.{key}={value}" for key, value in published.items()]
-    process = run(root, tmp_path / "whole", flags)
+    process = run(root, tmp_path / "undisturbed", flags)
     out, err = process.communicate()
     assert process.returncode == 0, err
-    whole = json.loads(out.splitlines()[-1])
+    expected = json.loads(out.splitlines()[-1])
 
     for first_step in (4, 12):
         process = run(root, tmp_path / "killed", flags)
@@ -316,12 +316,12 @@ def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(root, tmp_path, s
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert "from step 0 " not in err
-    assert json.loads(out.splitlines()[-1]) == whole
+    assert json.loads(out.splitlines()[-1]) == expected
     weights = [
-        (tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "killed")
+        (tmp_path / name / "weights.safetensors").read_bytes() for name in ("undisturbed", "killed")
     ]
     assert weights[0] == weights[1]
-    logs = [read_metrics_file(tmp_path / n / "metrics.jsonl") for n in ("whole", "killed")]
+    logs = [read_metrics_file(tmp_path / n / "metrics.jsonl") for n in ("undisturbed", "killed")]
     assert [m["step"] for m in logs[0]] == [m["step"] for m in logs[1]]
 
 
@@ -375,7 +375,7 @@ def test_a_run_stopped_by_signals_ends_bit_identical(finished, tmp_path, at):
 def test_unavailable_data_end_the_run_with_its_state_saved(smoke_config, tmp_path, at):
     make_folder(tmp_path / "data")
     config = folder_config(smoke_config, tmp_path / "data", epochs=4, data__retry_seconds=0.0)
-    whole = train_and_evaluate(config, tmp_path / "whole")
+    expected = train_and_evaluate(config, tmp_path / "undisturbed")
 
     at("step 2 ", lambda: os.rename(tmp_path / "data", tmp_path / "away"))
     with pytest.raises(RunError, match=r"cannot be read: No such file.*\(data.retry_seconds\)"):
@@ -383,7 +383,7 @@ def test_unavailable_data_end_the_run_with_its_state_saved(smoke_config, tmp_pat
     saved = int(checkpoints.find_checkpoint(tmp_path / "run" / "checkpoints", "last").name)
     assert 2 <= saved < 9  # the regular checkpoint is every 10 steps
     os.rename(tmp_path / "away", tmp_path / "data")
-    assert train_and_evaluate(config, tmp_path / "run")["fingerprint"] == whole["fingerprint"]
+    assert train_and_evaluate(config, tmp_path / "run")["fingerprint"] == expected["fingerprint"]
 
 
 def test_the_config_must_match_that_of_the_workdir(finished):

@@ -105,10 +105,10 @@ def steps_of(key: str, duration: str, steps_per_epoch: int) -> int:
 
 
 def resolve_model_config(config: ConfigDict, path: str = "", checkpoint: str = "best"):
-    """Returns a config that names a network; a config that names one is returned unchanged.
+    """Returns a copy of `config` with the network of the weights at `path`, default `init_from`.
 
-    Where `model.name` is empty, the network is that of the weights at `path`, by default those of
-    `init_from`, and the result is a copy. Model fields that are set in the config stay.
+    Fields of `config.model` that are set stay. A config that names a network, or has no weights, is
+    returned unchanged.
 
     Raises:
         InputError: the weights cannot be read, or no config can describe their network.

@@ -108,7 +108,7 @@ def _loop(
         run.meter.replaced += int(batch.pop("replaced").sum())
 
         state, metrics = train_step(state, to_global(batch, mesh), step_key)
-        run.meter.add(step, metrics)  # fetches those of the step before: the device never waits
+        run.meter.add(step, metrics)  # fetches the previous step's: the device never waits
         run.progress.advance()
 
         done = step + 1
