@@ -219,7 +219,7 @@ def test_any_folder_is_fine_tuned_on(weights, tmp_path, capsys):
     config = finetune_config(weights, tmp_path / "data", "probe", **{"optimizer.layer_decay": 0.9})
     result = train_and_evaluate(config, tmp_path / "run")
     said = capsys.readouterr().err
-    assert "has no split 'validation': holding out 6 of the images" in said
+    assert "has no split 'validation': holding out a fixed set of 6 images" in said
     assert "a new head for 3 classes" in said
     assert (result["images"], result["step"]) == (6, 3)
     found = read_checkpoint(tmp_path / "run", weights="raw")
