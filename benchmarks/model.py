@@ -43,7 +43,7 @@ import optax
 from benchmarks import harness
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import merged, split
-from tnt_flax.models import Model, create_model
+from tnt_flax.models import Network, create_model
 from tnt_flax.runtime import host
 from tnt_flax.tools import describe
 from tnt_flax.tools.command_line import positive
@@ -179,7 +179,7 @@ def has_bfloat16() -> bool:
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
 
 
-def count_macs(model: Model, image_size: int) -> int:
+def count_macs(model: Network, image_size: int) -> int:
     """Multiply-adds of the matrix products for one image, including unused tokens."""
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)

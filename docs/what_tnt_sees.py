@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("checkpoint", help="workdir of a run on the digits")
     with exit_on_error("nothing was drawn"):
         found = read_checkpoint(parser.parse_args(argv).checkpoint)
-        size = found.network.grid[0] * found.network.model.patch_size
+        size = found.network.image_size
         images = [Digits("test")[i][0] for i in DIGITS]
         images = np.stack([eval_transform(x, size=size, crop_fraction=1.0) for x in images])
         draw(attention.look(found, images), OUT)

@@ -43,7 +43,7 @@ def test_attend_equals_the_attention_of_the_layers(tokens):
     plain = Attention(num_heads=2)
     variables = {"params": plain.init(jax.random.key(0), x, train=False)["params"]}
     variables = jax.tree.map(lambda w: 20 * w, variables)  # far from equal attention weights
-    fast = plain.clone(primitives=plain.primitives._replace(attend=cpu.attend))
+    fast = plain.clone(attention_fn=cpu.attend)
 
     def apply(module, variables, x):
         return module.apply(variables, x, train=True)

@@ -15,7 +15,8 @@ from tests.models.test_tnt import SMALL
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import named_leaves
 from tnt_flax.models import TNT, PyramidTNT, block_outputs, create_model, feature_maps
-from tnt_flax.models.features import resample, with_positions
+from tnt_flax.models.features import with_positions
+from tnt_flax.models.layers import resample
 
 # Compiling is what these tests spend their time on; unoptimised code is compiled twice as fast.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -149,8 +150,8 @@ def test_positions_of_the_same_size_are_left_alone():
 @pytest.mark.parametrize(
     "size, options, message",
     [
-        ((64, 64), dict(at=(4,)), r"at=\[4\]: there are 4 stages"),
-        ((64, 64), dict(at=(-1,)), r"at=\[-1\]: there are 4 stages"),
+        ((64, 64), dict(at=(4,)), r"at=\[4\]: the maps of this PyramidTNT are 0 to 3"),
+        ((64, 64), dict(at=(-1,)), r"at=\[-1\]: the maps of this PyramidTNT are 0 to 3"),
     ],
 )
 def test_what_is_refused(size, options, message):

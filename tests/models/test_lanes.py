@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import numpy_tnt
 from tests.helpers.jaxprs import equations
-from tnt_flax.models import LINEAGES, TNT, block_outputs, layers
+from tnt_flax.models import TNT, VARIANTS, block_outputs, layers
 from tnt_flax.models.kernels import lanes
 
 # Compiling is what these tests spend their time on; unoptimised code is compiled twice as fast.
@@ -61,7 +61,7 @@ def check_same(found, expected, tolerance=1e-5):
 # The official one is that of the next test.
 @pytest.mark.parametrize("lineage", ["legacy", "mindspore", "mindspore_pets"])
 def test_every_lineage_gives_the_references_values_and_gradients(lineage):
-    model, params, images = build(inner_impl="lanes", **LINEAGES[lineage])
+    model, params, images = build(inner_impl="lanes", **VARIANTS[lineage])
     expected = value_and_gradients(model.clone(inner_impl="reference"), params, images)
     check_same(value_and_gradients(model, params, images), expected, 2e-5)
 

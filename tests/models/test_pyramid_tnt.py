@@ -18,9 +18,8 @@ from tests.models.test_models import shapes
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import fingerprint, merged, named_leaves, split
 from tnt_flax.models import MODELS, PyramidTNT, block_outputs, create_model
-from tnt_flax.models.batch_norm import BatchNorm
-from tnt_flax.models.pyramid_layers import tiles
-from tnt_flax.models.pyramid_tnt import block_groups, stage_grids
+from tnt_flax.models.layers import BatchNorm
+from tnt_flax.models.pyramid_tnt import block_groups, stage_grids, word_maps
 from tnt_flax.runtime import sharding
 from tnt_flax.training.optimizer import decay_mask
 from tnt_flax.weights import names, write
@@ -49,6 +48,13 @@ def expected():
         return dict(golden)
 
 
+def sentences_of_stage(state, i):
+    """Returns the sentences after the last block of a stage: [B, N, D]."""
+    groups = state["maps"][f"stages_{i}"]
+    last = max(groups, key=lambda name: int(name.split("_")[1]))
+    return groups[last]["sentences"][0][-1]
+
+
 # -- Equality with the official code
 
 
@@ -60,7 +66,7 @@ def test_logits_and_stages_are_the_official_ones(found, expected):
     assert np.abs(expected["logits"][0] - expected["logits"][1]).max() > 0.1
     for i in range(4):
         theirs = expected[f"stage_{i}"]
-        ours = state["maps"][f"stage_{i}"][0].reshape(theirs.shape)
+        ours = sentences_of_stage(state, i).reshape(theirs.shape)
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
 
 
@@ -237,7 +243,7 @@ def test_tiles_are_neighbouring_sentences():
     picture = 1.0 + jnp.arange(4 * rows * 4 * columns).reshape(4 * rows, 4 * columns)
     words = picture.reshape(rows, 4, columns, 4).swapaxes(1, 2).reshape(1, rows * columns, 16, 1)
     padded = np.pad(np.asarray(picture), ((0, 4), (0, 4)))
-    found = np.asarray(tiles(words, (rows, columns)))[..., 0]
+    found = np.asarray(word_maps(words, (rows, columns)))[..., 0]
     for tile, (y, x) in zip(found, np.ndindex(2, 3), strict=True):
         np.testing.assert_array_equal(tile, padded[8 * y : 8 * y + 8, 8 * x : 8 * x + 8])
 
@@ -297,8 +303,8 @@ def test_paths_drop_but_for_the_first_block(found):
 
     @jit
     def run(key):  # nothing of the later stages is compiled
-        maps = apply(jnp.asarray(images()), rngs={"dropout": key})[1]["maps"]
-        return maps["stage_0"][0], maps["stage_1"][0]
+        state = apply(jnp.asarray(images()), rngs={"dropout": key})[1]
+        return sentences_of_stage(state, 0), sentences_of_stage(state, 1)
 
     one, other = run(jax.random.key(0)), run(jax.random.key(1))
     np.testing.assert_array_equal(one[0], other[0])
@@ -331,7 +337,7 @@ def test_bfloat16_is_close(found, expected):
     def run(variables):
         logits, state = model.apply(variables, jnp.asarray(images()), mutable=["maps"])
         assert logits.dtype == jnp.float32
-        return state["maps"]["stage_0"][0]
+        return sentences_of_stage(state, 0)
 
     ours, theirs = run(found.variables), expected["stage_0"]
     assert ours.dtype == jnp.bfloat16

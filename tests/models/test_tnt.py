@@ -18,18 +18,16 @@ from tests.goldens.scripts import models
 from tests.helpers import numpy_tnt, timm_weights
 from tests.helpers.jaxprs import equations
 from tnt_flax.core.errors import InputError
-from tnt_flax.models import LINEAGES, TNT, block_outputs
-from tnt_flax.models.checks import check_images
-from tnt_flax.models.layers import TransformerBlock
-from tnt_flax.models.tnt_blocks import TNTBlock, WordsToSentences
-from tnt_flax.models.word_embedding import WordEmbedding
+from tnt_flax.models import TNT, VARIANTS, block_outputs
+from tnt_flax.models.layers import TransformerBlock, check_images
+from tnt_flax.models.tnt_blocks import TNTBlock, WordEmbedding, WordsToSentences
 
 SMALL = dict(outer_dim=24, inner_dim=8, outer_heads=3, inner_heads=2, depth=3, num_classes=5)
 IMAGE_SHAPE = (2, 32, 48, 3)  # six sentences; not square, so that a swap of the sides shows
 
 
 def lineages(*names):
-    return pytest.mark.parametrize("fields", [LINEAGES[name] for name in names], ids=names)
+    return pytest.mark.parametrize("fields", [VARIANTS[name] for name in names], ids=names)
 
 
 # Compiling is what these tests spend their time on; unoptimised code is compiled twice as fast.
@@ -67,6 +65,15 @@ def outputs(model, params, images):
     return jit(functools.partial(block_outputs, model))({"params": params}, images)
 
 
+CAPTURED = ["intermediates", "maps"]
+
+
+def captured(state):
+    """Returns words and sentences after every block of the first group."""
+    words, sentences = (state[collection]["blocks_0"] for collection in CAPTURED)
+    return {"words": words["words"][0], "sentences": sentences["sentences"][0]}
+
+
 def edited(params, values):
     """`params` with constants in the places whose path ends in a key of `values`."""
     flat = flax.traverse_util.flatten_dict(params, sep="/")
@@ -93,7 +100,7 @@ SILENT_OUTER = {name.replace("inner", "outer"): 0 for name in SILENT_INNER}
 @pytest.mark.parametrize(
     "fields",
     [
-        *LINEAGES.values(),
+        *VARIANTS.values(),
         dict(se=True, mlp_ratio=2.5),
         dict(vanilla_blocks=(1,), depth=4),
         dict(depth=1, num_classes=0, outer_heads=1, inner_heads=4),
@@ -113,10 +120,8 @@ def test_trap_1_every_norm_where_its_epsilon_matters(fields):
     model, params, images = build(gain=1e-3, depth=2, **fields)
     logits, trace = numpy_tnt.tnt(model, params, images)
     words, sentences = (np.stack([image[-1][i] for image in trace]) for i in (0, 1))
-    found, state = apply(model, params, images, mutable=["intermediates"])
-    last = {
-        name: state["intermediates"]["blocks_0"][name][0][-1] for name in ("words", "sentences")
-    }
+    found, state = apply(model, params, images, mutable=CAPTURED)
+    last = {name: x[-1] for name, x in captured(state).items()}
     for ours, expected in (
         (found, logits),
         (last["words"], words),
@@ -136,21 +141,21 @@ def test_equals_timm_in_values_and_gradients(lineage):
     }
     weights = timm_weights.random_state({name: x.shape for name, x in gradients.items()})
     params, expected = timm_weights.to_flax(weights), timm_weights.to_flax(gradients)
-    model = TNT(**models.OUR_FIELDS, **LINEAGES[lineage])
+    model = TNT(**models.OUR_FIELDS, **VARIANTS[lineage])
     images = jnp.asarray(models.images())
     check_same_shapes(model, params, images)
 
     def loss(params):
-        logits, state = model.apply({"params": params}, images, mutable=["intermediates"])
+        logits, state = model.apply({"params": params}, images, mutable=CAPTURED)
         picked = jax.nn.log_softmax(logits)[jnp.arange(2), jnp.array(models.LABELS)]
-        return -picked.mean(), (logits, state["intermediates"]["blocks_0"])
+        return -picked.mean(), (logits, captured(state))
 
     (value, (logits, blocks)), found = jit(jax.value_and_grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(logits, golden["logits"], atol=1e-5)
     np.testing.assert_allclose(value, golden["loss"], atol=1e-5)
     for i in range(model.depth):
         for name in ("words", "sentences"):
-            x = blocks[name][0][i]
+            x = blocks[name][i]
             np.testing.assert_allclose(x, golden[f"{name}_{i}"].reshape(x.shape), atol=2e-5)
     assert worst_relative_difference(found, expected) < 1e-3
 
@@ -224,11 +229,11 @@ def test_trap_11_a_sentence_is_word_after_word(norm_each_word):
     "fields, norm1, dense, norm2",
     [
         ({}, (3, 128), {"kernel"}, True),
-        (LINEAGES["legacy"], (3, 8), {"kernel", "bias"}, False),
-        (LINEAGES["mindspore"], (3, 128), {"kernel"}, True),
-        (LINEAGES["mindspore_pets"], (3, 128), {"kernel", "bias"}, False),
+        (VARIANTS["legacy"], (3, 8), {"kernel", "bias"}, False),
+        (VARIANTS["mindspore"], (3, 128), {"kernel"}, True),
+        (VARIANTS["mindspore_pets"], (3, 128), {"kernel", "bias"}, False),
     ],
-    ids=LINEAGES.keys(),
+    ids=VARIANTS.keys(),
 )
 def test_trap_5_shapes_of_the_bridge(fields, norm1, dense, norm2):
     bridge = build(**fields)[1]["blocks_0"]["proj"]
@@ -241,11 +246,11 @@ def test_trap_5_shapes_of_the_bridge(fields, norm1, dense, norm2):
     "fields, dense, norm2",
     [
         ({}, {"kernel", "bias"}, True),
-        (LINEAGES["legacy"], {"kernel", "bias"}, True),
-        (LINEAGES["mindspore"], {"kernel"}, True),
-        (LINEAGES["mindspore_pets"], {"kernel", "bias"}, False),
+        (VARIANTS["legacy"], {"kernel", "bias"}, True),
+        (VARIANTS["mindspore"], {"kernel"}, True),
+        (VARIANTS["mindspore_pets"], {"kernel", "bias"}, False),
     ],
-    ids=LINEAGES.keys(),
+    ids=VARIANTS.keys(),
 )
 def test_trap_7_shapes_of_the_stem(fields, dense, norm2):
     stem = build(**fields)[1]["proj"]
@@ -262,9 +267,8 @@ def sentences_of_one_block(model, params, images):
 
 
 def small_block(vanilla=False):
-    inner, outer = (functools.partial(TransformerBlock, heads) for heads in (2, 3))
-    bridge = functools.partial(WordsToSentences, 24)
-    return TNTBlock(None if vanilla else inner, bridge, outer)
+    inner = None if vanilla else TransformerBlock(2)
+    return TNTBlock(inner, WordsToSentences(24), TransformerBlock(3))
 
 
 def test_trap_12_the_bridge_adds_word_group_i_to_sentence_i_and_spares_the_class_token():
@@ -319,7 +323,7 @@ def loss(model, images, params):
 
 @functools.cache
 def value_and_gradients(lineage, **fields):
-    model, params, images = build(**LINEAGES[lineage], **fields)
+    model, params, images = build(**VARIANTS[lineage], **fields)
     return jit(jax.value_and_grad(functools.partial(loss, model, images)))(params)
 
 
@@ -561,11 +565,10 @@ def decode(change, keep):
 
 def dropped_updates(model, params, images, key):
     """For every block, the masks of the inner updates (B, N) and of the outer ones (B,)."""
-    run = functools.partial(model.apply, train=True, mutable=["intermediates"])
+    run = functools.partial(model.apply, train=True, mutable=CAPTURED)
     _, state = jit(run)({"params": params}, images, rngs={"dropout": key})
-    sown = state["intermediates"]["blocks_0"]
-    words = jnp.diff(sown["words"][0], axis=0, prepend=0)
-    sentences = np.array(jnp.diff(sown["sentences"][0], axis=0, prepend=0))
+    words = jnp.diff(captured(state)["words"], axis=0, prepend=0)
+    sentences = np.array(jnp.diff(captured(state)["sentences"], axis=0, prepend=0))
     stem = np.zeros((1, 1, 1, 1), np.float32)  # the class token starts at 0, the others at the stem
     masks = []
     for i, rate in enumerate(np.linspace(0, model.drop_path, model.depth)):
@@ -639,13 +642,13 @@ def test_dropout_of_positions_falls_on_sentences_alone():
     params = edited(params, SILENT_INNER | SILENT_OUTER | {"blocks_0/proj/norm2/scale": 0})
     params = edited(params, {"blocks_0/proj/norm2/bias": 0})
 
-    run = functools.partial(model.apply, train=True, mutable=["intermediates"])
+    run = functools.partial(model.apply, train=True, mutable=CAPTURED)
     rngs = {"dropout": jax.random.key(0)}
-    trained = jit(run)({"params": params}, images, rngs=rngs)[1]["intermediates"]["blocks_0"]
+    trained = captured(jit(run)({"params": params}, images, rngs=rngs)[1])
     _, trace = numpy_tnt.tnt(model, params, images)
     words, sentences = (np.stack([image[0][i] for image in trace]) for i in (0, 1))
-    np.testing.assert_allclose(trained["words"][0][0], words, atol=1e-5)
-    ratio = np.asarray(trained["sentences"][0][0] / sentences)
+    np.testing.assert_allclose(trained["words"][0], words, atol=1e-5)
+    ratio = np.asarray(trained["sentences"][0] / sentences)
     np.testing.assert_allclose(ratio, 2 * np.rint(ratio / 2), atol=0.02)
     assert 0.45 < np.mean(ratio > 1) < 0.55
     assert 0 < np.mean(ratio[:, 0] > 1) < 1  # the class token's too
@@ -803,7 +806,7 @@ def test_communication_can_be_seen():
     assert "all-reduce" in text
 
 
-@pytest.mark.parametrize("fields", [LINEAGES["legacy"], dict(drop_path=0.1, dropout=0.1)])
+@pytest.mark.parametrize("fields", [VARIANTS["legacy"], dict(drop_path=0.1, dropout=0.1)])
 def test_a_batch_split_over_devices_needs_no_communication(fields):
     model, params, images = build((16, 32, 48, 3), depth=2, **fields)
     mesh = Mesh(np.array(jax.devices()), ("data",))

@@ -148,7 +148,7 @@ def test_loops_and_operands():
         (["tnt_s_patch16_224", "--batch-size=0"], "--batch-size=0"),
         (["tnt_s_patch16_224", "--set", "depht=3"], "TNT has no field 'depht' (did you mean"),
         (["tnt_s_patch16_224", "--set", "depth"], "--set depth: write NAME=VALUE"),
-        (["tnt_s_patch16_224", "--set", "dtype=int99"], "dtype='int99' is no type"),
+        (["tnt_s_patch16_224", "--set", "dtype=int99"], "dtype='int99' is not a valid type"),
         ([], "the following arguments are required: model"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers import small_network
+from tnt_flax.models.network import BlockLayout
 from tnt_flax.tools import attention as look
 from tnt_flax.tools import pictures, visualize
 from tnt_flax.weights.read import read_checkpoint
@@ -51,7 +52,8 @@ def test_what_reaches_the_head_of_a_pyramid():
         softmax(random.normal(size=(2, np.prod(grids[stage]), k)))
         for stage, k in zip(stages, keys, strict=True)
     ]
-    seen = look.Look(None, (5, 6), stages, attention, {}, [], {}, None)
+    layouts = [BlockLayout(grids[stage], 2**stage, ratios[stage]) for stage in stages]
+    seen = look.Look(None, layouts, False, attention, {}, [], {}, None)
     x = values
     for weights, stage, reached in zip(attention, stages, seen.reached(), strict=True):
         (rows, columns), side = grids[stage], ratios[stage]
@@ -145,7 +147,7 @@ def test_looking_with_a_pyramid(tmp_path):
     )
     pixels = look.prepare(found, small_network.photo(tmp_path))
     (seen,) = look.look(found, pixels[None])
-    assert seen.grid == (8, 8) and seen.stages == [0, 1, 1, 2, 3]
+    assert seen.grid == (8, 8) and [layout.side for layout in seen.layouts] == [1, 2, 2, 4, 8]
     maps = [(8, 8, 8), (4, 4, 16), (4, 4, 16), (2, 2, 32), (1, 1, 32)]
     assert [x.shape for x in seen.sentence_maps()] == maps
     read = [(2, 2, 2), (4, 2, 2), (4, 2, 2), (8, 2, 2), (8, 1, 1)]

@@ -11,7 +11,7 @@ import pytest
 
 from tnt_flax.core.trees import merged, named_leaves
 from tnt_flax.models import TNT
-from tnt_flax.models.batch_norm import BatchNorm
+from tnt_flax.models.layers import BatchNorm
 from tnt_flax.training import mixup
 from tnt_flax.training.optimizer import make_optimizer
 from tnt_flax.training.step import TrainState, make_eval_step, make_prepare, make_train_step

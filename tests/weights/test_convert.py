@@ -21,7 +21,7 @@ from tests.helpers.torch_files import archive, global_name, opcodes, program, te
 from tests.weights.test_names import SMALL, random_params
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import fingerprint
-from tnt_flax.models import LINEAGES, TNT
+from tnt_flax.models import TNT, VARIANTS
 from tnt_flax.runtime.checkpoints import Checkpoints
 from tnt_flax.tools.convert import main
 from tnt_flax.training.step import TrainState
@@ -456,7 +456,7 @@ def test_a_file_of_ours_without_its_header(workdir, tmp_path):
     found = read_checkpoint(tmp_path / "bare.safetensors", **HEADS)
     assert found.network.model == model
     assert any("its header has no configuration" in note for note in found.notes)
-    for lineage in LINEAGES:
+    for lineage in VARIANTS:
         params = random_params(lineage)
         save_weights(tmp_path / "x.safetensors", params, {})
         found = read_checkpoint(tmp_path / "x.safetensors", **HEADS)

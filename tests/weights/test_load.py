@@ -17,7 +17,6 @@ from tests.weights.test_names import SMALL, random_params
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import fingerprint, named_leaves
 from tnt_flax.models import TNT
-from tnt_flax.models.features import resampled_positions
 from tnt_flax.weights import hub, names
 from tnt_flax.weights.formats import torch
 from tnt_flax.weights.load import adapt_channels
@@ -94,7 +93,7 @@ def test_another_image_size(path, params, capsys):
 
 def resample_positions(positions, old, new):
     return np.asarray(
-        resampled_positions(TNT(**SMALL), {"sentence_pos": positions}, old, new)[("sentence_pos",)]
+        TNT(**SMALL).resampled_positions({"sentence_pos": positions}, old, new)[("sentence_pos",)]
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.models import LINEAGES, TNT, create_model
+from tnt_flax.models import TNT, VARIANTS, create_model
 from tnt_flax.weights import identify, name_tables, names
 
 NAMES = json.loads(
@@ -16,11 +16,16 @@ NAMES = json.loads(
 )
 OTHERS = [naming for naming in names.NAMINGS if naming != "tnt_flax"]
 SMALL = dict(outer_dim=12, inner_dim=4, outer_heads=3, inner_heads=2, depth=2, num_classes=5)
-HELD = [(naming, lineage) for naming in OTHERS for lineage in identify.LINEAGES_OF[naming]]
+HELD = [
+    (naming, lineage)
+    for naming in OTHERS
+    for lineage in identify.VARIANTS_OF[naming]
+    if lineage in VARIANTS
+]
 
 
 def random_params(lineage, sentences=4, **fields):
-    model = TNT(**SMALL | LINEAGES[lineage] | fields)
+    model = TNT(**SMALL | VARIANTS[lineage] | fields)
     abstract = identify.Network(model, sentences, 3).abstract_params()
     rng = np.random.RandomState(0)
     return tree_map(lambda x: rng.standard_normal(x.shape).astype(np.float32), abstract)
@@ -228,5 +233,5 @@ def test_networks_have_names():
     assert identify.name_of(model.clone(depth=3)) is None
     mixture = model.clone(norm_eps=1e-7)
     assert (identify.name_of(mixture), identify.lineage_of(mixture)) == (None, "other")
-    for lineage in LINEAGES:
-        assert identify.lineage_of(TNT(**SMALL | LINEAGES[lineage])) == lineage
+    for lineage in VARIANTS:
+        assert identify.lineage_of(TNT(**SMALL | VARIANTS[lineage])) == lineage

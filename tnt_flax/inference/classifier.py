@@ -96,7 +96,7 @@ class Classifier:
                 f"{len(class_names)} class names for the {classes} classes of {found.path}"
             )
         self.class_names = tuple(class_names)
-        self.image_size = network.grid[0] * self.model.patch_size
+        self.image_size = network.image_size
         self.crop_fraction = found.preprocessing["crop_fraction"]
         self.mean, self.std = map(tuple, (found.preprocessing[key] for key in ("mean", "std")))
         self._mesh = sharding.make_mesh(jax.local_devices())

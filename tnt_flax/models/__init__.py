@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of published networks, and the one function that builds them."""
+"""The published networks by name, and the function that builds them."""
 
 import dataclasses
 import difflib
@@ -8,59 +8,42 @@ from typing import Any
 import jax.numpy as jnp
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.models.features import FeatureMap, feature_maps
+from tnt_flax.models.features import FeatureMap, block_outputs, feature_maps
+from tnt_flax.models.network import Network
 from tnt_flax.models.pyramid_tnt import PyramidTNT
-from tnt_flax.models.tnt import TNT, block_outputs
+from tnt_flax.models.tnt import TNT, VARIANTS
 
 __all__ = [
-    "LINEAGES",
     "MODELS",
     "FeatureMap",
     "TNT",
-    "Model",
+    "Network",
     "PyramidTNT",
+    "VARIANTS",
     "block_outputs",
     "create_model",
     "feature_maps",
     "list_models",
 ]
 
-Model = TNT | PyramidTNT
+# Classes by the first part of their names in MODELS.
+NETWORKS: dict[str, type] = {"tnt": TNT, "ptnt": PyramidTNT}
 
-# Sizes: paper Table 1. Note that TNT-Ti has 2 inner heads, not 4.
+# Sizes: paper, Table 1. TNT-Ti has 2 inner heads, not 4.
 _TI = dict(outer_dim=192, inner_dim=12, outer_heads=3, inner_heads=2)
 _S = dict(outer_dim=384, inner_dim=24, outer_heads=6, inner_heads=4)
 _B = dict(outer_dim=640, inner_dim=40, outer_heads=10, inner_heads=4)
-
-# Four networks were published under the one name; this is what sets them off from the official one.
-# "legacy" is timm before 1.0.16 and mmpretrain, written before the authors' code was public; both
-# "mindspore" forms are the authors' own, the first for ImageNet, the other for Oxford-IIIT Pets.
-LINEAGES: dict[str, dict[str, Any]] = {
-    "official": {},
-    "legacy": dict(conv_first=True, norm_each_word=True, proj_bias=True, proj_norm=False),
-    "mindspore": dict(output_bias=False, norm_eps=1e-7, gelu="tanh"),
-    "mindspore_pets": dict(
-        conv_first=True,
-        qkv_bias=True,
-        proj_bias=True,
-        proj_norm=False,
-        stem_norm=False,
-        zero_sentences=True,
-        norm_eps=1e-7,
-        gelu="tanh",
-    ),
-}
 
 MODELS: dict[str, dict[str, Any]] = {
     "tnt_ti_patch16_224": _TI,
     "tnt_s_patch16_224": _S,
     "tnt_b_patch16_224": _B,
-    "tnt_s_legacy_patch16_224": _S | LINEAGES["legacy"],
-    "tnt_b_legacy_patch16_224": _B | LINEAGES["legacy"],
-    "tnt_s_mindspore_patch16_224": _S | LINEAGES["mindspore"],
-    "tnt_b_mindspore_patch16_224": _B | LINEAGES["mindspore"],
-    "tnt_b_mindspore_pets_patch16_384": _B | LINEAGES["mindspore_pets"] | dict(num_classes=37),
-    # PyramidTNT as the authors' code has it; a sentence is 8x8 pixels, whatever the names say.
+    "tnt_s_legacy_patch16_224": _S | VARIANTS["legacy"],
+    "tnt_b_legacy_patch16_224": _B | VARIANTS["legacy"],
+    "tnt_s_mindspore_patch16_224": _S | VARIANTS["mindspore"],
+    "tnt_b_mindspore_patch16_224": _B | VARIANTS["mindspore"],
+    "tnt_b_mindspore_pets_patch16_384": _B | VARIANTS["mindspore_pets"] | dict(num_classes=37),
+    # PyramidTNT as in the authors' code. A sentence is 8x8 pixels, in spite of the names.
     "ptnt_ti_patch16_192": dict(
         outer_dim=80, inner_dim=5, outer_heads=2, inner_heads=1, depths=(2, 6, 3, 2)
     ),
@@ -77,22 +60,25 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def list_models() -> list[str]:
-    """The names that `create_model` knows, sorted."""
+    """Returns the names that `create_model` accepts, sorted."""
     return sorted(MODELS)
 
 
-def class_of(name: str) -> type[TNT] | type[PyramidTNT]:
-    """Of the network that has this name in MODELS."""
-    return PyramidTNT if name.startswith("ptnt_") else TNT
+def class_of(name: str) -> type:
+    """Returns the class of the network that has this name in MODELS."""
+    return NETWORKS[name.partition("_")[0]]
 
 
-def create_model(name: str, **overrides: Any) -> Model:
-    """Builds a published network; `overrides` are fields of `TNT`, or of `PyramidTNT`.
+def create_model(name: str, **overrides: Any) -> Network:
+    """Builds a published network.
 
-    `dtype` may be a name such as "bfloat16".
+    Args:
+        name: one of `list_models()`.
+        **overrides: fields of the network's class, `TNT` or `PyramidTNT`. `dtype` may be a name
+            such as "bfloat16".
 
     Raises:
-        InputError: an unknown name or field (the nearest known one is named).
+        InputError: the name or a field is unknown; the message suggests the nearest one.
     """
     if name not in MODELS:
         raise InputError(f"unknown model {name!r}{_nearest(name, MODELS)}; known: {list_models()}")
@@ -106,7 +92,7 @@ def create_model(name: str, **overrides: Any) -> Model:
         fields["dtype"] = jnp.dtype(fields.get("dtype", "float32"))
     except TypeError as error:
         raise InputError(
-            f"dtype={fields['dtype']!r} is no type: use 'float32' or 'bfloat16'"
+            f"dtype={fields['dtype']!r} is not a valid type: use 'float32' or 'bfloat16'"
         ) from error
     for field in ("vanilla_blocks", "depths"):
         if field in fields:

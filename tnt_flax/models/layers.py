@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transformer layers of TNT, with torch's defaults where flax's differ.
+"""The layers of both networks, with torch's defaults where flax's differ.
 
-Every layer acts on sequences `(*batch, T, W)` of T tokens of width W, whatever the batch axes are:
-the outer transformer reads sentences `(B, N + 1, D)`, the inner one words `(B, N, M, C)`.
+Every layer acts on sequences `(*batch, T, W)` of T tokens of width W: the outer transformer reads
+sentences `(B, N + 1, D)`, the inner transformer words `(B, N, M, C)`.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,29 +18,38 @@ from jaxtyping import Array, Float
 from tnt_flax.core.errors import InputError
 from tnt_flax.models.kernels import mixed_precision
 from tnt_flax.models.kernels.platform import shard_batch
+from tnt_flax.models.network import Grid
 
 Tokens = Float[Array, "*batch T W"]
+Heads = Float[Array, "*batch T heads width"]
+AttentionFn = Callable[[Heads, Heads, Heads, float], Heads]
+MatmulFn = Callable[[Array, Array], Array]
+
+# torch's trunc_normal_(std=.02, a=-2, b=2) cuts at 100 sigma, so it is a plain normal;
+# jax's truncated_normal would cut at 2 sigma and shrink the standard deviation to .0176.
+token_init = nn.initializers.normal(0.02)
+
+# Two passes: flax's fast variance E[x^2] - E[x]^2 loses all digits where the variance is small.
+# Statistics and affine are computed in float32 whatever `dtype` is; the result has type `dtype`.
+LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
 
 
 class Dense(nn.Module):
     """A linear layer, computed in `dtype`, with gradients in the dtype of its parameters.
 
-    Unlike in `nn.Dense`, the parameters are cast inside `matmul` and after the broadcast of the
+    Unlike in `nn.Dense`, the parameters are cast inside `matmul_fn` and after the broadcast of the
     bias: see `tnt_flax.models.kernels.mixed_precision`.
     """
 
     features: int
     use_bias: bool = True
     dtype: DTypeLike = jnp.float32
-    matmul: Callable[[Array, Array], Array] = mixed_precision.matmul
+    matmul_fn: MatmulFn = mixed_precision.matmul
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
-        # torch's trunc_normal_(std=.02, a=-2, b=2) cuts at 100 sigma, so it is a plain normal;
-        # jax's truncated_normal would cut at 2 sigma and shrink the spread to .0176.
-        init = nn.initializers.normal(0.02)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        x = self.matmul(shard_batch(x.astype(self.dtype)), jnp.asarray(kernel))
+        kernel = self.param("kernel", token_init, (x.shape[-1], self.features))
+        x = self.matmul_fn(shard_batch(x.astype(self.dtype)), jnp.asarray(kernel))
         x = shard_batch(x)
         if not self.use_bias:
             return x
@@ -49,17 +57,12 @@ class Dense(nn.Module):
         return mixed_precision.add(x, jnp.asarray(bias))
 
 
-# Two passes: flax's fast variance E[x^2] - E[x]^2 loses all digits where the variance is small.
-# Statistics and affine are computed in float32 whatever `dtype` is; the result is in `dtype`.
-LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
-
-
 @jax.custom_jvp
 def gelu_erf(x: Array) -> Array:
-    """The exact GELU. jax.nn.gelu computes it with erfc, which is 2.5 times slower on a CPU.
+    """Evaluates the exact GELU. `jax.nn.gelu` uses erfc, which is 2.5 times slower on a CPU.
 
-    Its own derivative is for the memory: of what JAX would keep for the backward pass, four arrays
-    as wide as the MLP, only the slope is needed.
+    The derivative is written out to save memory: the backward pass needs only the slope, where
+    JAX would keep four arrays as wide as the MLP.
     """
     return x * _normal_cdf(x)
 
@@ -81,36 +84,27 @@ GELU: dict[str, Callable[[Array], Array]] = {
 }
 
 
-class Primitives(NamedTuple):
-    """What a transformer spends its time in, to be exchanged for faster forms of the same."""
-
-    matmul: Callable[[Array, Array], Array] = mixed_precision.matmul  # of the dense layers
-    # (query, key, value), each (*batch, T, heads, width / heads), and the factor of their products,
-    # to such sums of values; None is the attention as it stands in `Attention`, which also serves
-    # where not all tokens attend.
-    attend: Callable[[Array, Array, Array, float], Array] | None = None
-    # Are the tokens of all sequences rows of one matrix to the MLP?
-    flat_mlp: bool = False
+# -- Regularization
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops the whole update of a sequence, or scales it by 1 / (1 - rate).
+    """Drops the update of a whole sequence, or scales it by 1 / (1 - rate) (stochastic depth).
 
-    One draw per sequence: per image for sentences, but per sentence for words, as in the official
-    code, where words are a batch of B * N sequences.
+    Sentences are dropped per image and words per sentence, as in the official code, where words
+    are a batch of B * N sequences. A rate of None keeps everything.
     """
 
     @nn.compact
     def __call__(self, update: Tokens, rate: Float[Array, ""] | None) -> Tokens:
         if rate is None:
             return update
-        draw = jax.random.uniform(self.make_rng("dropout"), update.shape[:-2])[..., None, None]
+        sample = jax.random.uniform(self.make_rng("dropout"), update.shape[:-2])[..., None, None]
         keep = 1 - rate
-        return update * (jnp.floor(keep + draw) / keep).astype(update.dtype)
+        return update * (jnp.floor(keep + sample) / keep).astype(update.dtype)
 
 
 class Dropout(nn.Module):
-    """Drops elements, and scales the others by 1 / (1 - rate)."""
+    """Drops single elements, and scales the others by 1 / (1 - rate)."""
 
     rate: float
 
@@ -118,31 +112,89 @@ class Dropout(nn.Module):
     def __call__(self, x: Float[Array, "*batch T W"], *, train: bool) -> Float[Array, "*batch T W"]:
         if not (train and self.rate):
             return x
-        draw = jax.random.uniform(self.make_rng("dropout"), x.shape)
-        return jnp.where(draw < 1 - self.rate, x / (1 - self.rate), jnp.zeros_like(x))
+        sample = jax.random.uniform(self.make_rng("dropout"), x.shape)
+        return jnp.where(sample < 1 - self.rate, x / (1 - self.rate), jnp.zeros_like(x))
+
+
+# -- BatchNorm
+
+
+class BatchNorm(nn.Module):
+    """Normalizes every channel by its mean and variance, as torch.nn.BatchNorm2d does.
+
+    With `train` and a mutable collection `batch_stats`, mean and variance are those of the batch,
+    and the running averages are updated. Otherwise the running averages are used ("frozen"). As in
+    torch, and unlike flax's BatchNorm, the running variance is the unbiased one, scaled by
+    n / (n - 1). `count` is the number of batches (torch's `num_batches_tracked`); nothing reads it.
+
+    Under `jax.jit` the statistics are those of the global batch, on any number of devices (torch's
+    SyncBatchNorm). The official recipe normalizes the batch of each GPU apart.
+    """
+
+    dtype: DTypeLike = jnp.float32  # of the result; statistics are computed in float32
+    epsilon: float = 1e-5
+    momentum: float = 0.1  # weight of the new value, as in torch
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch W"], *, train: bool) -> Float[Array, "*batch W"]:
+        width = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, width)
+        bias = self.param("bias", nn.initializers.zeros, width)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, width)
+        running_var = self.variable("batch_stats", "var", jnp.ones, width)
+        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+        expand = lambda values: jnp.broadcast_to(values, x.shape)
+        x = x.astype(jnp.float32)
+        if train and self.is_mutable_collection("batch_stats"):
+            axes = tuple(range(x.ndim - 1))
+            mean = x.mean(axes)
+            # Two passes: E[x^2] - E[x]^2 loses digits.
+            var = jnp.square(x - expand(mean)).mean(axes)
+            values = math.prod(x.shape[:-1])
+            for running, new in ((running_mean, mean), (running_var, var * values / (values - 1))):
+                new = jax.lax.stop_gradient(new)
+                running.value = (1 - self.momentum) * running.value + self.momentum * new
+            count.value = count.value + 1
+        else:
+            mean, var = running_mean.value, running_var.value
+        x = (x - expand(mean)) * expand(jax.lax.rsqrt(var + self.epsilon) * scale) + expand(bias)
+        return x.astype(self.dtype)
+
+
+# -- The transformer
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; sows its weights `(*batch, heads, T, T)` as an intermediate.
+    """Multi-head attention; sows its weights `(*batch, heads, Q, K)` as an intermediate.
 
-    With `queries` only the first so many tokens attend, to all of them. With `context` they attend
-    to its K tokens instead of to each other. `bias` is added to the logits `(*batch, heads, T, K)`.
+    Args of the call:
+        x: tokens that attend.
+        num_queries: only the first tokens attend, to all tokens; None is all of them.
+        context: K tokens that are attended to; by default `x` itself.
+        bias: added to the logits.
+        train: enables dropout.
+
+    Raises:
+        InputError: the width is not divisible by `num_heads`.
     """
 
     num_heads: int
     qkv_bias: bool = False
     out_bias: bool = True
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
+    dropout: float = 0.0  # of the result
+    attention_dropout: float = 0.0  # of the attention weights
     dtype: DTypeLike = jnp.float32
-    primitives: Primitives = Primitives()
+    # Faster versions of parts of the definition below; None is the definition. `attention_fn` is
+    # called as (query, key, value, scale), where it needs neither bias nor weights.
+    attention_fn: AttentionFn | None = None
+    matmul_fn: MatmulFn = mixed_precision.matmul
 
     @nn.compact
     def __call__(
         self,
         x: Tokens,
         *,
-        queries: int | None = None,
+        num_queries: int | None = None,
         context: Float[Array, "*batch K W"] | None = None,
         bias: Float[Array, "#B heads T K"] | None = None,
         train: bool,
@@ -150,24 +202,22 @@ class Attention(nn.Module):
         width = x.shape[-1]
         if width % self.num_heads:
             raise InputError(f"width {width} is not divisible by {self.num_heads} attention heads")
-        dense = functools.partial(Dense, width, dtype=self.dtype, matmul=self.primitives.matmul)
+        dense = functools.partial(Dense, width, dtype=self.dtype, matmul_fn=self.matmul_fn)
 
-        def project(name, x, use_bias):
-            projected = dense(use_bias=use_bias, name=name)(x)
+        def project(name, x):
+            projected = dense(use_bias=self.qkv_bias, name=name)(x)
             return projected.reshape(*x.shape[:-1], self.num_heads, width // self.num_heads)
 
-        query = project("query", x[..., :queries, :], self.qkv_bias)
+        query = project("query", x[..., :num_queries, :])
         context = x if context is None else context
-        key = project("key", context, self.qkv_bias)
-        value = project("value", context, self.qkv_bias)
+        key, value = project("key", context), project("value", context)
         scale = query.shape[-1] ** -0.5
 
-        weights_are_needed = (
-            self.attention_dropout and train or self.is_mutable_collection("intermediates")
+        needs_weights = self.is_mutable_collection("intermediates") or (
+            train and self.attention_dropout
         )
-        plain = queries is None and bias is None
-        if self.primitives.attend and plain and not weights_are_needed:
-            x = self.primitives.attend(query, key, value, scale)
+        if self.attention_fn and num_queries is None and bias is None and not needs_weights:
+            x = self.attention_fn(query, key, value, scale)
         else:
             logits = jnp.einsum("...qhd,...khd->...hqk", query, key) * scale
             logits = logits.astype(jnp.float32)
@@ -182,7 +232,7 @@ class Attention(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Gates the channels by their mean over all tokens (paper Table 12)."""
+    """Scales the channels by a function of their mean over all tokens (paper, Table 12)."""
 
     norm_eps: float = 1e-5
     dtype: DTypeLike = jnp.float32
@@ -196,26 +246,38 @@ class SqueezeExcite(nn.Module):
         return x * jnp.tanh(Dense(width, dtype=self.dtype, name="fc2")(gate))
 
 
-class TransformerBlock(nn.Module):
-    """Pre-norm attention and MLP, each added to its input: the inner and the outer block alike.
+def mlp(x: Tokens, fc1: Callable, gelu: Callable, dropout: Callable, fc2: Callable) -> Tokens:
+    """Evaluates an MLP from its parts, functions of tokens."""
+    return fc2(dropout(gelu(fc1(x))))
 
-    With `queries` only the first so many tokens are updated and returned. `reduce` makes of the
-    tokens those that they attend to, and `bias` is added to the attention's logits.
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and MLP, each added to its input: an inner or an outer transformer.
+
+    Args of the call:
+        x: tokens.
+        drop_path_rate: rate of both updates; None disables drop path.
+        num_queries: only the first tokens are updated and returned; None is all of them.
+        bias: added to the logits of the attention.
+        train: enables dropout.
     """
 
     num_heads: int
     mlp_ratio: float = 4.0
     qkv_bias: bool = False
-    output_bias: bool = True
-    se: bool = False
+    output_bias: bool = True  # of the attention's output and of fc2
+    se: bool = False  # squeeze-excite after the MLP
     norm_eps: float = 1e-5
     gelu: str = "erf"
     dropout: float = 0.0
     attention_dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
-    primitives: Primitives = Primitives()
-    norm: Callable[..., nn.Module] = LayerNorm
-    reduce: Callable[..., nn.Module] | None = None
+    norm_layer: Callable[..., nn.Module] = LayerNorm
+    reduce: nn.Module | None = None  # maps the tokens to those that are attended to
+    # Faster versions of parts, see `Attention` and `mlp`.
+    attention_fn: AttentionFn | None = None
+    matmul_fn: MatmulFn = mixed_precision.matmul
+    mlp_fn: Callable[..., Tokens] = mlp
 
     @nn.compact
     def __call__(
@@ -223,12 +285,12 @@ class TransformerBlock(nn.Module):
         x: Tokens,
         drop_path_rate: Float[Array, ""] | None,
         *,
-        queries: int | None = None,
+        num_queries: int | None = None,
         bias: Float[Array, "#B heads T K"] | None = None,
         train: bool,
     ) -> Float[Array, "*batch Q W"]:
-        norm = functools.partial(self.norm, epsilon=self.norm_eps, dtype=self.dtype)
-        dense = functools.partial(Dense, dtype=self.dtype, matmul=self.primitives.matmul)
+        norm = functools.partial(self.norm_layer, epsilon=self.norm_eps, dtype=self.dtype)
+        dense = functools.partial(Dense, dtype=self.dtype, matmul_fn=self.matmul_fn)
 
         attention = Attention(
             self.num_heads,
@@ -237,25 +299,91 @@ class TransformerBlock(nn.Module):
             self.dropout,
             self.attention_dropout,
             self.dtype,
-            self.primitives,
+            self.attention_fn,
+            self.matmul_fn,
             name="attention",
         )
-        normal = norm(name="norm1")(x)
-        context = self.reduce(name="reduce")(normal) if self.reduce else None
-        update = attention(normal, queries=queries, context=context, bias=bias, train=train)
-        x = x[..., :queries, :] + DropPath()(update, drop_path_rate)
+        normalized = norm(name="norm1")(x)
+        context = self.reduce(normalized) if self.reduce else None
+        update = attention(
+            normalized, num_queries=num_queries, context=context, bias=bias, train=train
+        )
+        x = x[..., :num_queries, :] + DropPath()(update, drop_path_rate)
 
         width = x.shape[-1]
-        hidden = int(width * self.mlp_ratio)
-        update = norm(name="norm2")(x)
-        if self.primitives.flat_mlp:
-            update = update.reshape(math.prod(x.shape[:-1]), width)
-        update = GELU[self.gelu](dense(hidden, name="fc1")(update))
-        rows = update.shape
-        update = update.reshape(*x.shape[:-1], hidden)  # dropout draws sequence by sequence
-        update = Dropout(self.dropout)(update, train=train).reshape(rows)
-        update = dense(width, use_bias=self.output_bias, name="fc2")(update)
-        update = Dropout(self.dropout)(update.reshape(x.shape), train=train)
+        update = self.mlp_fn(
+            norm(name="norm2")(x),
+            dense(int(width * self.mlp_ratio), name="fc1"),
+            GELU[self.gelu],
+            functools.partial(Dropout(self.dropout), train=train),
+            dense(width, use_bias=self.output_bias, name="fc2"),
+        )
+        update = Dropout(self.dropout)(update, train=train)
         if self.se:
             update = update + SqueezeExcite(self.norm_eps, self.dtype, name="se")(update)
         return x + DropPath()(update, drop_path_rate)
+
+
+# -- Positions and checks
+
+
+def position_table(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    init: Callable[..., Array],
+) -> Array:
+    """Returns the parameter `name` of `module`, a table of positions.
+
+    Raises:
+        InputError: the weights' table has another shape: they are for images of another size.
+    """
+    if module.has_variable("params", name):
+        found = module.get_variable("params", name).shape
+        if found != shape:
+            raise InputError(
+                f"the weights' {name} has shape {tuple(found)}, but these images and this "
+                f"patch size need {shape}: give images of the size the weights were made for"
+            )
+    return jnp.asarray(module.param(name, init, shape))
+
+
+def resample(table: Array, axis: int, old: list[Grid], new: list[Grid]) -> Array:
+    """Resamples a table of positions, bicubic with antialiasing as in timm.
+
+    Args:
+        table: one or more of its axes, from `axis` on, enumerate the sentences of a grid.
+        axis: the first of these axes.
+        old: the grid of each of these axes.
+        new: the grids of the result.
+    """
+    before, after = table.shape[:axis], table.shape[axis + len(old) :]
+    split = table.reshape(*before, *sum(old, ()), *after)
+    shape = (*before, *sum(new, ()), *after)
+    resized = jax.image.resize(split, shape, "cubic", antialias=True)
+    return resized.reshape(*before, *map(math.prod, new), *after)
+
+
+def check_images(images: Array, patch_size: int) -> None:
+    """Raises InputError unless `images` are normalized and divisible into patches."""
+    if images.ndim != 4:
+        raise InputError(f"images must be [B, H, W, channels], not {list(images.shape)}")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise InputError(f"images must be normalized to floats first, these are {images.dtype}")
+    height, width = images.shape[1:3]
+    if not height or not width or height % patch_size or width % patch_size:
+        raise InputError(f"image size {height}x{width} is not divisible by patch size {patch_size}")
+
+
+def check_choices(model: nn.Module, **choices: tuple[str, ...]) -> None:
+    """Raises InputError unless each field in `choices` has one of the values given for it."""
+    for field, values in choices.items():
+        if getattr(model, field) not in values:
+            raise InputError(f"{field}={getattr(model, field)!r} is none of {values}")
+
+
+def check_rates(model: nn.Module) -> None:
+    """Raises InputError unless all dropout and drop-path rates are in [0, 1)."""
+    for rate in ("dropout", "attention_dropout", "drop_path"):
+        if not 0 <= getattr(model, rate) < 1:
+            raise InputError(f"{rate}={getattr(model, rate)} is outside [0, 1)")

@@ -1,47 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyramidTNT (Han et al., arXiv 2201.00978): TNT in four stages of ever fewer, wider sentences.
+"""PyramidTNT (Han et al., arXiv 2201.00978): TNT in four stages of fewer, wider sentences.
 
-A convolutional stem reads sentences (8x8 pixels) and their words. Between two stages 2x2
-neighbouring sentences become one, and so do their words, of which every sentence keeps 4x4. Only
-the first block or two of a stage read words. All sentences attend to averages of sentences, by
-content and by a learned table of their positions. There is no class token: the head reads the mean
-over the sentences. Letters in shapes: `tnt_flax.models.tnt`; N is now that of a stage, and K is the
-number of averages.
+A convolutional stem reads sentences (8x8 pixels) and their words. Between two stages, 2x2
+neighbouring sentences become one sentence, and so do their words; every sentence keeps 4x4 words.
+Only the first block or two of a stage read words. Sentences attend to averages of sentences, by
+content and by a learned table of relative positions. There is no class token: the head reads the
+mean over the sentences. Letters in shapes: `tnt_flax.models.tnt`; N depends on the stage, and K is
+the number of averages.
 
 Source: huawei-noah, `tnt_pytorch/pyramid_tnt.py`.
 """
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from flax.core.scope import LazyRng
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.models.checks import check_images, check_known, check_rates, positions
-from tnt_flax.models.kernels.mixed_precision import add
-from tnt_flax.models.kernels.platform import platform
-from tnt_flax.models.kernels.select import PRIMITIVES, REMAT, choose_remat
-from tnt_flax.models.layers import Dense, LayerNorm, Primitives, TransformerBlock
-from tnt_flax.models.pyramid_layers import Averages, Grid, Merge, Sentences, Stem, tiles
-from tnt_flax.models.tnt_blocks import WordsToSentences
-from tnt_flax.models.word_embedding import Images, Words
+from tnt_flax.models.kernels import select
+from tnt_flax.models.kernels.mixed_precision import add, matmul
+from tnt_flax.models.layers import (
+    BatchNorm,
+    Dense,
+    LayerNorm,
+    MatmulFn,
+    TransformerBlock,
+    check_choices,
+    check_images,
+    check_rates,
+    position_table,
+    resample,
+    token_init,
+)
+from tnt_flax.models.network import BlockLayout, Grid, Images
+from tnt_flax.models.scan import scan_blocks
+from tnt_flax.models.tnt_blocks import TNTBlock, Words, WordsToSentences, cut_patches
 
-WIDENING = (1, 2, 4, 4)  # widths and heads of the stages, in those of the first
-REDUCTION = (4, 2, 1, 1)  # of a stage: the side of the squares of sentences that are averaged
+WIDENING = (1, 2, 4, 4)  # widths and heads of each stage, relative to the first
+REDUCTION = (4, 2, 1, 1)  # each stage attends to averages of squares with this side
 PATCH = 8  # pixels, each side of a sentence of the first stage
+SIDE = 4  # words, each side of a sentence
 IMPLEMENTATIONS = ("auto", "reference", "cpu")  # "auto" is "reference" on GPUs and TPUs
+
+Sentences = Float[Array, "B N D"]
+Maps = Float[Array, "B h w C"]
 
 # Over all words of a sentence and all their channels at once.
 SentenceNorm = functools.partial(LayerNorm, reduction_axes=(-2, -1), feature_axes=(-2, -1))
-token_init = nn.initializers.normal(0.02)
+
+Conv3x3 = functools.partial(
+    nn.Conv,
+    kernel_size=(3, 3),
+    padding=((1, 1), (1, 1)),  # torch's padding=1; "SAME" would shift windows of stride 2
+    kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+)
 
 
 def stage_grids(grid: Grid) -> list[Grid]:
-    """The sentences of every stage, of which the first has `grid`."""
+    """Returns the grid of every stage, given that of the first."""
     grids = [grid]
     for _ in WIDENING[1:]:
         rows, columns = grids[-1]
@@ -50,181 +73,193 @@ def stage_grids(grid: Grid) -> list[Grid]:
 
 
 def block_groups(depth: int) -> list[tuple[int, int]]:
-    """(first block, end) of a stage's blocks that read words, and of those that do not.
+    """Returns (first block, end) of a stage's blocks with words, then of those without.
 
-    The first block reads words, in a deep stage the first two.
+    The first block has words; in a stage of more than six blocks, the first two.
     """
     with_words = 2 if depth > 6 else 1
     return [(0, with_words)] + [(with_words, depth)] * (with_words < depth)
 
 
-class PyramidBlock(nn.Module):
-    """As `TNTBlock`, but every sentence has words: there is no class token.
+class ConvNormReLU(nn.Module):
+    """3x3 convolution, BatchNorm and ReLU."""
 
-    Without `inner` it leaves the words alone. Called as `nn.scan` wants it: what the blocks hand on
-    comes first and goes back first.
+    features: int
+    stride: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Images, *, train: bool) -> Maps:
+        x = Conv3x3(self.features, strides=self.stride, dtype=self.dtype, name="conv")(x)
+        return nn.relu(BatchNorm(self.dtype, name="batch_norm")(x, train=train))
+
+
+class Stem(nn.Module):
+    """Maps images (B, H, W, channels) to words (B, N, M, C) and sentences (B, N, D)."""
+
+    outer_dim: int
+    inner_dim: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Images, *, train: bool) -> tuple[Words, Sentences]:
+        conv = functools.partial(ConvNormReLU, dtype=self.dtype)
+        shared = conv(2 * self.inner_dim, 2, name="shared")(images, train=train)
+        words = conv(self.inner_dim, 1, name="words")(shared, train=train)
+        words = cut_patches(words, SIDE)
+        words = words.reshape(*words.shape[:2], SIDE * SIDE, self.inner_dim)
+        x = conv(4 * self.inner_dim, 2, name="sentences_0")(shared, train=train)
+        x = conv(8 * self.inner_dim, 2, name="sentences_1")(x, train=train)
+        x = conv(self.outer_dim, 1, name="sentences_2")(x, train=train)
+        return words, x.reshape(x.shape[0], -1, self.outer_dim)
+
+
+class Merge(nn.Module):
+    """LayerNorm of tokens, then a 3x3 convolution of stride 2 over maps of them."""
+
+    features: int
+    to_maps: Callable[[Array], Array]
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "B N *words W"]) -> Float[Array, "maps h w C"]:
+        x = LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(tokens)
+        conv = Conv3x3(self.features, strides=2, dtype=self.dtype, name="conv")
+        return conv(self.to_maps(x))
+
+
+def word_maps(words: Words, grid: Grid) -> Float[Array, "maps 8 8 C"]:
+    """Returns a map of the words of each 2x2 sentences, padded with zeros where `grid` is odd."""
+    batch, (rows, columns), width = words.shape[0], grid, words.shape[-1]
+    x = words.reshape(batch, rows, columns, SIDE, SIDE, width)
+    x = jnp.pad(x, ((0, 0), (0, rows % 2), (0, columns % 2), (0, 0), (0, 0), (0, 0)))
+    x = x.reshape(batch, -(-rows // 2), 2, -(-columns // 2), 2, SIDE, SIDE, width)
+    x = x.transpose(0, 1, 3, 2, 5, 4, 6, 7)  # rows: sentence, then word; columns likewise
+    return x.reshape(-1, 2 * SIDE, 2 * SIDE, width)
+
+
+class Averages(nn.Module):
+    """Averages squares of sentences and projects them: (B, N, D) to (B, K, D).
+
+    Rows and columns beyond the last whole square are ignored.
     """
 
-    inner: Callable[..., nn.Module] | None
-    words_to_sentences: Callable[..., WordsToSentences]
-    outer: Callable[..., TransformerBlock]
-    remat_inner: bool
-    train: bool
+    ratio: int  # side of a square, in sentences
+    grid: Grid
+    dtype: DTypeLike = jnp.float32
+    matmul_fn: MatmulFn = matmul
+
+    @nn.compact
+    def __call__(self, x: Sentences) -> Float[Array, "B K D"]:
+        batch, _, width = x.shape
+        square = (self.ratio, self.ratio)
+        x = x.reshape(batch, *self.grid, width)
+        x = nn.avg_pool(x, window_shape=square, strides=square).reshape(batch, -1, width)
+        x = Dense(width, dtype=self.dtype, matmul_fn=self.matmul_fn, name="dense")(x)
+        return LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x)
+
+
+class Stage(nn.Module):
+    """A stage's blocks, which share one table of relative positions.
+
+    Consecutive equal blocks are one group, stored and run as a stack, as in TNT.
+    """
+
+    depth: int
+    grid: Grid
+    ratio: int  # see REDUCTION
+    remat: bool
 
     @nn.compact
     def __call__(
         self,
-        tokens: tuple[Words, Sentences],
-        drop_path_rate: Float[Array, ""] | None,
-        relative_pos: Float[Array, "1 heads N K"],
-    ) -> tuple[tuple[Words, Sentences], None]:
-        words, sentences = tokens
-        if self.inner:
-            attend_within = lambda inner, words: inner(words, drop_path_rate, train=self.train)
-            attend_within = nn.remat(attend_within) if self.remat_inner else attend_within
-            words = attend_within(self.inner(name="inner"), words)
-            sentences = sentences + self.words_to_sentences(name="proj")(words)
-        outer = self.outer(name="outer")
-        sentences = outer(sentences, drop_path_rate, bias=relative_pos, train=self.train)
-        self.sow("intermediates", "words", words)
-        self.sow("intermediates", "sentences", sentences)
-        return (words, sentences), None
-
-
-class Stage(nn.Module):
-    """Equal blocks, of which the first ones have words, around one table of relative positions.
-
-    Consecutive equal blocks are one scanned group, as in TNT.
-    """
-
-    outer_dim: int
-    heads: int
-    depth: int
-    ratio: int  # see REDUCTION
-    grid: Grid
-    transformer: Callable[..., TransformerBlock]
-    inner: Callable[..., TransformerBlock]
-    primitives: Primitives
-    remat: str
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(
-        self, words: Words, sentences: Sentences, rates: Float[Array, " depth"] | None, train: bool
+        block: TNTBlock,  # with words
+        words: Words,
+        sentences: Sentences,
+        rates: Float[Array, " depth"] | None,
+        train: bool,
     ) -> tuple[Words, Sentences]:
         rows, columns = self.grid
         averages = (rows // self.ratio) * (columns // self.ratio)
-        shape = (1, self.heads, rows * columns, averages)
-        # float32 whatever `dtype` is, as the logits that it is added to
+        shape = (1, block.outer.num_heads, rows * columns, averages)
         init = nn.initializers.normal(1.0)
-        relative_pos = positions(self, "relative_pos", shape, init)
+        relative_pos = position_table(self, "relative_pos", shape, init)
 
-        dense = functools.partial(Dense, matmul=self.primitives.matmul)
-        reduce = functools.partial(Averages, self.ratio, self.grid, dense, self.dtype)
-        outer = functools.partial(
-            self.transformer, self.heads, reduce=reduce if self.ratio > 1 else None
-        )
-        words_to_sentences = functools.partial(
-            WordsToSentences, self.outer_dim, dtype=self.dtype, primitives=self.primitives
-        )
-        block_class = PyramidBlock
-        if self.remat == "block":
-            # The scan keeps XLA from merging the two.
-            block_class = nn.remat(PyramidBlock, prevent_cse=False)
-        tokens = (words, sentences)
         for start, stop in block_groups(self.depth):
-            blocks = nn.scan(
-                block_class,
-                variable_axes={"params": 0, "intermediates": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast),
-                length=stop - start,
-                check_constancy_invariants=False,  # a second trace, in a form ONNX cannot have
-            )(
-                self.inner if start == 0 else None,
-                words_to_sentences,
-                outer,
-                self.remat == "inner",
-                train,
-                name=f"blocks_{start}",
+            name = f"blocks_{start}"
+            words, sentences = scan_blocks(
+                self,
+                block.clone(inner=None if start else block.inner, name=name),
+                stop - start,
+                (words, sentences),
+                None if rates is None else rates[start:stop],
+                relative_pos,
+                train=train,
+                remat=self.remat,
+                init_keys=self.init_keys(name, stop - start),
             )
-            own_rates = None if rates is None else rates[start:stop]
-            tokens, _ = blocks(tokens, own_rates, relative_pos)
-        return tokens
+        return words, sentences
+
+    def init_keys(self, name: str, length: int) -> LazyRng | None:
+        """Returns a key per block as `nn.scan` derives it, which keeps the values of a seed."""
+        if not self.is_initializing():
+            return None
+        key = self.scope.rngs["params"]
+        return LazyRng(jax.random.split(key.rng, length), (*key.suffix, name))
 
 
 class PyramidTNT(nn.Module):
-    """Images (B, H, W, channels) to logits (B, num_classes); to features (B, 4 D) without classes.
+    """Maps images (B, H, W, channels) to logits (B, num_classes); without head to (B, 4 D).
 
     The image size is that of the images given to `init`; both sides must be multiples of 8, and at
-    least 32. In training, pass `mutable=["batch_stats"]` to `apply` and keep what comes back;
-    without, the stem's BatchNorm stays frozen.
+    least 32. In training, pass `mutable=["batch_stats"]` to `apply` and keep what it returns;
+    otherwise the stem's BatchNorms stay frozen.
 
     Raises:
-        InputError: images that are not floats of rank 4, not divisible by 8, too small or of other
-            size than the weights; fields outside of what they may be.
+        InputError: images that are not floats of rank 4, not divisible by 8, too small or of
+            another size than the weights; an unknown `remat` or implementation; a rate outside
+            [0, 1); other than four stages.
     """
 
-    outer_dim: int  # of the first stage, like the other three
+    # -- Architecture; widths and heads are those of the first stage
+    outer_dim: int
     inner_dim: int
     outer_heads: int
     inner_heads: int
     depths: tuple[int, ...]  # blocks of the four stages
-    num_classes: int = 1000
+    num_classes: int = 1000  # 0: no head
     mlp_ratio: float = 4.0
     se: bool = False  # squeeze-excite after the outer MLP
+
+    # -- Regularization
     dropout: float = 0.0  # of sentence positions, attention outputs and MLPs
     attention_dropout: float = 0.0
-    drop_path: float = 0.0  # of the last block, growing linearly from 0 in the first
+    drop_path: float = 0.0  # of the last block, increasing linearly from 0 in the first
+
+    # -- Execution: same function, see `models.kernels.select`
     dtype: DTypeLike = jnp.float32  # of the computation; weights, norms, softmax stay float32
-    remat: str = "auto"  # what is computed twice, to save memory; see `models.implementations`
-    inner_impl: str = "auto"  # implementation of the inner transformer: one of IMPLEMENTATIONS
-    outer_impl: str = "auto"  # of the outer transformer
+    remat: str = "auto"  # what the backward pass computes again to save memory
+    inner_impl: str = "auto"  # implementation of the inner transformer
+    outer_impl: str = "auto"  # implementation of the outer transformer
 
-    @property
-    def patch_size(self) -> int:
-        """Pixels, each side of a sentence of the first stage."""
-        return PATCH
-
-    @property
-    def num_features(self) -> int:
-        """Width of what the head reads."""
-        return WIDENING[-1] * self.outer_dim
-
-    @property
-    def depth(self) -> int:
-        return sum(self.depths)
-
-    def stacks(self) -> list[tuple[tuple[str, ...], int]]:
-        """Where the parameters of each run of equal blocks are, and how many blocks it has."""
-        return [
-            ((f"stages_{i}", f"blocks_{start}"), stop - start)
-            for i, depth in enumerate(self.depths)
-            for start, stop in block_groups(depth)
-        ]
+    variants: ClassVar = {"pyramid": {}}
+    base_name: ClassVar = "ptnt_s_patch16_256"
+    has_class_token: ClassVar = False
+    min_grid: ClassVar = REDUCTION[0]
+    stem_kernel: ClassVar = ("stem", "shared", "conv", "kernel")
+    patch_size: ClassVar = PATCH
+    head_bias: ClassVar = True
 
     @nn.compact
     def __call__(self, images: Images, *, train: bool = False) -> Float[Array, "B out"]:
         self.check_fields()
         check_images(images, PATCH)
-        batch, height, width, _ = images.shape
-        if min(height, width) < PATCH * REDUCTION[0]:
+        height, width = images.shape[1:3]
+        if min(height, width) < PATCH * self.min_grid:
             raise InputError(f"images of {height}x{width} are too small: use at least 32 pixels")
         grids = stage_grids((height // PATCH, width // PATCH))
-        images = images.astype(self.dtype)
+        words, sentences = self.embed(images.astype(self.dtype), train)
 
-        # Words and sentences, each with its positions.
-        stem = Stem(self.outer_dim, self.inner_dim, self.dtype, name="stem")
-        words, sentences = stem(images, train=train)
-        table = functools.partial(positions, self, init=token_init)
-        word_pos = table("word_pos", (1, *words.shape[2:]))
-        words = add(words, word_pos[:, None])  # the same for every sentence
-        sentence_pos = table("sentence_pos", (1, *sentences.shape[1:]))
-        # Dropout drops positions, not sentences, and the same ones for all images.
-        dropout = nn.Dropout(self.dropout, deterministic=not train)
-        sentences = add(sentences, dropout(sentence_pos))
-
-        # The stages, with the rates of their blocks.
         rates = [None] * len(grids)
         if train and self.drop_path:
             ends = list(itertools.accumulate(self.depths))
@@ -232,9 +267,10 @@ class PyramidTNT(nn.Module):
         for i, (grid, own_rates) in enumerate(zip(grids, rates, strict=True)):
             if i:
                 words, sentences = self.merge(i, words, sentences, grids[i - 1])
-            words, sentences = self.make_stage(i, grid)(words, sentences, own_rates, train)
-            if not self.is_initializing():
-                self.sow("maps", f"stage_{i}", sentences.reshape(batch, *grid, sentences.shape[-1]))
+            remat = select.choose_remat(self.remat) == "block"
+            stage = Stage(self.depths[i], grid, REDUCTION[i], remat, name=f"stages_{i}")
+            block = self.make_block(i, grid)
+            words, sentences = stage(block, words, sentences, own_rates, train)
 
         norm = LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")
         features = norm(sentences).mean(axis=1)
@@ -242,56 +278,106 @@ class PyramidTNT(nn.Module):
             return features.astype(jnp.float32)
         return Dense(self.num_classes, dtype=self.dtype, name="head")(features).astype(jnp.float32)
 
+    def embed(self, images: Images, train: bool) -> tuple[Words, Sentences]:
+        """Returns the words and sentences that the first stage reads."""
+        stem = Stem(self.outer_dim, self.inner_dim, self.dtype, name="stem")
+        words, sentences = stem(images, train=train)
+        table = functools.partial(position_table, self, init=token_init)
+        word_pos = table("word_pos", (1, *words.shape[2:]))
+        words = add(words, word_pos[:, None])  # the same for every sentence
+        sentence_pos = table("sentence_pos", (1, *sentences.shape[1:]))
+        # Dropout drops positions, not sentences, and the same ones for all images.
+        dropout = nn.Dropout(self.dropout, deterministic=not train)
+        return words, add(sentences, dropout(sentence_pos))
+
     def merge(self, i: int, words: Words, sentences: Sentences, grid: Grid) -> tuple[Array, Array]:
-        """The words and sentences that stage `i` begins with; `grid` is the stage before's."""
+        """Returns the words and sentences that stage `i` reads; `grid` is that of stage i - 1."""
         batch, _, num_words, _ = words.shape
         to_map = lambda x: x.reshape(batch, *grid, x.shape[-1])
-        to_tiles = functools.partial(tiles, grid=grid)
+        to_word_maps = functools.partial(word_maps, grid=grid)
         merge = functools.partial(Merge, dtype=self.dtype)
         inner_dim, outer_dim = WIDENING[i] * self.inner_dim, WIDENING[i] * self.outer_dim
-        words = merge(inner_dim, to_tiles, name=f"word_merges_{i - 1}")(words)
+        words = merge(inner_dim, to_word_maps, name=f"word_merges_{i - 1}")(words)
         sentences = merge(outer_dim, to_map, name=f"sentence_merges_{i - 1}")(sentences)
         words = words.reshape(batch, -1, num_words, words.shape[-1])
         return words, sentences.reshape(batch, -1, sentences.shape[-1])
 
-    def make_stage(self, i: int, grid: Grid) -> Stage:
-        # Which form each transformer takes changes nothing but the time.
-        inner_form, outer_form = (
-            form if form != "auto" else "cpu" if platform() == "cpu" else "reference"
-            for form in (self.inner_impl, self.outer_impl)
-        )
-        if self.is_initializing():
-            inner_form = outer_form = "reference"
-        transformer = functools.partial(
-            TransformerBlock,
+    def make_block(self, i: int, grid: Grid) -> TNTBlock:
+        """Returns a block with words of stage `i`, unbound."""
+        common = dict(
             mlp_ratio=self.mlp_ratio,
             dropout=self.dropout,
             attention_dropout=self.attention_dropout,
             dtype=self.dtype,
+            parent=None,
         )
-        inner = functools.partial(
-            transformer,
-            WIDENING[i] * self.inner_heads,
-            norm=SentenceNorm,
-            primitives=PRIMITIVES[inner_form],
+        inner_heads, outer_heads = WIDENING[i] * self.inner_heads, WIDENING[i] * self.outer_heads
+        reduce = Averages(REDUCTION[i], grid, self.dtype, parent=None)
+        block = TNTBlock(
+            inner=TransformerBlock(inner_heads, norm_layer=SentenceNorm, **common),
+            proj=WordsToSentences(WIDENING[i] * self.outer_dim, dtype=self.dtype, parent=None),
+            outer=TransformerBlock(
+                outer_heads, se=self.se, reduce=reduce if REDUCTION[i] > 1 else None, **common
+            ),
+            has_class_token=False,
+            remat_inner=select.choose_remat(self.remat) == "inner",
+            parent=None,
         )
-        primitives = PRIMITIVES[outer_form]
-        return Stage(
-            WIDENING[i] * self.outer_dim,
-            WIDENING[i] * self.outer_heads,
-            self.depths[i],
-            REDUCTION[i],
-            grid,
-            functools.partial(transformer, se=self.se, primitives=primitives),
-            inner,
-            primitives,
-            choose_remat(self.remat),
-            self.dtype,
-            name=f"stages_{i}",
-        )
+        if self.is_initializing():
+            return block
+        impls = map(select.choose_simple, (self.inner_impl, self.outer_impl))
+        return select.implement(block, *impls)
 
     def check_fields(self) -> None:
-        check_known(self, remat=REMAT, inner_impl=IMPLEMENTATIONS, outer_impl=IMPLEMENTATIONS)
+        check_choices(
+            self, remat=select.REMAT, inner_impl=IMPLEMENTATIONS, outer_impl=IMPLEMENTATIONS
+        )
         check_rates(self)
         if len(self.depths) != len(WIDENING) or min(self.depths) < 1:
             raise InputError(f"depths={self.depths} must be the blocks of {len(WIDENING)} stages")
+
+    # -- The protocol `models.network.Network`
+
+    @property
+    def depth(self) -> int:
+        return sum(self.depths)
+
+    @property
+    def num_features(self) -> int:
+        return WIDENING[-1] * self.outer_dim
+
+    @property
+    def map_blocks(self) -> tuple[int, ...]:
+        """The last block of each stage."""
+        return tuple(end - 1 for end in itertools.accumulate(self.depths))
+
+    @property
+    def default_maps(self) -> tuple[int, ...]:
+        return tuple(range(len(self.depths)))
+
+    def stacks(self) -> list[tuple[tuple[str, ...], int]]:
+        return [
+            ((f"stages_{i}", f"blocks_{start}"), stop - start)
+            for i, depth in enumerate(self.depths)
+            for start, stop in block_groups(depth)
+        ]
+
+    def block_layouts(self, grid: Grid) -> list[BlockLayout]:
+        stages = zip(stage_grids(grid), self.depths, REDUCTION, strict=True)
+        return [
+            BlockLayout(own_grid, 2**i, ratio)
+            for i, (own_grid, depth, ratio) in enumerate(stages)
+            for _ in range(depth)
+        ]
+
+    def resampled_positions(
+        self, params: Mapping[str, Any], old: Grid, new: Grid
+    ) -> dict[tuple[str, ...], Array]:
+        """Resamples relative positions along four axes: rows and columns of queries and keys."""
+        found = {("sentence_pos",): resample(jnp.asarray(params["sentence_pos"]), 1, [old], [new])}
+        grids = zip(stage_grids(old), stage_grids(new), REDUCTION, strict=True)
+        for i, (*both, ratio) in enumerate(grids):
+            before, after = ([grid, (grid[0] // ratio, grid[1] // ratio)] for grid in both)
+            table = jnp.asarray(params[f"stages_{i}"]["relative_pos"])
+            found[f"stages_{i}", "relative_pos"] = resample(table, 2, before, after)
+        return found

@@ -1,34 +1,131 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A block of TNT, and how words become sentences. Shape letters: `tnt_flax.models.tnt`."""
+"""The parts of TNT: stem, projection of words to sentences, block.
 
-import functools
+Letters in shapes are those of `tnt_flax.models.tnt`.
+"""
+
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from tnt_flax.models.kernels.lanes import Lanes
-from tnt_flax.models.layers import Dense, LayerNorm, Primitives, TransformerBlock
-from tnt_flax.models.word_embedding import Words
+from tnt_flax.models.kernels.mixed_precision import add, matmul
+from tnt_flax.models.layers import Dense, LayerNorm, MatmulFn
+from tnt_flax.models.network import Images
+
+Words = Float[Array, "B N M C"]
+
+KERNEL = (7, 7)  # windows of neighbouring words overlap
+PADDING = ((3, 3), (3, 3))  # torch's padding=3; "SAME" would shift every window by two pixels
+
+
+class WordEmbedding(nn.Module):
+    """Maps images (B, H, W, channels) to words (B, N, M, C)."""
+
+    inner_dim: int
+    patch_size: int = 16
+    stride: int = 4
+    conv_first: bool = False
+    use_bias: bool = True
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Images) -> Words:
+        init = torch_conv_init(images.shape[-1] * KERNEL[0] * KERNEL[1])
+        if not self.conv_first:  # each patch apart, padded with zeros
+            conv = PatchConv(
+                self.inner_dim, self.stride, self.use_bias, init, self.dtype, name="conv"
+            )
+            return conv(cut_patches(images, self.patch_size))
+        conv = nn.Conv(  # over the whole image: windows cross the borders of patches
+            self.inner_dim,
+            KERNEL,
+            (self.stride, self.stride),
+            PADDING,
+            use_bias=self.use_bias,
+            kernel_init=init,
+            bias_init=init,
+            dtype=self.dtype,
+            name="conv",
+        )
+        words = cut_patches(conv(images), self.patch_size // self.stride)
+        return words.reshape(*words.shape[:2], words.shape[2] * words.shape[3], self.inner_dim)
+
+
+class PatchConv(nn.Module):
+    """Convolves each patch apart, padded with zeros: (B, N, size, size, channels) to (B, N, M, C).
+
+    Has the parameters of nn.Conv. Computed as one matrix product with the kernel unfolded over a
+    patch, several times faster than the convolution of thousands of small images.
+    """
+
+    features: int
+    stride: int
+    use_bias: bool
+    init: Callable[..., Array]
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, patches: Float[Array, "B N size size channels"]) -> Words:
+        batch, sentences, size, _, channels = patches.shape
+        kernel = self.param("kernel", self.init, (*KERNEL, channels, self.features))
+        kernel = unfold_kernel(jnp.asarray(kernel), size, self.stride)
+        num_words = kernel.shape[1]
+        x = patches.reshape(batch * sentences, size * size * channels).astype(self.dtype)
+        x = matmul(x, kernel.reshape(x.shape[1], num_words * self.features))
+        x = x.reshape(batch, sentences, num_words, self.features)
+        if not self.use_bias:
+            return x
+        bias = self.param("bias", self.init, (self.features,))
+        return add(x, jnp.asarray(bias))
+
+
+def unfold_kernel(kernel: Float[Array, "7 7 channels C"], size: int, stride: int) -> Array:
+    """Returns the weights from pixels to words, (size * size * channels, M, C)."""
+    (before, _), _ = PADDING
+    starts = [i * stride - before for i in range(-(-size // stride))]
+    around = {start: (start, size - start - KERNEL[0], 0) for start in starts}  # negative crops
+    zero, rest = jnp.zeros((), kernel.dtype), [(0, 0, 0)] * 2
+    windows = [
+        jax.lax.pad(kernel, zero, [around[y], around[x], *rest]) for y in starts for x in starts
+    ]
+    return jnp.stack(windows, axis=3).reshape(-1, len(windows), kernel.shape[-1])
+
+
+def torch_conv_init(fan_in: int) -> Callable[..., Array]:
+    """Returns torch's initializer of Conv2d, U(+-fan_in**-.5), as in the official code."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+    return init
+
+
+def cut_patches(x: Array, size: int) -> Array:
+    """Cuts (B, H, W, c) into (B, N, size, size, c), patches in raster order."""
+    batch, height, width, channels = x.shape
+    rows, columns = height // size, width // size
+    x = x.reshape(batch, rows, size, columns, size, channels)
+    return x.swapaxes(2, 3).reshape(batch, rows * columns, size, size, channels)
 
 
 class WordsToSentences(nn.Module):
     """Projects the M words of every sentence to one vector: (B, N, M, C) to (B, N, D)."""
 
     outer_dim: int
-    norm_each_word: bool = False
+    norm_each_word: bool = False  # LayerNorm over C; otherwise over M * C
     use_bias: bool = False
     norm_out: bool = True
     norm_eps: float = 1e-5
     dtype: DTypeLike = jnp.float32
-    primitives: Primitives = Primitives()
+    matmul_fn: MatmulFn = matmul
 
     @nn.compact
     def __call__(self, words: Words) -> Float[Array, "B N D"]:
-        norm = functools.partial(LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
-        norm_in = norm(name="norm1")
+        norm_in = LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm1")
         words = norm_in(words) if self.norm_each_word else words
         batch, sentences, num_words, width = words.shape
         x = words.reshape(batch, sentences, num_words * width)  # word 0's channels, word 1's, ...
@@ -37,46 +134,59 @@ class WordsToSentences(nn.Module):
             self.outer_dim,
             use_bias=self.use_bias,
             dtype=self.dtype,
-            matmul=self.primitives.matmul,
+            matmul_fn=self.matmul_fn,
             name="dense",
         )(x)
-        return norm(name="norm2")(x) if self.norm_out else x
+        if not self.norm_out:
+            return x
+        return LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm2")(x)
 
 
 class TNTBlock(nn.Module):
-    """Attend within sentences, write words into sentences, attend across sentences.
+    """Attends within sentences, adds words to their sentences, attends across sentences.
 
-    Without `inner` (of the words) it is a plain ViT block: a "vanilla" block of the paper's
-    Table 5, which leaves the words alone. With `class_token_only` the other sentences are read but
-    not updated, and not returned.
+    Without `inner`, a plain transformer block that leaves the words alone (paper, Table 5). Sows
+    words as an intermediate, and sentences in the collection "maps".
+
+    Args of the call:
+        words: (B, N, M, C), or in the layout that `inner` and `proj` read.
+        sentences: (B, T, D), with the class token first if there is one.
+        drop_path_rate: rate of all updates of both transformers; None disables drop path.
+        bias: added to the logits of the outer attention.
+        num_queries: only the first sentences are updated and returned; None is all of them.
+        train: enables dropout.
     """
 
-    inner: Callable[..., nn.Module] | None
-    words_to_sentences: Callable[..., WordsToSentences]
-    outer: Callable[..., TransformerBlock]
-    remat_inner: bool = False
+    inner: nn.Module | None  # a TransformerBlock, or another implementation
+    proj: nn.Module  # a WordsToSentences, or another implementation
+    outer: nn.Module  # a TransformerBlock
+    has_class_token: bool = True
+    remat_inner: bool = False  # the backward pass computes `inner` again
 
     @nn.compact
     def __call__(
         self,
-        words: Words | Lanes,
+        words: Array,
         sentences: Float[Array, "B T D"],
         drop_path_rate: Float[Array, ""] | None,
+        bias: Float[Array, "1 heads T K"] | None = None,
         *,
-        class_token_only: bool = False,
+        num_queries: int | None = None,
         train: bool,
-    ) -> tuple[Words | Lanes, Float[Array, "B queries D"]]:
+    ) -> tuple[Array, Float[Array, "B Q D"]]:
         if self.inner:
             attend_within = lambda inner, words: inner(words, drop_path_rate, train=train)
             attend_within = nn.remat(attend_within) if self.remat_inner else attend_within
-            words = attend_within(self.inner(name="inner"), words)
-            update = self.words_to_sentences(name="proj")(words)
-            update = update.reshape(sentences[:, 1:].shape)  # words on lanes know no batch
-            sentences = sentences.at[:, 1:].add(update)  # index 0 is the class token
-        queries = 1 if class_token_only else None
-        outer = self.outer(name="outer")
-        sentences = outer(sentences, drop_path_rate, queries=queries, train=train)
+            words = attend_within(self.inner, words)
+            update = self.proj(words)
+            if self.has_class_token:
+                update = update.reshape(sentences[:, 1:].shape)  # some layouts merge B and N
+                sentences = sentences.at[:, 1:].add(update)
+            else:
+                sentences = sentences + update
+        sentences = self.outer(
+            sentences, drop_path_rate, num_queries=num_queries, bias=bias, train=train
+        )
         self.sow("intermediates", "words", words)
-        self.sow("intermediates", "sentences", sentences)
         self.sow("maps", "sentences", sentences)
         return words, sentences

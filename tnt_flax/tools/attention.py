@@ -11,13 +11,11 @@ import numpy as np
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.data.transforms import CorruptImageError, eval_transform
-from tnt_flax.models import PyramidTNT, block_outputs
-from tnt_flax.models.pyramid_tnt import REDUCTION, stage_grids
+from tnt_flax.models import block_outputs
+from tnt_flax.models.network import BlockLayout, Grid
 from tnt_flax.training import step
 from tnt_flax.training.mixup import normalize
 from tnt_flax.weights.read import Checkpoint
-
-Grid = tuple[int, int]  # rows and columns of sentences
 
 
 class Look(NamedTuple):
@@ -28,8 +26,8 @@ class Look(NamedTuple):
     """
 
     pixels: np.ndarray  # uint8 [S, S, 3], as the network got them, before normalization
-    grid: Grid  # of the first block
-    stages: list[int] | None  # of PyramidTNT: which one the block is in, from 0
+    layouts: list[BlockLayout]
+    has_class_token: bool
     outer_attention: list[np.ndarray]  # [heads, T, K]
     inner_attention: dict[int, np.ndarray]  # block -> [N, heads, M, M]; no blocks without words
     sentences: list[np.ndarray]  # [T, D]
@@ -39,20 +37,25 @@ class Look(NamedTuple):
     @property
     def reader(self) -> str:
         """What the head reads, in words."""
-        return "the class token" if self.stages is None else "the mean of the sentences"
+        return "the class token" if self.has_class_token else "the mean of the sentences"
+
+    @property
+    def grid(self) -> Grid:
+        """Grid of the first block."""
+        return self.layouts[0].grid
 
     def grid_of(self, block: int) -> Grid:
-        return self.grid if self.stages is None else stage_grids(self.grid)[self.stages[block]]
+        return self.layouts[block].grid
 
     def holder(self, block: int, sentence: int) -> int:
         """The sentence of a block that the one of the first block lies in."""
-        side = 1 if self.stages is None else 2 ** self.stages[block]
+        side = self.layouts[block].side
         row, column = divmod(sentence, self.grid[1])
         return row // side * self.grid_of(block)[1] + column // side
 
     def sentence_maps(self) -> list[np.ndarray]:
         """Of each block, without the class token: [rows, columns, D]."""
-        own = [x[1:] if self.stages is None else x for x in self.sentences]
+        own = [x[int(self.has_class_token) :] for x in self.sentences]
         return [x.reshape(*self.grid_of(i), -1) for i, x in enumerate(own)]
 
     def read_maps(self) -> list[np.ndarray]:
@@ -61,11 +64,11 @@ class Look(NamedTuple):
         [heads, rows, columns] of the sentences that the class token looks at, or of the averages
         that PyramidTNT's sentences look at, as their mean.
         """
-        if self.stages is None:
+        if self.has_class_token:
             own = [x[:, 0, 1:].reshape(-1, *self.grid) for x in self.outer_attention]
         else:
             own = [
-                x.mean(axis=1).reshape(-1, *reduced(self.grid_of(i), REDUCTION[self.stages[i]]))
+                x.mean(axis=1).reshape(-1, *reduced(self.layouts[i]))
                 for i, x in enumerate(self.outer_attention)
             ]
         return [x * full.shape[-1] for x, full in zip(own, self.outer_attention, strict=True)]
@@ -76,23 +79,23 @@ class Look(NamedTuple):
         [L, rows, columns], by `rollout`. In PyramidTNT's, attending to an average is attending to
         all its sentences alike, and what a convolution merges is the mean of 2x2 sentences.
         """
-        if self.stages is None:
+        if self.has_class_token:
             return rollout(self.outer_attention)[:, 0, 1:].reshape(-1, *self.grid)
         total, before, maps = np.eye(int(np.prod(self.grid)), dtype=np.float32), self.grid, []
         for i, attention in enumerate(self.outer_attention):
-            grid, ratio = self.grid_of(i), REDUCTION[self.stages[i]]
+            grid, _, ratio = self.layouts[i]
             if grid != before:
                 total = means(before, 2, grid) @ total
-            attended = means(grid, ratio, reduced(grid, ratio)) @ total
+            attended = means(grid, ratio, reduced(self.layouts[i])) @ total
             total = after(attention, attended, total)
             before = grid
             maps.append(total.mean(axis=0).reshape(self.grid))
         return np.stack(maps)
 
 
-def reduced(grid: Grid, side: int) -> Grid:
-    """The squares of `side` that are whole."""
-    return grid[0] // side, grid[1] // side
+def reduced(layout: BlockLayout) -> Grid:
+    """Returns the grid of the averages that a block attends to."""
+    return layout.grid[0] // layout.reduction, layout.grid[1] // layout.reduction
 
 
 def means(grid: Grid, side: int, squares: Grid) -> np.ndarray:
@@ -109,9 +112,6 @@ def look(found: Checkpoint, images: np.ndarray) -> list[Look]:
     mean, std = (tuple(found.preprocessing[key]) for key in ("mean", "std"))
     run = jax.jit(lambda v, x: block_outputs(model, v, normalize(x, mean, std)))
     blocks = jax.device_get(run(variables, images))
-    stages = None
-    if isinstance(model, PyramidTNT):
-        stages = [i for i, depth in enumerate(model.depths) for _ in range(depth)]
     probabilities = [None] * len(images)
     if model.num_classes:
         predict = jax.jit(step.make_predict_step(model, mean=mean, std=std))
@@ -120,8 +120,8 @@ def look(found: Checkpoint, images: np.ndarray) -> list[Look]:
     return [
         Look(
             image,
-            found.network.grid,
-            stages,
+            model.block_layouts(found.network.grid),
+            model.has_class_token,
             [block["outer_attention"][row] for block in blocks],
             {i: block["inner_attention"][row] for i, block in read},
             [block["sentences"][row] for block in blocks],
@@ -138,7 +138,7 @@ def prepare(found: Checkpoint, image: str | os.PathLike) -> np.ndarray:
     Raises:
         InputError: it cannot be read.
     """
-    size = found.network.grid[0] * found.network.model.patch_size
+    size = found.network.image_size
     try:
         encoded = pathlib.Path(image).read_bytes()
         return eval_transform(
@@ -175,7 +175,7 @@ def most_read(seen: Look, number: int) -> list[int]:
     PyramidTNT attends to squares of them as one: the middle of each sentence of the last block.
     """
     last = len(seen.sentences) - 1
-    grid, side = seen.grid_of(last), 2 ** (seen.stages[last] if seen.stages else 0)
+    grid, side, _ = seen.layouts[last]
     weight = means(seen.grid, side, grid) @ seen.reached()[-1].ravel()
     best = np.unravel_index(np.argsort(-weight, kind="stable")[:number], grid)
     rows, columns = (

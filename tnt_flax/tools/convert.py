@@ -85,7 +85,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
 
 def report(found: Checkpoint, *, names: bool) -> dict[str, Any]:
     """Prints the table of what was found; returns it for the JSON line."""
-    model, grid = found.network.model, found.network.grid
+    model = found.network.model
     facts = {
         "source": found.path,
         "container": found.container,
@@ -94,7 +94,7 @@ def report(found: Checkpoint, *, names: bool) -> dict[str, Any]:
         "lineage": lineage_of(model),
         "weights": found.weights,  # None: the source does not tell
         "parameters": found.num_params,
-        "image_size": grid and grid[0] * model.patch_size,  # None: not square
+        "image_size": found.network.image_size,  # None: not square
         "channels": found.network.channels,
         "num_classes": model.num_classes,
         **found.preprocessing,

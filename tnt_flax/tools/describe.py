@@ -35,9 +35,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import named_leaves
-from tnt_flax.models import Model, create_model
-from tnt_flax.models.tnt_blocks import TNTBlock
-from tnt_flax.models.word_embedding import KERNEL
+from tnt_flax.models import Network, create_model
+from tnt_flax.models.tnt_blocks import KERNEL, TNTBlock
 from tnt_flax.tools.command_line import Parser, parse_settings, run
 
 # Of the cost model: the first one whose expression matches the beginning of a layer's path.
@@ -144,7 +143,9 @@ def describe(
     return dict(parameters=parameters, macs=macs, computed_macs=computed, parts=parts)
 
 
-def traced_products(model: Model, variables, images) -> tuple[list[Contraction], list[Contraction]]:
+def traced_products(
+    model: Network, variables, images
+) -> tuple[list[Contraction], list[Contraction]]:
     """Those of a forward pass, and of loss and gradient in training."""
     rngs = {"dropout": jax.random.key(0)}
 
@@ -171,22 +172,23 @@ def traced_products(model: Model, variables, images) -> tuple[list[Contraction],
     )
 
 
-def output_shapes(model: Model, variables, images) -> dict[str, tuple[int, ...] | None]:
+def output_shapes(model: Network, variables, images) -> dict[str, tuple[int, ...] | None]:
     """Of every module for one image, by its path, in the order in which they are called.
 
     None where the output is not one array. The network itself is "".
     """
-    shapes, group = {}, ()
+    shapes, root, caller = {}, (), ()
 
     def watch(call, args, kwargs, context):
-        nonlocal group
-        outside, module = group, context.module
-        if isinstance(module, TNTBlock):  # a network of its own, whose paths begin anew
-            group = (module.name,)
-        path = "/".join((*group, *module.path))
+        nonlocal root, caller
+        outside, module = (root, caller), context.module
+        if isinstance(module, TNTBlock):  # unbound, so that its submodules' paths begin anew
+            root = (*caller, module.name)
+        caller = (*root, *module.path)
+        path = "/".join(caller)
         shapes.setdefault(path, None)  # its place is before what it calls
         output = call(*args, **kwargs)
-        group = outside
+        root, caller = outside
         if context.method_name == "__call__" and not isinstance(output, tuple):
             per_image = output.shape[0] // images.shape[0]  # patches may be on the batch axis
             shapes[path] = (per_image,) * (per_image > 1) + output.shape[1:]
@@ -199,7 +201,7 @@ def output_shapes(model: Model, variables, images) -> dict[str, tuple[int, ...] 
 
 
 def list_layers(
-    model: Model, params, shapes, products: list[Contraction], batch_size: int
+    model: Network, params, shapes, products: list[Contraction], batch_size: int
 ) -> list[Layer]:
     """Whatever has parameters or products of its own; of blocks the sum over their group."""
     arrays = named_leaves(params)
@@ -228,7 +230,7 @@ def path_of(product: Contraction, shapes) -> str:
     return path
 
 
-def fold(model: Model, layers: list[Layer]) -> list[Group]:
+def fold(model: Network, layers: list[Layer]) -> list[Group]:
     """Runs of layers outside of the blocks, and every kind of block once."""
     numbers, first = {}, 0
     for path, length in model.stacks():

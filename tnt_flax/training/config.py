@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import randaugment
-from tnt_flax.models import MODELS, Model, create_model
+from tnt_flax.models import MODELS, Network, create_model
 from tnt_flax.weights import identify
 from tnt_flax.weights.read import read_checkpoint
 
@@ -128,7 +128,7 @@ def resolve_model_config(config: ConfigDict, path: str = "", checkpoint: str = "
     return config
 
 
-def describe_model(path: str, model: Model) -> dict[str, Any]:
+def describe_model(path: str, model: Network) -> dict[str, Any]:
     """Returns the name of the closest published network and all fields that differ from it.
 
     Raises:

@@ -19,7 +19,7 @@ from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import merged
 from tnt_flax.data import pipeline, randaugment, sources, transforms
 from tnt_flax.data.plan import TrainPlan
-from tnt_flax.models import Model, create_model
+from tnt_flax.models import Network, create_model
 from tnt_flax.runtime import sharding
 from tnt_flax.training import fine_tuning, mixup, step
 from tnt_flax.training.config import check_config, resolve_model_config, steps_of
@@ -206,7 +206,7 @@ class Experiment:
 
     # ---------------------------------------------------------------------------- network
 
-    def make_model(self, num_classes: int) -> Model:
+    def make_model(self, num_classes: int) -> Network:
         """Returns the network that `config.model` describes."""
         config = self.config
         if not config.model.name:
@@ -230,7 +230,7 @@ class Experiment:
         return model
 
     @functools.cached_property
-    def model(self) -> Model:
+    def model(self) -> Network:
         known = self._num_classes
         return self.make_model(len(self.class_names) if known is None else known)
 
@@ -388,11 +388,11 @@ class Experiment:
             gradient_dtype=self.config.mesh.gradient_dtype,
         )
 
-    def make_eval_step(self, model: Model, classes: tuple[int, ...] | None = None):
+    def make_eval_step(self, model: Network, classes: tuple[int, ...] | None = None):
         """Returns `eval_step(params, batch)`; see `step.make_eval_step`."""
         return step.make_eval_step(model, classes=classes, **self._normalization)
 
-    def make_predict_step(self, model: Model):
+    def make_predict_step(self, model: Network):
         """Returns `predict_step(params, images)`; see `step.make_predict_step`."""
         return step.make_predict_step(model, **self._normalization)
 

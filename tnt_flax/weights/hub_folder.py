@@ -24,7 +24,7 @@ def facts(found: Checkpoint) -> dict[str, Any]:
     return {
         "network": found.name or "tnt",
         "lineage": identify.lineage_of(model),
-        "image_size": grid[0] * model.patch_size,
+        "image_size": found.network.image_size,
         "mean": list(prepared["mean"]),
         "std": list(prepared["std"]),
         "crop_fraction": prepared["crop_fraction"],

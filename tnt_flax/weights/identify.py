@@ -11,25 +11,32 @@ import jax.numpy as jnp
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import merged
-from tnt_flax.models import LINEAGES, MODELS, TNT, Model, PyramidTNT, class_of, create_model
+from tnt_flax.models import (
+    MODELS,
+    NETWORKS,
+    TNT,
+    VARIANTS,
+    Network,
+    PyramidTNT,
+    class_of,
+    create_model,
+)
 from tnt_flax.weights.names import place_of
 
 # The lineages that each system's code can run.
-LINEAGES_OF = {
-    "tnt_flax": tuple(LINEAGES),
+VARIANTS_OF = {
+    "tnt_flax": tuple(VARIANTS),
     "huawei": ("official",),
     "timm": ("official", "legacy"),
     "mmpretrain": ("legacy",),
     "mindspore": ("mindspore",),
     "mindspore_pets": ("mindspore_pets",),
-    "huawei_pyramid": (),
+    "huawei_pyramid": ("pyramid",),
 }
 
 # Fields of TNT that say how it is computed or trained, not which function it is.
 FREE_FIELDS = {"dtype", "remat", "inner_impl", "outer_impl", "dropout", "attention_dropout"}
 FREE_FIELDS |= {"drop_path", "parent", "name"}
-LINEAGE_FIELDS = sorted({field for fields in LINEAGES.values() for field in fields} - {"qkv_bias"})
-
 # How the published weights of a lineage want their images: mean and standard deviation per channel
 # on the scale 0..1, and the share of the resized image that the central crop keeps (reference: the
 # systems' own evaluation settings).
@@ -44,23 +51,23 @@ PREPROCESSING = {
 }
 
 
-def function_fields(model: Model) -> dict[str, Any]:
+def function_fields(model: Network) -> dict[str, Any]:
     """The fields that say which function the model is, and their values."""
     names = (field.name for field in dataclasses.fields(model))
     return {name: getattr(model, name) for name in names if name not in FREE_FIELDS}
 
 
-def unstored_fields(model: Model) -> dict[str, Any]:
+def unstored_fields(model: Network) -> dict[str, Any]:
     """Of these, those that no other system's files tell."""
     known = function_fields(model)
     return {k: known[k] for k in ("outer_heads", "inner_heads", "patch_size") if k in known}
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
-    """A model and what its tensors say besides: sentences (N) and channels of the images."""
+class SizedNetwork:
+    """A network with the number of sentences and of image channels that its weights have."""
 
-    model: Model
+    model: Network
     sentences: int
     channels: int
 
@@ -70,17 +77,20 @@ class Network:
         side = math.isqrt(self.sentences)
         return (side, side) if side * side == self.sentences else None
 
+    @property
+    def image_size(self) -> int | None:
+        """Pixels on each side of the images; None if the sentences form no square."""
+        return self.grid and self.grid[0] * self.model.patch_size
+
     def abstract_params(self) -> Any:
         """Shapes and types of the parameters, and of the statistics among them: see `merged`.
 
         Raises:
-            InputError: the sentences of a PyramidTNT form no square.
+            InputError: the sentences form no square, and the network needs several rows.
         """
-        side, grid = self.model.patch_size, (1, self.sentences)
-        if isinstance(self.model, PyramidTNT):
-            if self.grid is None:
-                raise InputError(f"{self.sentences} sentences form no square")
-            grid = self.grid
+        side, grid = self.model.patch_size, self.grid or (1, self.sentences)
+        if self.grid is None and self.model.min_grid > 1:
+            raise InputError(f"{self.sentences} sentences form no square")
         shape = (1, side * grid[0], side * grid[1], self.channels)
         images = jax.ShapeDtypeStruct(shape, jnp.float32)
         return merged(jax.eval_shape(self.model.init, jax.random.key(0), images))
@@ -92,7 +102,7 @@ def identify(
     shapes: Mapping[str, tuple[int, ...]],
     name: str | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> Network:
+) -> SizedNetwork:
     """The network of these tensors: `shapes` by our per-block names, of a file of `naming`.
 
     No file stores the numbers of heads: they come from `name`, a published size of the same widths,
@@ -134,13 +144,15 @@ def identify(
     fields["mlp_ratio"] = hidden / fields["outer_dim"]
     fields |= lineage_fields(_lineage(naming, shapes, fields))
     fields |= _heads(path, fields, name, overrides, TNT)
-    model = create_model("tnt_s_patch16_224", **(fields | overrides))
+    model = create_model(TNT.base_name, **(fields | overrides))
     if name is not None:
         check_same(path, model, create_model(name, num_classes=model.num_classes), name)
-    return Network(model, shape("sentence_pos", 3)[1] - 1, shape("word_embed/conv/kernel", 4)[2])
+    return SizedNetwork(
+        model, shape("sentence_pos", 3)[1] - 1, shape("word_embed/conv/kernel", 4)[2]
+    )
 
 
-def _identify_pyramid(path: Any, shapes, shape, name: str | None, overrides) -> Network:
+def _identify_pyramid(path: Any, shapes, shape, name: str | None, overrides) -> SizedNetwork:
     depths = []
     for i in range(4):
         numbers = [int(n.split("/")[2]) for n in shapes if n.startswith(f"stages_{i}/blocks/")]
@@ -156,13 +168,13 @@ def _identify_pyramid(path: Any, shapes, shape, name: str | None, overrides) -> 
         se="stages_0/blocks/0/outer/se/fc1/kernel" in shapes,
     )
     fields |= _heads(path, fields, name, overrides, PyramidTNT)
-    model = create_model("ptnt_s_patch16_256", **(fields | overrides))
+    model = create_model(PyramidTNT.base_name, **(fields | overrides))
     if name is not None:
         check_same(path, model, create_model(name, num_classes=model.num_classes), name)
-    return Network(model, sentences, shape("stem/shared/conv/kernel", 4)[2])
+    return SizedNetwork(model, sentences, shape("stem/shared/conv/kernel", 4)[2])
 
 
-def name_of(model: Model) -> str | None:
+def name_of(model: Network) -> str | None:
     """The published name of a network of these sizes and this lineage; classes do not matter."""
     for name in MODELS:
         if not differences(model, create_model(name, num_classes=model.num_classes)):
@@ -172,20 +184,21 @@ def name_of(model: Model) -> str | None:
 
 def lineage_fields(lineage: str) -> dict[str, Any]:
     """All fields by which lineages differ, as `lineage` has them; qkv_bias only where it must."""
-    return {f: TNT.__dataclass_fields__[f].default for f in LINEAGE_FIELDS} | LINEAGES[lineage]
+    (network,) = (network for network in NETWORKS.values() if lineage in network.variants)
+    fields = {field for variant in network.variants.values() for field in variant} - {"qkv_bias"}
+    defaults = {field: network.__dataclass_fields__[field].default for field in sorted(fields)}
+    return defaults | network.variants[lineage]
 
 
-def lineage_of(model: Model) -> str:
+def lineage_of(model: Network) -> str:
     """The published lineage of a model; "other" for a mixture."""
-    if isinstance(model, PyramidTNT):
-        return "pyramid"
-    for lineage in LINEAGES:
+    for lineage in model.variants:
         if all(getattr(model, f) == value for f, value in lineage_fields(lineage).items()):
             return lineage
     return "other"
 
 
-def differences(a: Model, b: Model) -> dict[str, tuple[Any, Any]]:
+def differences(a: Network, b: Network) -> dict[str, tuple[Any, Any]]:
     """The fields in which two models are different functions, with both values."""
     if type(a) is not type(b):
         return {"network": (type(a).__name__, type(b).__name__)}
@@ -193,7 +206,7 @@ def differences(a: Model, b: Model) -> dict[str, tuple[Any, Any]]:
     return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
 
 
-def check_same(path: Any, found: Model, wanted: Model, wanted_name: str) -> None:
+def check_same(path: Any, found: Network, wanted: Network, wanted_name: str) -> None:
     """Raises InputError, with what differs, unless both are the same function of an image."""
     changed = differences(found, wanted)
     if changed:
@@ -205,8 +218,8 @@ def check_same(path: Any, found: Model, wanted: Model, wanted_name: str) -> None
 
 def _lineage(naming: str, shapes: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
     """By the tensors that only it has; the strict check of all tensors comes later."""
-    if len(LINEAGES_OF[naming]) == 1:
-        return LINEAGES_OF[naming][0]
+    if len(VARIANTS_OF[naming]) == 1:
+        return VARIANTS_OF[naming][0]
     if naming == "tnt_flax" and "proj/norm2/scale" not in shapes:
         return "mindspore_pets"
     if naming == "tnt_flax" and "word_embed/conv/bias" not in shapes:
@@ -232,7 +245,7 @@ def _heads(
     fields: Mapping[str, Any],
     name: str | None,
     overrides: Mapping[str, Any],
-    network: type[Model],
+    network: type,
 ) -> dict[str, int]:
     """The heads that `fields` does not know: of the published network of these widths."""
     keys = [key for key in ("inner_heads", "outer_heads") if key not in fields]

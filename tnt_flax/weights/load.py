@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.models import Model, PyramidTNT
-from tnt_flax.models.features import Grid, resampled_positions
+from tnt_flax.models import Network
+from tnt_flax.models.network import Grid
 from tnt_flax.weights.read import Checkpoint, read_checkpoint
 
 Sharding = jax.sharding.Sharding
@@ -30,7 +30,7 @@ def load(
     in_channels: int | None = None,
     sharding: Sharding | Callable[[str, tuple[int, ...]], Sharding] | None = None,
     **overrides: Any,
-) -> tuple[Model, dict[str, Any]]:
+) -> tuple[Network, dict[str, Any]]:
     """Loads weights of any system; says on stderr what they were.
 
     Args:
@@ -72,7 +72,7 @@ def adapt(
     *,
     new_head: bool = False,
     put: Callable[[str, Any], Any] = lambda name, x: x,
-) -> Model:
+) -> Network:
     """Fits `found.params` to other classes, image size and channels, in place; None keeps them.
 
     `new_head` forgets the head even where the number of classes stays; `put` is called with every
@@ -96,13 +96,12 @@ def adapt(
                 f"cannot resample their positions for {new[0]}x{new[1]}"
             )
         if network.grid not in (None, new):
-            resampled = resampled_positions(model, params, network.grid, new)
+            resampled = model.resampled_positions(params, network.grid, new)
             changes |= {path: np.asarray(x) for path, x in resampled.items()}
             sizes = "{}x{} to {}x{}".format(*network.grid, *new)
             found.notes.append(f"resampled the positions from {sizes}")
     if in_channels is not None and in_channels != network.channels:
-        stem = ("stem", "shared") if isinstance(model, PyramidTNT) else ("word_embed",)
-        path = (*stem, "conv", "kernel")
+        path = model.stem_kernel
         kernel = np.asarray(functools.reduce(lambda tree, name: tree[name], path, params))
         changes[path] = adapt_channels(kernel, in_channels)
         found.notes.append(f"adapted the stem to {in_channels} channels")
@@ -124,14 +123,13 @@ def _grid(image_size: int | tuple[int, int], patch_size: int) -> Grid:
     return height // patch_size, width // patch_size
 
 
-def _new_head(model: Model) -> dict[str, np.ndarray]:
+def _new_head(model: Network) -> dict[str, np.ndarray]:
     """As the network's own initial head, the same each time."""
     if not model.num_classes:
         return {}
     shape = (model.num_features, model.num_classes)
     head = {"kernel": np.asarray(0.02 * jax.random.normal(jax.random.key(0), shape))}
-    has_bias = isinstance(model, PyramidTNT) or model.output_bias
-    return head | ({"bias": np.zeros(shape[1], np.float32)} if has_bias else {})
+    return head | ({"bias": np.zeros(shape[1], np.float32)} if model.head_bias else {})
 
 
 def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 
 from tnt_flax.core.errors import InputError, listed, one_line
 from tnt_flax.core.trees import check_tensors_match, named_leaves, split
-from tnt_flax.models import MODELS, PyramidTNT, create_model
+from tnt_flax.models import MODELS, create_model
 from tnt_flax.runtime import checkpoints as run_checkpoints
 from tnt_flax.weights import hub, identify, name_tables
 from tnt_flax.weights import names as mapping
@@ -32,7 +32,7 @@ class Checkpoint:
     path: str  # of the file or folder, or the hf:// address
     container: str  # in words
     naming: str  # the system whose names the tensors had: one of `mapping.NAMINGS`
-    network: identify.Network
+    network: identify.SizedNetwork
     params: Any  # float32; ours, whatever the file was; with statistics: see `state.merged`
     weights: str | None  # "ema" or "raw" where the source tells them apart
     info: dict[str, Any]  # our own files: the config and the class names of the run
@@ -70,7 +70,7 @@ class Checkpoint:
     def summary(self) -> str:
         """One line: what it is."""
         model, grid = self.network.model, self.network.grid
-        size = f"{grid[0] * model.patch_size} px" if grid else f"{self.network.sentences} patches"
+        size = f"{self.network.image_size} px" if grid else f"{self.network.sentences} patches"
         kind = {"ema": "averaged weights, ", "raw": "raw weights, ", None: ""}[self.weights]
         return (
             f"{self.path}: {self.name or f'a {type(model).__name__} of no published size'} "
@@ -209,7 +209,7 @@ def _described(
     shapes: Mapping[str, tuple[int, ...]],
     name: str | None,
     overrides: Mapping[str, Any],
-) -> identify.Network:
+) -> identify.SizedNetwork:
     """The network that a config of ours describes; sizes that it leaves open are the tensors'."""
     fields = {k: v for k, v in config["model"].items() if v is not None}
     described = fields.pop("name")
@@ -223,12 +223,11 @@ def _described(
     if name is not None:
         wanted = create_model(name, num_classes=model.num_classes)
         identify.check_same(source, model, wanted, name)
-    pyramid = isinstance(model, PyramidTNT)
-    stem = "stem/shared/conv/kernel" if pyramid else "word_embed/conv/kernel"
+    stem = "/".join(model.stem_kernel)
     if stem not in shapes:
         raise InputError(f"{source} describes a {type(model).__name__}, but holds none")
-    sentences = shapes["sentence_pos"][1] - (not pyramid)  # TNT has a class token
-    return identify.Network(model, sentences, shapes[stem][2])
+    sentences = shapes["sentence_pos"][1] - model.has_class_token
+    return identify.SizedNetwork(model, sentences, shapes[stem][2])
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 
 from tnt_flax.core.errors import InputError, RunError, listed
 from tnt_flax.core.trees import fingerprint, named_leaves
-from tnt_flax.models import Model, PyramidTNT
+from tnt_flax.models import Network
 from tnt_flax.weights import identify, names, weights_file
 from tnt_flax.weights.formats import mindspore, torch
 from tnt_flax.weights.read import Checkpoint, read_checkpoint
@@ -35,7 +35,7 @@ class Target:
     """Weights as another system's network has them."""
 
     naming: str
-    model: Model
+    model: Network
     params: Any
     notes: list[str]
 
@@ -76,17 +76,17 @@ def make_target(found: Checkpoint, system: str) -> Target:
         return Target("tnt_flax", model, found.params, [])
     held = [
         (naming, lineage)
-        for naming, lineages in identify.LINEAGES_OF.items()
+        for naming, lineages in identify.VARIANTS_OF.items()
         for lineage in lineages
-        if naming.startswith(system)
+        if naming.startswith(system) and lineage in model.variants
     ]
-    if isinstance(model, PyramidTNT):
-        if system != "huawei":
-            raise InputError(f"{found.path} is a PyramidTNT, which {system} does not have")
-        return Target("huawei_pyramid", model, found.params, [])
+    if not held:
+        raise InputError(f"{found.path} is a {type(model).__name__}, which {system} does not have")
     candidates = [(n, model.clone(**identify.lineage_fields(lineage))) for n, lineage in held]
     fitting = [
-        c for c in candidates if all(getattr(model, f) == getattr(c[1], f) for f in STRUCTURE)
+        c
+        for c in candidates
+        if all(getattr(model, f, None) == getattr(c[1], f, None) for f in STRUCTURE)
     ]
     if not fitting:
         raise InputError(
@@ -100,15 +100,15 @@ def make_target(found: Checkpoint, system: str) -> Target:
         f"{system} computes with {field}={getattr(target, field)}, this network with "
         f"{getattr(model, field)}: its results will differ a little"
         for field in NUMERICS
-        if getattr(model, field) != getattr(target, field)
+        if getattr(model, field, None) != getattr(target, field, None)
     ]
     return Target(naming, target, params, notes)
 
 
-def _check_system(path: str, system: str, model: Model) -> None:
+def _check_system(path: str, system: str, model: Network) -> None:
     """What the system's own code cannot be told, though its names could be written."""
     faults = []
-    if model.vanilla_blocks and system != "huawei":
+    if getattr(model, "vanilla_blocks", ()) and system != "huawei":
         faults.append("blocks without words")
     if model.mlp_ratio != 4 and system == "timm":
         faults.append(f"mlp_ratio={model.mlp_ratio} for the words (it has 4)")
@@ -116,7 +116,7 @@ def _check_system(path: str, system: str, model: Model) -> None:
         raise InputError(f"{path}: {system} cannot build {' and '.join(faults)}")
 
 
-def _with_biases_of(found: Checkpoint, naming: str, target: Model) -> Any:
+def _with_biases_of(found: Checkpoint, naming: str, target: Network) -> Any:
     """The parameters with exactly the biases that `target` has."""
     network = dataclasses.replace(found.network, model=target)
     abstract, params = network.abstract_params(), named_leaves(found.params)
@@ -173,8 +173,7 @@ def describe(found: Checkpoint) -> dict[str, Any]:
     model, grid = found.network.model, found.network.grid
     fields = identify.function_fields(model)
     fields.pop("num_classes")  # the head's shape says it
-    data = found.preprocessing | ({"image_size": grid[0] * model.patch_size} if grid else {})
-    any_name = "ptnt_s_patch16_256" if isinstance(model, PyramidTNT) else "tnt_s_patch16_224"
-    name = found.name or any_name  # the fields say the rest
+    data = found.preprocessing | ({"image_size": found.network.image_size} if grid else {})
+    name = found.name or model.base_name  # the fields say the rest
     info = {"config": {"model": {"name": name} | fields, "data": data}, "source": found.naming}
     return json.loads(json.dumps(info))  # tuples become lists

@@ -9,13 +9,15 @@ differs. Four things make it slow as JAX and XLA derive it:
 - The gradient of a kernel with more inputs than outputs is faster when computed transposed.
 - The attention weights, which the backward pass computes again, would be computed for each use.
 - With several batch axes the GELU's result is a second array as wide as the MLP beside its input;
-  of rows of one matrix it takes the input's place (`flat_mlp` of `models.layers.Primitives`). A
-  program that holds less than 32 MiB gets them from glibc without a system call.
+  of rows of one matrix it takes the input's place (`mlp`). A program that holds less than 32 MiB
+  gets them from glibc without a system call.
 
 `jax.custom_vjp` has no forward mode: `jax.jvp`, `jax.hessian` and the like need the plain layers.
 """
 
 import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +49,15 @@ def _matmul_backward(saved, d_out):
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def mlp(x: Array, fc1: Callable, gelu: Callable, dropout: Callable, fc2: Callable) -> Array:
+    """See `models.layers.mlp`. The tokens of all sequences are rows of one matrix."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    hidden = gelu(fc1(rows))
+    flat = hidden.shape
+    hidden = dropout(hidden.reshape(*x.shape[:-1], flat[-1]))  # samples sequence by sequence
+    return fc2(hidden.reshape(flat)).reshape(x.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

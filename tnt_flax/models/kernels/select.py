@@ -18,19 +18,21 @@ The Pallas kernels are opt-in.
 
 from typing import Any
 
+from jaxtyping import Array
+
 from tnt_flax.core.errors import InputError
 from tnt_flax.models.kernels import cpu, inner_pallas, lanes, outer_pallas
 from tnt_flax.models.kernels.platform import platform
-from tnt_flax.models.layers import Primitives
 
 INNER = ("auto", "reference", "cpu", "lanes", "pallas")
 OUTER = ("auto", "reference", "cpu", "pallas")
 REMAT = ("auto", "none", "inner", "block")  # what the backward pass computes again
 
-PRIMITIVES = {
-    "reference": Primitives(),
-    "cpu": Primitives(cpu.matmul, cpu.attend, flat_mlp=True),
-    "pallas": Primitives(attend=outer_pallas.attend),
+# Fields of `layers.TransformerBlock`.
+FUNCTIONS: dict[str, dict[str, Any]] = {
+    "reference": {},
+    "cpu": dict(attention_fn=cpu.attend, matmul_fn=cpu.matmul, mlp_fn=cpu.mlp),
+    "pallas": dict(attention_fn=outer_pallas.attend),
 }
 LANES_BLOCKS = {"lanes": lanes.block, "pallas": inner_pallas.block}  # words as [C, M, P]
 
@@ -69,6 +71,11 @@ def choose_outer(impl: str, sentences_shape: tuple[Any, int, int], heads: int) -
                 f"heads of width {width // heads} do not fit the kernel or the mesh; "
                 "use outer_impl='auto'"
             )
+    return choose_simple(impl)
+
+
+def choose_simple(impl: str) -> str:
+    """Returns `impl`; for "auto", "cpu" or "reference", which take any shapes."""
     if impl != "auto":
         return impl
     return "cpu" if platform() == "cpu" else "reference"
@@ -83,3 +90,25 @@ def choose_remat(remat: str) -> str:
     if remat != "auto":
         return remat
     return "none" if platform() == "cpu" else "block"
+
+
+def implement(block: Any, inner_impl: str, outer_impl: str) -> Any:
+    """Returns a TNTBlock with the parameters of `block`, in other implementations."""
+    functions = FUNCTIONS[outer_impl]
+    outer = block.outer.clone(**functions)
+    proj = block.proj.clone(matmul_fn=outer.matmul_fn)
+    if outer.reduce:
+        outer = outer.clone(reduce=outer.reduce.clone(matmul_fn=outer.matmul_fn))
+    inner = block.inner
+    if inner and inner_impl in LANES_BLOCKS:
+        fields = dict(norm_eps=inner.norm_eps, gelu=inner.gelu, parent=None)
+        inner = lanes.LanesTransformer(inner.num_heads, LANES_BLOCKS[inner_impl], **fields)
+        proj = lanes.LanesToSentences(proj.norm_each_word, proj.norm_eps, proj.dtype, parent=None)
+    elif inner:
+        inner = inner.clone(**FUNCTIONS[inner_impl])
+    return block.clone(inner=inner, proj=proj, outer=outer)
+
+
+def to_layout(inner_impl: str, words: Array) -> Array:
+    """Returns words [B, N, M, C] in the layout of the inner implementation."""
+    return lanes.to_lanes(words) if inner_impl in LANES_BLOCKS else words
