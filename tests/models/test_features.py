@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps of features from images of any size; the tables of the README are these numbers."""
+"""Maps of features from images of any size, with the shapes of the documentation."""
 
 import functools
 import runpy
@@ -11,15 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.models.test_tnt import SMALL
+from tests.helpers.networks import SMALL, jit
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import named_leaves
 from tnt_flax.models import TNT, PyramidTNT, block_outputs, create_model, feature_maps
 from tnt_flax.models.features import with_positions
 from tnt_flax.models.layers import resample
 
-# Compiling is what these tests spend their time on; unoptimised code is compiled twice as fast.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 PYRAMID = dict(outer_dim=8, inner_dim=2, outer_heads=2, inner_heads=1, depths=(1, 1, 1, 1))
 
 
@@ -46,7 +44,7 @@ def map_shapes(model, variables, height, width):
         (800, 1333, (50, 84), [(100, 167), (50, 84), (25, 42), (13, 21)]),
     ],
 )
-def test_the_table_of_shapes(height, width, tnt, pyramid, root):
+def test_shapes_equal_the_documented_table(height, width, tnt, pyramid, root):
     model = create_model("tnt_s_patch16_224")
     shapes = map_shapes(model, initial(model, 224), height, width)
     assert shapes == [(16, 2, *tnt, 384)] * 4
@@ -69,8 +67,8 @@ def small_pyramid():
 
 
 @pytest.mark.parametrize("make", [small_tnt, small_pyramid])
-def test_maps_are_what_the_blocks_leave(make):
-    """Of the network itself at its own size: the head's input comes from the last one."""
+def test_maps_are_the_outputs_of_the_blocks(make):
+    """At the size of the weights, where the head's input comes from the last map."""
     model, shape = make()
     images = jnp.asarray(np.random.RandomState(0).standard_normal(shape), jnp.float32)
     variables = jit(model.init)(jax.random.key(0), images)
@@ -90,7 +88,7 @@ def test_maps_are_what_the_blocks_leave(make):
             np.testing.assert_allclose(each.features, sentences, atol=1e-5)
 
 
-def test_padding_is_zeros_to_the_right_and_below():
+def test_images_are_padded_with_zeros_to_the_right_and_below():
     model, _ = small_tnt()
     images = jnp.asarray(np.random.RandomState(0).standard_normal((1, 20, 40, 3)), jnp.float32)
     padded = jnp.pad(images, ((0, 0), (0, 12), (0, 8), (0, 0)))
@@ -103,7 +101,7 @@ def test_padding_is_zeros_to_the_right_and_below():
 
 @pytest.mark.slow
 def test_gradients_reach_all_but_the_head_and_frozen_statistics_stay():
-    """At another size than that of the weights, so that positions are resampled."""
+    """At another size than the weights', so that positions are resampled."""
     model, shape = small_pyramid()
     variables = jit(model.init)(jax.random.key(0), jnp.zeros(shape))
     images = jnp.asarray(np.random.RandomState(0).standard_normal((2, 90, 70, 3)), jnp.float32)
@@ -127,8 +125,8 @@ def test_gradients_reach_all_but_the_head_and_frozen_statistics_stay():
     assert changed == {}
 
 
-def test_resampling_of_pairs_is_along_four_axes():
-    """What depends on one row alone, of those that attend, depends on it alone afterwards."""
+def test_relative_positions_are_resampled_along_four_axes():
+    """A ramp along one axis stays a ramp along that axis alone."""
     ramp = jnp.arange(8.0)[:, None, None, None] + jnp.zeros((8, 8, 4, 4))
     table = ramp.reshape(1, 1, 64, 16)
     found = resample(table, 2, [(8, 8), (4, 4)], [(16, 12), (2, 6)]).reshape(16, 12, 2, 6)
@@ -141,7 +139,7 @@ def test_resampling_of_pairs_is_along_four_axes():
     np.testing.assert_allclose(found[0, 4:12, 0, 0], expected[4:12], atol=1e-5)
 
 
-def test_positions_of_the_same_size_are_left_alone():
+def test_positions_of_the_same_size_are_unchanged():
     model, _ = small_tnt()
     params = {"sentence_pos": jnp.zeros((1, 5, 24))}
     assert with_positions(model, params, (2, 2)) is params
@@ -154,20 +152,20 @@ def test_positions_of_the_same_size_are_left_alone():
         ((64, 64), dict(at=(-1,)), r"at=\[-1\]: the maps of this PyramidTNT are 0 to 3"),
     ],
 )
-def test_what_is_refused(size, options, message):
+def test_unknown_maps_are_refused(size, options, message):
     model, shape = small_pyramid()
     with pytest.raises(InputError, match=message):
         feature_maps(model, initial(model, 64), jnp.zeros((1, *size, 3)), **options)
 
 
-def test_a_grid_that_no_weights_tell():
+def test_positions_of_no_square_cannot_be_resampled():
     model, _ = small_tnt()
     with pytest.raises(InputError, match="these weights have 6 sentences, which form no square"):
         with_positions(model, {"sentence_pos": jnp.zeros((1, 7, 24))}, (2, 2))
 
 
 @pytest.mark.soak
-def test_the_example_learns_and_draws(root, tmp_path, monkeypatch, capsys):
+def test_the_segmentation_example_learns_and_plots(root, tmp_path, monkeypatch, capsys):
     source = root / "examples" / "segmentation.py"
     assert len(source.read_text().splitlines()) < 60
     monkeypatch.setattr(sys, "argv", ["segmentation.py", str(tmp_path / "masks.png"), "12"])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tests.helpers import numpy_tnt
-from tests.models.test_lanes import build, check_same, jit, normal, value_and_gradients
+from tests.helpers import networks, numpy_tnt
+from tests.helpers.networks import check_same, jit, normal, value_and_gradients
 from tnt_flax.models import layers
 from tnt_flax.models.kernels import inner_pallas, lanes
 
@@ -84,7 +84,9 @@ def test_gelu_and_its_slope(exact):
 @pytest.mark.soak
 def test_eight_devices_run_the_network_as_one_does(interpreted):
     """Words, dropped sentences and all parameters' gradients; the forward pass is silent."""
-    model, params, images = build((8, 32, 48, 3), inner_impl="pallas", drop_path=0.5)
+    model, params, images = networks.build(
+        (8, 32, 48, 3), inner_dim=12, depth=2, inner_impl="pallas", drop_path=0.5
+    )
     run = functools.partial(value_and_gradients, train=True, rngs={"dropout": jax.random.key(1)})
     expected = run(model.clone(inner_impl="reference"), params, images)
 

@@ -5,63 +5,21 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from tests.helpers import numpy_tnt
+from tests.helpers import networks, numpy_tnt
 from tests.helpers.jaxprs import equations
-from tnt_flax.models import TNT, VARIANTS, block_outputs, layers
+from tests.helpers.networks import check_same, normal, value_and_gradients
+from tnt_flax.models import VARIANTS, block_outputs, layers
 from tnt_flax.models.kernels import lanes
 
-# Compiling is what these tests spend their time on; unoptimised code is compiled twice as fast.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-SMALL = dict(outer_dim=24, inner_dim=12, outer_heads=3, inner_heads=2, depth=2, num_classes=5)
+build = functools.partial(networks.build, inner_dim=12, depth=2)
 
 
-@pytest.fixture(autouse=True)
-def full_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-def normal(*shape, seed=0):
-    return jnp.asarray(np.random.RandomState(seed).standard_normal(shape), jnp.float32)
-
-
-def build(image_shape=(2, 32, 48, 3), **fields):
-    model = TNT(**(SMALL | fields))
-    images = normal(*image_shape)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    return model, numpy_tnt.random_params(shapes), images
-
-
-def value_and_gradients(model, params, images, **kwargs):
-    weights = normal(images.shape[0], 5, seed=3)
-
-    def loss(params):
-        return jnp.sum(weights * model.apply({"params": params}, images, **kwargs))
-
-    return jit(jax.value_and_grad(loss))(params)
-
-
-def check_same(found, expected, tolerance=1e-5):
-    """Every leaf to `tolerance` of its largest value; where that is rounding alone, to nothing."""
-    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
-    for (path, x), y in zip(
-        jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True
-    ):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        # A key's bias moves all scores of a query alike: its gradient is nothing but rounding.
-        least = 1 if name.endswith("key/bias") else 1e-3
-        scale = max(float(jnp.abs(x).max()), least * largest)
-        difference = float(jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32)).max()) / scale
-        assert difference < tolerance, (name, difference)
-
-
-# The official one is that of the next test.
-@pytest.mark.parametrize("lineage", ["legacy", "mindspore", "mindspore_pets"])
-def test_every_lineage_gives_the_references_values_and_gradients(lineage):
-    model, params, images = build(inner_impl="lanes", **VARIANTS[lineage])
+# The next test covers the official variant.
+@pytest.mark.parametrize("variant", ["legacy", "mindspore", "mindspore_pets"])
+def test_every_variant_gives_the_references_values_and_gradients(variant):
+    model, params, images = build(inner_impl="lanes", **VARIANTS[variant])
     expected = value_and_gradients(model.clone(inner_impl="reference"), params, images)
     check_same(value_and_gradients(model, params, images), expected, 2e-5)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers alone. `trap_<n>` in a name is trap n of the published code's list of differences."""
+"""The layers alone, against their equations in numpy."""
 
 import functools
 
@@ -10,11 +10,8 @@ import pytest
 
 from tests.helpers import numpy_tnt
 from tests.helpers.jaxprs import equations
+from tests.helpers.networks import normal
 from tnt_flax.models import layers
-
-
-def normal(*shape, seed=0):
-    return jnp.asarray(np.random.RandomState(seed).standard_normal(shape), jnp.float32)
 
 
 def random_variables(module, *args, **kwargs):
@@ -26,7 +23,7 @@ def random_variables(module, *args, **kwargs):
 
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-7])
-def test_trap_1_layer_norm_at_variance_1e_6(eps):
+def test_layer_norm_is_accurate_at_small_variance(eps):
     x = 3 + 1e-3 * normal(8, 64)  # E[x^2] - E[x]^2 would be wrong in the first digit here
     norm = layers.LayerNorm(epsilon=eps)
     variables = random_variables(norm, x)
@@ -34,7 +31,7 @@ def test_trap_1_layer_norm_at_variance_1e_6(eps):
     np.testing.assert_allclose(norm.apply(variables, x), expected, atol=2e-3)
 
 
-def test_trap_1_blocks_norm_with_torchs_eps_by_default():
+def test_the_default_epsilon_is_torchs():
     x = 1e-3 * normal(2, 4, 6)
     block = layers.TransformerBlock(2)
     variables = random_variables(block, x, None, train=False)
@@ -58,17 +55,17 @@ def test_layer_norm_of_bfloat16_is_computed_in_float32():
 
 
 @pytest.mark.parametrize("name, value", [("erf", -0.00936083), ("tanh", -0.00888759)])
-def test_trap_2_gelu_at_minus_2_7(name, value):
+def test_gelu_is_the_erf_or_tanh_version(name, value):
     np.testing.assert_allclose(layers.GELU[name](jnp.float32(-2.7)), value, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["erf", "tanh"])
-def test_trap_2_gelu_over_its_range(name):
+def test_gelu_equals_numpy_over_its_range(name):
     x = jnp.linspace(-8, 8, 4001)
     np.testing.assert_allclose(layers.GELU[name](x), numpy_tnt.GELU[name](np.asarray(x)), atol=1e-6)
 
 
-def test_trap_2_blocks_use_the_exact_gelu_by_default():
+def test_the_default_gelu_is_exact():
     x = normal(2, 4, 6)
     block = layers.TransformerBlock(2)
     variables = random_variables(block, x, None, train=False)
@@ -82,7 +79,7 @@ def test_trap_2_blocks_use_the_exact_gelu_by_default():
 
 
 @pytest.mark.parametrize("fields", [{}, {"qkv_bias": True}, {"out_bias": False}])
-def test_trap_9_attention_equals_loops_over_heads(fields):
+def test_attention_equals_loops_over_heads(fields):
     x = 2 * normal(2, 3, 5, 12)
     attention = layers.Attention(3, **fields)
     variables = random_variables(attention, x, train=False)
@@ -97,7 +94,7 @@ def test_trap_9_attention_equals_loops_over_heads(fields):
         np.testing.assert_allclose(weights[i, j], expected_weights, atol=1e-6)
 
 
-def test_trap_16_large_scores_do_not_overflow():
+def test_large_logits_do_not_overflow():
     x = 50 * normal(1, 4, 6)
     attention = layers.Attention(1)
     variables = random_variables(attention, x, train=False)
@@ -105,7 +102,7 @@ def test_trap_16_large_scores_do_not_overflow():
     np.testing.assert_allclose(attention.apply(variables, x, train=False)[0], expected, rtol=1e-3)
 
 
-def test_trap_16_softmax_of_bfloat16_is_computed_in_float32():
+def test_softmax_of_bfloat16_is_computed_in_float32():
     x = jnp.asarray(normal(1, 5, 6), jnp.bfloat16)
     attention = layers.Attention(2, dtype=jnp.bfloat16)
     variables = random_variables(attention, x, train=False)
@@ -118,7 +115,7 @@ def test_trap_16_softmax_of_bfloat16_is_computed_in_float32():
     assert all(v.aval.dtype == jnp.bfloat16 for e in products for v in e.invars)
 
 
-def test_attention_names_the_width_that_its_heads_do_not_divide():
+def test_indivisible_widths_are_refused():
     with pytest.raises(ValueError, match="width 6 is not divisible by 4 attention heads"):
         layers.Attention(4).init(jax.random.key(0), normal(1, 2, 6), train=False)
 
@@ -168,20 +165,20 @@ def test_mlp_width_is_truncated_like_torchs():
 # -- Randomness
 
 
-def test_trap_14_drop_path_draws_once_per_sequence():
+def test_drop_path_samples_once_per_sequence():
     update = jnp.ones((64, 5, 7, 3))  # B, N, M, C: words
     rate = jnp.float32(0.3)
     out = layers.DropPath().apply({}, update, rate, rngs={"dropout": jax.random.key(0)})
     out = np.asarray(out)
     np.testing.assert_array_equal(out, np.broadcast_to(out[:, :, :1, :1], out.shape))
-    draws = out[:, :, 0, 0]
-    assert set(np.unique(draws)) == {0, np.float32(1) / (1 - np.float32(0.3))}
-    assert 0.6 < np.mean(draws > 0) < 0.8  # 320 draws: 4 sigma
-    assert (draws != draws[:, :1]).any()  # not per image
-    assert (draws != draws[:1]).any()  # nor the same for all images
+    samples = out[:, :, 0, 0]
+    assert set(np.unique(samples)) == {0, np.float32(1) / (1 - np.float32(0.3))}
+    assert 0.6 < np.mean(samples > 0) < 0.8  # 320 samples: 4 sigma
+    assert (samples != samples[:, :1]).any()  # not per image
+    assert (samples != samples[:1]).any()  # nor the same for all images
 
 
-def test_trap_14_drop_path_of_rate_none_and_0_keeps_all():
+def test_drop_path_of_rate_none_and_0_keeps_everything():
     update = normal(2, 3, 4)
     np.testing.assert_array_equal(layers.DropPath().apply({}, update, None), update)
     rngs = {"dropout": jax.random.key(0)}
@@ -199,7 +196,7 @@ def test_drop_path_keeps_the_dtype_of_the_computation():
     "fields, sites",
     [
         ({}, []),
-        ({"attention_dropout": 0.5}, [(2, 3, 5, 5)]),
+        ({"attention_dropout": 0.5}, [(2, 3, 5, 5)]),  # 2 sequences, 3 heads
         ({"dropout": 0.5}, [(2, 5, 12), (2, 5, 48), (2, 5, 12)]),  # attention's output, MLP twice
     ],
 )
@@ -221,16 +218,16 @@ def test_dropout_sites(fields, sites):
     assert draws(train=False) == []
 
 
-# -- Initial values (trap 15)
+# -- Initial values
 
 
-def test_trap_15_dense_kernels_are_an_untruncated_normal():
+def test_dense_kernels_start_with_an_untruncated_normal():
     kernel = layers.Dense(1000).init(jax.random.key(0), normal(1, 384))["params"]["kernel"]
     assert abs(kernel.std() - 0.02) < 1e-4  # cut at 2 sigma it would be .0176
-    assert 0.08 < abs(kernel).max() < 0.14  # 384,000 draws reach 4 to 7 sigma
+    assert 0.08 < abs(kernel).max() < 0.14  # 384,000 samples reach 4 to 7 sigma
 
 
-def test_trap_15_biases_are_zeros_and_norms_the_identity():
+def test_biases_start_with_zeros_and_norms_with_the_identity():
     block = layers.TransformerBlock(2, se=True, qkv_bias=True)
     init = functools.partial(block.init, drop_path_rate=None, train=False)
     params = jax.jit(init)(jax.random.key(0), normal(1, 2, 8))["params"]

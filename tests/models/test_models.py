@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of networks, `create_model`, and how cheap `import tnt_flax` is."""
+"""The table of networks, `create_model`, and the cost of `import tnt_flax`."""
 
 import re
 import subprocess
@@ -41,11 +41,11 @@ def count(tree):
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_trap_7_parameter_count_of_every_published_name(name):
+def test_parameter_count_of_every_published_name(name):
     assert count(shapes(name, image_size=int(name[-3:]))) == COUNTS[name]
 
 
-def test_every_count_belongs_to_a_name():
+def test_every_published_name_has_a_count():
     assert COUNTS.keys() == MODELS.keys()
 
 
@@ -100,7 +100,7 @@ def test_parameter_count_of_a_legacy_block():
     assert count(shapes("tnt_s_legacy_patch16_224")["blocks_0"]) == 12 * 1_928_352
 
 
-def test_trap_33_tnt_ti_has_two_inner_heads():
+def test_tnt_ti_has_two_inner_heads():
     assert create_model("tnt_ti_patch16_224").inner_heads == 2
     assert create_model("tnt_s_patch16_224").inner_heads == 4
     assert create_model("tnt_b_patch16_224").inner_heads == 4
@@ -115,7 +115,7 @@ def test_head_sizes(name):
 
 
 @pytest.mark.parametrize("name", TNTS)
-def test_trap_6_only_the_legacy_names_build_the_legacy_network(name):
+def test_only_legacy_names_build_the_legacy_network(name):
     legacy, pets = "_legacy_" in name, "_pets_" in name
     block = shapes(name)["blocks_0"]["proj"]
     assert ("norm2" in block) != (legacy or pets)
@@ -125,7 +125,7 @@ def test_trap_6_only_the_legacy_names_build_the_legacy_network(name):
     assert create_model(name).conv_first == (legacy or pets)
 
 
-def test_the_published_names_share_these_constants():
+def test_constants_of_the_published_names():
     for name in TNTS:
         model = create_model(name)
         numerics = (1e-7, "tanh") if "_mindspore_" in name else (1e-5, "erf")
@@ -167,7 +167,7 @@ def test_unknown_names_and_fields(name, fields, message):
         create_model(name, **fields)
 
 
-def test_import_is_cheap_and_dir_lists_the_public_names():
+def test_import_loads_no_framework_and_dir_lists_the_public_names():
     code = (
         "import sys, tnt_flax; names = dir(tnt_flax); "
         "print([m for m in ('jax', 'flax', 'numpy', 'torch') if m in sys.modules]); "

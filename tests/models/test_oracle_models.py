@@ -112,8 +112,8 @@ def test_gradients_equal_timms(legacy, torch, timm, record_property):
     torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).backward()
     theirs = timm_weights.to_flax({k: p.grad.numpy() for k, p in network.named_parameters()})
 
-    lineage = dict(conv_first=True, norm_each_word=True, proj_bias=True, proj_norm=False)
-    model = TNT(48, 12, 4, 3, depth=3, num_classes=7, **(lineage if legacy else {}))
+    variant = dict(conv_first=True, norm_each_word=True, proj_bias=True, proj_norm=False)
+    model = TNT(48, 12, 4, 3, depth=3, num_classes=7, **(variant if legacy else {}))
 
     def loss(params):
         logits = model.apply({"params": params}, jnp.asarray(images))
@@ -155,10 +155,10 @@ def test_bfloat16_costs_little(torch, timm, record_property):
     assert figures["max difference"] < 0.1 * figures["logits' standard deviation"]
 
 
-@pytest.mark.parametrize("lineage", ["official", "legacy"])
-def test_goldens_are_what_the_script_writes(lineage, torch, timm, tmp_path):
+@pytest.mark.parametrize("variant", ["official", "legacy"])
+def test_goldens_are_what_the_script_writes(variant, torch, timm, tmp_path):
     models.main(tmp_path)
-    name = f"tnt_{lineage}.npz"
+    name = f"tnt_{variant}.npz"
     with np.load(tmp_path / name) as fresh, np.load(models.GOLDEN / name) as committed:
         assert fresh.files == committed.files
         for key in fresh.files:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyramidTNT beside the official code: goldens of a tiny one, see `make_goldens_pyramid`."""
+"""PyramidTNT against the official code, by goldens of a tiny network."""
 
 import functools
 import json
@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import tnt_flax
 from tests.goldens.scripts.pyramid import CLASSES, FIELDS, GOLDEN, LABELS, SIZE, digest, images
+from tests.helpers.networks import jit
 from tests.models.test_models import shapes
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import fingerprint, merged, named_leaves, split
@@ -26,15 +27,7 @@ from tnt_flax.weights import names, write
 from tnt_flax.weights.formats import torch
 from tnt_flax.weights.read import read_checkpoint
 
-# Compiling is what these tests spend their time on; unoptimised code is compiled twice as fast.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TINY = FIELDS | dict(num_classes=CLASSES)
-
-
-@pytest.fixture(autouse=True)
-def full_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +51,7 @@ def sentences_of_stage(state, i):
 # -- Equality with the official code
 
 
-def test_logits_and_stages_are_the_official_ones(found, expected):
+def test_logits_and_stages_equal_the_official_code(found, expected):
     model = found.network.model.clone(inner_impl="reference", outer_impl="reference")
     run = jit(functools.partial(model.apply, mutable=["maps"]))
     logits, state = run(found.variables, jnp.asarray(images()))
@@ -70,8 +63,8 @@ def test_logits_and_stages_are_the_official_ones(found, expected):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
 
 
-def test_a_step_of_training_is_the_official_one(found, expected):
-    """Loss, gradients and BatchNorm's statistics; in the form of CPUs, with rematerialization."""
+def test_loss_gradients_and_statistics_equal_the_official_code(found, expected):
+    """In the CPU implementation, with rematerialization."""
     model = found.network.model.clone(inner_impl="cpu", outer_impl="cpu", remat="block")
     variables = found.variables
 
@@ -106,8 +99,8 @@ def test_a_step_of_training_is_the_official_one(found, expected):
     assert compared > 30
 
 
-def test_trap_32_statistics_are_torchs():
-    """By hand, on four values: 1, 2, 3 and 6 have the mean 3 and the unbiased variance 14 / 3."""
+def test_batch_norm_statistics_equal_torchs_by_hand():
+    """1, 2, 3 and 6 have the mean 3 and the unbiased variance 14 / 3."""
     x = jnp.array([1.0, 2.0, 3.0, 6.0]).reshape(2, 2, 1, 1)
     module = BatchNorm()
     variables = module.init(jax.random.key(0), x, train=False)
@@ -121,9 +114,8 @@ def test_trap_32_statistics_are_torchs():
         np.testing.assert_allclose(frozen.ravel(), x.ravel() / np.sqrt(1 + 1e-5), rtol=1e-6)
 
 
-@pytest.mark.parametrize("how", ["jit", "shard_map"])
-def test_statistics_are_those_of_all_devices(how):
-    """Of rows that lie on eight devices: values, statistics and gradients."""
+def test_batch_norm_statistics_are_those_of_all_devices():
+    """Values, statistics and gradients of a batch on eight devices."""
     mesh, module = sharding.make_mesh(), BatchNorm()
     x = jnp.asarray(np.random.RandomState(0).standard_normal((16, 2, 3)), jnp.float32)
     weight = jnp.arange(16.0).reshape(16, 1, 1)
@@ -137,32 +129,12 @@ def test_statistics_are_those_of_all_devices(how):
     run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     scale = variables["params"]["scale"]
     (value, changed), (d_scale, d_x) = run(scale, x, weight)
-    if how == "jit":
-        rows = NamedSharding(mesh, PartitionSpec("data"))
-        (value_2, changed_2), gradients = jax.jit(run, in_shardings=(None, rows, rows))(
-            scale, x, weight
-        )
-        value_2, d_scale_2 = value_2[None], gradients[0][None]
-    else:
-
-        def own(scale, x, weight):
-            (value, changed), (d_scale, d_x) = run(scale, x, weight)
-            return (value[None], changed), (d_scale[None], d_x)
-
-        rows, everywhere = PartitionSpec("data"), PartitionSpec()
-        (value_2, changed_2), gradients = jax.jit(
-            jax.shard_map(
-                own,
-                mesh=mesh,
-                in_specs=(everywhere, rows, rows),
-                out_specs=((rows, everywhere), (rows, rows)),
-                check_vma=False,
-            )
-        )(scale, x, weight)
-        d_scale_2 = gradients[0]
-    np.testing.assert_allclose(value_2.sum(), value, rtol=1e-5)
-    np.testing.assert_allclose(d_scale_2.sum(0), d_scale, rtol=1e-4, atol=1e-2)
-    np.testing.assert_allclose(gradients[1], d_x, rtol=1e-4, atol=1e-3)
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    sharded = jax.jit(run, in_shardings=(None, rows, rows))
+    (value_2, changed_2), (d_scale_2, d_x_2) = sharded(scale, x, weight)
+    np.testing.assert_allclose(value_2, value, rtol=1e-5)
+    np.testing.assert_allclose(d_scale_2, d_scale, rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(d_x_2, d_x, rtol=1e-4, atol=1e-3)
     for name, x in named_leaves(changed).items():
         np.testing.assert_allclose(named_leaves(changed_2)[name], x, rtol=1e-5, err_msg=name)
 
@@ -170,7 +142,7 @@ def test_statistics_are_those_of_all_devices(how):
 # -- The official files
 
 
-def test_official_files_are_told_and_written_again(found):
+def test_official_files_are_recognized_and_written_identically(found):
     assert (found.naming, found.network.grid) == ("huawei_pyramid", (8, 8))
     model = found.network.model
     assert isinstance(model, PyramidTNT)
@@ -183,7 +155,7 @@ def test_official_files_are_told_and_written_again(found):
         np.testing.assert_array_equal(written[name], x)
 
 
-def test_another_size_other_classes_and_channels(found):
+def test_loading_for_another_size_classes_and_channels(found):
     model, variables = tnt_flax.load(
         GOLDEN / "tiny.pth.tar", inner_heads=1, image_size=(96, 72), num_classes=2, in_channels=1
     )
@@ -194,7 +166,7 @@ def test_another_size_other_classes_and_channels(found):
     assert fingerprint(merged(same)) == fingerprint(found.params)
 
 
-def test_other_systems_have_no_pyramid(found):
+def test_other_frameworks_have_no_pyramid(found):
     with pytest.raises(InputError, match="tiny.pth.tar is a PyramidTNT, which timm does not have"):
         write.make_target(found, "timm")
     with pytest.raises(InputError, match="words of width 2, no published size.*give inner_heads="):
@@ -206,7 +178,7 @@ def test_other_systems_have_no_pyramid(found):
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])
-def test_misfits_are_named(change, tmp_path):
+def test_mismatching_tensors_are_named(change, tmp_path):
     tensors = dict(torch.read(GOLDEN / "tiny.pth.tar"))
     name = "patch_embed.inner_convs.1.running_var"
     changed = {"missing": None, "extra": tensors[name], "shape": tensors[name][:1]}[change]
@@ -219,7 +191,7 @@ def test_misfits_are_named(change, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("ptnt_")])
-def test_names_and_shapes_are_the_official_ones(name):
+def test_names_and_shapes_equal_the_official_code(name):
     size = int(name[-3:])
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     variables = jax.eval_shape(create_model(name).init, jax.random.key(0), images)
@@ -237,18 +209,18 @@ def abstract(**fields):
     return jax.eval_shape(PyramidTNT(**TINY | fields).init, jax.random.key(0), images)
 
 
-def test_tiles_are_neighbouring_sentences():
-    """Words numbered by their place in the picture; what is missing of odd grids is zero."""
+def test_word_maps_join_neighbouring_sentences():
+    """Words numbered by their place in the image; odd grids are padded with zeros."""
     rows, columns = 3, 5
-    picture = 1.0 + jnp.arange(4 * rows * 4 * columns).reshape(4 * rows, 4 * columns)
-    words = picture.reshape(rows, 4, columns, 4).swapaxes(1, 2).reshape(1, rows * columns, 16, 1)
-    padded = np.pad(np.asarray(picture), ((0, 4), (0, 4)))
+    numbers = 1.0 + jnp.arange(4 * rows * 4 * columns).reshape(4 * rows, 4 * columns)
+    words = numbers.reshape(rows, 4, columns, 4).swapaxes(1, 2).reshape(1, rows * columns, 16, 1)
+    padded = np.pad(np.asarray(numbers), ((0, 4), (0, 4)))
     found = np.asarray(word_maps(words, (rows, columns)))[..., 0]
     for tile, (y, x) in zip(found, np.ndindex(2, 3), strict=True):
         np.testing.assert_array_equal(tile, padded[8 * y : 8 * y + 8, 8 * x : 8 * x + 8])
 
 
-def test_initial_values_are_the_official_ones():
+def test_initial_values_have_the_official_distributions():
     spread = {
         "stem/sentences_2/conv/kernel": (2 / (9 * 40)) ** 0.5,
         "sentence_merges_1/conv/kernel": (2 / (9 * 160)) ** 0.5,
@@ -270,7 +242,7 @@ def test_initial_values_are_the_official_ones():
             assert (x == name.endswith("scale")).all(), name
 
 
-def test_which_parameters_decay():
+def test_kernels_and_relative_positions_decay():
     decayed = {name for name, on in named_leaves(decay_mask(abstract()["params"])).items() if on}
     kinds = {name.rpartition("/")[2] for name in decayed}
     assert kinds == {"kernel", "relative_pos"}
@@ -279,12 +251,12 @@ def test_which_parameters_decay():
 
 
 @pytest.mark.parametrize("depth, groups", [(1, [(0, 1)]), (6, [(0, 1), (1, 6)])])
-def test_which_blocks_have_words(depth, groups):
+def test_the_first_block_or_two_have_words(depth, groups):
     assert block_groups(depth) == groups
     assert block_groups(7) == [(0, 2), (2, 7)]
 
 
-def test_block_outputs():
+def test_shapes_of_block_outputs():
     model = PyramidTNT(**TINY | dict(depths=(1, 2, 1, 1)))
     images = jax.ShapeDtypeStruct((2, 32, 72, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -297,7 +269,7 @@ def test_block_outputs():
     assert ["inner_attention" in b for b in blocks] == [True, True, False, True, True]
 
 
-def test_paths_drop_but_for_the_first_block(found):
+def test_drop_path_spares_the_first_block(found):
     model = found.network.model.clone(drop_path=0.9)
     apply = functools.partial(model.apply, found.variables, train=True, mutable=["maps"])
 
@@ -311,7 +283,7 @@ def test_paths_drop_but_for_the_first_block(found):
     assert (one[1] != other[1]).any()
 
 
-def test_trap_32_positions_drop_and_not_sentences(found):
+def test_dropout_applies_to_positions_and_not_to_sentences(found):
     seen = []
 
     def watch(call, args, kwargs, context):
@@ -355,7 +327,7 @@ def test_bfloat16_is_close(found, expected):
         ((1, 64, 64, 3), dict(depths=(1, 2)), r"depths=\(1, 2\) must be the blocks of 4 stages"),
     ],
 )
-def test_what_is_refused(found, shape, fields, message):
+def test_invalid_images_and_fields_are_refused(found, shape, fields, message):
     model = found.network.model.clone(**fields)
     with pytest.raises(InputError, match=message):
         jax.eval_shape(model.apply, found.variables, jnp.zeros(shape))

@@ -7,10 +7,12 @@ import re
 import jax
 import pytest
 
+from tests.helpers import networks
 from tests.helpers.jaxprs import equations
-from tests.models.test_lanes import build
 from tnt_flax.core.errors import InputError
 from tnt_flax.models.kernels import inner_pallas, outer_pallas, select
+
+build = functools.partial(networks.build, inner_dim=12, depth=2)
 
 
 def exponentials(model, *args, **kwargs):
