@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.photos import png
+from tests.helpers.source_checks import wait_until
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import pipeline
 from tnt_flax.data.pipeline import ReadOptions, eval_batches, train_batches
@@ -85,13 +86,6 @@ def side_by_side(streams):
 
 def threads_of_grain(before=()):
     return {t for t in threading.enumerate() if t.name.startswith("grain")} - set(before)
-
-
-def wait_until(condition, seconds=5):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
 
 
 # ---------------------------------------------------------------------------------------- training

@@ -15,6 +15,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from tests.helpers.source_checks import wait_until
 from tests.helpers.tars import image
 from tnt_flax.core.errors import InputError
 from tnt_flax.data.pipeline import ReadOptions, eval_batches, train_batches
@@ -24,13 +25,6 @@ from tnt_flax.data.sources.storage import RetryingReader, StorageUnavailable
 from tnt_flax.data.transforms import train_transform
 
 TRANSFORM = functools.partial(train_transform, size=8, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
-
-
-def wait_until(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return condition()
 
 
 # ------------------------------------------------------------------------------------------ files

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Helpers for the tests of data sources."""
 
+import time
+
 import pytest
 
 from tnt_flax.core.errors import InputError
@@ -18,3 +20,11 @@ def message_of(make):
     message = str(caught.value)
     assert message and "\n" not in message
     return message
+
+
+def wait_until(condition, seconds=30):
+    """Waits for a condition and returns whether it became true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
