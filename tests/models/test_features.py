@@ -66,6 +66,7 @@ def small_pyramid():
     return PyramidTNT(**PYRAMID | dict(num_classes=3)), (1, 64, 64, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [small_tnt, small_pyramid])
 def test_maps_are_the_outputs_of_the_blocks(make):
     """At the size of the weights, where the head's input comes from the last map."""

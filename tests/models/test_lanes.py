@@ -17,6 +17,7 @@ build = functools.partial(networks.build, inner_dim=12, depth=2)
 
 
 # The next test covers the official variant.
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["legacy", "mindspore", "mindspore_pets"])
 def test_every_variant_gives_the_references_values_and_gradients(variant):
     model, params, images = build(inner_impl="lanes", **VARIANTS[variant])

@@ -57,6 +57,7 @@ def test_every_parameter_gets_a_gradient(variant):
             assert np.mean(np.abs(row) > 1e-7 * largest) > 0.98, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -94,6 +95,7 @@ def test_remat_stores_fewer_activations():
     assert stored("inner") < 0.5 * stored("none")
 
 
+@pytest.mark.slow
 def test_only_the_reference_has_forward_mode_derivatives():
     model, params, images = build(inner_impl="reference", outer_impl="reference", depth=1)
     moved = jax.jvp(lambda x: model.apply({"params": params}, x), (images,), (images,))[1]
@@ -103,6 +105,7 @@ def test_only_the_reference_has_forward_mode_derivatives():
         jax.jvp(lambda x: fast.apply({"params": params}, x), (images,), (images,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields", [{}, dict(depth=1), dict(vanilla_blocks=(2,)), dict(se=True)], ids=str
 )
