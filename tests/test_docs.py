@@ -73,6 +73,12 @@ def test_files_and_tests_exist(page):
         assert f"def {test or ''}" in (ROOT / path).read_text() if test else True, (path, test)
 
 
+def test_selected_tests_exist():
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for name in re.findall(r"-k (\w+)", EVERYTHING):
+        assert re.search(rf"def test_\w*{name}", tests), name
+
+
 def test_reference_lists_every_public_name_and_command():
     documented = re.findall(r"^::: (\S+)$", EVERYTHING, re.MULTILINE)
     assert set(tnt_flax.__all__) <= {name.rpartition(".")[2] for name in documented}
