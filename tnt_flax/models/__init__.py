@@ -2,12 +2,11 @@
 """The published networks by name, and the function that builds them."""
 
 import dataclasses
-import difflib
 from typing import Any
 
 import jax.numpy as jnp
 
-from tnt_flax.core.errors import InputError
+from tnt_flax.core.errors import InputError, did_you_mean
 from tnt_flax.models.features import FeatureMap, block_outputs, feature_maps
 from tnt_flax.models.network import Network
 from tnt_flax.models.pyramid_tnt import PyramidTNT
@@ -81,12 +80,14 @@ def create_model(name: str, **overrides: Any) -> Network:
         InputError: the name or a field is unknown; the message suggests the nearest one.
     """
     if name not in MODELS:
-        raise InputError(f"unknown model {name!r}{_nearest(name, MODELS)}; known: {list_models()}")
+        guess = did_you_mean(name, MODELS)
+        raise InputError(f"unknown model {name!r}{guess}; known: {list_models()}")
     network = class_of(name)
     known = {field.name for field in dataclasses.fields(network)} - {"parent", "name"}
     for field in overrides:
         if field not in known:
-            raise InputError(f"{network.__name__} has no field {field!r}{_nearest(field, known)}")
+            guess = did_you_mean(field, known)
+            raise InputError(f"{network.__name__} has no field {field!r}{guess}")
     fields = MODELS[name] | overrides
     try:
         fields["dtype"] = jnp.dtype(fields.get("dtype", "float32"))
@@ -98,8 +99,3 @@ def create_model(name: str, **overrides: Any) -> Network:
         if field in fields:
             fields[field] = tuple(fields[field])
     return network(**fields)
-
-
-def _nearest(word: str, known) -> str:
-    close = difflib.get_close_matches(word, known, 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
