@@ -27,6 +27,7 @@ FILES = {
 
 
 def imports(path):
+    """Yields the modules, and the names within ours, that the file at `path` imports."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -53,7 +54,7 @@ def test_no_import_cycles():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
-def test_no_file_is_a_drawer():
+def test_no_catch_all_modules():
     assert not {p.stem for p in FILES.values()} & {"utils", "util", "common", "misc", "helpers"}
 
 
