@@ -145,8 +145,12 @@ def _parsed(data: bytes) -> Any:
     if not all(value.HasField("tensor") for value in checkpoint.value):
         raise _invalid("a value in it has no tensor")
     checkpoint.DiscardUnknownFields()
-    if not checkpoint.IsInitialized() or checkpoint.ByteSize() != len(data):
-        raise _invalid("it has missing, repeated or unknown fields")
+    fault = "it has missing, repeated or unknown fields"
+    if not checkpoint.IsInitialized():
+        raise _invalid(fault)
+    sizes = [value.ByteSize() for value in checkpoint.value]
+    if len(data) != sum(1 + max(1, math.ceil(size.bit_length() / 7)) + size for size in sizes):
+        raise _invalid(fault)
     return checkpoint
 
 
