@@ -25,7 +25,7 @@ from tnt_flax.training.evaluate import (
     relabeled,
 )
 from tnt_flax.training.step import CALIBRATION_BINS, make_eval_step
-from tnt_flax.weights.weights_file import save_weights
+from tnt_flax.weights.write import save_weights
 
 SYNSETS = imagenet_synsets()
 HALF = (0.5, 0.5, 0.5)

@@ -10,7 +10,7 @@ import numpy as np
 from tests.helpers.photos import jpeg
 from tnt_flax.core.trees import merged
 from tnt_flax.models import create_model
-from tnt_flax.weights import weights_file
+from tnt_flax.weights import write
 
 SMALL = dict(outer_dim=24, inner_dim=4, outer_heads=2, inner_heads=2, depth=3, num_classes=10)
 PYRAMID = SMALL | dict(outer_dim=8, inner_dim=2, inner_heads=1, depths=(1, 1, 1, 1))
@@ -37,7 +37,7 @@ def save(folder: pathlib.Path, name: str = "tnt_s_patch16_224", size: int = 48, 
     if model.num_classes:
         info["class_names"] = [f"class {i}" for i in range(model.num_classes)]
     path = folder / "small.safetensors"
-    weights_file.save_weights(path, jax.tree_util.tree_map_with_path(draw, shapes), info)
+    write.save_weights(path, jax.tree_util.tree_map_with_path(draw, shapes), info)
     return path
 
 

@@ -148,7 +148,7 @@ def test_official_files_are_recognized_and_written_identically(found):
     assert isinstance(model, PyramidTNT)
     assert {name: getattr(model, name) for name in TINY} == TINY
     original = torch.read(GOLDEN / "tiny.pth.tar")
-    written = dict(names.export("huawei_pyramid", found.params))
+    written = dict(names.export("huawei_pyramid", merged(found.variables)))
     assert sorted(written) == sorted(original)
     for name, x in original.items():
         assert written[name].dtype == x.dtype, name
@@ -163,13 +163,15 @@ def test_loading_for_another_size_classes_and_channels(found):
     wanted = jax.eval_shape(model.init, jax.random.key(0), images)
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, dict(wanted))
     same = tnt_flax.load(GOLDEN / "tiny.pth.tar", inner_heads=1, image_size=SIZE)[1]
-    assert fingerprint(merged(same)) == fingerprint(found.params)
+    assert fingerprint(merged(same)) == fingerprint(merged(found.variables))
 
 
 def test_other_frameworks_have_no_pyramid(found):
     with pytest.raises(InputError, match="tiny.pth.tar is a PyramidTNT, which timm does not have"):
-        write.make_target(found, "timm")
-    with pytest.raises(InputError, match="words of width 2, no published size.*give inner_heads="):
+        write.to_framework(found, "timm")
+    with pytest.raises(
+        InputError, match="words of width 2, not a published size.*set inner_heads="
+    ):
         read_checkpoint(GOLDEN / "tiny.pth.tar")
     with pytest.raises(InputError, match="another network, not ptnt_s_patch16_256"):
         read_checkpoint(GOLDEN / "tiny.pth.tar", "ptnt_s_patch16_256", inner_heads=1)

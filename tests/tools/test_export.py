@@ -78,7 +78,7 @@ def test_a_pyramid(tmp_path, capsys):
     )
     assert run(capsys, path, out)["max_abs_difference"] < 1e-4
     info = tnt_flax.load_exported(out).info
-    assert info["image_size"] == 32 and info["lineage"] == "pyramid"
+    assert info["image_size"] == 32 and info["variant"] == "pyramid"
     code = export.main([str(path), str(tmp_path / "folder")])
     message = capsys.readouterr().err.splitlines()[-1]
     assert code == 2 and "is a PyramidTNT, which timm does not have" in message

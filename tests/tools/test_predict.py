@@ -30,7 +30,7 @@ from tnt_flax.data.transforms import eval_transform
 from tnt_flax.runtime.workdir import config_to_json
 from tnt_flax.tools import predict
 from tnt_flax.training.experiment import Experiment
-from tnt_flax.weights.weights_file import save_weights
+from tnt_flax.weights.write import save_weights
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay"]
 

@@ -11,7 +11,7 @@ from tnt_flax.runtime import sharding
 from tnt_flax.runtime.workdir import config_to_json
 from tnt_flax.training.evaluate import evaluate, evaluate_checkpoint
 from tnt_flax.training.experiment import Experiment
-from tnt_flax.weights.weights_file import save_weights
+from tnt_flax.weights.write import save_weights
 
 
 @pytest.fixture

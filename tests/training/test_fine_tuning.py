@@ -26,7 +26,7 @@ from tnt_flax.training.optimizer import make_optimizer
 from tnt_flax.training.step import TrainState
 from tnt_flax.training.train import train_and_evaluate
 from tnt_flax.weights.read import read_checkpoint
-from tnt_flax.weights.weights_file import save_weights
+from tnt_flax.weights.write import save_weights
 
 layer_scales = fine_tuning.layer_scales
 SMALL = dict(outer_dim=12, inner_dim=4, outer_heads=2, inner_heads=2, num_classes=5)

@@ -26,7 +26,7 @@ HELD = [
 
 def random_params(lineage, sentences=4, **fields):
     model = TNT(**SMALL | VARIANTS[lineage] | fields)
-    abstract = identify.Network(model, sentences, 3).abstract_params()
+    abstract = identify.Network(model, sentences, 3).abstract_variables()["params"]
     rng = np.random.RandomState(0)
     return tree_map(lambda x: rng.standard_normal(x.shape).astype(np.float32), abstract)
 
@@ -55,16 +55,16 @@ PUBLISHED = [
 def test_every_published_network_is_told_and_complete(system, name, shapes):
     naming = names.detect_naming("file", shapes)
     assert naming == system.removesuffix("_legacy")
-    weights = {n: s for n, s in shapes.items() if names.why_no_weight(naming, n) is None}
+    weights = {n: s for n, s in shapes.items() if names.ignored_reason(naming, n) is None}
     ours = {
-        our_name: names.to_ours(naming, our_name, place, names.hollow(shape)).shape
+        our_name: names.to_ours(naming, our_name, place, names.shapes_only(shape)).shape
         for theirs, shape in weights.items()
         for our_name, place in names.our_names(naming, theirs)
     }
     network = identify.identify("file", naming, ours)
-    abstract = network.abstract_params()
+    abstract = names.join_collections(network.abstract_variables())
     assert names.exported_shapes(naming, abstract) == weights
-    tensors = names.unstacked(names.hollow_tree(abstract))
+    tensors = names.unstacked(names.shapes_only_tree(abstract))
     assert weights | names.extra_shapes(naming, tensors) == shapes
     expected = {
         "tnt-small-p16": "tnt_s_legacy_patch16_224",
@@ -169,7 +169,7 @@ def test_zeros_that_others_hold():
     zeros = dict(names.export("huawei", params))["outer_tokens"]
     assert zeros.shape == (1, 4, 12) and not zeros.any()
     exported = dict(names.export("mindspore_pets", random_params("mindspore_pets")))
-    extra = {n: x.shape for n, x in exported.items() if names.why_no_weight("mindspore_pets", n)}
+    extra = {n: x.shape for n, x in exported.items() if names.ignored_reason("mindspore_pets", n)}
     assert extra == {
         "patch_embed": (1, 4, 12),
         "fake": (1, 1, 12),
@@ -200,7 +200,7 @@ def test_groups_of_blocks_may_start_anywhere():
 
 
 def test_what_is_no_tnt():
-    with pytest.raises(InputError, match="holds no TNT that we know: of its 2 tensors, .*'conv1"):
+    with pytest.raises(InputError, match="holds no known TNT: .* of its 2 tensors; .*'conv1"):
         names.detect_naming("resnet.pth", ["conv1.weight", "fc.bias"])
     assert names.our_names("timm", "blocks.00.norm_in.weight") == []  # 0 is written 0
     assert names.our_names("timm", "blocks.99999.norm_in.weight") == []
@@ -216,7 +216,7 @@ def test_what_is_no_tnt():
 )
 def test_wrong_ranks(ours, name, shape, message):
     with pytest.raises(InputError, match=message):
-        names.to_ours("timm", ours, names.Place(name), names.hollow(shape))
+        names.to_ours("timm", ours, names.Place(name), names.shapes_only(shape))
 
 
 def test_rows_that_cannot_be_split():
@@ -229,9 +229,9 @@ def test_rows_that_cannot_be_split():
 def test_networks_have_names():
     model = create_model("tnt_s_patch16_224", num_classes=7, dtype="bfloat16", drop_path=0.3)
     assert identify.name_of(model) == "tnt_s_patch16_224"
-    assert identify.lineage_of(model) == "official"
+    assert identify.variant_of(model) == "official"
     assert identify.name_of(model.clone(depth=3)) is None
     mixture = model.clone(norm_eps=1e-7)
-    assert (identify.name_of(mixture), identify.lineage_of(mixture)) == (None, "other")
+    assert (identify.name_of(mixture), identify.variant_of(mixture)) == (None, "other")
     for lineage in VARIANTS:
-        assert identify.lineage_of(TNT(**SMALL | VARIANTS[lineage])) == lineage
+        assert identify.variant_of(TNT(**SMALL | VARIANTS[lineage])) == lineage

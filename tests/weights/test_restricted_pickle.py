@@ -369,9 +369,9 @@ def test_tensors_that_repeat_themselves_within_their_storage(read):
 @pytest.mark.parametrize(
     "why, changes",
     [
-        ("storage '0' has 24 bytes, its tensors want 28", {"count": 7}),
-        ("storage '0' has 24 bytes, its tensors want 20", {"count": 5, "stride": (2,)}),
-        ("storage '0' has 24 bytes, its tensors want 48", {"kind": ("torch", "LongStorage")}),
+        ("storage '0' has 24 bytes, its tensors need 28", {"count": 7}),
+        ("storage '0' has 24 bytes, its tensors need 20", {"count": 5, "stride": (2,)}),
+        ("storage '0' has 24 bytes, its tensors need 48", {"kind": ("torch", "LongStorage")}),
         ("storage of an absurd size", {"count": 2**60}),
         ("storage of an absurd size", {"count": -6}),
         ("storage of an absurd size", {"count": "6"}),

@@ -173,8 +173,8 @@ def change(blob: bytes, entry: str, field: int, value: int, *, central=True) -> 
 def test_entries_that_are_not_where_they_are_said_to_be(refused):
     with zipfile.ZipFile(io.BytesIO(WHOLE)) as f:
         at = {x.filename: x.header_offset for x in f.infolist()}
-    refused(change(WHOLE, "x/data/0", 42, at["x/data.pkl"]), "unclear names|overlap")
-    refused(change(WHOLE, "x/data/0", 42, at["x/data/0"] + 1), "overlap or are not there")
+    refused(change(WHOLE, "x/data/0", 42, at["x/data.pkl"]), "ambiguous names|overlap")
+    refused(change(WHOLE, "x/data/0", 42, at["x/data/0"] + 1), "overlap or are missing")
     refused(change(WHOLE, "x/data/0", 42, 2**31), "damaged|cut off")
     for size in (0, 20, 28):
         larger = change(change(WHOLE, "x/data/0", 20, size), "x/data/0", 24, size)
@@ -185,9 +185,9 @@ def test_entries_that_are_not_where_they_are_said_to_be(refused):
     size = len(program(tensor(0, (6,), (1,))))
     over = change(change(WHOLE, "x/data.pkl", 20, size + 9), "x/data.pkl", 24, size + 9)
     refused(over, "overlap")
-    refused(change(WHOLE, "x/data/0", 28, 0xFFFF0008, central=False), "cut off|unclear|damaged")
-    refused(WHOLE.replace(b"x/data/0", b"x/data/1", 1), "unclear names")
-    refused(WHOLE.replace(b"x/byteorder", b"x/data/0\0or"), "unclear names")
+    refused(change(WHOLE, "x/data/0", 28, 0xFFFF0008, central=False), "cut off|ambiguous|damaged")
+    refused(WHOLE.replace(b"x/data/0", b"x/data/1", 1), "ambiguous names")
+    refused(WHOLE.replace(b"x/byteorder", b"x/data/0\0or"), "ambiguous names")
 
 
 def test_streams_that_torch_does_not_write(refused):
@@ -195,7 +195,7 @@ def test_streams_that_torch_does_not_write(refused):
     refused(stream(pickled, little_endian=False), "is big-endian")
     refused(torch_files.STREAM + pickle.dumps(1000, 2), "of an unknown version, 1000")
     for keys in ((), ("1",), ("0", "0"), ("0", "1")):
-        refused(stream(pickled, keys), "other storages than its tensors are in")
+        refused(stream(pickled, keys), "list of storages does not match")
     refused(stream(pickled, (0,)), "damaged")
     for count in (-1, 0, 5, 7, 2**62, -(2**63)):
         refused(stream(pickled, storages=struct.pack("<q", count) + bytes(24)), "damaged: storage")
@@ -248,7 +248,9 @@ def test_scalars_of_numpy_and_ordered_dicts_are_written_as_python_has_them(tmp_p
     "content", [{1: 2}, {"a": {"b": {1, 2}}}, {"a": object()}, np.array(["a"]), {"a": 1j}]
 )
 def test_what_torch_would_not_read_is_not_written(tmp_path, content):
-    with pytest.raises(InputError, match=r"a\.pth cannot be written: (torch reads no|it would)"):
+    with pytest.raises(
+        InputError, match=r"a\.pth cannot be written: (torch cannot read|it has a dict)"
+    ):
         torch_files.write(tmp_path / "a.pth", content)
     assert not list(tmp_path.iterdir())
 

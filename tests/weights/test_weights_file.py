@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from tnt_flax.weights.weights_file import save_weights
+from tnt_flax.weights.write import save_weights
 
 PARAMS = {
     "head": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)},

@@ -15,13 +15,13 @@ import numpy as np
 from PIL import Image
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.core.trees import split
+from tnt_flax.core.trees import merged, split
 from tnt_flax.data.labels import display_names
 from tnt_flax.data.sources.names import read_class_list
 from tnt_flax.data.transforms import CorruptImageError, eval_transform
 from tnt_flax.runtime import sharding
 from tnt_flax.training import step
-from tnt_flax.weights.read import Checkpoint, read_checkpoint
+from tnt_flax.weights.read import LoadedWeights, read_checkpoint
 
 Input = str | os.PathLike | bytes | Image.Image | np.ndarray
 
@@ -78,7 +78,7 @@ class Classifier:
         mean, std: per channel, on the scale 0..1.
     """
 
-    def __init__(self, found: Checkpoint, class_names: Sequence[str] | None = None):
+    def __init__(self, found: LoadedWeights, class_names: Sequence[str] | None = None):
         network = found.network
         self.model = network.model
         classes = self.model.num_classes
@@ -101,7 +101,7 @@ class Classifier:
         self.mean, self.std = map(tuple, (found.preprocessing[key] for key in ("mean", "std")))
         self._mesh = sharding.make_mesh(jax.local_devices())
         everywhere = sharding.replicated(self._mesh)
-        self._params = jax.device_put(found.params, everywhere)
+        self._params = jax.device_put(merged(found.variables), everywhere)
         self.variables = split(self._params)
         predict_step = step.make_predict_step(self.model, mean=self.mean, std=self.std)
         rows = sharding.batch_sharding(self._mesh)

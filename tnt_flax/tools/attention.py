@@ -10,12 +10,13 @@ import jax
 import numpy as np
 
 from tnt_flax.core.errors import InputError
+from tnt_flax.core.trees import merged
 from tnt_flax.data.transforms import CorruptImageError, eval_transform
 from tnt_flax.models import block_outputs
 from tnt_flax.models.network import BlockLayout, Grid
 from tnt_flax.training import step
 from tnt_flax.training.mixup import normalize
-from tnt_flax.weights.read import Checkpoint
+from tnt_flax.weights.read import LoadedWeights
 
 
 class Look(NamedTuple):
@@ -106,7 +107,7 @@ def means(grid: Grid, side: int, squares: Grid) -> np.ndarray:
     return members.astype(np.float32) / members.sum(axis=1, keepdims=True)
 
 
-def look(found: Checkpoint, images: np.ndarray) -> list[Look]:
+def look(found: LoadedWeights, images: np.ndarray) -> list[Look]:
     """Runs the network on images uint8 [B, S, S, 3], as `prepare` gives them."""
     model, variables = found.network.model, found.variables
     mean, std = (tuple(found.preprocessing[key]) for key in ("mean", "std"))
@@ -115,7 +116,7 @@ def look(found: Checkpoint, images: np.ndarray) -> list[Look]:
     probabilities = [None] * len(images)
     if model.num_classes:
         predict = jax.jit(step.make_predict_step(model, mean=mean, std=std))
-        probabilities = np.asarray(predict(found.params, images))
+        probabilities = np.asarray(predict(merged(variables), images))
     read = [(i, block) for i, block in enumerate(blocks) if "inner_attention" in block]
     return [
         Look(
@@ -132,7 +133,7 @@ def look(found: Checkpoint, images: np.ndarray) -> list[Look]:
     ]
 
 
-def prepare(found: Checkpoint, image: str | os.PathLike) -> np.ndarray:
+def prepare(found: LoadedWeights, image: str | os.PathLike) -> np.ndarray:
     """An image file as the evaluation of these weights takes it, uint8 [S, S, 3].
 
     Raises:

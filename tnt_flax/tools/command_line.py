@@ -183,7 +183,7 @@ def weights_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_weights(args: argparse.Namespace, *, square_rgb: bool = False):
-    """Reads the weights that the options select; returns a `weights.read.Checkpoint`.
+    """Reads the weights that the options select; returns a `weights.read.LoadedWeights`.
 
     Args:
         args: with the options of `add_weights_options`.

@@ -12,13 +12,13 @@ import numpy as np
 from tnt_flax.core.errors import InputError
 from tnt_flax.models import TNT, block_outputs
 from tnt_flax.weights import names, write
-from tnt_flax.weights.hub_folder import timm_arguments
-from tnt_flax.weights.read import Checkpoint
+from tnt_flax.weights.read import LoadedWeights
+from tnt_flax.weights.write import timm_arguments
 
 IMAGES = 2
 
 
-def compare_with_timm(found: Checkpoint) -> dict[str, float]:
+def compare_with_timm(found: LoadedWeights) -> dict[str, float]:
     """The largest difference after the stem, each block and the head, float32, random images.
 
     Raises:
@@ -29,7 +29,7 @@ def compare_with_timm(found: Checkpoint) -> dict[str, float]:
         import torch
     except ImportError as error:
         raise InputError(f"--against=timm needs torch and timm: {error}") from error
-    target = write.make_target(found, "timm")
+    target = write.to_framework(found, "timm")
     arguments = timm_arguments(target, found)
     side = arguments["img_size"]
     shape = (IMAGES, side, side, found.network.channels)

@@ -19,8 +19,9 @@ from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import fingerprint
 from tnt_flax.tools.command_line import Parser, add_weights_options, read_weights, run
 from tnt_flax.weights import write
-from tnt_flax.weights.identify import lineage_of
-from tnt_flax.weights.read import Checkpoint
+from tnt_flax.weights.identify import variant_of
+from tnt_flax.weights.names import join_collections
+from tnt_flax.weights.read import LoadedWeights
 
 TOLERANCE = 5e-5  # float32 logits of a standard deviation around 1
 
@@ -54,7 +55,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     if args.check == (args.destination is not None):
         raise InputError("give a destination, or --check and none")
     if not args.check:
-        system = args.to or write.default_system(args.destination)
+        system = args.to or write.default_framework(args.destination)
         write.check_destination(args.destination, system)
     try:
         found = read_weights(args)
@@ -62,7 +63,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError("\n  ".join([str(error), *error.details])) from None
     result = report(found, names=args.names)
     if not args.check:
-        target = write.make_target(found, system)
+        target = write.to_framework(found, system)
         write.write(args.destination, system, target, found)
         size = args.destination.stat().st_size
         print_row("written", f"{args.destination} for {system}, {size / 1e6:.1f} MB")
@@ -83,22 +84,22 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def report(found: Checkpoint, *, names: bool) -> dict[str, Any]:
+def report(found: LoadedWeights, *, names: bool) -> dict[str, Any]:
     """Prints the table of what was found; returns it for the JSON line."""
     model = found.network.model
     facts = {
         "source": found.path,
-        "container": found.container,
+        "file_format": found.file_format,
         "names": found.naming,
         "network": found.name,  # None: no published size
-        "lineage": lineage_of(model),
+        "variant": variant_of(model),
         "weights": found.weights,  # None: the source does not tell
         "parameters": found.num_params,
         "image_size": found.network.image_size,  # None: not square
         "channels": found.network.channels,
         "num_classes": model.num_classes,
         **found.preprocessing,
-        "digest": fingerprint(found.params),
+        "digest": fingerprint(join_collections(found.variables)),
     }
     for key, value in facts.items():
         print_row(key, "-" if value is None else f"{value:,}" if isinstance(value, int) else value)

@@ -30,8 +30,8 @@ from tnt_flax.runtime import host
 from tnt_flax.tools import attention
 from tnt_flax.tools.command_line import Parser, add_weights_options, read_weights, run
 from tnt_flax.training.mixup import normalize
-from tnt_flax.weights import hub_folder, write
-from tnt_flax.weights.read import Checkpoint, read_checkpoint
+from tnt_flax.weights import write
+from tnt_flax.weights.read import LoadedWeights, read_checkpoint
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 PHOTOS = ("china.jpg", "flower.jpg")  # of scikit-learn
@@ -92,14 +92,14 @@ def export(args: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- the forms
 
 
-def to_stablehlo(found: Checkpoint, path: pathlib.Path) -> Run:
-    info = hub_folder.facts(found)
+def to_stablehlo(found: LoadedWeights, path: pathlib.Path) -> Run:
+    info = write.facts(found)
     save_exported(path, trace(plain(found), info["image_size"], PLATFORMS), info)
     return load_exported(path)
 
 
-def to_onnx(found: Checkpoint, path: pathlib.Path) -> Run:
-    size = hub_folder.facts(found)["image_size"]
+def to_onnx(found: LoadedWeights, path: pathlib.Path) -> Run:
+    size = write.facts(found)["image_size"]
     try:
         import onnx
         import onnxruntime
@@ -120,7 +120,7 @@ def to_onnx(found: Checkpoint, path: pathlib.Path) -> Run:
             logging.disable(previous)
     except ImportError as error:
         raise InputError(f"{one_line(error)}: {ONNX_PACKAGES}") from error
-    for key, value in hub_folder.facts(found).items():
+    for key, value in write.facts(found).items():
         entry = model.metadata_props.add()
         entry.key, entry.value = key, json.dumps(value)
     onnx.checker.check_model(model)
@@ -131,20 +131,18 @@ def to_onnx(found: Checkpoint, path: pathlib.Path) -> Run:
     return lambda images: session.run(None, {"images": np.asarray(images)})[0]
 
 
-def to_timm(found: Checkpoint, path: pathlib.Path) -> Run:
-    target = write.make_target(found, "timm")
-    hub_folder.write(path, target, found)
+def to_timm(found: LoadedWeights, path: pathlib.Path) -> Run:
+    target = write.to_framework(found, "timm")
+    write.write_hub_folder(path, target, found)
     heads = {key: getattr(target.model, key) for key in ("inner_heads", "outer_heads")}
-    written = read_checkpoint(
-        path / hub_folder.WEIGHTS, patch_size=target.model.patch_size, **heads
-    )
+    written = read_checkpoint(path / write.HUB_WEIGHTS, patch_size=target.model.patch_size, **heads)
     return jax.jit(lambda images: written.network.model.apply(written.variables, images))
 
 
 FORMS = {"stablehlo": to_stablehlo, "onnx": to_onnx, "timm": to_timm}
 
 
-def plain(found: Checkpoint) -> Callable[[Any], Any]:
+def plain(found: LoadedWeights) -> Callable[[Any], Any]:
     """The network as a function of images in the forms that every machine can compute."""
     model = found.network.model.clone(inner_impl="reference", outer_impl="reference", remat="none")
     variables = jax.device_get(found.variables)
@@ -154,19 +152,19 @@ def plain(found: Checkpoint) -> Callable[[Any], Any]:
 # ------------------------------------------------------------------------------ the verification
 
 
-def real_images(found: Checkpoint) -> np.ndarray:
+def real_images(found: LoadedWeights) -> np.ndarray:
     """Two photographs and their mirror images as these weights want them, float32 [4, S, S, 3]."""
     import sklearn.datasets
 
     folder = pathlib.Path(sklearn.datasets.__file__).parent / "images"
-    facts = hub_folder.facts(found)
+    facts = write.facts(found)
     pixels = [attention.prepare(found, folder / name) for name in PHOTOS]
     pixels = np.stack([*pixels, *(image[:, ::-1] for image in pixels)])
     mean, std = tuple(facts["mean"]), tuple(facts["std"])
     return np.asarray(normalize(jnp.asarray(pixels), mean, std))
 
 
-def verify(found: Checkpoint, run: Run, images: np.ndarray, out: str) -> float:
+def verify(found: LoadedWeights, run: Run, images: np.ndarray, out: str) -> float:
     """The largest difference to the source, over all images at once and the first alone.
 
     Raises:

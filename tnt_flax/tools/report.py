@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.files import write_atomic
+from tnt_flax.core.trees import merged
 from tnt_flax.data.labels import readable_names
 from tnt_flax.runtime import host
 from tnt_flax.tools.command_line import Parser, run
@@ -76,7 +77,7 @@ def report(args: Any) -> dict[str, Any]:
             f"{found.path} was trained on other classes than {config.data.root or 'the data'} has"
         )
     print(f"evaluating {found.summary()} on {len(source)} images", file=sys.stderr)
-    answers = answering.collect(experiment, found.network.model, found.params)
+    answers = answering.collect(experiment, found.network.model, merged(found.variables))
     lines = metrics.read_metrics_file(args.workdir / "metrics.jsonl")
     summary = {
         "top1": float(answers.right.mean()),
@@ -121,7 +122,7 @@ def make_page(folder, config, stored, found, source, answers, lines, summary) ->
     parts = [
         f"<h1>{page.text(title)}</h1>",
         f'<p class="soft">{page.text(folder.resolve().name)}: {kind} weights of '
-        f"{page.text(found.container)}, reported {today}</p>",
+        f"{page.text(found.file_format)}, reported {today}</p>",
         page.facts(
             {
                 "top-1": f"{summary['top1']:.2%}",

@@ -23,7 +23,7 @@ from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.data.labels import display_names
 from tnt_flax.runtime import host
 from tnt_flax.tools.command_line import Parser, add_weights_options, read_weights, run
-from tnt_flax.weights.read import Checkpoint
+from tnt_flax.weights.read import LoadedWeights
 
 PATCHES = 3  # shown where none are chosen
 
@@ -84,7 +84,7 @@ def visualize(args: Any) -> dict[str, Any]:
     return result | answer(found, seen.probabilities)
 
 
-def answer(found: Checkpoint, probabilities: np.ndarray | None) -> dict[str, Any]:
+def answer(found: LoadedWeights, probabilities: np.ndarray | None) -> dict[str, Any]:
     """The likeliest class; nothing of a network without a head."""
     if probabilities is None:
         return {}

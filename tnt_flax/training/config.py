@@ -134,8 +134,8 @@ def describe_model(path: str, model: Network) -> dict[str, Any]:
     Raises:
         InputError: `model`, read from `path`, is of no published variant.
     """
-    variant = identify.lineage_of(model)
-    names = [name for name in MODELS if identify.lineage_of(create_model(name)) == variant]
+    variant = identify.variant_of(model)
+    names = [name for name in MODELS if identify.variant_of(create_model(name)) == variant]
     if not names:
         raise InputError(f"{path} is a network of no published variant: set model.name")
     name = identify.name_of(model) or names[0]

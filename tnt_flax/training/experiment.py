@@ -27,7 +27,7 @@ from tnt_flax.training.optimizer import epoch_learning_rates, make_optimizer, pe
 from tnt_flax.training.step import TrainState
 from tnt_flax.weights.identify import check_same, unstored_fields
 from tnt_flax.weights.load import adapt
-from tnt_flax.weights.read import Checkpoint, read_checkpoint
+from tnt_flax.weights.read import LoadedWeights, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -241,7 +241,7 @@ class Experiment:
 
     def load_params(
         self, path: str, class_names: Sequence[str] | None = None, *, checkpoint: str = "best"
-    ) -> tuple[Any, Checkpoint]:
+    ) -> tuple[Any, LoadedWeights]:
         """Loads weights of any framework for the network of the config.
 
         Positions are resampled to `data.image_size`. To fine-tune, pass `class_names`: other
@@ -275,7 +275,7 @@ class Experiment:
         description = f"the {config.model.name} that the config describes"
         check_same(found.path, adapted, wanted, description)
         logger.info("; ".join([f"loaded {summary}", *found.notes]))
-        return found.params, found
+        return merged(found.variables), found
 
     # ---------------------------------------------------------------------------- state
 

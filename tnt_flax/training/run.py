@@ -36,7 +36,7 @@ from tnt_flax.training.metrics import (
     read_metrics_file,
 )
 from tnt_flax.training.step import TrainState
-from tnt_flax.weights import weights_file
+from tnt_flax.weights import write
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class Run:
         evaluated = ema if evaluates_ema else sharding.fetch_on_main(state.params)
         if self.is_main_process:
             logger.info("SHA-256 of the final parameters: %s", digest)
-            weights_file.save_weights(workdir / "weights.safetensors", ema, self.checkpoints.info)
+            write.save_weights(workdir / "weights.safetensors", ema, self.checkpoints.info)
             plots.plot_curves(read_metrics_file(self.writer.path), workdir / "curves.png")
             plot_first_predictions(experiment, evaluated, workdir / "predictions.png")
         return digest

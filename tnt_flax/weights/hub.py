@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published weights from the Hugging Face hub, by address, through the hub's own cache.
+"""Downloads published weights from the Hugging Face hub into its cache.
 
 An address is a name in HUB, or `hf://OWNER/NAME[@REVISION][/FILE]`. REVISION is a branch or a tag
 without slashes, a commit hash, or `refs/pr/NUMBER`; without it, the branch main. FILE is a path in
@@ -13,7 +13,7 @@ import re
 
 from tnt_flax.core.errors import InputError, one_line
 
-HUB = {  # our name -> the repository of its weights; of the other models none were published
+HUB = {  # our name -> repository of its weights; the other models have none
     "tnt_b_patch16_224": "timm/tnt_b_patch16_224.in1k",
     "tnt_s_legacy_patch16_224": "timm/tnt_s_legacy_patch16_224.in1k",
     "tnt_s_patch16_224": "timm/tnt_s_patch16_224.in1k",
@@ -28,9 +28,9 @@ ADDRESS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Fetched:
-    path: pathlib.Path  # in the cache, which is shared: only to be read
-    address: str  # what was asked for, in full: hf://OWNER/NAME@REVISION/FILE
-    revision: str  # the commit that REVISION stood for: 40 hexadecimal digits
+    path: pathlib.Path  # in the shared cache: read only
+    address: str  # in full: hf://OWNER/NAME@REVISION/FILE
+    revision: str  # the commit: 40 hexadecimal digits
 
 
 def is_address(text: str) -> bool:
@@ -38,33 +38,33 @@ def is_address(text: str) -> bool:
 
 
 def fetch(address: str) -> Fetched:
-    """Downloads a file unless it is cached. What is cached is also found without a network.
+    """Downloads a file unless it is cached. Cached files are also found without a network.
 
     Raises:
-        InputError: the address is wrong, or what it names is neither there nor in the cache.
+        InputError: the address is invalid, or the file is neither on the hub nor in the cache.
     """
     if not is_address(address):
         known = f"{', '.join(HUB)} or {GRAMMAR}"
-        raise InputError(f"no weights of {address!r} were ever published: give {known}")
+        raise InputError(f"no weights of {address!r} are published: use {known}")
     match = ADDRESS.fullmatch(f"hf://{HUB[address]}" if address in HUB else address)
     if match is None:
-        raise InputError(f"{address!r} is no address of weights: write {GRAMMAR}")
+        raise InputError(f"{address!r} is not a valid address: write {GRAMMAR}")
     repo, revision, file = match[1], match[2] or "main", match[3].removeprefix("/")
     try:
         file, path = _download(repo, revision, (file,) if file else DEFAULT_FILES)
-    except Exception as error:  # a dozen types, and those of whichever HTTP client is in use
+    except Exception as error:  # many types, including those of the HTTP client
         raise InputError(f"cannot fetch {address}: {_explain(error, repo)}") from error
     commit = path.parents[file.count("/")].name  # .../snapshots/COMMIT/FILE
     return Fetched(path, f"hf://{repo}@{revision}/{file}", commit)
 
 
 def _download(repo: str, revision: str, files: tuple[str, ...]) -> tuple[str, pathlib.Path]:
-    """The first of `files` that exists, and where it now lies."""
+    """Returns the first of `files` that exists, and its path in the cache."""
     from huggingface_hub import errors, hf_hub_download
 
     failure: Exception | None = None
     for file in files:
-        # Where the server was no help, the cache decides: asking again takes another 20 seconds.
+        # If the server does not respond, only search the cache: a retry takes 20 seconds.
         offline = isinstance(failure, errors.LocalEntryNotFoundError)
         try:
             path = hf_hub_download(repo, file, revision=revision, local_files_only=offline)
@@ -75,7 +75,7 @@ def _download(repo: str, revision: str, files: tuple[str, ...]) -> tuple[str, pa
 
 
 def _explain(error: Exception, repo: str) -> str:
-    """What went wrong and what to do."""
+    """Returns the cause of an error and what to do."""
     if isinstance(error, ImportError):
         return 'huggingface_hub is not installed: pip install "tnt_flax[hub]"'
     from huggingface_hub import constants, errors
@@ -90,7 +90,7 @@ def _explain(error: Exception, repo: str) -> str:
         errors.RepositoryNotFoundError: "no such repository, or a private one; "
         "check OWNER/NAME, or run `hf auth login`",
         errors.RevisionNotFoundError: f"no such revision; see the branches at {page}",
-        errors.LocalEntryNotFoundError: "not in the cache, and the server is no help "
+        errors.LocalEntryNotFoundError: "not in the cache, and the server does not respond "
         f"({one_line(error.__cause__ or error)}); {by_hand}",
         errors.EntryNotFoundError: "no such file "
         f"(without /FILE it is {' or '.join(DEFAULT_FILES)}); see {page}",

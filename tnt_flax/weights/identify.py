@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which network a set of tensors is: its lineage, its sizes, its name."""
+"""Identifies the network of a set of tensors: its variant, sizes and published name."""
 
 import dataclasses
 import math
@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.core.trees import merged
 from tnt_flax.models import (
     MODELS,
     NETWORKS,
@@ -23,7 +22,7 @@ from tnt_flax.models import (
 )
 from tnt_flax.weights.names import place_of
 
-# The lineages that each system's code can run.
+# The variants that each framework's code can compute.
 VARIANTS_OF = {
     "tnt_flax": tuple(VARIANTS),
     "huawei": ("official",),
@@ -34,12 +33,12 @@ VARIANTS_OF = {
     "huawei_pyramid": ("pyramid",),
 }
 
-# Fields of TNT that say how it is computed or trained, not which function it is.
+# Fields of TNT that do not change the function it computes at inference.
 FREE_FIELDS = {"dtype", "remat", "inner_impl", "outer_impl", "dropout", "attention_dropout"}
 FREE_FIELDS |= {"drop_path", "parent", "name"}
-# How the published weights of a lineage want their images: mean and standard deviation per channel
-# on the scale 0..1, and the share of the resized image that the central crop keeps (reference: the
-# systems' own evaluation settings).
+# Preprocessing of each variant's published weights, from the evaluation code of its framework: mean
+# and standard deviation per channel of images in [0, 1], and the size of the central crop relative
+# to the resized image.
 _HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 PREPROCESSING = {
     "official": _HALF | dict(crop_fraction=0.9),
@@ -52,20 +51,20 @@ PREPROCESSING = {
 
 
 def function_fields(model: Network) -> dict[str, Any]:
-    """The fields that say which function the model is, and their values."""
+    """Returns the fields that determine the function of the model."""
     names = (field.name for field in dataclasses.fields(model))
     return {name: getattr(model, name) for name in names if name not in FREE_FIELDS}
 
 
 def unstored_fields(model: Network) -> dict[str, Any]:
-    """Of these, those that no other system's files tell."""
+    """Returns the architecture fields that cannot be inferred from foreign checkpoints."""
     known = function_fields(model)
     return {k: known[k] for k in ("outer_heads", "inner_heads", "patch_size") if k in known}
 
 
 @dataclasses.dataclass(frozen=True)
 class SizedNetwork:
-    """A network with the number of sentences and of image channels that its weights have."""
+    """A network with the number of sentences (N) and of image channels of its weights."""
 
     model: Network
     sentences: int
@@ -73,17 +72,17 @@ class SizedNetwork:
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """(rows, columns) of the sentences if they form a square, else None: no file says more."""
+        """(rows, columns) of the sentences if they form a square, else None: no file stores it."""
         side = math.isqrt(self.sentences)
         return (side, side) if side * side == self.sentences else None
 
     @property
     def image_size(self) -> int | None:
-        """Pixels on each side of the images; None if the sentences form no square."""
+        """Height and width of the images in pixels; None if the sentences form no square."""
         return self.grid and self.grid[0] * self.model.patch_size
 
-    def abstract_params(self) -> Any:
-        """Shapes and types of the parameters, and of the statistics among them: see `merged`.
+    def abstract_variables(self) -> dict[str, Any]:
+        """Returns shapes and dtypes of the variables, by collection.
 
         Raises:
             InputError: the sentences form no square, and the network needs several rows.
@@ -93,7 +92,7 @@ class SizedNetwork:
             raise InputError(f"{self.sentences} sentences form no square")
         shape = (1, side * grid[0], side * grid[1], self.channels)
         images = jax.ShapeDtypeStruct(shape, jnp.float32)
-        return merged(jax.eval_shape(self.model.init, jax.random.key(0), images))
+        return jax.eval_shape(self.model.init, jax.random.key(0), images)
 
 
 def identify(
@@ -103,10 +102,17 @@ def identify(
     name: str | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> SizedNetwork:
-    """The network of these tensors: `shapes` by our per-block names, of a file of `naming`.
+    """Identifies a network by the shapes of its tensors.
 
-    No file stores the numbers of heads: they come from `name`, a published size of the same widths,
-    or `overrides`, which are further fields of `TNT`.
+    No file stores the numbers of heads. They come from `name`, from `overrides`, or from a
+    published network of the same widths.
+
+    Args:
+        path: the file, for error messages.
+        naming: the naming of its tensors, one of `names.NAMINGS`.
+        shapes: shape of each tensor by our per-block name.
+        name: published name that the network must have.
+        overrides: further fields of the model.
 
     Raises:
         InputError: a tensor that every TNT has is missing, the heads are not known, or the network
@@ -119,7 +125,7 @@ def identify(
         if len(shapes.get(ours, ())) != rank or 0 in shapes[ours]:
             place = place_of(naming, ours)
             raise InputError(
-                f"{path} is no whole {naming} TNT: {place.name if place else ours} is "
+                f"{path} is not a complete {naming} TNT: {place.name if place else ours} is "
                 + (f"{list(shapes[ours])}" if ours in shapes else "missing")
             )
         return shapes[ours]
@@ -142,7 +148,7 @@ def identify(
     fields["inner_stride"] = _stride(path, words, fields["patch_size"])
     hidden = shape("blocks/0/outer/fc1/kernel", 2)[1]
     fields["mlp_ratio"] = hidden / fields["outer_dim"]
-    fields |= lineage_fields(_lineage(naming, shapes, fields))
+    fields |= variant_fields(_variant(naming, shapes, fields))
     fields |= _heads(path, fields, name, overrides, TNT)
     model = create_model(TNT.base_name, **(fields | overrides))
     if name is not None:
@@ -175,31 +181,31 @@ def _identify_pyramid(path: Any, shapes, shape, name: str | None, overrides) -> 
 
 
 def name_of(model: Network) -> str | None:
-    """The published name of a network of these sizes and this lineage; classes do not matter."""
+    """Returns the published name of a network with the sizes and variant of `model`, if any."""
     for name in MODELS:
         if not differences(model, create_model(name, num_classes=model.num_classes)):
             return name
     return None
 
 
-def lineage_fields(lineage: str) -> dict[str, Any]:
-    """All fields by which lineages differ, as `lineage` has them; qkv_bias only where it must."""
-    (network,) = (network for network in NETWORKS.values() if lineage in network.variants)
+def variant_fields(variant: str) -> dict[str, Any]:
+    """Returns all fields in which variants differ, with qkv_bias only where it is fixed."""
+    (network,) = (network for network in NETWORKS.values() if variant in network.variants)
     fields = {field for variant in network.variants.values() for field in variant} - {"qkv_bias"}
     defaults = {field: network.__dataclass_fields__[field].default for field in sorted(fields)}
-    return defaults | network.variants[lineage]
+    return defaults | network.variants[variant]
 
 
-def lineage_of(model: Network) -> str:
-    """The published lineage of a model; "other" for a mixture."""
-    for lineage in model.variants:
-        if all(getattr(model, f) == value for f, value in lineage_fields(lineage).items()):
-            return lineage
+def variant_of(model: Network) -> str:
+    """Returns the published variant of a model, or "other" for a mixture."""
+    for variant in model.variants:
+        if all(getattr(model, f) == value for f, value in variant_fields(variant).items()):
+            return variant
     return "other"
 
 
 def differences(a: Network, b: Network) -> dict[str, tuple[Any, Any]]:
-    """The fields in which two models are different functions, with both values."""
+    """Returns the fields that make two models different functions, with both values."""
     if type(a) is not type(b):
         return {"network": (type(a).__name__, type(b).__name__)}
     ours, theirs = function_fields(a), function_fields(b)
@@ -207,7 +213,7 @@ def differences(a: Network, b: Network) -> dict[str, tuple[Any, Any]]:
 
 
 def check_same(path: Any, found: Network, wanted: Network, wanted_name: str) -> None:
-    """Raises InputError, with what differs, unless both are the same function of an image."""
+    """Raises InputError with the differences unless both compute the same function."""
     changed = differences(found, wanted)
     if changed:
         listed = "; ".join(f"{name}: {a} -> {b}" for name, (a, b) in changed.items())
@@ -216,8 +222,8 @@ def check_same(path: Any, found: Network, wanted: Network, wanted_name: str) -> 
         )
 
 
-def _lineage(naming: str, shapes: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
-    """By the tensors that only it has; the strict check of all tensors comes later."""
+def _variant(naming: str, shapes: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+    """Returns the variant, by tensors that only it has. All tensors are checked later."""
     if len(VARIANTS_OF[naming]) == 1:
         return VARIANTS_OF[naming][0]
     if naming == "tnt_flax" and "proj/norm2/scale" not in shapes:
@@ -235,7 +241,7 @@ def _stride(path: Any, words: int, patch_size: int) -> int:
     if side * side != words or math.ceil(patch_size / stride) != side:
         raise InputError(
             f"{path} has {words} words per sentence, which no stride gives in patches of "
-            f"{patch_size} pixels: give patch_size="
+            f"{patch_size} pixels: set patch_size="
         )
     return stride
 
@@ -247,7 +253,7 @@ def _heads(
     overrides: Mapping[str, Any],
     network: type,
 ) -> dict[str, int]:
-    """The heads that `fields` does not know: of the published network of these widths."""
+    """Returns missing numbers of heads, from the published network of the same widths."""
     keys = [key for key in ("inner_heads", "outer_heads") if key not in fields]
     widths = {key: fields[key] for key in ("outer_dim", "inner_dim")}
     known = [name] if name else [known for known in MODELS if class_of(known) is network]
@@ -258,7 +264,7 @@ def _heads(
     if missing:
         raise InputError(
             f"{path} has sentences of width {widths['outer_dim']} and words of width "
-            f"{widths['inner_dim']}, no published size, and no file stores the heads: "
-            f"give {' and '.join(key + '=' for key in missing)}"
+            f"{widths['inner_dim']}, not a published size, and no file stores the heads: "
+            f"set {' and '.join(key + '=' for key in missing)}"
         )
     return {}

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tnt_flax.load`: weights of any system as a model and variables, fitted to what is wanted."""
+"""`tnt_flax.load`: weights of any framework as a model and variables, adapted on request."""
 
 import functools
+import logging
 import math
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +14,10 @@ import numpy as np
 from tnt_flax.core.errors import InputError
 from tnt_flax.models import Network
 from tnt_flax.models.network import Grid
-from tnt_flax.weights.read import Checkpoint, read_checkpoint
+from tnt_flax.weights.read import LoadedWeights, read_checkpoint
 
 Sharding = jax.sharding.Sharding
+log = logging.getLogger("tnt_flax")
 
 
 def load(
@@ -31,24 +32,24 @@ def load(
     sharding: Sharding | Callable[[str, tuple[int, ...]], Sharding] | None = None,
     **overrides: Any,
 ) -> tuple[Network, dict[str, Any]]:
-    """Loads weights of any system; says on stderr what they were.
+    """Loads weights of any framework and logs a summary.
 
     Args:
-        path, name, weights, checkpoint, overrides: see `convert.checkpoints.read_checkpoint`.
-        num_classes: another number replaces the head by a new one; 0 removes it, for features.
-        image_size: pixels, one number or (height, width); another size than the weights' resamples
-            the positions.
-        in_channels: another number than the weights' adapts the stem.
-        sharding: where the parameters go: one for all, or a function of a parameter's name
-            ("blocks_0/outer/fc1/kernel") and shape; by default, the first device.
+        path, name, weights, checkpoint, overrides: see `weights.read.read_checkpoint`.
+        num_classes: a number other than that of the weights creates a new head; 0 removes it.
+        image_size: pixels, one number or (height, width); a size other than that of the weights
+            resamples the positions.
+        in_channels: a number other than that of the weights adapts the stem.
+        sharding: sharding of all variables, or a function of a variable's name
+            ("blocks_0/outer/fc1/kernel") and shape; the first device by default.
 
     Returns:
-        (model, variables), for `model.apply(variables, images)`: images (B, H, W, channels),
-        normalized, to logits (B, num_classes). `variables` are {"params": parameters}, of
-        PyramidTNT also {"batch_stats": the statistics of its BatchNorms}.
+        (model, variables), for `model.apply(variables, images)` with normalized images
+        (B, H, W, C) and logits (B, num_classes). `variables` has the collection "params", for
+        PyramidTNT also "batch_stats".
 
     Raises:
-        InputError: see `read_checkpoint`; also a size that the patch size does not divide.
+        InputError: see `read_checkpoint`; also for a size not divisible by the patch size.
     """
 
     def put(parameter: str, x: Any) -> jax.Array:
@@ -60,12 +61,12 @@ def load(
     )
     summary = found.summary()
     model = adapt(found, num_classes, image_size, in_channels, put=put)
-    print("; ".join([f"loaded {summary}", *found.notes]), file=sys.stderr)
+    log.info("%s", "; ".join([f"loaded {summary}", *found.notes]))
     return model, found.variables
 
 
 def adapt(
-    found: Checkpoint,
+    found: LoadedWeights,
     num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     in_channels: int | None = None,
@@ -73,11 +74,15 @@ def adapt(
     new_head: bool = False,
     put: Callable[[str, Any], Any] = lambda name, x: x,
 ) -> Network:
-    """Fits `found.params` to other classes, image size and channels, in place; None keeps them.
+    """Adapts loaded weights in place and returns the model, which may have a new head.
 
-    `new_head` forgets the head even where the number of classes stays; `put` is called with every
-    parameter that changes, as in `read_checkpoint`. What was done is added to `found.notes`.
-    Returns the model, which may have another head.
+    Args:
+        found: the weights. The changes are added to its `notes`.
+        num_classes: see `load`; None keeps the head.
+        image_size: see `load`; None keeps the positions.
+        in_channels: see `load`; None keeps the stem.
+        new_head: replace the head even if the number of classes stays.
+        put: called with the name and array of every parameter that changes.
     """
     model, network, params = found.network.model, found.network, found.params
     changes: dict[tuple[str, ...], np.ndarray] = {}
@@ -92,7 +97,7 @@ def adapt(
         new = _grid(image_size, model.patch_size)
         if network.grid is None and math.prod(new) != network.sentences:
             raise InputError(
-                f"{found.path} has {network.sentences} sentences, which form no square: "
+                f"{found.path} has {network.sentences} sentences, not a square number: "
                 f"cannot resample their positions for {new[0]}x{new[1]}"
             )
         if network.grid not in (None, new):
@@ -114,7 +119,7 @@ def adapt(
 
 
 def _grid(image_size: int | tuple[int, int], patch_size: int) -> Grid:
-    """(rows, columns) of the sentences."""
+    """Returns (rows, columns) of the sentences."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if min(height, width) < patch_size or height % patch_size or width % patch_size:
         raise InputError(
@@ -124,7 +129,7 @@ def _grid(image_size: int | tuple[int, int], patch_size: int) -> Grid:
 
 
 def _new_head(model: Network) -> dict[str, np.ndarray]:
-    """As the network's own initial head, the same each time."""
+    """Returns a head initialized as in the network, with a fixed key."""
     if not model.num_classes:
         return {}
     shape = (model.num_features, model.num_classes)
@@ -133,13 +138,13 @@ def _new_head(model: Network) -> dict[str, np.ndarray]:
 
 
 def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
-    """The first kernel (height, width, 3, C) for images of `channels` channels, as timm adapts it.
+    """Adapts a first kernel (H, W, 3, C) to images of `channels` channels, as timm does.
 
-    One channel: the sum over the three. More: they are repeated in turn, scaled by 3 / channels.
+    For one channel, sums over the three. For more, repeats them in turn, scaled by 3 / channels.
     """
     old = kernel.shape[2]
     if channels < 1 or old != 3:
-        raise InputError(f"cannot adapt a stem of {old} channels to {channels}: only one of 3")
+        raise InputError(f"cannot adapt a stem of {old} channels to {channels}: it must have 3")
     if channels == 1:
         return kernel.sum(axis=2, keepdims=True)
     repeated = np.tile(kernel, (1, 1, math.ceil(channels / old), 1))[:, :, :channels]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names of TNT's tensors in every system, side by side.
+"""Names of TNT's tensors in all frameworks, side by side.
 
 A row is a layer (with its weight and bias) or a single tensor, a column is a naming. `x:1/3` is the
-second third of x's rows, `-` is what the system has no place for, and names that end in `_` are
-joined to the leaf without a dot (`in_proj_weight`). `convert.mapping` reads these tables.
+second third of x's rows, `-` means that the framework has no such tensor, and names that end in `_`
+are joined to the leaf without a dot (`in_proj_weight`). `names.py` reads these tables.
 
 Sources: huawei-noah `tnt_pytorch/tnt.py`; timm `models/tnt.py`; mmpretrain `backbones/tnt.py`;
 mindspore-ai/models `research/cv/TNT` ("mindspore", trained on ImageNet) and mindspore-ai/mindspore
@@ -58,7 +58,7 @@ outer/se/fc1           se_layer.fc.1       -                 -                  
 outer/se/fc2           se_layer.fc.3       -                 -                                   -                  -
 """
 
-# PyramidTNT, of which there is the authors' code alone: huawei-noah `tnt_pytorch/pyramid_tnt.py`.
+# PyramidTNT, for which only the authors' code exists: huawei-noah `tnt_pytorch/pyramid_tnt.py`.
 PYRAMID_STEM = """
 tnt_flax                     huawei_pyramid
 stem/shared/conv             patch_embed.common_conv.0
@@ -112,7 +112,7 @@ outer/se/norm          se_layer.fc.0
 outer/se/fc1           se_layer.fc.1
 outer/se/fc2           se_layer.fc.3
 """
-# A table, and what stands before its names in ours and in theirs; {} is a number.
+# (our prefix, their prefix, table); {} is a number.
 PYRAMID = (
     ("", "", PYRAMID_STEM),
     ("word_merges_{}/", "word_merges.{}.", PYRAMID_MERGE),
@@ -121,12 +121,12 @@ PYRAMID = (
     ("stages_{}/blocks/{}/", "stages.{}.blocks.{}.", PYRAMID_BLOCK),
 )
 PYRAMID_NAMINGS = ("huawei_pyramid",)
-PYRAMID_WORDS = 16  # of a sentence; the norms over all of them are flat in theirs, (M, C) in ours
+PYRAMID_WORDS = 16  # M. Norms over all words of a sentence are flat there and (M, C) here.
 
-# Rows without a weight and a bias: the tensor itself.
+# Rows that are a tensor, without a weight and a bias.
 SINGLE = ("word_pos", "cls_token", "sentence_pos", "relative_pos")
 
-# The positions of the words, (1, M, C) in ours: channels first, flat or as a picture, elsewhere.
+# Layouts of the word positions: (1, M, C), (1, C, M), or (1, C, H, W) with H W = M.
 WORD_POS = {
     "tnt_flax": "1MC",
     "huawei": "1MC",
@@ -137,7 +137,7 @@ WORD_POS = {
     "huawei_pyramid": "1MC",
 }
 
-# (weight, bias) of a norm, and of every other layer; what a BatchNorm has besides.
+# Leaves of a norm, of every other layer, and of a BatchNorm besides those of a norm.
 NORM_LEAVES = {"tnt_flax": ("scale", "bias")} | {
     naming: ("gamma", "beta") if naming.startswith("mindspore") else ("weight", "bias")
     for naming in WORD_POS
@@ -151,7 +151,7 @@ STATISTICS_LEAVES = {
     "huawei_pyramid": ("running_mean", "running_var", "num_batches_tracked"),
 }
 
-# Tensors of a file that are no weights: why, and their shape. Written as zeros.
+# Tensors that are not weights: (reason, shape). They are written as zeros.
 EXTRA = {
     "huawei": {"outer_tokens": ("unused", "ND")},
     "mindspore_pets": {
@@ -161,11 +161,11 @@ EXTRA = {
         "encoder.layers.{}.pixel2patch.fake": ("zero", "1D"),
     },
 }
-NO_WEIGHT = {
-    "unused": "never read by the network",
-    "zero": "zeros that the network adds and never trains",
+IGNORED = {
+    "unused": "not used by the network",
+    "zero": "zeros that the network adds and does not train",
 }
-# What MindSpore's trainers save along with the weights: the state of its optimizers, and counters.
+# What MindSpore's trainers save beside the weights: optimizer state and counters.
 MINDSPORE_TRAINING = (
     r"(adam_[mv]|moment[12]|moments|accum|stat)\..*|momentum|beta[12]_power|learning_rate"
     r"|global_step|(epoch|step)_num|scale_sense|(current|last_overflow)_iterator_step"

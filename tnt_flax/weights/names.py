@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine that reads `convert.tables`: between the names of any two systems, nothing left over.
+"""Translates names and layouts of tensors between frameworks, by the tables in `name_tables`.
 
-Our names here are per block, "blocks/3/inner/fc1/kernel", as everybody else's are; `unstacked` and
-`restacked` go between them and the parameter tree, in which equal blocks are stacked.
+Our names in this module are per block, such as "blocks/3/inner/fc1/kernel", as in all other
+frameworks. In the parameter tree, equal blocks are stacked: `unstacked` and `restacked` convert.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tnt_flax.core.errors import InputError, listed
 from tnt_flax.core.trees import named_leaves
@@ -25,7 +26,7 @@ STACKED = re.compile(r"((?:stages_\d+/)?)blocks_(\d{1,4})/(.*)")  # of our param
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One of our tensors in another naming: all of a tensor, or part `part` of `parts` of it."""
+    """One of our tensors in another naming: part `part` of `parts` of the tensor `name`."""
 
     name: str
     part: int = 0
@@ -34,7 +35,7 @@ class Place:
 
 @functools.cache
 def _rows(naming: str, table: str) -> dict[str, Place]:
-    """Our name -> its place, for the rows of one table; leaves included."""
+    """Returns {our name: its place} for one table, with one entry per leaf."""
     header, *rows = [line.split() for line in table.strip().splitlines()]
     column, places = header.index(naming), {}
     for row in rows:
@@ -58,7 +59,7 @@ def _rows(naming: str, table: str) -> dict[str, Place]:
 
 @functools.cache
 def _sections(naming: str) -> list[tuple[str, str, str]]:
-    """(our prefix, theirs, table): in which tables the names of `naming` stand; {} is a number."""
+    """Returns (our prefix, their prefix, table) for each table of `naming`; {} is a number."""
     sections = []
     if naming not in name_tables.PYRAMID_NAMINGS:
         ours, theirs = (name_tables.BLOCK_PREFIX[n] for n in (OURS, naming))
@@ -72,7 +73,7 @@ def _sections(naming: str) -> list[tuple[str, str, str]]:
 
 @functools.cache
 def _prefixed(prefix: str) -> re.Pattern:
-    """Matches names behind `prefix`; its groups are the prefix's numbers, then the rest."""
+    """Returns a pattern for names with `prefix`: groups are its numbers, then the rest."""
     return re.compile(re.escape(prefix).replace(r"\{\}", r"(0|[1-9]\d{0,3})") + "(.*)")
 
 
@@ -85,7 +86,7 @@ def _inverse(naming: str, table: str) -> dict[str, list[tuple[str, Place]]]:
 
 
 def place_of(naming: str, ours: str) -> Place | None:
-    """Where `naming` keeps our tensor `ours`; None if it has no place for it."""
+    """Returns the place of our tensor `ours` in `naming`, or None."""
     for our_prefix, prefix, table in _sections(naming):
         match = _prefixed(our_prefix).fullmatch(ours)
         place = match and _rows(naming, table).get(match[match.lastindex])
@@ -95,7 +96,7 @@ def place_of(naming: str, ours: str) -> Place | None:
 
 
 def our_names(naming: str, theirs: str) -> list[tuple[str, Place]]:
-    """Our names for (the parts of) their tensor; empty if `naming` has no such tensor."""
+    """Returns our names for the parts of their tensor, empty if `naming` has no such tensor."""
     for our_prefix, prefix, table in _sections(naming):
         match = _prefixed(prefix).fullmatch(theirs)
         found = match and _inverse(naming, table).get(match[match.lastindex])
@@ -105,8 +106,8 @@ def our_names(naming: str, theirs: str) -> list[tuple[str, Place]]:
     return []
 
 
-def why_no_weight(naming: str, theirs: str) -> str | None:
-    """Why a file of `naming` may hold a tensor that is no weight: a key of `tables.NO_WEIGHT`."""
+def ignored_reason(naming: str, theirs: str) -> str | None:
+    """Returns why a tensor is not a weight, a key of `name_tables.IGNORED`; None for weights."""
     for pattern, (why, _) in name_tables.EXTRA.get(naming, {}).items():
         if re.fullmatch(re.escape(pattern).replace(r"\{\}", r"\d+"), theirs):
             return why
@@ -114,22 +115,22 @@ def why_no_weight(naming: str, theirs: str) -> str | None:
 
 
 def detect_naming(path: Any, names: Iterable[str]) -> str:
-    """The naming that knows the most of `names`.
+    """Returns the naming that has the most of `names`.
 
     Raises:
-        InputError: none knows at least half of them.
+        InputError: no naming has at least half of them.
     """
     names = list(names)
     known = {
-        naming: sum(bool(our_names(naming, n) or why_no_weight(naming, n)) for n in names)
+        naming: sum(bool(our_names(naming, n) or ignored_reason(naming, n)) for n in names)
         for naming in NAMINGS
     }
     best = max(known, key=known.get)
     if 2 * known[best] <= len(names):
         unknown = [n for n in names if not our_names(best, n)]
         raise InputError(
-            f"{path} holds no TNT that we know: of its {len(names)} tensors, {best} names "
-            f"{known[best]}; not among them {', '.join(map(repr, unknown[:3]))}"
+            f"{path} holds no known TNT: the best match, {best}, has {known[best]} of its "
+            f"{len(names)} tensors; unknown are {', '.join(map(repr, unknown[:3]))}"
         )
     return best
 
@@ -138,7 +139,7 @@ def detect_naming(path: Any, names: Iterable[str]) -> str:
 
 
 def to_ours(naming: str, ours: str, place: Place, x: np.ndarray) -> np.ndarray:
-    """Our tensor out of theirs, as a view where numpy can."""
+    """Returns our tensor, part of their tensor `x`, as a view where possible."""
     if place.parts > 1:
         rows, rest = divmod(x.shape[0], place.parts) if x.ndim else (0, 1)
         if rest:
@@ -164,7 +165,7 @@ def to_ours(naming: str, ours: str, place: Place, x: np.ndarray) -> np.ndarray:
 
 
 def to_theirs(naming: str, ours: str, x: np.ndarray) -> np.ndarray:
-    """The inverse of `to_ours`, but for the joining of parts."""
+    """The inverse of `to_ours`, without joining parts."""
     *layers, leaf = ours.split("/")
     if naming == OURS:
         return x
@@ -187,8 +188,27 @@ def _is_norm_of_words(naming: str, layers: list[str]) -> bool:
 # ----------------------------------------------------------------------------- a whole network
 
 
+def join_collections(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns one tree of parameters and BatchNorm statistics, as weights files store them.
+
+    The statistics are beside the scale of their norm. `split_collections` is the inverse.
+    """
+    parts = (variables["params"], variables.get("batch_stats", {}))
+    flat = {path: x for part in parts for path, x in flatten_dict(part).items()}
+    return unflatten_dict(flat)
+
+
+def split_collections(tree: dict[str, Any]) -> dict[str, Any]:
+    """Returns variables by collection, without "batch_stats" where there are none."""
+    flat: dict[str, dict] = {"params": {}}
+    for path, x in flatten_dict(tree).items():
+        statistic = "batch_norm" in path[:-1] and path[-1] in name_tables.STATISTICS_LEAVES[OURS]
+        flat.setdefault("batch_stats" if statistic else "params", {})[path] = x
+    return {collection: unflatten_dict(leaves) for collection, leaves in flat.items()}
+
+
 def unstacked(params: Any) -> dict[str, np.ndarray]:
-    """The parameter tree by our per-block names, as views."""
+    """Returns the leaves of a parameter tree by per-block name, as views."""
     tensors = {}
     for name, leaf in named_leaves(params).items():
         match = STACKED.fullmatch(name)
@@ -201,7 +221,7 @@ def unstacked(params: Any) -> dict[str, np.ndarray]:
 
 
 def unstacked_name(match: re.Match, i: int) -> str:
-    """Our per-block name of entry `i` of a leaf, whose name `STACKED` matched."""
+    """Returns the per-block name of entry `i` of a leaf; `match` is of `STACKED`."""
     return f"{match[1]}blocks/{int(match[2]) + i}/{match[3]}"
 
 
@@ -211,13 +231,17 @@ def restacked(
     shape: tuple[int, ...],
     dtype: Any = np.float32,
 ) -> np.ndarray:
-    """One leaf of the parameter tree, in memory of its own.
+    """Returns a leaf of the parameter tree as a new array.
 
-    `name`, `shape` and `dtype` are the leaf's; `read(ours)` is called once for each of its blocks.
+    Args:
+        read: returns the tensor with a per-block name; called once per block.
+        name: name of the leaf.
+        shape: its shape.
+        dtype: its dtype.
     """
     out = np.empty(shape, dtype)
     match = STACKED.fullmatch(name)
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite: the caller tells
+    with np.errstate(over="ignore"):  # a float64 out of range becomes infinite: the caller checks
         if match:
             for i in range(shape[0]):
                 out[i] = read(unstacked_name(match, i))
@@ -227,10 +251,10 @@ def restacked(
 
 
 def export(naming: str, params: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """(their name, their tensor) for all of `params`, with the zeros that `naming` adds.
+    """Yields (their name, their tensor) for all of `params`, with the zeros that `naming` adds.
 
     Raises:
-        InputError: `naming` has no place for some tensors, which are named.
+        InputError: `naming` has no place for some tensors; the message lists them.
     """
     tensors = unstacked(params)
     for name, parts in _joined(naming, tensors).items():
@@ -242,8 +266,8 @@ def export(naming: str, params: Any) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def exported_shapes(naming: str, params: Any) -> dict[str, tuple[int, ...]]:
-    """The names and shapes that `export` would give, without the zeros."""
-    tensors = unstacked(hollow_tree(params))
+    """Returns the names and shapes of `export`, without the zeros."""
+    tensors = unstacked(shapes_only_tree(params))
     shapes = {}
     for name, parts in _joined(naming, tensors).items():
         pieces = [to_theirs(naming, ours, tensors[ours]).shape for ours in parts]
@@ -252,7 +276,7 @@ def exported_shapes(naming: str, params: Any) -> dict[str, tuple[int, ...]]:
 
 
 def extra_shapes(naming: str, tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The tensors of zeros that files of `naming` hold besides the weights."""
+    """Returns the shapes of tensors of zeros in files of `naming`, beside the weights."""
     if naming not in name_tables.EXTRA:
         return {}
     sentences, width = tensors["sentence_pos"].shape[1] - 1, tensors["cls_token"].shape[-1]
@@ -266,21 +290,21 @@ def extra_shapes(naming: str, tensors: Mapping[str, Any]) -> dict[str, tuple[int
 
 
 def _joined(naming: str, tensors: Iterable[str]) -> dict[str, list[str]]:
-    """Their name -> ours, in the order of the parts."""
+    """Returns {their name: our names in the order of the parts}."""
     places = {ours: place_of(naming, ours) for ours in tensors}
-    homeless = [ours for ours, place in places.items() if place is None]
-    if homeless:
-        raise InputError(f"{naming} has no place for {listed(homeless)}")
+    unmapped = [ours for ours, place in places.items() if place is None]
+    if unmapped:
+        raise InputError(f"{naming} has no place for {listed(unmapped)}")
     joined: dict[str, list[str]] = {}
     for ours, place in sorted(places.items(), key=lambda item: item[1].part):
         joined.setdefault(place.name, []).append(ours)
     return {places[ours].name: joined[places[ours].name] for ours in places}  # in our order
 
 
-def hollow_tree(tree: Any) -> Any:
-    return jax.tree.map(lambda x: hollow(x.shape), tree)
+def shapes_only_tree(tree: Any) -> Any:
+    return jax.tree.map(lambda x: shapes_only(x.shape), tree)
 
 
-def hollow(shape: tuple[int, ...]) -> np.ndarray:
-    """An array that takes no memory, to ask what a layout would be."""
+def shapes_only(shape: tuple[int, ...]) -> np.ndarray:
+    """Returns an array without memory of its own, to compute the shape of a layout."""
     return np.broadcast_to(np.float32(0), shape)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes weights for another system: what it can hold, in its names, in its kind of file."""
+"""Writes weights: our own .safetensors, files of other frameworks, and folders for timm's hub."""
 
 import dataclasses
 import json
@@ -8,15 +8,17 @@ from typing import Any
 
 import jax
 import numpy as np
+import safetensors.numpy
 
 from tnt_flax.core.errors import InputError, RunError, listed
+from tnt_flax.core.files import write_atomic
 from tnt_flax.core.trees import fingerprint, named_leaves
 from tnt_flax.models import Network
-from tnt_flax.weights import identify, names, weights_file
-from tnt_flax.weights.formats import mindspore, torch
-from tnt_flax.weights.read import Checkpoint, read_checkpoint
+from tnt_flax.weights import identify, names
+from tnt_flax.weights.formats import HEADER, mindspore, torch
+from tnt_flax.weights.read import LoadedWeights, read_checkpoint
 
-# The endings of each system's files; the first word of a target is what `--to` says.
+# File extensions of each framework. The keys are the choices of `--to`.
 SUFFIXES = {
     "huawei": (".pth", ".tar", ".pt", ".safetensors"),
     "timm": (".safetensors", ".bin", ".pth", ".pt"),
@@ -24,65 +26,107 @@ SUFFIXES = {
     "mindspore": (".ckpt",),
     "flax": (".safetensors",),
 }
-# Lineages that differ in one of these are different functions; biases can be zero, and the rest
-# changes the result only a little.
+# Variants that differ in one of STRUCTURE are different functions. Differences in NUMERICS change
+# the results slightly. Biases may differ where they are zero.
 STRUCTURE = ("conv_first", "norm_each_word", "proj_norm", "stem_norm", "zero_sentences")
 NUMERICS = ("norm_eps", "gelu")
+HUB_WEIGHTS = "model.safetensors"
+# timm's published names. Other sizes are one of them with other arguments.
+TIMM_ARCHITECTURES = ("tnt_s_patch16_224", "tnt_b_patch16_224", "tnt_s_legacy_patch16_224")
+
+
+# ---------------------------------------------------------------------------------- our own files
+
+
+def save_weights(path: pathlib.Path, params: Any, info: dict[str, Any]) -> None:
+    """Writes a .safetensors file of ours in one atomic step.
+
+    Args:
+        path: the file.
+        params: parameter tree; BatchNorm statistics are included by `names.join_collections`.
+        info: JSON values for the header, such as "config" and "class_names".
+    """
+    arrays = {name: np.asarray(x) for name, x in named_leaves(jax.device_get(params)).items()}
+    _write_safetensors(path, arrays, {HEADER: json.dumps(info)})
+
+
+def _write_safetensors(
+    path: pathlib.Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]
+) -> None:
+    write_atomic(path, safetensors.numpy.save(tensors, metadata=metadata))
+
+
+def header_info(loaded: LoadedWeights) -> dict[str, Any]:
+    """Returns the header of our own file for weights of any framework."""
+    if loaded.info.get("config"):
+        return loaded.info
+    model, grid = loaded.network.model, loaded.network.grid
+    fields = identify.function_fields(model)
+    fields.pop("num_classes")  # known from the shape of the head
+    data = loaded.preprocessing | ({"image_size": loaded.network.image_size} if grid else {})
+    name = loaded.name or model.base_name  # `fields` override all of its fields
+    info = {"config": {"model": {"name": name} | fields, "data": data}, "source": loaded.naming}
+    return json.loads(json.dumps(info))  # tuples become lists
+
+
+# ------------------------------------------------------------------------------ other frameworks
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
-    """Weights as another system's network has them."""
+class ForeignWeights:
+    """Weights as the network of another framework has them."""
 
     naming: str
     model: Network
-    params: Any
-    notes: list[str]
+    params: Any  # with BatchNorm statistics, see `names.join_collections`
+    notes: list[str]  # differences of the results
 
     @property
     def same_function(self) -> bool:
         return not self.notes
 
 
-def default_system(path: pathlib.Path) -> str:
-    """What a file of this name is for, if only one system has such files."""
-    systems = {".ckpt": "mindspore", ".safetensors": "flax"}
-    if path.suffix not in systems:
-        raise InputError(f"say for which system {path} is: --to={'|'.join(SUFFIXES)}")
-    return systems[path.suffix]
+def default_framework(path: pathlib.Path) -> str:
+    """Returns the framework of a file extension; raises InputError where several use it."""
+    frameworks = {".ckpt": "mindspore", ".safetensors": "flax"}
+    if path.suffix not in frameworks:
+        raise InputError(f"{path}: set the target framework: --to={'|'.join(SUFFIXES)}")
+    return frameworks[path.suffix]
 
 
-def check_destination(path: pathlib.Path, system: str) -> None:
-    """Raises InputError unless `path` can be written as a file of `system`."""
-    if path.suffix not in SUFFIXES[system]:
-        raise InputError(f"{path}: a file for {system} ends in {' or '.join(SUFFIXES[system])}")
+def check_destination(path: pathlib.Path, framework: str) -> None:
+    """Raises InputError unless `path` can be written as a file of `framework`."""
+    if path.suffix not in SUFFIXES[framework]:
+        suffixes = " or ".join(SUFFIXES[framework])
+        raise InputError(f"{path}: a file for {framework} ends in {suffixes}")
     if path.exists():
         raise InputError(f"{path} exists already: remove it, or choose another name")
     if not path.parent.is_dir():
         raise InputError(f"there is no folder {path.parent}")
 
 
-def make_target(found: Checkpoint, system: str) -> Target:
-    """The network of `found` as `system` runs it.
+def to_framework(loaded: LoadedWeights, framework: str) -> ForeignWeights:
+    """Returns the weights for the network of `framework` that computes the same function.
 
-    Biases that only the target has become zeros; those that it has not must be zeros.
+    Biases missing in the source are written as zeros. Biases missing in the target must be zero.
 
     Raises:
-        InputError: the target has no such network, or would lose a value that is not zero; the
-            first tensors concerned are named.
+        InputError: the framework has no such network, or has no place for values that are not
+            zero; the message lists the first tensors.
     """
-    model = found.network.model
-    if system == "flax":
-        return Target("tnt_flax", model, found.params, [])
+    model, params = loaded.network.model, names.join_collections(loaded.variables)
+    if framework == "flax":
+        return ForeignWeights("tnt_flax", model, params, [])
     held = [
-        (naming, lineage)
-        for naming, lineages in identify.VARIANTS_OF.items()
-        for lineage in lineages
-        if naming.startswith(system) and lineage in model.variants
+        (naming, variant)
+        for naming, variants in identify.VARIANTS_OF.items()
+        for variant in variants
+        if naming.startswith(framework) and variant in model.variants
     ]
     if not held:
-        raise InputError(f"{found.path} is a {type(model).__name__}, which {system} does not have")
-    candidates = [(n, model.clone(**identify.lineage_fields(lineage))) for n, lineage in held]
+        name = type(model).__name__
+        raise InputError(f"{loaded.path} is a {name}, which {framework} does not have")
+    candidates = [(n, model.clone(**identify.variant_fields(variant))) for n, variant in held]
     fitting = [
         c
         for c in candidates
@@ -90,90 +134,204 @@ def make_target(found: Checkpoint, system: str) -> Target:
     ]
     if not fitting:
         raise InputError(
-            f"{found.path} is the {identify.lineage_of(model)} network, which {system} does not "
-            f"have: it has the {' and the '.join(lineage for _, lineage in held)}"
+            f"{loaded.path} is the {identify.variant_of(model)} network, which {framework} does "
+            f"not have: it has the {' and the '.join(variant for _, variant in held)}"
         )
     naming, target = fitting[0]
-    _check_system(found.path, system, model)
-    params = _with_biases_of(found, naming, target)
+    _check_arguments(loaded.path, framework, model)
+    params = _with_biases_of(loaded, naming, target)
     notes = [
-        f"{system} computes with {field}={getattr(target, field)}, this network with "
-        f"{getattr(model, field)}: its results will differ a little"
+        f"{framework} computes with {field}={getattr(target, field)}, this network with "
+        f"{getattr(model, field)}: its results will differ slightly"
         for field in NUMERICS
         if getattr(model, field, None) != getattr(target, field, None)
     ]
-    return Target(naming, target, params, notes)
+    return ForeignWeights(naming, target, params, notes)
 
 
-def _check_system(path: str, system: str, model: Network) -> None:
-    """What the system's own code cannot be told, though its names could be written."""
+def _check_arguments(path: str, framework: str, model: Network) -> None:
+    """Raises InputError for fields without an equivalent in the framework's own code."""
     faults = []
-    if getattr(model, "vanilla_blocks", ()) and system != "huawei":
+    if getattr(model, "vanilla_blocks", ()) and framework != "huawei":
         faults.append("blocks without words")
-    if model.mlp_ratio != 4 and system == "timm":
+    if model.mlp_ratio != 4 and framework == "timm":
         faults.append(f"mlp_ratio={model.mlp_ratio} for the words (it has 4)")
     if faults:
-        raise InputError(f"{path}: {system} cannot build {' and '.join(faults)}")
+        raise InputError(f"{path}: {framework} cannot build {' and '.join(faults)}")
 
 
-def _with_biases_of(found: Checkpoint, naming: str, target: Network) -> Any:
-    """The parameters with exactly the biases that `target` has."""
-    network = dataclasses.replace(found.network, model=target)
-    abstract, params = network.abstract_params(), named_leaves(found.params)
-    wanted = named_leaves(abstract)
+def _with_biases_of(loaded: LoadedWeights, naming: str, target: Network) -> Any:
+    """Returns the parameters with exactly the biases of `target`."""
+    network = dataclasses.replace(loaded.network, model=target)
+    abstract = names.join_collections(network.abstract_variables())
+    params, wanted = named_leaves(names.join_collections(loaded.variables)), named_leaves(abstract)
     lost = [name for name in params if name not in wanted and np.any(params[name])]
     if lost:
         raise InputError(
-            f"{naming} has no place for values of {found.path} that are not zero: {listed(lost)}"
+            f"{naming} has no place for nonzero values of {loaded.path}: {listed(lost)}"
         )
     leaves = [params.get(name, np.zeros(x.shape, np.float32)) for name, x in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
-def write(path: pathlib.Path, system: str, target: Target, found: Checkpoint) -> None:
-    """Writes `target` in one atomic step, reads it again, and compares every bit.
+def write(
+    path: pathlib.Path, framework: str, target: ForeignWeights, loaded: LoadedWeights
+) -> None:
+    """Writes `target` in one atomic step, reads it back and compares it bit for bit.
+
+    Args:
+        path: the file.
+        framework: a key of `SUFFIXES`.
+        target: the weights, from `to_framework`.
+        loaded: the source of `target`, for the metadata of the file.
 
     Raises:
-        RunError: it cannot be written, or what was read is not what was written.
+        RunError: the file cannot be written, or reads back differently.
     """
     try:
-        if system == "flax":
-            weights_file.save_weights(path, target.params, describe(found))
+        if framework == "flax":
+            save_weights(path, target.params, header_info(loaded))
         else:
             tensors = dict(names.export(target.naming, target.params))
-            _write_tensors(path, system, tensors, found)
+            _write_tensors(path, framework, tensors, loaded)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
     again = read_checkpoint(path, **identify.unstored_fields(target.model))
-    if fingerprint(again.params) != fingerprint(target.params):
+    if fingerprint(names.join_collections(again.variables)) != fingerprint(target.params):
         path.unlink()
         raise RunError(f"{path} did not read back as it was written, and was removed")
 
 
 def _write_tensors(
-    path: pathlib.Path, system: str, tensors: dict[str, np.ndarray], found: Checkpoint
+    path: pathlib.Path, framework: str, tensors: dict[str, np.ndarray], loaded: LoadedWeights
 ) -> None:
-    if system == "mindspore":
+    if framework == "mindspore":
         mindspore.write(path, tensors)
-    elif system == "mmpretrain":
+    elif framework == "mmpretrain":
         meta: dict[str, Any] = {"converted_by": "tnt_flax"}
-        if found.class_names:
-            meta["dataset_meta"] = {"classes": list(found.class_names)}
+        if loaded.class_names:
+            meta["dataset_meta"] = {"classes": list(loaded.class_names)}
         torch.write(path, {"meta": meta, "state_dict": tensors})
     elif path.suffix == ".safetensors":
-        weights_file.write_tensors(path, tensors, {"format": "pt"})
+        _write_safetensors(path, tensors, {"format": "pt"})
     else:
         torch.write(path, tensors)
 
 
-def describe(found: Checkpoint) -> dict[str, Any]:
-    """What the header of our own file says of weights that came from anywhere."""
-    if found.info.get("config"):
-        return found.info
-    model, grid = found.network.model, found.network.grid
-    fields = identify.function_fields(model)
-    fields.pop("num_classes")  # the head's shape says it
-    data = found.preprocessing | ({"image_size": found.network.image_size} if grid else {})
-    name = found.name or model.base_name  # the fields say the rest
-    info = {"config": {"model": {"name": name} | fields, "data": data}, "source": found.naming}
-    return json.loads(json.dumps(info))  # tuples become lists
+# -------------------------------------------------------------------------- folders for timm's hub
+
+
+def facts(loaded: LoadedWeights) -> dict[str, Any]:
+    """Returns JSON values that a user of the weights needs: image size, normalization, classes.
+
+    Raises:
+        InputError: the images are not square.
+    """
+    model, grid = loaded.network.model, loaded.network.grid
+    if grid is None:
+        raise InputError(f"{loaded.path} is not for square images: their size is not known")
+    prepared = loaded.preprocessing
+    return {
+        "network": loaded.name or "tnt",
+        "variant": identify.variant_of(model),
+        "image_size": loaded.network.image_size,
+        "mean": list(prepared["mean"]),
+        "std": list(prepared["std"]),
+        "crop_fraction": prepared["crop_fraction"],
+        "num_classes": model.num_classes,
+        "class_names": list(loaded.class_names) if loaded.class_names else None,
+    }
+
+
+def timm_arguments(target: ForeignWeights, loaded: LoadedWeights) -> dict[str, Any]:
+    """Returns the arguments of timm's TNT for this network; raises what `facts` raises."""
+    model = target.model
+    return {
+        "img_size": facts(loaded)["image_size"],
+        "patch_size": model.patch_size,
+        "in_chans": loaded.network.channels,
+        "num_classes": model.num_classes,
+        "embed_dim": model.outer_dim,
+        "inner_dim": model.inner_dim,
+        "depth": model.depth,
+        "num_heads_inner": model.inner_heads,
+        "num_heads_outer": model.outer_heads,
+        "mlp_ratio": model.mlp_ratio,
+        "qkv_bias": model.qkv_bias,
+        "first_stride": model.inner_stride,
+        "legacy": model.norm_each_word,
+    }
+
+
+def write_hub_folder(folder: pathlib.Path, target: ForeignWeights, loaded: LoadedWeights) -> None:
+    """Writes config.json, model.safetensors and README.md; raises what `write` raises."""
+    folder.mkdir()
+    write(folder / HUB_WEIGHTS, "timm", target, loaded)
+    config = _hub_config(target, loaded)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "README.md").write_text(_model_card(target, loaded))
+
+
+def _hub_config(target: ForeignWeights, loaded: LoadedWeights) -> dict[str, Any]:
+    known, arguments = facts(loaded), timm_arguments(target, loaded)
+    for name in ("in_chans", "num_classes"):  # stored elsewhere in the file
+        arguments.pop(name)
+    size = known["image_size"]
+    config = {
+        "architecture": loaded.name if loaded.name in TIMM_ARCHITECTURES else TIMM_ARCHITECTURES[0],
+        "num_classes": known["num_classes"],
+        "num_features": target.model.outer_dim,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [loaded.network.channels, size, size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": known["crop_fraction"],
+            "mean": known["mean"],
+            "std": known["std"],
+            "first_conv": "pixel_embed.proj",
+            "classifier": "head",
+        },
+    }
+    if known["class_names"]:
+        config["label_names"] = known["class_names"]
+    return config
+
+
+def _model_card(target: ForeignWeights, loaded: LoadedWeights) -> str:
+    """Returns README.md as the hub shows it, without a license: the owner has to add it."""
+    known, model = facts(loaded), loaded.network.model
+    classes = f"{known['num_classes']} classes" if known["num_classes"] else "features, no head"
+    size = known["image_size"]
+    notes = "".join(f"- {note}\n" for note in target.notes)
+    return f"""---
+library_name: timm
+pipeline_tag: image-classification
+tags:
+- image-classification
+- timm
+- transformer-in-transformer
+---
+# {known["network"]}
+
+Transformer in Transformer ([paper](https://arxiv.org/abs/2103.00112)), the {known["variant"]}
+network: {loaded.num_params:,} parameters, {model.depth} blocks, images of {size} pixels, {classes}.
+Converted by tnt_flax from {loaded.naming} weights.
+{notes}
+Images are resized to {size} / {known["crop_fraction"]:.4g} pixels (bicubic), center-cropped, and
+normalized with mean {tuple(known["mean"])} and standard deviation {tuple(known["std"])}.
+
+```python
+import timm
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True)  # or hf-hub:OWNER/NAME
+```
+
+```python
+import tnt_flax
+
+model, variables = tnt_flax.load(
+    "FOLDER/{HUB_WEIGHTS}", inner_heads={model.inner_heads}, outer_heads={model.outer_heads}
+)
+```
+"""

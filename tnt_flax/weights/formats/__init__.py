@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens a weights file of any system, told apart by its content, without running what is in it.
+"""Opens a weights file of any framework, recognized by its content, without running code from it.
 
-What comes back is one flat set of named tensors, read when asked for.
+The result is one flat set of named tensors, which are read on demand.
 """
 
 import dataclasses
@@ -20,24 +20,24 @@ from tnt_flax.weights.formats import mindspore, torch
 from tnt_flax.weights.formats.restricted_pickle import TRUSTED, Stub
 from tnt_flax.weights.name_tables import MINDSPORE_TRAINING
 from tnt_flax.weights.names import STACKED, unstacked_name
-from tnt_flax.weights.weights_file import HEADER
 
-# Where trainers keep the weights and their average: DeiT, then huawei and timm, then mmengine.
+HEADER = "tnt_flax"  # key of the metadata in our own .safetensors files
+# Keys of (raw weights, EMA weights) in trainers' checkpoints: DeiT; huawei and timm; mmengine.
 STATES = [
     ("model", "model_ema"),
     ("state_dict", "state_dict_ema"),
     ("state_dict", "ema_state_dict"),
 ]
-# Wrappers that put their own name before every tensor's.
+# Prefixes that wrappers add to all names.
 WRAPPERS = ("module.", "_orig_mod.", "model.", "network.", "_backbone.", "_network.")
-MOST_BLOCKS = 10_000  # a file may claim any number, without holding a byte for them
-# Counters that some averages carry along with the weights.
+MOST_BLOCKS = 10_000  # a file can claim any number of empty blocks
+# Counters among the tensors of some EMA weights.
 COUNTERS = ("steps", "n_averaged")
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Shape and type of a tensor that has not been read."""
+    """Shape and dtype of a tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -47,20 +47,24 @@ class Spec:
 class Content:
     """The weights in a file: `read(name)` for every name in `specs`."""
 
-    container: str  # in words
+    file_format: str  # for messages
     specs: dict[str, Spec]
     read: Callable[[str], np.ndarray]
-    info: dict[str, Any]  # what our own files say of themselves
-    weights: str | None = None  # "ema" or "raw" where the file knows; None where it does not say
+    info: dict[str, Any]  # header of our own files
+    weights: str | None = None  # "ema" or "raw" if the file states it
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def open_file(path: pathlib.Path, weights: str) -> Content:
-    """Opens `path`. `weights` is "ema" or "raw", which matters where a file holds both.
+    """Opens a weights file.
+
+    Args:
+        path: the file.
+        weights: "ema" or "raw", for files that hold both.
 
     Raises:
-        InputError: there is no such file, it is none of the known containers or is damaged, it
-            would have to run code to be read, or it holds no set of named tensors.
+        InputError: no such file, an unknown format, damaged, a tensor that cannot be loaded without
+            running code, or no set of named tensors.
     """
     try:
         with open(path, "rb") as f:
@@ -73,12 +77,12 @@ def open_file(path: pathlib.Path, weights: str) -> Content:
         return _open_safetensors(path)
     if mindspore.looks_like(head):
         return _open_mindspore(path)
-    raise InputError(f"{path} is no weights file: {_guess(head)}")
+    raise InputError(f"{path} is not a weights file: {_guess(head)}")
 
 
-def _arrays(container: str, tensors: Mapping[str, np.ndarray], **more: Any) -> Content:
+def _arrays(file_format: str, tensors: Mapping[str, np.ndarray], **more: Any) -> Content:
     specs = {name: Spec(x.shape, str(x.dtype)) for name, x in tensors.items()}
-    return Content(container, specs, tensors.__getitem__, {}, **more)
+    return Content(file_format, specs, tensors.__getitem__, {}, **more)
 
 
 def _guess(head: bytes) -> str:
@@ -91,7 +95,7 @@ def _guess(head: bytes) -> str:
     if head[257:262] == b"ustar":
         return "it is a tar archive; unpack it first"
     if head[:2] == b"\x80\x02" or head[:2] == b"\x80\x04":
-        return "it is a pickle of something else than torch's (Paddle's are not supported)"
+        return "it is a pickle that torch.save did not write (Paddle's are not supported)"
     return "neither torch's (.pth, .bin), nor safetensors, nor a MindSpore checkpoint (.ckpt)"
 
 
@@ -106,14 +110,14 @@ def _open_safetensors(path: pathlib.Path) -> Content:
         info = json.loads(metadata.get(HEADER, "{}"))
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{path} is not a whole safetensors file: {reason}") from error
+        raise InputError(f"{path} is not a complete safetensors file: {reason}") from error
     if not isinstance(info, dict):
         raise InputError(f"{path} has a {HEADER!r} header that is not an object")
     return Content("safetensors", *_per_block(specs, file.get_tensor), info)
 
 
 def _per_block(specs: Mapping[str, Spec], read: Callable) -> tuple[dict[str, Spec], Callable]:
-    """Our own file, in which equal blocks are stacked, as one that holds them one by one."""
+    """Splits the stacked blocks of our own files into one tensor per block."""
     slices = {}
     for name, spec in specs.items():
         match = STACKED.fullmatch(name)
@@ -122,7 +126,7 @@ def _per_block(specs: Mapping[str, Spec], read: Callable) -> tuple[dict[str, Spe
                 slices[unstacked_name(match, i)] = (name, i)
         else:
             slices[name] = (name, None)
-    read = functools.lru_cache(maxsize=1)(read)  # the blocks of one stack are read in a row
+    read = functools.lru_cache(maxsize=1)(read)  # the blocks of a stack are read consecutively
 
     def read_block(name: str) -> np.ndarray:
         stacked, i = slices[name]
@@ -175,7 +179,7 @@ def _described(stub: Stub) -> str:
 
 
 def _objects(value: Any) -> Iterator[str]:
-    """The names of all objects that were not unpickled."""
+    """Yields the names of all objects that were not loaded."""
     if isinstance(value, Stub):
         yield value.name
     elif isinstance(value, dict):
@@ -187,16 +191,16 @@ def _objects(value: Any) -> Iterator[str]:
 
 
 def _open_mindspore(path: pathlib.Path) -> Content:
-    state, left_out = {}, []
+    state, ignored = {}, []
     for name, x in mindspore.read(path).items():
         training = x.dtype.kind == "U" or re.fullmatch(MINDSPORE_TRAINING, name)
         if training:
-            left_out.append(name)
+            ignored.append(name)
         else:
             state[name] = x
     state, notes = _unwrapped(path, state)
-    if left_out:
-        notes.append(f"left out {len(left_out)} values of its trainer, such as {left_out[0]}")
+    if ignored:
+        notes.append(f"ignored {len(ignored)} values of its trainer, such as {ignored[0]}")
     return _arrays("MindSpore checkpoint", state, notes=notes)
 
 
@@ -211,8 +215,8 @@ def _is_state(state: Any) -> bool:
 
 
 def _unwrapped(path: Any, state: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list]:
-    """Without counters and without the prefixes that wrappers put before all names."""
-    notes = [f"left out {name}, a counter" for name in COUNTERS if name in state]
+    """Removes counters, and prefixes of wrappers that all names share; returns notes on both."""
+    notes = [f"ignored {name}, a counter" for name in COUNTERS if name in state]
     state = {name: x for name, x in state.items() if name not in COUNTERS}
     stripped = ""
     while prefix := next(

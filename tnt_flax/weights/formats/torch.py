@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights files of torch, read and written without torch.
+"""Reads and writes weights files of torch without torch.
 
-Two containers hold the same kind of pickle: a zip archive (torch 1.6 and newer) and, before that, a
-stream. Tensors are views into the mapped file, so what nobody looks at is never in memory; the file
-must therefore not be overwritten in place while they live.
+There are two file formats around the same kind of pickle: a zip archive (torch 1.6 and newer) and
+the older stream. Tensors are views of the memory-mapped file: unused ones take no memory, and the
+file must not be overwritten in place while they exist.
 """
 
 import itertools
 import math
 import mmap
-import os
 import pathlib
 import pickle
 import struct
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from tnt_flax.core.errors import InputError
+from tnt_flax.core.files import atomic_path
 from tnt_flax.weights.formats.restricted_pickle import (
     DTYPES,
     STORAGES,
@@ -50,19 +50,20 @@ DAMAGE = (  # what zipfile, struct and the unpickler raise for garbage
 
 
 def looks_like(head: bytes) -> bool:
-    """Whether a file that begins with `head`, at least 64 bytes of it, may be one of torch."""
+    """Whether a file that starts with `head` (64 bytes or more) can be one of torch."""
     return head.startswith((ZIP, STREAM))
 
 
 def read(path: pathlib.Path) -> Any:
-    """The object in the file: dicts, lists, tuples, scalars, strings and numpy arrays.
+    """Returns the object in the file: dicts, lists, tuples, scalars, strings and NumPy arrays.
 
-    Tensors and parameters are read-only views of the file, wherever they were when it was written.
-    An argparse.Namespace is a dict, a torch.Size a tuple, and a device or dtype of torch its name.
+    Tensors and parameters of any device are read-only views of the file. An argparse.Namespace is
+    read as a dict, a torch.Size as a tuple, a device or dtype of torch as its name. Other objects
+    are read as `restricted_pickle.Stub`.
 
     Raises:
-        InputError: no such file; not one of torch; damaged; or one that holds, or asks to run,
-            anything else.
+        InputError: no such file, not one of torch, damaged, or a tensor that cannot be loaded
+            without running code.
     """
     try:
         with open(path, "rb") as f:
@@ -94,9 +95,7 @@ def _read_zip(data: mmap.mmap) -> Any:
     root = roots[0]
     start, end = ranges.get(root + "byteorder", (0, 0))
     if data[start : min(end, start + 9)] not in (b"", b"little"):
-        raise InvalidFile(
-            "is big-endian: load it where it was written and save it on a usual machine"
-        )
+        raise InvalidFile("is big-endian: save it again on a little-endian machine")
     start, end = ranges[root + "data.pkl"]
     unpickler = RestrictedUnpickler(data, start, end)
     value = unpickler.load()
@@ -109,7 +108,7 @@ def _read_zip(data: mmap.mmap) -> Any:
 
 
 def _zip_ranges(data: mmap.mmap) -> dict[str, tuple[int, int]]:
-    """Where the content of each file in the archive begins and ends. They do not overlap."""
+    """Returns the start and end of each file in the archive, which do not overlap."""
     with zipfile.ZipFile(data) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     if any(x.filename.endswith("/constants.pkl") or "/code/" in x.filename for x in entries):
@@ -123,7 +122,7 @@ def _zip_ranges(data: mmap.mmap) -> dict[str, tuple[int, int]]:
             )
         header = entry.header_offset
         if data[header : header + len(ZIP)] != ZIP or header < last_end:
-            raise InvalidFile("is damaged: the entries of its archive overlap or are not there")
+            raise InvalidFile("is damaged: the entries of its archive overlap or are missing")
         name_size, extra_size = struct.unpack("<HH", data[header + 26 : header + LOCAL_HEADER])
         start = header + LOCAL_HEADER + name_size + extra_size
         last_end = start + entry.file_size
@@ -131,13 +130,13 @@ def _zip_ranges(data: mmap.mmap) -> dict[str, tuple[int, int]]:
             raise InvalidFile("is cut off: copy or download it again")
         local_name = data[header + LOCAL_HEADER : header + LOCAL_HEADER + name_size]
         if local_name != name or entry.filename in ranges:
-            raise InvalidFile("is damaged: the entries of its archive have unclear names")
+            raise InvalidFile("is damaged: the entries of its archive have ambiguous names")
         ranges[entry.filename] = (start, last_end)
     return ranges
 
 
 def _read_stream(data: mmap.mmap) -> Any:
-    """The magic number, the version, the machine, the object, the keys; then each storage."""
+    """Reads magic number, version, system, object and keys, then the storages."""
     version, position = _read_value(data, len(STREAM))
     if version != STREAM_VERSION:
         raise InvalidFile(
@@ -145,14 +144,12 @@ def _read_stream(data: mmap.mmap) -> Any:
         )
     system, position = _read_value(data, position)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise InvalidFile(
-            "is big-endian: load it where it was written and save it on a usual machine"
-        )
+        raise InvalidFile("is big-endian: save it again on a little-endian machine")
     unpickler = RestrictedUnpickler(data, position, len(data))
     value = unpickler.load()
     keys, position = _read_value(data, unpickler.position)
     if not isinstance(keys, list) or sorted(keys) != sorted(unpickler.storages):
-        raise InvalidFile("is damaged: it lists other storages than its tensors are in")
+        raise InvalidFile("is damaged: its list of storages does not match its tensors")
     raw = {}
     for key in keys:
         storage = unpickler.storages[key]
@@ -166,7 +163,7 @@ def _read_stream(data: mmap.mmap) -> Any:
 
 
 def _read_value(data: mmap.mmap, position: int) -> tuple[Any, int]:
-    """A pickled value without tensors, and where it ends."""
+    """Returns a pickled value without tensors, and its end."""
     unpickler = RestrictedUnpickler(data, position, len(data))
     return unpickler.resolve(unpickler.load(), {}), unpickler.position
 
@@ -177,35 +174,33 @@ def _check_size(storage: Storage, size: int) -> None:
         raise InvalidFile(f"is damaged: storage {ascii(storage.key)[:20]} is not in it")
     if size != wanted:
         key = ascii(storage.key)[:20]
-        raise InvalidFile(f"is damaged: storage {key} has {size} bytes, its tensors want {wanted}")
+        raise InvalidFile(f"is damaged: storage {key} has {size} bytes, its tensors need {wanted}")
 
 
 def write(path: pathlib.Path, content: Any) -> None:
-    """Writes what `torch.load(path, weights_only=True)` reads, in one atomic step.
+    """Writes a file for `torch.load(path, weights_only=True)` in one atomic step.
 
-    `content` is nested dicts with strings as keys, of arrays, strings, numbers, bools, None, lists
-    and tuples. The same content is the same bytes. Every array is a tensor of its own.
+    The same content gives the same bytes.
+
+    Args:
+        path: the file.
+        content: nested dicts with string keys, lists and tuples of arrays, strings, numbers, bools
+            and None. Each array becomes a tensor with its own storage.
 
     Raises:
-        InputError: the content has something else in it.
+        InputError: the content has another type in it.
     """
     arrays = []
     try:
-        pickle = b"\x80\x02" + b"".join(_pickle(content, arrays)) + b"."
+        program = b"\x80\x02" + b"".join(_pickle(content, arrays)) + b"."
     except InvalidFile as error:
         raise InputError(f"{path} cannot be written: {error}") from error
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with zipfile.ZipFile(temporary, "w") as archive:
-            _add(archive, "data.pkl", pickle)
-            _add(archive, "byteorder", b"little")
-            for key, array in enumerate(arrays):
-                _add(archive, f"data/{key}", _raw(array))
-            _add(archive, "version", b"3\n")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        _add(archive, "data.pkl", program)
+        _add(archive, "byteorder", b"little")
+        for key, array in enumerate(arrays):
+            _add(archive, f"data/{key}", _raw(array))
+        _add(archive, "version", b"3\n")
 
 
 def _raw(array: Any) -> memoryview:
@@ -213,10 +208,10 @@ def _raw(array: Any) -> memoryview:
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
-    """Adds a file whose content is aligned, by an extra field of the header, as torch does it."""
+    """Adds a file with aligned content, by an extra field of the header, as torch does."""
     info = zipfile.ZipInfo(f"archive/{name}")  # of 1980-01-01
     info.create_system = 0
-    large = len(content) * 1.05 > zipfile.ZIP64_LIMIT  # as zipfile decides it
+    large = len(content) * 1.05 > zipfile.ZIP64_LIMIT  # as zipfile decides
     header = LOCAL_HEADER + len(info.filename) + 20 * large + 4
     padding = -(archive.fp.tell() + header) % ALIGNMENT
     info.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding
@@ -224,7 +219,7 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> No
 
 
 def _pickle(value: Any, arrays: list[Any]):
-    """The opcodes that make `value`; its arrays are added to `arrays`."""
+    """Yields the opcodes for `value` and appends its arrays to `arrays`."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool):
@@ -246,7 +241,7 @@ def _pickle(value: Any, arrays: list[Any]):
         for key, item in value.items():
             if not isinstance(key, str):
                 raise InvalidFile(
-                    f"it would need a dict with {ascii(key)[:50]} as a key, not a string"
+                    f"it has a dict with the key {ascii(key)[:50]}, which is not a string"
                 )
             yield from itertools.chain(_pickle(key, arrays), _pickle(item, arrays))
         yield b"u"
@@ -255,7 +250,7 @@ def _pickle(value: Any, arrays: list[Any]):
         arrays.append(value)
     else:
         kind = getattr(value, "dtype", type(value).__name__)
-        raise InvalidFile(f"torch reads no {kind} with weights_only=True")
+        raise InvalidFile(f"torch cannot read {kind} with weights_only=True")
 
 
 def _pickle_tensor(shape: tuple[int, ...], storage: str, key: str):
