@@ -44,7 +44,7 @@ S = "hf://timm/tnt_s_patch16_224.in1k"
 
 CLIENT = """
 import errno, json, pathlib, sys, time
-from tnt_flax.convert.hub import fetch
+from tnt_flax.weights.hub import fetch
 time.sleep = lambda seconds: None  # the library waits before each retry
 if sys.argv[1] == "missing":
     sys.modules["huggingface_hub"] = None

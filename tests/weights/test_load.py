@@ -186,7 +186,7 @@ import json, re, sys
 import jax, tnt_flax
 peak = lambda: int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024
 jax.device_put(0.0).block_until_ready()
-import tnt_flax.convert.load
+import tnt_flax.weights.load
 before = peak()
 model, variables = tnt_flax.load(sys.argv[1])
 jax.block_until_ready(variables)
