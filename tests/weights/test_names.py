@@ -26,7 +26,7 @@ HELD = [
 
 def random_params(lineage, sentences=4, **fields):
     model = TNT(**SMALL | VARIANTS[lineage] | fields)
-    abstract = identify.Network(model, sentences, 3).abstract_variables()["params"]
+    abstract = identify.SizedNetwork(model, sentences, 3).abstract_variables()["params"]
     rng = np.random.RandomState(0)
     return tree_map(lambda x: rng.standard_normal(x.shape).astype(np.float32), abstract)
 
