@@ -104,8 +104,7 @@ def identify(
 ) -> SizedNetwork:
     """Identifies a network by the shapes of its tensors.
 
-    No file stores the numbers of heads. They come from `name`, from `overrides`, or from a
-    published network of the same widths.
+    Files lack the numbers of heads: they come from `name`, `overrides` or a published network.
 
     Args:
         path: the file, for error messages.
@@ -153,9 +152,8 @@ def identify(
     model = create_model(TNT.base_name, **(fields | overrides))
     if name is not None:
         check_same(path, model, create_model(name, num_classes=model.num_classes), name)
-    return SizedNetwork(
-        model, shape("sentence_pos", 3)[1] - 1, shape("word_embed/conv/kernel", 4)[2]
-    )
+    channels = shape("word_embed/conv/kernel", 4)[2]
+    return SizedNetwork(model, shape("sentence_pos", 3)[1] - 1, channels)
 
 
 def _identify_pyramid(path: Any, shapes, shape, name: str | None, overrides) -> SizedNetwork:
