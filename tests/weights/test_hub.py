@@ -169,7 +169,7 @@ def serving():
         server.server_close()
 
 
-def test_what_is_fetched_is_what_was_asked_for(tmp_path):
+def test_the_requested_file_is_fetched(tmp_path):
     wanted = {
         "tnt_s_patch16_224": ["new", f"{S}@main/{SAFE}", NEW],
         f"{S}@main/sub/x.bin": ["sub", f"{S}@main/sub/x.bin", NEW],
@@ -260,7 +260,7 @@ def test_every_failure_is_one_line(errors, address):
     ],
     ids=["no server", "offline", "disk full", "no huggingface_hub"],
 )
-def test_nothing_can_be_fetched(tmp_path, options, reason):
+def test_unavailable_files_are_explained(tmp_path, options, reason):
     with serving() as server:
         pass
     ([answer], _) = Client(tmp_path, server).fetch("tnt_s_patch16_224", **options)
@@ -283,18 +283,18 @@ def test_nothing_can_be_fetched(tmp_path, options, reason):
         "a/b c",
     ],
 )
-def test_bad_addresses(address):
+def test_invalid_addresses_are_refused(address):
     with pytest.raises(InputError, match=r"is not a valid address: write hf://OWNER/NAME") as e:
         hub.fetch(f"hf://{address}")
     assert "\n" not in str(e.value)
 
 
-def test_a_name_without_published_weights():
+def test_names_without_published_weights_are_refused():
     with pytest.raises(InputError, match=r"no weights of 'tnt_ti_patch16_224' are published"):
         hub.fetch("tnt_ti_patch16_224")
 
 
-def test_what_is_an_address():
+def test_addresses_are_recognized():
     assert all(hub.is_address(text) for text in [*hub.HUB, "hf://lab/pickle", "hf://nonsense"])
     assert not any(
         hub.is_address(text) for text in ["w.safetensors", "./hf/x", "tnt_ti_patch16_224"]

@@ -50,7 +50,7 @@ def logged(caplog):
     return caplog
 
 
-def test_as_it_is(path, params, logged):
+def test_weights_are_loaded_unchanged(path, params, logged):
     model, variables = tnt_flax.load(path)
     assert model == TNT(**SMALL)
     assert fingerprint(variables["params"]) == fingerprint(params)
@@ -61,13 +61,13 @@ def test_as_it_is(path, params, logged):
     assert same == model and fingerprint(again["params"]) == fingerprint(params)
 
 
-def test_fields_that_are_free(path):
+def test_execution_fields_can_be_chosen(path):
     model, variables = tnt_flax.load(path, dtype="bfloat16", drop_path=0.2, remat="none")
     assert (model.dtype, model.drop_path, model.remat) == (jnp.bfloat16, 0.2, "none")
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
 
-def test_another_head(path, params, logged):
+def test_a_new_head(path, params, logged):
     model, variables = tnt_flax.load(path, num_classes=7)
     head = variables["params"].pop("head")
     assert head["kernel"].shape == (12, 7) and 0.01 < head["kernel"].std() < 0.03
@@ -89,7 +89,9 @@ def test_another_image_size(path, params, logged):
     model, variables = tnt_flax.load(path, image_size=(48, 64))
     positions = np.asarray(variables["params"]["sentence_pos"])
     assert positions.shape == (1, 1 + 3 * 4, 12)
-    np.testing.assert_array_equal(positions[:, 0], params["sentence_pos"][:, 0])  # trap 17
+    np.testing.assert_array_equal(
+        positions[:, 0], params["sentence_pos"][:, 0]
+    )  # the class token stays
     assert "resampled the positions from 2x2 to 3x4" in logged.text
     assert model.apply(variables, images(48, 64)).shape == (2, 5)
     with pytest.raises(InputError, match="image_size 40x40 is not divisible by the patch size 16"):
@@ -117,7 +119,7 @@ def test_resampling():
     np.testing.assert_allclose(out[4:12], np.repeat(expected[4:12], 8).reshape(8, 8), atol=1e-5)
 
 
-def test_a_grid_that_no_file_tells(tmp_path):
+def test_grids_that_are_not_square(tmp_path):
     params = random_params("official", sentences=6)
     save_weights(tmp_path / "x.safetensors", params, {})
     heads = dict(inner_heads=2, outer_heads=3)
@@ -145,7 +147,7 @@ def test_other_channels(path, params):
         adapt_channels(many, 3)
 
 
-def test_straight_onto_a_mesh(path, params):
+def test_loading_onto_a_mesh(path, params):
     mesh = Mesh(np.array(jax.devices()), ("data",))
     everywhere = NamedSharding(mesh, PartitionSpec())
     _, variables = tnt_flax.load(path, sharding=everywhere)

@@ -96,7 +96,7 @@ def test_a_failed_write_changes_nothing(bad, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.ckpt"]
 
 
-def test_scalars_of_older_versions(read):
+def test_scalars_of_older_versions_are_read(read):
     tensors = read(entry(dims=(0,), content=bytes(4)) + entry(b"none", (0,), content=b""))
     assert {name: x.shape for name, x in tensors.items()} == {"w": (), "none": (0,)}
     assert read(entry(b"none", (3, 0), content=b""))["none"].shape == (3, 0)
@@ -144,26 +144,26 @@ BIG = b"\x08" + b"\x80" * 8 + b"\x40"  # 2**62
     ],
     ids=lambda x: x[:30] if isinstance(x, str) else "",
 )
-def test_refuses_damaged_files(read, content, fault):
+def test_each_kind_of_damage_is_named(read, content, fault):
     with pytest.raises(InputError, match=f"is not a readable MindSpore checkpoint: .*{fault}") as e:
         read(content)
     assert "\n" not in str(e.value)
 
 
-def test_says_what_is_no_file(tmp_path):
+def test_missing_files_are_refused(tmp_path):
     for path in (tmp_path / "none.ckpt", tmp_path):
         with pytest.raises(InputError, match="cannot read .*; check the path"):
             mindspore.read(path)
 
 
-def test_a_flipped_bit_shows_where_there_is_a_crc(read):
+def test_a_crc_detects_a_flipped_bit(read):
     content = bytearray(TYPES.with_name("crc.ckpt").read_bytes())
     content[30] ^= 1
     with pytest.raises(InputError, match="its CRC-32 does not match its content"):
         read(content)
 
 
-def test_knows_its_files_by_their_first_bytes():
+def test_files_are_recognized_by_their_first_bytes():
     for path in (*GOLDEN.glob("*/*.*"), pathlib.Path(__file__)):
         head = path.read_bytes()[:512]
         assert mindspore.looks_like(head) == (path.suffix == ".ckpt"), path
@@ -182,7 +182,7 @@ def damaged(original, random):
     return content[: random.randint(len(content))] if random.rand() < 0.1 else content
 
 
-def test_damage_ends_in_one_error_or_none(tmp_path):
+def test_damaged_files_are_read_or_refused(tmp_path):
     original = TYPES.read_bytes()
     random = np.random.RandomState(0)
     refused = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of names: complete, one to one, and equal to what the real systems write."""
+"""The tables of names: complete, one to one, and equal to what the real frameworks write."""
 
 import json
 import pathlib
@@ -17,15 +17,15 @@ NAMES = json.loads(
 OTHERS = [naming for naming in names.NAMINGS if naming != "tnt_flax"]
 SMALL = dict(outer_dim=12, inner_dim=4, outer_heads=3, inner_heads=2, depth=2, num_classes=5)
 HELD = [
-    (naming, lineage)
+    (naming, variant)
     for naming in OTHERS
-    for lineage in identify.VARIANTS_OF[naming]
-    if lineage in VARIANTS
+    for variant in identify.VARIANTS_OF[naming]
+    if variant in VARIANTS
 ]
 
 
-def random_params(lineage, sentences=4, **fields):
-    model = TNT(**SMALL | VARIANTS[lineage] | fields)
+def random_params(variant, sentences=4, **fields):
+    model = TNT(**SMALL | VARIANTS[variant] | fields)
     abstract = identify.SizedNetwork(model, sentences, 3).abstract_variables()["params"]
     rng = np.random.RandomState(0)
     return tree_map(lambda x: rng.standard_normal(x.shape).astype(np.float32), abstract)
@@ -45,16 +45,16 @@ def expand(published):
 
 
 PUBLISHED = [
-    (system, name, expand(published))
-    for system, networks_of in NAMES.items()
+    (framework, name, expand(published))
+    for framework, networks_of in NAMES.items()
     for name, published in networks_of.items()
 ]
 
 
-@pytest.mark.parametrize("system, name, shapes", PUBLISHED, ids=lambda x: str(x)[:30])
-def test_every_published_network_is_told_and_complete(system, name, shapes):
+@pytest.mark.parametrize("framework, name, shapes", PUBLISHED, ids=lambda x: str(x)[:30])
+def test_every_published_network_is_identified(framework, name, shapes):
     naming = names.detect_naming("file", shapes)
-    assert naming == system.removesuffix("_legacy")
+    assert naming == framework.removesuffix("_legacy")
     weights = {n: s for n, s in shapes.items() if names.ignored_reason(naming, n) is None}
     ours = {
         our_name: names.to_ours(naming, our_name, place, names.shapes_only(shape)).shape
@@ -74,13 +74,13 @@ def test_every_published_network_is_told_and_complete(system, name, shapes):
         },
         "mindspore_pets": {"tnt_b": "tnt_b_mindspore_pets_patch16_384"},
     }
-    expected = expected.get(name) or expected.get(system, {}).get(name[:5], name)
+    expected = expected.get(name) or expected.get(framework, {}).get(name[:5], name)
     assert identify.name_of(network.model) == expected
 
 
-def test_every_system_has_published_names():
+def test_every_framework_has_published_names():
     pyramids = set(name_tables.PYRAMID_NAMINGS)  # theirs are in tests/goldens/data/pyramid
-    assert {system.removesuffix("_legacy") for system in NAMES} == set(OTHERS) - pyramids
+    assert {framework.removesuffix("_legacy") for framework in NAMES} == set(OTHERS) - pyramids
 
 
 TABLES = {
@@ -110,9 +110,9 @@ def test_every_row_has_every_column():
         assert {len(row) for row in rows} == {len(header)}
 
 
-@pytest.mark.parametrize("naming, lineage", HELD)
-def test_export_and_back_is_the_identity(naming, lineage):
-    params = random_params(lineage, se=naming == "huawei")
+@pytest.mark.parametrize("naming, variant", HELD)
+def test_export_and_back_is_the_identity(naming, variant):
+    params = random_params(variant, se=naming == "huawei")
     exported = dict(names.export(naming, params))
     tensors = names.unstacked(params)
     for ours, x in tensors.items():
@@ -126,7 +126,7 @@ def test_export_and_back_is_the_identity(naming, lineage):
     np.testing.assert_array_equal(stacked, params["blocks_0"]["outer"]["fc1"]["kernel"])
 
 
-def test_trap_9_queries_keys_and_values():
+def test_joined_projections_are_split_in_order():
     params = random_params("official")
     attention = params["blocks_0"]["outer"]["attention"]
     query, key, value = (attention[name]["kernel"][1].T for name in ("query", "key", "value"))
@@ -142,7 +142,7 @@ def test_trap_9_queries_keys_and_values():
     np.testing.assert_array_equal(packed[name], np.concatenate(parts))
 
 
-def test_trap_10_positions_of_words():
+def test_word_positions_are_transposed_from_channels_first():
     params = random_params("official")
     words = params["word_pos"][0]  # (M, C)
     np.testing.assert_array_equal(dict(names.export("huawei", params))["inner_pos"][0], words)
@@ -155,7 +155,7 @@ def test_trap_10_positions_of_words():
     np.testing.assert_array_equal(flat[0], params["word_pos"][0].T)
 
 
-def test_kernels_are_turned():
+def test_kernels_are_transposed():
     params = random_params("official")
     kernel = params["word_embed"]["conv"]["kernel"]  # (height, width, in, out)
     weight = dict(names.export("timm", params))["pixel_embed.proj.weight"]
@@ -164,7 +164,7 @@ def test_kernels_are_turned():
     assert not any(x.base is not None for _, x in names.export("timm", params) if x.ndim == 4)
 
 
-def test_zeros_that_others_hold():
+def test_zeros_of_other_frameworks_are_written():
     params = random_params("official")
     zeros = dict(names.export("huawei", params))["outer_tokens"]
     assert zeros.shape == (1, 4, 12) and not zeros.any()
@@ -179,7 +179,7 @@ def test_zeros_that_others_hold():
     }
 
 
-def test_what_a_system_has_no_place_for_is_named():
+def test_unmapped_tensors_are_listed():
     params = random_params("official", se=True)
     with pytest.raises(InputError, match=r"timm has no place for blocks/0/outer/se/fc1/bias, .* 7"):
         list(names.export("timm", params))
@@ -199,7 +199,7 @@ def test_groups_of_blocks_may_start_anywhere():
     )
 
 
-def test_what_is_no_tnt():
+def test_other_networks_are_refused():
     with pytest.raises(InputError, match="holds no known TNT: .* of its 2 tensors; .*'conv1"):
         names.detect_naming("resnet.pth", ["conv1.weight", "fc.bias"])
     assert names.our_names("timm", "blocks.00.norm_in.weight") == []  # 0 is written 0
@@ -214,12 +214,12 @@ def test_what_is_no_tnt():
         ("word_pos", "x", (1, 4, 16), r"x \[1, 4, 16\] should have rank 4"),
     ],
 )
-def test_wrong_ranks(ours, name, shape, message):
+def test_wrong_ranks_are_refused(ours, name, shape, message):
     with pytest.raises(InputError, match=message):
         names.to_ours("timm", ours, names.Place(name), names.shapes_only(shape))
 
 
-def test_rows_that_cannot_be_split():
+def test_indivisible_rows_are_refused():
     for shape in ((5, 4), ()):
         with pytest.raises(InputError, match="cannot be split into 2 parts"):
             place = names.Place("qk", 0, 2)
@@ -233,5 +233,5 @@ def test_networks_have_names():
     assert identify.name_of(model.clone(depth=3)) is None
     mixture = model.clone(norm_eps=1e-7)
     assert (identify.name_of(mixture), identify.variant_of(mixture)) == (None, "other")
-    for lineage in VARIANTS:
-        assert identify.variant_of(TNT(**SMALL | VARIANTS[lineage])) == lineage
+    for variant in VARIANTS:
+        assert identify.variant_of(TNT(**SMALL | VARIANTS[variant])) == variant

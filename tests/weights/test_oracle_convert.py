@@ -39,7 +39,7 @@ def save(network, folder):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_trap_6_the_same_name_is_told_apart(name, torch, timm, tmp_path, record_property):
+def test_variants_of_the_same_name_are_distinguished(name, torch, timm, tmp_path, record_property):
     network = timm.create_model(name, pretrained=False).eval()
     fill(torch, network)
     model, variables = tnt_flax.load(save(network, tmp_path))

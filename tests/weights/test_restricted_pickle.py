@@ -277,7 +277,7 @@ def test_a_pickle_has_a_largest_size(refused, monkeypatch, limit, content):
         ("is cut off", [b"X\xff\xff\xff\xff"]),
     ],
 )
-def test_programs_that_make_no_sense(refused, why, parts):
+def test_invalid_programs_are_refused(refused, why, parts):
     refused(archive(program(*parts)), why)
 
 
@@ -348,11 +348,11 @@ def test_tensors_stay_in_their_storage(refused, offset, size, stride):
         (0, (1,), None),
     ],
 )
-def test_shapes_are_sensible(refused, offset, size, stride):
+def test_absurd_shapes_are_refused(refused, offset, size, stride):
     refused(archive(program(tensor(offset, size, stride))), "absurd (shape|strides)")
 
 
-def test_tensors_without_content(read):
+def test_tensors_without_elements_are_read(read):
     for size in ((0,), (3, 0), (0, 2**30)):
         found = read(archive(program(tensor(99, size, (1,) * len(size)))))
         assert found.shape == size and found.dtype == np.float32
@@ -360,7 +360,7 @@ def test_tensors_without_content(read):
     assert read(archive(program(tensor(0, (0,), (1,), count=0)), {"0": b""})).shape == (0,)
 
 
-def test_tensors_that_repeat_themselves_within_their_storage(read):
+def test_overlapping_tensors_within_their_storage_are_read(read):
     assert_same(
         read(archive(program(tensor(1, (3,), (0,))))), np.full(3, np.frombuffer(SIX, np.float32)[1])
     )
@@ -383,12 +383,12 @@ def test_tensors_that_repeat_themselves_within_their_storage(read):
         ("storage '../0' is not in it", {"key": "../0"}),
     ],
 )
-def test_storages_are_what_the_tensors_want(refused, why, changes):
+def test_storages_fit_their_tensors(refused, why, changes):
     size = {"offset": 0, "size": (2,), "stride": (1,)}
     refused(archive(program(tensor(**size | changes))), why)
 
 
-def test_what_is_no_storage(refused):
+def test_invalid_storages_are_refused(refused):
     refused(archive(program(opcodes(("module", "a")), b"Q")), "refers to something")
     refused(archive(program(b"NQ")), "refers to something")
     other = tensor(0, (3,), (1,), kind=("torch", "DoubleStorage"), count=3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that torch wrote, files that it could not have written, and files written for it."""
+"""Torch files: written by torch, damaged, and written for torch."""
 
 import collections
 import copy
@@ -69,10 +69,10 @@ def test_goldens_are_small():
     assert {path.name for path in GOLDEN.iterdir()} == set(EXPECTED)
 
 
-@pytest.mark.parametrize("form", [archive, stream])
-def test_both_forms_of_the_handmade_files_are_read(read, form):
+@pytest.mark.parametrize("file_format", [archive, stream])
+def test_both_file_formats_are_read(read, file_format):
     expected = np.frombuffer(SIX, np.float32).reshape(2, 3).T[1:]
-    assert_same(read(form(program(tensor(1, (2, 2), (1, 3))))), expected)
+    assert_same(read(file_format(program(tensor(1, (2, 2), (1, 3))))), expected)
 
 
 @pytest.mark.parametrize("file", ["zoo.pth", "zoo_stream.pth"])
@@ -84,10 +84,10 @@ def test_tensors_are_views_of_the_file(file):
     assert found["transposed"].strides == ramp(2, 3, 4).transpose(2, 0, 1).strides
 
 
-@pytest.mark.parametrize("form", [archive, stream])
-def test_what_nobody_looks_at_is_not_in_memory(tmp_path, form):
+@pytest.mark.parametrize("file_format", [archive, stream])
+def test_unused_tensors_take_no_memory(tmp_path, file_format):
     content = program(tensor(0, (2**22,), (1,), count=2**22))
-    if form is archive:
+    if file_format is archive:
         blob = archive(content, {"0": bytes(2**24)})
     else:
         blob = stream(content, storages=struct.pack("<q", 2**22) + bytes(2**24))
@@ -109,7 +109,7 @@ def test_protocols_and_names_of_older_numpy(read, protocol):
         assert_same(read(archive(blob.replace(b"numpy._core.", b"numpy.core."))), content)
 
 
-def test_an_older_tensor_and_device(read):
+def test_older_tensors_and_devices_are_read(read):
     old = tensor(0, (6,), (1,)).replace(b"_rebuild_tensor_v2", b"_rebuild_tensor")
     old = old[: old.rindex(b"\x89")] + b"tR"  # neither requires_grad nor hooks
     assert read(archive(program(old))).shape == (6,)
@@ -127,13 +127,13 @@ def test_looks_like():
         assert not torch_files.looks_like(other[:64])
 
 
-# Containers
+# File formats
 
 
 WHOLE = archive(program(tensor(0, (6,), (1,))), byteorder=b"little")
 
 
-def test_files_that_are_not_there_or_empty(refused, tmp_path):
+def test_missing_or_empty_files_are_refused(refused, tmp_path):
     with pytest.raises(InputError, match="there is no weights file .*none.pth"):
         torch_files.read(tmp_path / "none.pth")
     with pytest.raises(InputError, match="cannot be read"):
@@ -149,7 +149,7 @@ def test_every_truncation_is_refused(refused, file):
         refused(content[:size], "cut off|damaged|is not a weights file")
 
 
-def test_archives_that_torch_does_not_write(refused):
+def test_unusual_archives_are_refused(refused):
     pickled = program(tensor(0, (6,), (1,)))
     refused(archive(pickled, method=zipfile.ZIP_DEFLATED), "compressed or encrypted")
     encrypted = re.sub(rb"PK\x01\x02.{6}", lambda x: x[0][:8] + b"\x01\x00", WHOLE, flags=re.S)
@@ -170,7 +170,7 @@ def change(blob: bytes, entry: str, field: int, value: int, *, central=True) -> 
     return bytes(blob)
 
 
-def test_entries_that_are_not_where_they_are_said_to_be(refused):
+def test_inconsistent_archive_entries_are_refused(refused):
     with zipfile.ZipFile(io.BytesIO(WHOLE)) as f:
         at = {x.filename: x.header_offset for x in f.infolist()}
     refused(change(WHOLE, "x/data/0", 42, at["x/data.pkl"]), "ambiguous names|overlap")
@@ -190,7 +190,7 @@ def test_entries_that_are_not_where_they_are_said_to_be(refused):
     refused(WHOLE.replace(b"x/byteorder", b"x/data/0\0or"), "ambiguous names")
 
 
-def test_streams_that_torch_does_not_write(refused):
+def test_unusual_streams_are_refused(refused):
     pickled = program(tensor(0, (6,), (1,)))
     refused(stream(pickled, little_endian=False), "is big-endian")
     refused(torch_files.STREAM + pickle.dumps(1000, 2), "of an unknown version, 1000")
@@ -223,7 +223,7 @@ def test_the_same_content_is_the_same_bytes(tmp_path):
     assert a.read_bytes() == b.read_bytes()
 
 
-def test_layout_is_that_of_torch(tmp_path):
+def test_the_layout_equals_that_of_torch(tmp_path):
     torch_files.write(tmp_path / "a.pth", EXPECTED["flat.pth"])
     with zipfile.ZipFile(tmp_path / "a.pth") as f, zipfile.ZipFile(GOLDEN / "flat.pth") as golden:
         assert f.testzip() is None
@@ -238,7 +238,7 @@ def test_layout_is_that_of_torch(tmp_path):
             assert data.index(array.tobytes()) % 64 == 0
 
 
-def test_scalars_of_numpy_and_ordered_dicts_are_written_as_python_has_them(tmp_path):
+def test_numpy_scalars_and_ordered_dicts_are_written_as_python_values(tmp_path):
     content = collections.OrderedDict(a=np.float64(0.5), b=np.int64(3), c=np.bool_(True))
     torch_files.write(tmp_path / "a.pth", content)
     assert_same(torch_files.read(tmp_path / "a.pth"), {"a": 0.5, "b": 3, "c": True})
@@ -247,7 +247,7 @@ def test_scalars_of_numpy_and_ordered_dicts_are_written_as_python_has_them(tmp_p
 @pytest.mark.parametrize(
     "content", [{1: 2}, {"a": {"b": {1, 2}}}, {"a": object()}, np.array(["a"]), {"a": 1j}]
 )
-def test_what_torch_would_not_read_is_not_written(tmp_path, content):
+def test_types_unknown_to_torch_are_refused(tmp_path, content):
     with pytest.raises(
         InputError, match=r"a\.pth cannot be written: (torch cannot read|it has a dict)"
     ):
@@ -285,7 +285,7 @@ def test_writing_holds_one_tensor_at_a_time(tmp_path):
     assert torch_files.read(tmp_path / "a.pth")["7"].shape == (2**20,)
 
 
-# Garbage
+# Damage
 
 EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**64 - 1)
 
@@ -397,7 +397,7 @@ def survive(path: pathlib.Path, rng: random.Random, count: int) -> dict[str, int
 
 
 @pytest.mark.slow
-def test_garbage_is_read_or_refused(tmp_path):
+def test_damaged_files_are_read_or_refused(tmp_path):
     tally = survive(tmp_path / "x.pth", random.Random(0), 500)
     assert tally["read"] > 200 and len(tally) > 25
 

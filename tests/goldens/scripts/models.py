@@ -58,8 +58,8 @@ def compute(legacy: bool) -> dict[str, np.ndarray]:
 
 
 def main(directory: pathlib.Path = GOLDEN) -> None:
-    for lineage in ("official", "legacy"):
-        np.savez_compressed(directory / f"tnt_{lineage}.npz", **compute(lineage == "legacy"))
+    for variant in ("official", "legacy"):
+        np.savez_compressed(directory / f"tnt_{variant}.npz", **compute(variant == "legacy"))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes tests/goldens/data/weights: tiny networks in their own file formats, and their outputs.
 
-Each system lives in an environment of its own, so each has a subcommand, which rewrites its own
-files and its own entries of the two files that all share. SOURCE is the system's source code, which
-you have to fetch yourself; timm and mmpretrain are imported from where pip put them.
+Each framework needs its own environment, so each has a subcommand. It rewrites its own files and
+its own entries in the two shared files. SOURCE is the source code of the framework, downloaded
+beforehand; timm and mmpretrain are imported from their installed packages.
 
     python tests/goldens/scripts/weights.py huawei SOURCE          (needs torch, timm)
         SOURCE: Efficient-AI-Backbones/tnt_pytorch/tnt.py
@@ -96,16 +96,16 @@ def random_tensor(name: str, shape: tuple) -> np.ndarray:
     return timm_weights.random_tensor(name.replace(".beta", ".bias"), shape, seed=0)
 
 
-def record(system: str, results: dict[str, np.ndarray], networks: dict[str, dict]) -> None:
-    """Replaces a system's entries of expected.npz and names.json."""
+def record(framework: str, results: dict[str, np.ndarray], networks: dict[str, dict]) -> None:
+    """Replaces a framework's entries of expected.npz and names.json."""
     path = GOLDEN / "expected.npz"
     expected = dict(np.load(path)) if path.exists() else {}
-    expected = {k: v for k, v in expected.items() if k.split()[0] != system}
-    expected |= {f"{system} {k}": np.asarray(v, np.float32) for k, v in results.items()}
+    expected = {k: v for k, v in expected.items() if k.split()[0] != framework}
+    expected |= {f"{framework} {k}": np.asarray(v, np.float32) for k, v in results.items()}
     np.savez_compressed(path, **dict(sorted(expected.items())))
     path = GOLDEN / "names.json"
     names = json.loads(path.read_text()) if path.exists() else {}
-    names[system] = {name: fold_names(shapes) for name, shapes in networks.items()}
+    names[framework] = {name: fold_names(shapes) for name, shapes in networks.items()}
     text = json.dumps(dict(sorted(names.items())), indent=0)
     path.write_text(re.sub(r"\[[^\]]*\]", lambda shape: re.sub(r"\s", "", shape[0]), text) + "\n")
 
@@ -181,7 +181,7 @@ def timm() -> None:
         "timm": ("tnt_s_patch16_224", "tnt_b_patch16_224"),
         "timm_legacy": ("tnt_s_legacy_patch16_224",),
     }
-    for system, names in full.items():
+    for framework, names in full.items():
         model = TNT(
             img_size=IMAGE_SHAPE[1],
             embed_dim=_TINY["outer_dim"],
@@ -190,14 +190,14 @@ def timm() -> None:
             num_heads_inner=_TINY["inner_heads"],
             depth=_TINY["depth"],
             num_classes=_TINY["num_classes"],
-            legacy=system == "timm_legacy",
+            legacy=framework == "timm_legacy",
         )
         randomize_torch(model)
-        path = GOLDEN / f"{system}.safetensors"
+        path = GOLDEN / f"{framework}.safetensors"
         safetensors.torch.save_file(model.state_dict(), path, metadata={"format": "pt"})
         path.chmod(0o644)  # safetensors lets only the owner read
         networks = {name: torch_shapes(timm.create_model(name)) for name in names}
-        record(system, torch_results(model, lambda m: m.blocks), networks)
+        record(framework, torch_results(model, lambda m: m.blocks), networks)
 
 
 def mmpretrain() -> None:
@@ -237,18 +237,18 @@ def mindspore_shapes(net) -> dict[str, list[int]]:
     return {name: list(p.shape) for name, p in parameters}
 
 
-def record_mindspore(system: str, net, networks: dict) -> None:
+def record_mindspore(framework: str, net, networks: dict) -> None:
     import mindspore
 
     for name, parameter in net.parameters_and_names():
         if parameter.requires_grad:  # the Pets network's `fake` and `patch_embed` stay zero
             parameter.set_data(mindspore.Tensor(random_tensor(name, parameter.shape)))
-    path = GOLDEN / f"{system}.ckpt"
+    path = GOLDEN / f"{framework}.ckpt"
     mindspore.save_checkpoint(net, str(path))
     path.chmod(0o644)  # MindSpore leaves it read-only
     net.set_train(False)
     logits = net(mindspore.Tensor(images().transpose(0, 3, 1, 2).copy()))
-    record(system, {"logits": logits.asnumpy()}, networks)
+    record(framework, {"logits": logits.asnumpy()}, networks)
 
 
 def mindspore(source: pathlib.Path) -> None:
@@ -314,7 +314,7 @@ def mindspore_files() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="system", required=True)
+    commands = parser.add_subparsers(dest="framework", required=True)
     for command in (huawei, timm, mmpretrain, mindspore, mindspore_pets, mindspore_files):
         sub = commands.add_parser(command.__name__)
         if command.__code__.co_argcount:
@@ -322,7 +322,7 @@ def main() -> None:
         sub.set_defaults(command=command)
     arguments = vars(parser.parse_args())
     GOLDEN.mkdir(exist_ok=True)
-    arguments.pop("system")
+    arguments.pop("framework")
     arguments.pop("command")(**arguments)
 
 
