@@ -42,7 +42,6 @@ import optax
 
 from benchmarks import harness
 from tnt_flax.core.errors import InputError
-from tnt_flax.core.trees import merged, split
 from tnt_flax.models import Network, create_model
 from tnt_flax.runtime import host
 from tnt_flax.tools import describe
@@ -283,9 +282,9 @@ def _our_passes(work: Work, dtype: str, tuned: bool, cores: int) -> dict[str, ha
     options = {"drop_path": DROP_PATH, "remat": "none" if tuned else "block", "dtype": dtype}
     model = create_model(work.model, num_classes=CLASSES, **options, **work.fields)
     images, targets = map(jnp.asarray, make_batch(work, min(work.batches)))
-    params = merged(jax.jit(model.init)(jax.random.key(0), images))
-    predict = jax.jit(lambda params, images: model.apply(split(params), images))
-    classify = lambda images: predict(params, images).block_until_ready()
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    predict = jax.jit(model.apply)
+    classify = lambda images: predict(variables, images).block_until_ready()
     passes = _forward_passes(work, classify, jnp.asarray)
 
     square = jnp.ones((PEAK_SIZE, PEAK_SIZE))
@@ -304,7 +303,7 @@ def _our_passes(work: Work, dtype: str, tuned: bool, cores: int) -> dict[str, ha
     prepare = lambda batch, mix_key, erase_key: (batch["image"], batch["target"])
     step = make_train_step(model, tx, schedule, prepare, ema_decay=EMA_DECAY)
     step = jax.jit(step, donate_argnums=0)
-    state = TrainState.create(params, tx)
+    state = TrainState.create(variables, tx)
 
     def step_pass():
         nonlocal state

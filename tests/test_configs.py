@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from configs import default, digits, ptnt, tnt, transfer
 from tnt_flax import TNT, PyramidTNT
 from tnt_flax.core.errors import InputError
-from tnt_flax.core.trees import split
 from tnt_flax.data import randaugment
 from tnt_flax.data.plan import TrainPlan
 from tnt_flax.training import experiment, mixup
@@ -74,8 +73,7 @@ def test_config_builds_its_network(name):
         config.model.name = "tnt_s_patch16_224"
     classes = 10 if name == "digits" else 1000
     experiment = Experiment(config, num_classes=classes, steps_per_epoch=10)
-    shapes = split(experiment.state_shapes.params)["params"]
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(experiment.state_shapes.params))
     assert count == PARAMETERS.get(name, count)
     for group in ("eval", "checkpoint", "log"):
         assert experiment.interval(group) >= 1

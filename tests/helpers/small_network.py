@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.helpers.photos import jpeg
-from tnt_flax.core.trees import merged
 from tnt_flax.models import create_model
 from tnt_flax.weights import write
+from tnt_flax.weights.names import join_collections
 
 SMALL = dict(outer_dim=24, inner_dim=4, outer_heads=2, inner_heads=2, depth=3, num_classes=10)
 PYRAMID = SMALL | dict(outer_dim=8, inner_dim=2, inner_heads=1, depths=(1, 1, 1, 1))
@@ -22,7 +22,7 @@ def save(folder: pathlib.Path, name: str = "tnt_s_patch16_224", size: int = 48, 
     small = PYRAMID if name.startswith("ptnt_") else SMALL
     model = create_model(name, **(small | fields))
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    shapes = merged(jax.eval_shape(model.init, jax.random.key(0), images))
+    shapes = join_collections(jax.eval_shape(model.init, jax.random.key(0), images))
     random = np.random.default_rng(0)
 
     def draw(path, x):

@@ -17,7 +17,7 @@ from tests.goldens.scripts.pyramid import CLASSES, FIELDS, GOLDEN, LABELS, SIZE,
 from tests.helpers.networks import jit
 from tests.models.test_models import shapes
 from tnt_flax.core.errors import InputError
-from tnt_flax.core.trees import fingerprint, merged, named_leaves, split
+from tnt_flax.core.trees import fingerprint, named_leaves
 from tnt_flax.models import MODELS, PyramidTNT, block_outputs, create_model
 from tnt_flax.models.layers import BatchNorm
 from tnt_flax.models.pyramid_tnt import block_groups, stage_grids, word_maps
@@ -81,7 +81,7 @@ def test_loss_gradients_and_statistics_equal_the_official_code(found, expected):
     step = jit(jax.value_and_grad(loss_of, has_aux=True))
     (loss, statistics), gradients = step(variables["params"])
     np.testing.assert_allclose(loss, expected["loss"], rtol=1e-5)
-    tree = merged({"params": gradients, "batch_stats": statistics})
+    tree = names.join_collections({"params": gradients, "batch_stats": statistics})
     theirs = dict(names.export("huawei_pyramid", tree))
     compared = 0
     for key, x in expected.items():
@@ -148,7 +148,7 @@ def test_official_files_are_recognized_and_written_identically(found):
     assert isinstance(model, PyramidTNT)
     assert {name: getattr(model, name) for name in TINY} == TINY
     original = torch.read(GOLDEN / "tiny.pth.tar")
-    written = dict(names.export("huawei_pyramid", merged(found.variables)))
+    written = dict(names.export("huawei_pyramid", names.join_collections(found.variables)))
     assert sorted(written) == sorted(original)
     for name, x in original.items():
         assert written[name].dtype == x.dtype, name
@@ -163,7 +163,7 @@ def test_loading_for_another_size_classes_and_channels(found):
     wanted = jax.eval_shape(model.init, jax.random.key(0), images)
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, dict(wanted))
     same = tnt_flax.load(GOLDEN / "tiny.pth.tar", inner_heads=1, image_size=SIZE)[1]
-    assert fingerprint(merged(same)) == fingerprint(merged(found.variables))
+    assert fingerprint(same) == fingerprint(found.variables)
 
 
 def test_other_frameworks_have_no_pyramid(found):
@@ -197,7 +197,7 @@ def test_names_and_shapes_equal_the_official_code(name):
     size = int(name[-3:])
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     variables = jax.eval_shape(create_model(name).init, jax.random.key(0), images)
-    exported = names.exported_shapes("huawei_pyramid", merged(variables))
+    exported = names.exported_shapes("huawei_pyramid", names.join_collections(variables))
     assert digest(exported) == json.loads((GOLDEN / "names.json").read_text())[name]
 
 
@@ -336,8 +336,8 @@ def test_invalid_images_and_fields_are_refused(found, shape, fields, message):
 
 
 def test_parameters_and_statistics_in_one_tree():
-    tree = merged(abstract())
+    tree = names.join_collections(abstract())
     assert set(tree["stem"]["words"]["batch_norm"]) == {"scale", "bias", "mean", "var", "count"}
-    again = split(tree)
+    again = names.split_collections(tree)
     assert jax.tree.structure(again) == jax.tree.structure(dict(abstract()))
-    assert set(split(shapes("tnt_ti_patch16_224", depth=1))) == {"params"}
+    assert set(names.split_collections(shapes("tnt_ti_patch16_224", depth=1))) == {"params"}

@@ -35,8 +35,10 @@ TX = optax.adamw(1e-3)
 
 def make_state(step):
     params = {"head": {"kernel": jax.random.normal(jax.random.key(step), (64, 32))}}
-    ema = jax.tree.map(lambda x: x + 1, params)
-    return TrainState.create(params, TX).replace(step=jnp.asarray(step, jnp.int32), ema=ema)
+    ema = {"params": jax.tree.map(lambda x: x + 1, params)}
+    return TrainState.create({"params": params}, TX).replace(
+        step=jnp.asarray(step, jnp.int32), ema=ema
+    )
 
 
 def abstract():
@@ -180,7 +182,7 @@ def test_a_state_with_other_tensors_is_refused(folder):
         InputError, match=r"/4 does.*! params/head/kernel float32\[64, 32\], not float32\[64, 33\]"
     ):
         checkpoints.restore_latest(wider)
-    more = abstract().replace(ema={"head": abstract().ema["head"], "pos": abstract().step})
+    more = abstract().replace(ema=abstract().ema | {"pos": abstract().step})
     with pytest.raises(InputError, match="/4 does not fit this model: - ema/pos"):
         checkpoints.restore_latest(more)
     checkpoints.close()
@@ -272,7 +274,7 @@ def test_metrics_can_be_added_to_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("kind, offset", [("raw", 0), ("ema", 1)])
 def test_reading_weights_only(folder, kind, offset):
-    params = read_weights(folder / "4", kind, abstract().params)
+    params = read_weights(folder / "4", kind, {"params": abstract().params})["params"]
     expected = make_state(4).params["head"]["kernel"] + offset
     np.testing.assert_array_equal(params["head"]["kernel"], expected)
 
@@ -281,7 +283,7 @@ def test_relative_paths(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     step = find_checkpoint(pathlib.Path(folder.name), "last")
     assert read_param_shapes(step).keys() == {"head"}
-    params = read_weights(step, "raw", abstract().params)
+    params = read_weights(step, "raw", {"params": abstract().params})["params"]
     np.testing.assert_array_equal(params["head"]["kernel"], make_state(4).params["head"]["kernel"])
 
 

@@ -112,20 +112,20 @@ TNT_S = {
 def tnt_s():
     """Shapes of the state of TNT-S."""
     model = create_model("tnt_s_patch16_224")
-    init = lambda key: model.init(key, jnp.zeros((1, 224, 224, 3)), train=False)["params"]
+    init = lambda key: model.init(key, jnp.zeros((1, 224, 224, 3)), train=False)
     state = lambda key: TrainState.create(init(key), optax.adamw(1e-3))
     return jax.eval_shape(state, jax.random.key(0))
 
 
-def split_names(tree):
-    specs = {name: tuple(spec) for name, spec in named_leaves(sharding.specs(tree)).items()}
-    return {name: spec for name, spec in specs.items() if any(spec)}
+def sharded_names(tree):
+    layout = named_leaves(sharding.shardings(tree, sharding.make_mesh()))
+    return {name: tuple(x.spec) for name, x in layout.items() if any(x.spec)}
 
 
 def test_how_tnt_s_is_split(tnt_s):
-    assert split_names(tnt_s.params) == split_names(tnt_s.ema) == TNT_S
-    moments = {name.split("/", 2)[2]: spec for name, spec in split_names(tnt_s.opt_state).items()}
-    assert moments == TNT_S and len(split_names(tnt_s.opt_state)) == 2 * len(TNT_S)
+    assert sharded_names(tnt_s.params) == sharded_names(tnt_s.ema["params"]) == TNT_S
+    moments = {name.split("/", 2)[2]: spec for name, spec in sharded_names(tnt_s.opt_state).items()}
+    assert moments == TNT_S and len(sharded_names(tnt_s.opt_state)) == 2 * len(TNT_S)
     sizes = {name: x.size for name, x in named_leaves(tnt_s.params).items()}
     whole = sum(size for name, size in sizes.items() if "fsdp" not in TNT_S.get(name, ()))
     assert whole < 0.012 * sum(sizes.values())
@@ -138,10 +138,10 @@ def test_no_device_holds_more_than_its_part(tnt_s):
     assert part == (12, 96, 768)
     x = np.arange(12 * 384 * 384, dtype=np.float32).reshape(12, 384, 384)
     kernel = layout["blocks_0"]["outer"]["attention"]["out"]["kernel"]
-    (placed,) = sharding.place([x], [kernel])
+    (placed,) = sharding.put_global([x], [kernel])
     assert {shard.data.shape for shard in placed.addressable_shards} == {(12, 192, 96)}
     np.testing.assert_array_equal(sharding.fetch(placed), x)
-    whole = sharding.whole({"outer/attention/out": {"kernel": placed}}, mesh)
+    whole = sharding.unshard({"outer/attention/out": {"kernel": placed}}, mesh)
     assert {x.data.shape for x in whole["outer/attention/out"]["kernel"].addressable_shards} == {
         (12, 192, 384)
     }
@@ -191,28 +191,14 @@ def test_a_batch_is_split_over_data_and_fsdp():
     "process, tensor, rows",
     [(0, 1, (0, 4)), (3, 1, (3, 4)), (1, 2, (1, 4)), (3, 4, (1, 2)), (2, 8, (0, 1))],
 )
-def test_the_rows_of_a_host(monkeypatch, process, tensor, rows):
-    """Four hosts of two devices each."""
-    mesh = sharding.make_mesh(tensor=tensor)
-    split = sharding.batch_sharding(mesh)
-
-    class Split:
-        def addressable_devices_indices_map(self, shape):
-            places = split.devices_indices_map(shape).items()
-            return {device: index for device, index in places if device.id // 2 == process}
-
-    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: Split())
-    assert sharding.host_rows(mesh) == rows
+def test_rows_of_each_of_four_hosts_of_two_devices(process, tensor, rows):
+    own = jax.devices()[2 * process : 2 * process + 2]
+    assert sharding.host_rows(sharding.make_mesh(tensor=tensor), own) == rows
 
 
-def test_hosts_that_share_rows_unevenly(monkeypatch):
-    class Split:
-        def addressable_devices_indices_map(self, shape):
-            return {0: (slice(1, 2),), 1: (slice(2, 3),)}
-
-    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: Split())
+def test_hosts_must_read_equal_parts_of_a_batch():
     with pytest.raises(InputError, match=r"rows \[1, 2\] of 8: give each process as many devices"):
-        sharding.host_rows(sharding.make_mesh())
+        sharding.host_rows(sharding.make_mesh(), jax.devices()[1:3])
 
 
 MESHES = {"data": dict(), "fsdp": dict(fsdp=4), "tensor": dict(fsdp=2, tensor=2)}
@@ -250,7 +236,7 @@ def test_eight_devices_train_as_one_does(trained_alone, name):
     config, start, expected, end = trained_alone
     step = Experiment(config, num_classes=10, steps_per_epoch=29).make_train_step()
     mesh = sharding.make_mesh(**MESHES[name])
-    state = sharding.place(start, sharding.shardings(start, mesh))
+    state = sharding.put_global(start, sharding.shardings(start, mesh))
     batch, key = sharding.to_global(random_batch(), mesh), jax.random.key(1)
     compiled = sharding.jit_train_step(step, mesh, start).lower(state, batch, key).compile()
     metrics = []

@@ -48,7 +48,7 @@ def test_the_images_are_those_that_a_training_step_gives_the_network(smoke_confi
     batch = next(experiment.train_batches(0, 1))
     experiment.model, experiment.optimizer = model, (tx, lambda count: 1.0)
     step = jax.jit(experiment.make_train_step())
-    state = TrainState.create({"logits": jnp.zeros((48, 10))}, tx)
+    state = TrainState.create({"params": {"logits": jnp.zeros((48, 10))}}, tx)
     inputs = {name: batch[name] for name in ("image", "label")}
     after, _ = step(state, inputs, experiment.make_keys()[1])
     jax.effects_barrier()

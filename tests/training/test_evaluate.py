@@ -17,19 +17,19 @@ from tnt_flax.weights.write import save_weights
 @pytest.fixture
 def setting(smoke_config):
     experiment = Experiment(smoke_config())
-    params = experiment.init_params(jax.random.key(3))
-    params["head"]["kernel"] *= 50  # logits that differ between images
-    return experiment, params
+    variables = experiment.init_variables(jax.random.key(3))
+    variables["params"]["head"]["kernel"] *= 50  # logits that differ between images
+    return experiment, variables
 
 
 def test_metrics_are_equal_for_any_batch_size(setting):
-    experiment, params = setting
+    experiment, variables = setting
     config, model = experiment.config, experiment.model
     step = jax.jit(experiment.make_eval_step(model))
     results = []
     for batch_size in (8, 56, 360, 368):
         config.eval.batch_size = batch_size
-        result, sums = evaluate(step, params, experiment.eval_batches(), experiment.mesh)
+        result, sums = evaluate(step, variables, experiment.eval_batches(), experiment.mesh)
         results.append(result)
         for name in ("per_class", "calibration"):  # images, hits, ...
             assert sums[name][0].sum() == 360
@@ -43,7 +43,7 @@ def test_metrics_are_equal_for_any_batch_size(setting):
     config.eval.batch_size = 360
     (batch,) = experiment.eval_batches()
     pixels = (jnp.asarray(batch["image"], jnp.float32) - 127.5) / 127.5
-    order = np.argsort(-np.asarray(model.apply({"params": params}, pixels)), axis=1)
+    order = np.argsort(-np.asarray(model.apply(variables, pixels)), axis=1)
     hits = order == batch["label"][:, None]
     assert results[0]["top1"] == hits[:, 0].mean()
     assert results[0]["top5"] == hits[:, :5].any(axis=1).mean()
@@ -51,11 +51,13 @@ def test_metrics_are_equal_for_any_batch_size(setting):
 
 
 def test_a_weights_file_is_evaluated_if_its_network_and_classes_fit(setting, tmp_path):
-    experiment, params = setting
+    experiment, variables = setting
     config = experiment.config
     path = tmp_path / "w.safetensors"
     names = [str(i) for i in range(10)]
-    save_weights(path, params, {"config": config_to_json(config), "class_names": names})
+    save_weights(
+        path, variables["params"], {"config": config_to_json(config), "class_names": names}
+    )
     result = evaluate_checkpoint(config, None, str(path))
     assert result["images"] == 360
     assert result["checkpoint"] == str(path)
@@ -67,13 +69,17 @@ def test_a_weights_file_is_evaluated_if_its_network_and_classes_fit(setting, tmp
     config.model.dtype = "bfloat16"  # not part of the architecture
     assert evaluate_checkpoint(config, None, str(path))["images"] == 360
 
-    save_weights(path, params, {"config": config_to_json(config), "class_names": [*"abcdefghi0"]})
+    save_weights(
+        path,
+        variables["params"],
+        {"config": config_to_json(config), "class_names": [*"abcdefghi0"]},
+    )
     with pytest.raises(InputError, match=r"10 classes \(a, b, c, d, e and 5 more\) and none is"):
         evaluate_checkpoint(config, None, str(path))
 
 
 def test_missing_weights_or_images_are_errors(setting, tmp_path):
-    experiment, params = setting
+    experiment, variables = setting
     config = experiment.config
     with pytest.raises(InputError, match="--checkpoint=best needs the --workdir"):
         evaluate_checkpoint(config, None, "best")
@@ -83,12 +89,12 @@ def test_missing_weights_or_images_are_errors(setting, tmp_path):
         evaluate_checkpoint(config, None, str(tmp_path / "none.safetensors"))
     step = experiment.make_eval_step(experiment.model)
     with pytest.raises(RunError, match="no image could be evaluated"):
-        evaluate(step, params, (batch for batch in ()), sharding.make_mesh())
+        evaluate(step, variables, (batch for batch in ()), sharding.make_mesh())
 
 
 def test_a_nan_loss_is_an_error(setting):
-    experiment, params = setting
-    params["head"]["bias"] = jnp.full(10, jnp.nan)
+    experiment, variables = setting
+    variables["params"]["head"]["bias"] = jnp.full(10, jnp.nan)
     step = jax.jit(experiment.make_eval_step(experiment.model))
     with pytest.raises(RunError, match="the evaluation loss is nan"):
-        evaluate(step, params, experiment.eval_batches(), experiment.mesh)
+        evaluate(step, variables, experiment.eval_batches(), experiment.mesh)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tnt_flax.training import mixup as augment
-from tnt_flax.training.losses import smooth_one_hot
+from tnt_flax.training.step import smooth_one_hot
 
 pytestmark = pytest.mark.oracle
 

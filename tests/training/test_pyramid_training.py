@@ -11,13 +11,14 @@ import pytest
 
 import tnt_flax
 from tests.helpers.smoke import SMOKE
-from tnt_flax.core.trees import fingerprint, merged, named_leaves, split
+from tnt_flax.core.trees import fingerprint, named_leaves
 from tnt_flax.runtime import checkpoints
 from tnt_flax.tools import report
 from tnt_flax.tools.convert import main as convert
 from tnt_flax.training.evaluate import evaluate_checkpoint
 from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.train import train_and_evaluate
+from tnt_flax.weights.names import join_collections
 
 STEPS = 29  # 1,437 digits in batches of 48
 MODEL = dict(
@@ -44,7 +45,7 @@ def finished(tmp_path_factory):
 
 
 def stored(workdir, step, kind, config):
-    abstract = jax.eval_shape(Experiment(config).init_params, jax.random.key(0))
+    abstract = jax.eval_shape(Experiment(config).init_variables, jax.random.key(0))
     return checkpoints.read_weights(workdir / "checkpoints" / str(step), kind, abstract)
 
 
@@ -77,15 +78,15 @@ def test_its_weights_are_evaluated_loaded_and_converted(finished, tmp_path):
     found = evaluate_checkpoint(config, None, str(workdir / "weights.safetensors"))
     assert (found["top1"], found["loss"]) == (result["top1"], result["loss"])
     model, variables = tnt_flax.load(workdir, checkpoint="last", weights="raw")
-    assert fingerprint(merged(variables)) == result["fingerprint"]
+    assert fingerprint(join_collections(variables)) == result["fingerprint"]
     assert model.depths == (1, 1, 1, 1) and set(variables) == {"params", "batch_stats"}
     path = tmp_path / "x.pth"
     flags = ["--to=huawei", "--checkpoint=last", "--weights=raw"]
-    params, _ = Experiment(config).load_params(str(workdir), DIGITS, checkpoint="last")
+    params, _ = Experiment(config).load_variables(str(workdir), DIGITS, checkpoint="last")
     assert fingerprint(params) == fingerprint(stored(workdir, STEPS, "ema", config))
     assert convert([str(workdir), str(path), *flags]) == 0
     _, again = tnt_flax.load(path, inner_heads=1)
-    assert fingerprint(merged(again)) == result["fingerprint"]
+    assert fingerprint(join_collections(again)) == result["fingerprint"]
 
 
 def test_its_report(finished):
@@ -100,7 +101,7 @@ def test_a_step_sees_the_optimizer_without_statistics(finished):
     experiment = Experiment(config)
     state = experiment.state_shapes
     moments = [name for name in named_leaves(state.opt_state) if "/mu/" in name]
-    assert len(moments) == len(named_leaves(split(state.params)["params"]))
+    assert len(moments) == len(named_leaves(state.params))
     batch = {
         "image": jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((8,), jnp.int32),
@@ -109,4 +110,4 @@ def test_a_step_sees_the_optimizer_without_statistics(finished):
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
     same = jax.tree.map(lambda a, b: a.dtype == b.dtype, new, state)
     assert functools.reduce(lambda a, b: a and b, jax.tree.leaves(same))
-    assert metrics["finite"].shape == (2 * len(named_leaves(state.params)),)
+    assert metrics["finite"].shape == (2 * len(named_leaves(state.variables)),)

@@ -9,12 +9,19 @@ import numpy as np
 import optax
 import pytest
 
-from tnt_flax.core.trees import merged, named_leaves
+from tnt_flax.core.trees import named_leaves
 from tnt_flax.models import TNT
 from tnt_flax.models.layers import BatchNorm
 from tnt_flax.training import mixup
 from tnt_flax.training.optimizer import make_optimizer
-from tnt_flax.training.step import TrainState, make_eval_step, make_prepare, make_train_step
+from tnt_flax.training.step import (
+    TrainState,
+    make_eval_step,
+    make_prepare,
+    make_train_step,
+    smooth_one_hot,
+    soft_target_cross_entropy,
+)
 
 HALF = (0.5, 0.5, 0.5)
 OPTIONS = dict(label_smoothing=0.1, mean=HALF, std=HALF)
@@ -40,11 +47,11 @@ def batch():
 
 def start(model=None, tx=None, ema_decay=0.9, **changes):
     model, tx = model or Linear(), tx or optax.sgd(0.5)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)), train=False)["params"]
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)), train=False)
     prepare = make_prepare(model.num_classes, **OPTIONS | changes)
     schedule = optax.constant_schedule(0.5)
     step = jax.jit(make_train_step(model, tx, schedule, prepare, ema_decay=ema_decay))
-    return TrainState.create(params, tx), step
+    return TrainState.create(variables, tx), step
 
 
 def test_one_step_updates_weights_average_and_count(batch):
@@ -55,7 +62,7 @@ def test_one_step_updates_weights_average_and_count(batch):
     old_kernel, kernel = state.params["head"]["kernel"], new.params["head"]["kernel"]
     assert not np.array_equal(old_kernel, kernel)
     np.testing.assert_allclose(
-        new.ema["head"]["kernel"], 0.9 * old_kernel + 0.1 * kernel, rtol=1e-5, atol=1e-7
+        new.ema["params"]["head"]["kernel"], 0.9 * old_kernel + 0.1 * kernel, rtol=1e-5, atol=1e-7
     )
     moved = jax.tree.map(lambda a, b: a - b, new.params, state.params)
     np.testing.assert_allclose(optax.tree.norm(moved), 0.5 * metrics["grad_norm"], rtol=1e-4)
@@ -77,7 +84,7 @@ def test_statistics_that_are_frozen_are_those_of_evaluation(batch, freeze, movin
     model, tx = Normed(), optax.sgd(0.5)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)), train=False)
     variables["batch_stats"]["batch_norm"]["mean"] += 0.3
-    state = TrainState.create(merged(variables), tx)
+    state = TrainState.create(variables, tx)
     prepare = make_prepare(7, **OPTIONS)
     schedule = optax.constant_schedule(0.5)
     step = make_train_step(model, tx, schedule, prepare, ema_decay=0.9, freeze=freeze)
@@ -86,15 +93,16 @@ def test_statistics_that_are_frozen_are_those_of_evaluation(batch, freeze, movin
     logits, _ = model.apply(variables, images, train=moving, mutable=["batch_stats"])
     expected = optax.softmax_cross_entropy(logits, targets).mean()
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
-    for tree, old in ((new.params, state.params), (new.ema, state.ema)):
-        changed = tree["batch_norm"]["mean"] != old["batch_norm"]["mean"]
+    old = state.batch_stats["batch_norm"]["mean"]
+    for tree in (new.batch_stats, new.ema["batch_stats"]):
+        changed = tree["batch_norm"]["mean"] != old
         assert changed.all() if moving else not changed.any()
 
 
 def test_without_decay_the_average_is_the_weights(batch):
     state, step = start(ema_decay=0.0)
     new, _ = step(state, batch, jax.random.key(1))
-    np.testing.assert_array_equal(new.ema["head"]["kernel"], new.params["head"]["kernel"])
+    np.testing.assert_array_equal(new.ema["params"]["head"]["kernel"], new.params["head"]["kernel"])
 
 
 def test_randomness_is_a_function_of_key_and_step(batch):
@@ -127,7 +135,9 @@ def spied_step(**changes):
     step = make_train_step(model, tx, optax.constant_schedule(0.5), prepare, ema_decay=0.9)
 
     def see(batch, step_number, seed):
-        state = TrainState.create({"w": jnp.ones(())}, tx).replace(step=jnp.int32(step_number))
+        state = TrainState.create({"params": {"w": jnp.ones(())}}, tx).replace(
+            step=jnp.int32(step_number)
+        )
         step(state, batch, jax.random.key(seed))
         return calls
 
@@ -185,7 +195,7 @@ def test_bfloat16_leaves_the_training_state_in_float32():
     tx = optax.chain(optax.stateless(spy), adamw)
     prepare = make_prepare(model.num_classes, **OPTIONS)
     step = make_train_step(model, tx, lambda step: 1e-3, prepare, ema_decay=0.9)
-    state = jax.eval_shape(lambda p: TrainState.create(p, tx), params)
+    state = jax.eval_shape(lambda p: TrainState.create({"params": p}, tx), params)
     batch = {"image": images, "label": jnp.arange(4)}
     traced = jax.make_jaxpr(step, return_shape=True)
     jaxpr, (new, metrics) = traced(state, batch, jax.random.key(0))
@@ -218,7 +228,7 @@ def test_evaluation_sums_over_the_mask_only(batch):
     step = jax.jit(make_eval_step(model, mean=HALF, std=HALF))
     labels = jnp.array([6, 5, 2, 1, 0, 6])
     mask = jnp.array([True, True, True, True, False, False])
-    sums = step(params, batch | {"label": labels, "mask": mask})
+    sums = step({"params": params}, batch | {"label": labels, "mask": mask})
     losses = -jax.nn.log_softmax(jnp.arange(7.0))[labels]
     assert sums["images"] == 4
     assert sums["top1"] == 1  # label 6; the other 6 is padding
@@ -233,16 +243,46 @@ def test_padding_may_hold_anything(batch):
     mask = jnp.array([True, False, False, False, False, False])
     params["head"]["kernel"] = params["head"]["kernel"].at[0, 0].set(jnp.nan)
     images = batch["image"].at[0].set(0)
-    sums = step(params, batch | {"image": images, "mask": mask})
+    sums = step({"params": params}, batch | {"image": images, "mask": mask})
     assert sums["images"] == 1
     assert np.isnan(sums["loss"])  # the real row is bad here, so it must show
     clean = {"head": {"kernel": jnp.zeros((3, 7)), "bias": jnp.arange(7.0)}}
-    assert np.isfinite(step(clean, batch | {"mask": mask})["loss"])
+    assert np.isfinite(step({"params": clean}, batch | {"mask": mask})["loss"])
 
 
 def test_fewer_classes_than_five(batch):
     params = {"head": {"kernel": jnp.zeros((3, 2)), "bias": jnp.array([1.0, 0.0])}}
     step = make_eval_step(Linear(num_classes=2), mean=HALF, std=HALF)
     labels = jnp.array([0, 0, 1, 1, 1, 0])
-    sums = step(params, batch | {"label": labels, "mask": jnp.ones(6, bool)})
+    sums = step({"params": params}, batch | {"label": labels, "mask": jnp.ones(6, bool)})
     assert (sums["top1"], sums["top5"]) == (3, 6)
+
+
+def test_label_smoothing_of_the_targets():
+    targets = smooth_one_hot(jnp.array([3, 0]), 1000, 0.1)
+    assert targets.shape == (2, 1000)
+    np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(targets[0, 3], 0.9001, rtol=1e-6)  # reference value at 1000 classes
+    np.testing.assert_allclose(targets[0, 4], 0.0001, rtol=1e-6)
+
+
+def test_mixed_targets_are_smoothed_once():
+    labels = jnp.array([3, 0, 5, 5])
+    images = jnp.zeros((4, 1, 1, 3), jnp.uint8)
+    drawn = mixup.Mix(jnp.array([0.25, 0.5]), jnp.zeros((2, 4), jnp.int32))
+    _, targets = mixup.apply_mix(images, smooth_one_hot(labels, 1000, 0.1), drawn)
+    np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-5)
+    on, off = 0.9001, 0.0001
+    np.testing.assert_allclose(targets[0, 3], 0.25 * on + 0.75 * off, rtol=1e-5)
+    np.testing.assert_allclose(targets[0, 0], 0.75 * on + 0.25 * off, rtol=1e-5)
+    np.testing.assert_allclose(targets[1, 3], 0.75 * on + 0.25 * off, rtol=1e-5)
+    np.testing.assert_allclose(targets[:, 4], off, rtol=1e-5)
+    np.testing.assert_allclose(targets[2:, 5], on, rtol=1e-5)  # partners of the same class
+
+
+def test_soft_target_cross_entropy_of_three_classes():
+    logits = jnp.array([[1.0, 2.0, 4.0]])
+    targets = jnp.array([[0.2, 0.3, 0.5]])
+    log_sum = np.log(np.exp(1) + np.exp(2) + np.exp(4))
+    expected = -(0.2 * (1 - log_sum) + 0.3 * (2 - log_sum) + 0.5 * (4 - log_sum))
+    np.testing.assert_allclose(soft_target_cross_entropy(logits, targets), [expected], rtol=1e-6)

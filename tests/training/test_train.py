@@ -159,7 +159,7 @@ def test_other_classes_get_a_new_head(finished, smoke_config, capsys):
     params = read_checkpoint(workdir).params
 
     def load(class_names, config=config):
-        return Experiment(config).load_params(str(workdir), class_names)
+        return Experiment(config).load_variables(str(workdir), class_names)
 
     kept, _ = load(same)
     assert fingerprint(kept) == fingerprint(params)

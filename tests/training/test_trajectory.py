@@ -41,7 +41,7 @@ def train(initial):
     )
     step = make_train_step(model, tx, schedule, prepare, ema_decay=reference.EMA_DECAY)
     step = jax.jit(step, donate_argnums=0)
-    state = TrainState.create(jax.tree.map(jnp.asarray, initial), tx)
+    state = TrainState.create({"params": jax.tree.map(jnp.asarray, initial)}, tx)
     losses, rates = [], []
     with jax.default_matmul_precision("highest"):
         for images, labels in reference.batches():
@@ -82,7 +82,7 @@ def test_losses_and_rates_of_every_step(ours, golden):
 @pytest.mark.parametrize("tree", ["parameters", "average"])
 def test_final_weights_and_average(tree, ours, golden, initial):
     _, _, state = ours
-    tensors = named_leaves(state.params if tree == "parameters" else state.ema)
+    tensors = named_leaves(state.params if tree == "parameters" else state.ema["params"])
     probes = [reference.probe(x) for x in tensors.values()]
     ends = np.cumsum([len(x) for x in probes])
     expected = np.split(golden[tree], ends[:-1])
@@ -99,7 +99,7 @@ def test_every_tensor_equals_timms(ours, initial, golden, record_property):
     theirs = reference.train()
     losses, _, state = ours
     difference = {"loss": float(np.abs(losses / theirs["losses"] - 1).max())}
-    for tree, tensors in (("parameters", state.params), ("average", state.ema)):
+    for tree, tensors in (("parameters", state.params), ("average", state.ema["params"])):
         pairs = zip(named_leaves(tensors).items(), jax.tree.leaves(theirs[tree]), strict=True)
         starts = jax.tree.leaves(initial)
         norms = np.array(

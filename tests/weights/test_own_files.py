@@ -52,7 +52,7 @@ def workdir(tmp_path_factory):
     model = TNT(**SMALL)
     params = random_params("official")
     tx = optax.sgd(0.1)
-    state = TrainState.create(params, tx)
+    state = TrainState.create({"params": params}, tx)
     described = {"name": "tnt_s_patch16_224", "dtype": "bfloat16", "se": None, "drop_path": 0.1}
     fields = {k: v for k, v in SMALL.items() if k != "num_classes"}
     info = {
@@ -63,11 +63,11 @@ def workdir(tmp_path_factory):
     for step, top1 in ((1, 0.1), (2, 0.9), (3, 0.5)):
         shifted = jax.tree.map(lambda x, s=step: x + s, params)
         state = state.replace(
-            step=np.int32(step), params=shifted, ema=jax.tree.map(np.negative, shifted)
+            step=np.int32(step), params=shifted, ema={"params": jax.tree.map(np.negative, shifted)}
         )
         checkpoints.save_async(jax.tree.map(np.asarray, state), step, {"top1": top1})
     checkpoints.close()
-    save_weights(folder / "weights.safetensors", state.ema, info)
+    save_weights(folder / "weights.safetensors", state.ema["params"], info)
     return folder, model, params, info
 
 

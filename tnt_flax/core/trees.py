@@ -5,29 +5,10 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
-import flax.traverse_util
 import jax
 import numpy as np
 
 from tnt_flax.core.errors import InputError, listed
-
-STATISTICS = ("mean", "var", "count")  # of a `batch_norm`
-
-
-def merged(variables: dict[str, Any]) -> dict[str, Any]:
-    """Parameters and statistics as one tree, in which files hold them: beside a norm's scale."""
-    parts = (variables["params"], variables.get("batch_stats", {}))
-    flat = {path: x for part in parts for path, x in flax.traverse_util.flatten_dict(part).items()}
-    return flax.traverse_util.unflatten_dict(flat)
-
-
-def split(tree: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `merged`; without `batch_stats` where there are none."""
-    collections: dict[str, Any] = {"params": {}}
-    for path, x in flax.traverse_util.flatten_dict(tree).items():
-        statistic = "batch_norm" in path[:-1] and path[-1] in STATISTICS
-        collections.setdefault("batch_stats" if statistic else "params", {})[path] = x
-    return {k: flax.traverse_util.unflatten_dict(flat) for k, flat in collections.items()}
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

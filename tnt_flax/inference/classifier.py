@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.core.trees import merged, split
 from tnt_flax.data.labels import display_names
 from tnt_flax.data.sources.names import read_class_list
 from tnt_flax.data.transforms import CorruptImageError, eval_transform
@@ -101,8 +100,7 @@ class Classifier:
         self.mean, self.std = map(tuple, (found.preprocessing[key] for key in ("mean", "std")))
         self._mesh = sharding.make_mesh(jax.local_devices())
         everywhere = sharding.replicated(self._mesh)
-        self._params = jax.device_put(merged(found.variables), everywhere)
-        self.variables = split(self._params)
+        self.variables = jax.device_put(found.variables, everywhere)
         predict_step = step.make_predict_step(self.model, mean=self.mean, std=self.std)
         rows = sharding.batch_sharding(self._mesh)
         self._predict_step = jax.jit(
@@ -178,7 +176,7 @@ class Classifier:
         for row, image in enumerate(read):
             if not isinstance(image, str):
                 pixels[row] = image
-        probabilities = np.asarray(self._predict_step(self._params, pixels))
+        probabilities = np.asarray(self._predict_step(self.variables, pixels))
         for image, row in zip(read, probabilities, strict=False):
             if isinstance(image, str) or not np.isfinite(row).all():
                 yield Outcome([], image if isinstance(image, str) else "its answer is not finite")

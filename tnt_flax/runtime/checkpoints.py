@@ -267,25 +267,29 @@ def read_param_shapes(step_folder: pathlib.Path) -> Any:
         raise InputError(f"cannot read {step_folder}: {one_line(error)}") from error
 
 
-def read_weights(step_folder: pathlib.Path, kind: str, abstract_params: Any) -> Any:
-    """Returns the parameters of a checkpoint as numpy arrays.
+def read_weights(step_folder: pathlib.Path, kind: str, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Returns the variables of a checkpoint as numpy arrays.
 
-    `kind` is "ema" or "raw"; `abstract_params` has the expected names, shapes and dtypes. Raises
-    InputError if the checkpoint is damaged, unreadable or of another model.
+    `kind` is "ema" or "raw"; `abstract` has the expected names, shapes and dtypes of "params" and,
+    if there are any, "batch_stats". Raises InputError if the checkpoint is damaged, unreadable or
+    of another model.
     """
     if error := integrity_error(step_folder):
         raise InputError(f"{step_folder} is damaged: {error}")
-    name = "ema" if kind == "ema" else "params"
-    check_tensors_match(step_folder, _state_shapes(step_folder)[name], abstract_params)
-    restore = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray), abstract_params)
-    args = ocp.args.PyTreeRestore(
-        item={name: abstract_params}, restore_args={name: restore}, partial_restore=True
-    )
+    stored = _state_shapes(step_folder)
+    stored = stored["ema"] if kind == "ema" else stored
+    for collection in ("params", "batch_stats"):
+        expected = abstract.get(collection, {})
+        check_tensors_match(step_folder, stored.get(collection) or {}, expected)
+    item = {"ema": abstract} if kind == "ema" else abstract
+    restore = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    args = ocp.args.PyTreeRestore(item=item, restore_args=restore, partial_restore=True)
     with _open_reader() as reader:
         try:
-            return reader.restore(_state_folder(step_folder), args=args)[name]
+            found = reader.restore(_state_folder(step_folder), args=args)
         except Exception as error:
             raise InputError(f"cannot read {step_folder}: {one_line(error)}") from error
+    return found["ema"] if kind == "ema" else found
 
 
 def abstract_state(shapes: Any, shardings: Any) -> Any:

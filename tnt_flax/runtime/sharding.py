@@ -24,8 +24,8 @@ FSDP = "fsdp"
 BATCH = ("data", FSDP)
 AXES = (*BATCH, TENSOR)
 
-# Of the first rule that matches the end of a parameter's name: the axes that split its last
-# dimensions. What matches none is small, and whole on every device.
+# (end of a parameter's name, mesh axes over which its last dimensions are sharded); the first rule
+# that matches counts. Parameters without a rule are small and replicated.
 RULES = (
     (r"outer/attention/(query|key|value)/kernel", (FSDP, TENSOR)),
     (r"outer/attention/(query|key|value)/bias", (TENSOR,)),
@@ -42,10 +42,10 @@ RULES = (
 def make_mesh(
     devices: Sequence[Any] | None = None, *, data: int = -1, fsdp: int = 1, tensor: int = 1
 ) -> Mesh:
-    """All devices of all hosts, or `devices`, along AXES; `data=-1` is as many as there are left.
+    """Returns a mesh of all devices, or of `devices`, with AXES; `data=-1` takes those left over.
 
     Raises:
-        InputError: these sizes do not make use of every device.
+        InputError: the sizes do not use every device.
     """
     devices = jax.devices() if devices is None else devices
     for key, size in {"data": data, "fsdp": fsdp, "tensor": tensor}.items():
@@ -59,7 +59,7 @@ def make_mesh(
             f"{data * fsdp * tensor} devices, but there are {len(devices)}: use data=-1 and others "
             "whose product divides that"
         )
-    # Host by host, so that the rows of a batch that a host reads lie together.
+    # Host by host, so that each host reads consecutive rows of a batch.
     devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     array = np.asarray(devices).reshape(data, fsdp, tensor)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -73,49 +73,43 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-# -------------------------------------------------------------------------------- parameters
+# ------------------------------------------------------------------------------------ parameters
 
 
-def spec(name: str, ndim: int) -> PartitionSpec:
-    """How the parameter `name`, or what an optimizer keeps of it, is split: "blocks_0/..."."""
+def partition_spec(name: str, ndim: int) -> PartitionSpec:
+    """Returns the sharding of the parameter `name`, "blocks_0/...", by the first rule that matches.
+
+    Also of its EMA and its moments in the optimizer.
+    """
     for pattern, axes in RULES:
         if re.search(rf"(^|/){pattern}$", name) and ndim >= len(axes):
             return PartitionSpec(*[None] * (ndim - len(axes)), *axes)
     return PartitionSpec()
 
 
-def specs(tree: Any, axes: Sequence[str] = AXES) -> Any:
-    """The `spec` of every leaf of parameters or of a whole training state, along `axes` alone."""
+def shardings(tree: Any, mesh: Mesh, axes: Sequence[str] = AXES) -> Any:
+    """Returns the shardings of parameters or of a whole training state, over `axes` only.
+
+    Raises:
+        InputError: a mesh axis does not divide the array axis that it shards.
+    """
 
     def of_leaf(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return PartitionSpec(*(axis if axis in axes else None for axis in spec(name, leaf.ndim)))
-
-    return jax.tree_util.tree_map_with_path(of_leaf, tree)
-
-
-def shardings(tree: Any, mesh: Mesh, axes: Sequence[str] = AXES) -> Any:
-    """`specs` on a mesh.
-
-    Raises:
-        InputError: an axis does not divide what it should split.
-    """
-
-    def check(path, leaf, spec):
+        spec = [axis if axis in axes else None for axis in partition_spec(name, leaf.ndim)]
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis and size % mesh.shape[axis]:
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise InputError(
                     f"mesh.{axis}={mesh.shape[axis]} does not divide the {size} of {name} "
                     f"{list(leaf.shape)}: use another size of that axis"
                 )
-        return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree_util.tree_map_with_path(check, tree, specs(tree, axes))
+    return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
 
-def place(tree: Any, shardings: Any) -> Any:
-    """Arrays of this host, the same on all hosts, as global arrays: each device gets its part."""
+def put_global(tree: Any, shardings: Any) -> Any:
+    """Returns global arrays from host arrays that are the same on all processes."""
 
     def of_leaf(x, sharding):
         x = np.asarray(x)
@@ -124,15 +118,15 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(of_leaf, tree, shardings)
 
 
-def whole(params: Any, mesh: Mesh) -> Any:
-    """`params` as an evaluation wants them: not split along "fsdp", so that no batch gathers."""
+def unshard(variables: Any, mesh: Mesh) -> Any:
+    """Returns `variables` not sharded over "fsdp", so that evaluation gathers them only once."""
     if mesh.shape[FSDP] == 1:
-        return params
-    return jax.jit(lambda x: x, out_shardings=shardings(params, mesh, (TENSOR,)))(params)
+        return variables
+    return jax.jit(lambda x: x, out_shardings=shardings(variables, mesh, (TENSOR,)))(variables)
 
 
 def describe(mesh: Mesh) -> str:
-    """Such as "8 cpu devices (data 4, fsdp 2) of 2 processes"."""
+    """Returns such as "8 cpu devices (data 4, fsdp 2) of 2 processes"."""
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     kind = mesh.devices.flat[0].platform
     text = f"{mesh.size} {kind} device{'s' * (mesh.size > 1)}" + (f" ({axes})" if axes else "")
@@ -140,14 +134,14 @@ def describe(mesh: Mesh) -> str:
 
 
 def fetch(x: jax.Array) -> np.ndarray:
-    """A global array, wherever its parts are, as this host's. All hosts must call it."""
+    """Returns a global array on this host. All processes must call it."""
     if not x.is_fully_addressable and not x.is_fully_replicated:
         x = jax.jit(lambda x: x, out_shardings=replicated(x.sharding.mesh))(x)
     return np.asarray(x.addressable_data(0) if x.is_fully_replicated else x)
 
 
 def fetch_on_main(tree: Any) -> Any:
-    """`fetch` leaf by leaf for process 0; the others, which must call it too, keep nothing."""
+    """Applies `fetch` to each leaf on process 0; returns None leaves on others, which must call."""
     main = jax.process_index() == 0
 
     def of_leaf(x):
@@ -157,13 +151,13 @@ def fetch_on_main(tree: Any) -> Any:
     return jax.tree.map(of_leaf, tree)
 
 
-# -------------------------------------------------------------------------------- steps
+# ----------------------------------------------------------------------------------------- steps
 
 
 def on_mesh(function: Callable, mesh: Mesh) -> Callable:
-    """`function`, in which `jax.sharding.get_abstract_mesh()` is `mesh`.
+    """Returns `function` with `mesh` as its ambient mesh, `jax.sharding.get_abstract_mesh()`.
 
-    For what it calls that XLA cannot divide among devices, and that has to do so by itself.
+    Kernels, which XLA cannot partition, need it for a `shard_map` of their own.
     """
 
     @functools.wraps(function)
@@ -175,9 +169,9 @@ def on_mesh(function: Callable, mesh: Mesh) -> Callable:
 
 
 def jit_train_step(train_step: Callable, mesh: Mesh, state: Any) -> Callable:
-    """The function of `steps.make_train_step` as it runs on `mesh`. It consumes the state.
+    """Jits the function of `step.make_train_step` for `mesh`; it donates the state.
 
-    `state` is an example, arrays or their shapes.
+    `state` is an example: arrays or their shapes.
     """
     everywhere, layout = replicated(mesh), shardings(state, mesh)
     return jax.jit(
@@ -189,11 +183,11 @@ def jit_train_step(train_step: Callable, mesh: Mesh, state: Any) -> Callable:
 
 
 def jit_eval_step(eval_step: Callable, mesh: Mesh) -> Callable:
-    """The function of `steps.make_eval_step` as it runs on `mesh`, on weights made `whole`."""
+    """Jits the function of `step.make_eval_step` for `mesh` and variables from `unshard`."""
     return jax.jit(on_mesh(eval_step, mesh), out_shardings=replicated(mesh))
 
 
-# -------------------------------------------------------------------------------- batches
+# --------------------------------------------------------------------------------------- batches
 
 
 def check_batch_size(key: str, batch_size: int, mesh: Mesh) -> None:
@@ -207,17 +201,20 @@ def check_batch_size(key: str, batch_size: int, mesh: Mesh) -> None:
         )
 
 
-def host_rows(mesh: Mesh) -> tuple[int, int]:
-    """(part, parts): this host reads the part-th of so many equal parts of every batch.
+def host_rows(mesh: Mesh, devices: Sequence[Any] | None = None) -> tuple[int, int]:
+    """Returns (part, parts): this host reads the part-th of `parts` equal parts of every batch.
 
-    Where "tensor" spans hosts, several of them read the same part.
+    Where "tensor" spans hosts, several hosts read the same part. `devices` are those of the host,
+    by default of this process.
 
     Raises:
-        InputError: the rows of this host's devices are no such part.
+        InputError: the rows of the devices are not one such part.
     """
+    if devices is None:
+        devices = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
     batch = mesh.shape["data"] * mesh.shape[FSDP]
-    places = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
-    rows = sorted({range(batch)[index[0]].start for index in places})
+    indices = batch_sharding(mesh).devices_indices_map((batch,))
+    rows = sorted({range(batch)[indices[device][0]].start for device in devices})
     parts, left = divmod(batch, len(rows))
     if left or rows[0] % len(rows) or rows != list(range(rows[0], rows[0] + len(rows))):
         raise InputError(
@@ -229,6 +226,6 @@ def host_rows(mesh: Mesh) -> tuple[int, int]:
 
 
 def to_global(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's rows of a batch, as its part of the global arrays [batch_size, ...]."""
+    """Returns global arrays [batch_size, ...] from the rows of a batch that each host has read."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, x) for k, x in batch.items()}

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.core.trees import merged
 from tnt_flax.data.transforms import CorruptImageError, eval_transform
 from tnt_flax.models import block_outputs
 from tnt_flax.models.network import BlockLayout, Grid
@@ -116,7 +115,7 @@ def look(found: LoadedWeights, images: np.ndarray) -> list[Look]:
     probabilities = [None] * len(images)
     if model.num_classes:
         predict = jax.jit(step.make_predict_step(model, mean=mean, std=std))
-        probabilities = np.asarray(predict(merged(variables), images))
+        probabilities = np.asarray(predict(variables, images))
     read = [(i, block) for i, block in enumerate(blocks) if "inner_attention" in block]
     return [
         Look(

@@ -25,7 +25,7 @@ class Answers(NamedTuple):
         return self.predicted == self.label
 
 
-def collect(experiment: Experiment, model, params) -> Answers:
+def collect(experiment: Experiment, model, variables) -> Answers:
     """Answers to the whole evaluation split of `experiment`.
 
     Raises:
@@ -34,7 +34,7 @@ def collect(experiment: Experiment, model, params) -> Answers:
     predict_step = jax.jit(experiment.make_predict_step(model))
     parts, begin = [], 0
     for batch in experiment.eval_batches():
-        probabilities = np.asarray(predict_step(params, batch["image"]), np.float64)
+        probabilities = np.asarray(predict_step(variables, batch["image"]), np.float64)
         rows = np.flatnonzero(batch["mask"])
         labels, probabilities = batch["label"][rows], probabilities[rows]
         own = np.take_along_axis(probabilities, labels[:, None], axis=1)

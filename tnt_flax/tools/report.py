@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.files import write_atomic
-from tnt_flax.core.trees import merged
 from tnt_flax.data.labels import readable_names
 from tnt_flax.runtime import host
 from tnt_flax.tools.command_line import Parser, run
@@ -77,7 +76,7 @@ def report(args: Any) -> dict[str, Any]:
             f"{found.path} was trained on other classes than {config.data.root or 'the data'} has"
         )
     print(f"evaluating {found.summary()} on {len(source)} images", file=sys.stderr)
-    answers = answering.collect(experiment, found.network.model, merged(found.variables))
+    answers = answering.collect(experiment, found.network.model, found.variables)
     lines = metrics.read_metrics_file(args.workdir / "metrics.jsonl")
     summary = {
         "top1": float(answers.right.mean()),

@@ -39,16 +39,16 @@ PER_CLASS_COLUMNS = {"class": str, "name": str, "images": int, "top1": float, "t
 
 def evaluate(
     eval_step: EvalStep,
-    params: Any,
+    variables: Any,
     batches: Batches,
     mesh: Mesh,
     stop: Stop = lambda progress: False,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Evaluates `params` on all `batches`.
+    """Evaluates `variables` on all `batches`.
 
     Args:
         eval_step: see `step.make_eval_step`, jitted.
-        params: parameters on `mesh`.
+        variables: parameters and statistics on `mesh`.
         batches: this process's rows of each batch.
         mesh: see `runtime.sharding`.
         stop: called after every batch. If it returns True, both results are empty.
@@ -67,12 +67,12 @@ def evaluate(
         for name, x in jax.device_get(sums).items():
             totals[name] = totals.get(name, 0) + np.asarray(x, np.float64)
 
-    params = sharding.whole(params, mesh)
+    variables = sharding.unshard(variables, mesh)
     pending = {}  # added one batch late, so that the device never waits for the host
     with contextlib.closing(batches):
         for number, batch in enumerate(batches, start=1):
             skipped += int(batch.pop("corrupt").sum())
-            sums = eval_step(params, sharding.to_global(batch, mesh))
+            sums = eval_step(variables, sharding.to_global(batch, mesh))
             add(pending)
             pending = sums
             if stop(f"batch {number} of an evaluation"):
@@ -145,8 +145,8 @@ def evaluate_checkpoint(
         multi_label = getattr(source, "max_labels", None) is not None
         if multi_label and per_class:
             raise InputError("images may be of several classes in these data: no --per-class")
-        params, found = experiment.load_params(path, checkpoint=checkpoint)
-        params = sharding.place(params, sharding.shardings(params, mesh, (sharding.TENSOR,)))
+        variables, found = experiment.load_variables(path, checkpoint=checkpoint)
+        variables = put_unsharded(variables, mesh)
         class_names, num_classes = found.class_names, found.network.model.num_classes
         model = experiment.make_model(num_classes)
         only = experiment.config.eval.classes
@@ -158,7 +158,7 @@ def evaluate_checkpoint(
         batches = relabeled(experiment.eval_batches(source), to_network, classes)
         # `setup`: there is nothing to save, so a signal may end the process at once.
         progress = functools.partial(watchdog.progress, setup=True)
-        metrics, sums = evaluate(eval_step, params, batches, mesh, progress)
+        metrics, sums = evaluate(eval_step, variables, batches, mesh, progress)
         watchdog.raise_if_stopping()
         metrics["ece"] = calibration_error(sums["calibration"])
         if not multi_label:
@@ -180,6 +180,11 @@ def open_labeled_source(experiment: Experiment) -> Source:
         return source
     path = storage.join(config.data.root, config.eval.real_labels)
     return Relabeled(source, read_real_labels(path, source))
+
+
+def put_unsharded(variables: Any, mesh: Mesh) -> Any:
+    """Returns host variables on `mesh`, sharded over its "tensor" axis only."""
+    return sharding.put_global(variables, sharding.shardings(variables, mesh, (sharding.TENSOR,)))
 
 
 def relabeled(batches: Batches, to_network: np.ndarray, classes: tuple[int, ...] | None) -> Batches:

@@ -16,14 +16,18 @@ import optax
 from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.core.trees import merged
 from tnt_flax.data import pipeline, randaugment, sources, transforms
 from tnt_flax.data.plan import TrainPlan
 from tnt_flax.models import Network, create_model
 from tnt_flax.runtime import sharding
-from tnt_flax.training import fine_tuning, mixup, step
+from tnt_flax.training import mixup, step
 from tnt_flax.training.config import check_config, resolve_model_config, steps_of
-from tnt_flax.training.optimizer import epoch_learning_rates, make_optimizer, per_epoch_schedule
+from tnt_flax.training.optimizer import (
+    check_freeze,
+    epoch_learning_rates,
+    make_optimizer,
+    per_epoch_schedule,
+)
 from tnt_flax.training.step import TrainState
 from tnt_flax.weights.identify import check_same, unstored_fields
 from tnt_flax.weights.load import adapt
@@ -79,9 +83,9 @@ class Experiment:
         transforms.resampler(self.config.augment.resampling)
         self.make_model(num_classes=1)
         if self.config.optimizer.freeze:
-            init_params = Experiment(self.config, num_classes=1).init_params
-            shapes = jax.eval_shape(init_params, jax.random.key(0))
-            fine_tuning.trained(shapes, self.config.optimizer.freeze)
+            init_variables = Experiment(self.config, num_classes=1).init_variables
+            shapes = jax.eval_shape(init_variables, jax.random.key(0))
+            check_freeze(shapes, self.config.optimizer.freeze)
 
     # ---------------------------------------------------------------------------- devices
 
@@ -234,12 +238,12 @@ class Experiment:
         known = self._num_classes
         return self.make_model(len(self.class_names) if known is None else known)
 
-    def init_params(self, key: jax.Array) -> Any:
-        """Returns initial parameters, with BatchNorm statistics; to jit or to `jax.eval_shape`."""
+    def init_variables(self, key: jax.Array) -> Any:
+        """Returns initial parameters and statistics; to jit or to `jax.eval_shape`."""
         size = self.config.data.image_size
-        return merged(self.model.init(key, jnp.zeros((1, size, size, 3)), train=False))
+        return self.model.init(key, jnp.zeros((1, size, size, 3)), train=False)
 
-    def load_params(
+    def load_variables(
         self, path: str, class_names: Sequence[str] | None = None, *, checkpoint: str = "best"
     ) -> tuple[Any, LoadedWeights]:
         """Loads weights of any framework for the network of the config.
@@ -248,7 +252,7 @@ class Experiment:
         classes get a new head. To evaluate, leave them out: the head stays.
 
         Returns:
-            The parameters, and the checkpoint they were read from.
+            The variables, and the checkpoint they were read from.
 
         Raises:
             InputError: the weights cannot be read (see `weights.read.read_checkpoint`), or are of
@@ -275,7 +279,7 @@ class Experiment:
         description = f"the {config.model.name} that the config describes"
         check_same(found.path, adapted, wanted, description)
         logger.info("; ".join([f"loaded {summary}", *found.notes]))
-        return merged(found.variables), found
+        return found.variables, found
 
     # ---------------------------------------------------------------------------- state
 
@@ -316,11 +320,11 @@ class Experiment:
 
     def init_state(self, key: jax.Array) -> TrainState:
         """Returns the state of step 0 with new weights; to jit or to `jax.eval_shape`."""
-        return self._new_state(self.init_params(key))
+        return self._new_state(self.init_variables(key))
 
-    def _new_state(self, params: Any) -> TrainState:
+    def _new_state(self, variables: Any) -> TrainState:
         tx, _ = self.optimizer
-        return TrainState.create(params, tx)
+        return TrainState.create(variables, tx)
 
     @functools.cached_property
     def state_shapes(self) -> TrainState:
@@ -335,12 +339,14 @@ class Experiment:
         jit = functools.partial(jax.jit, out_shardings=self.state_shardings)
         if not self.config.init_from:
             return jit(self.init_state)(self.keys[0])
-        params, _ = self.load_params(self.config.init_from, self.class_names)
-        return jit(self._new_state)(sharding.place(params, self.state_shardings.params))
+        variables, _ = self.load_variables(self.config.init_from, self.class_names)
+        return jit(self._new_state)(
+            sharding.put_global(variables, sharding.shardings(variables, self.mesh))
+        )
 
-    def eval_params(self, state: TrainState) -> Any:
-        """Returns the weights of `state` that are evaluated: see `eval.weights`."""
-        return state.ema if self.config.eval.weights == "ema" else state.params
+    def eval_variables(self, state: TrainState) -> Any:
+        """Returns the variables of `state` that are evaluated: see `eval.weights`."""
+        return state.ema if self.config.eval.weights == "ema" else state.variables
 
     # ---------------------------------------------------------------------------- steps
 
@@ -389,11 +395,11 @@ class Experiment:
         )
 
     def make_eval_step(self, model: Network, classes: tuple[int, ...] | None = None):
-        """Returns `eval_step(params, batch)`; see `step.make_eval_step`."""
+        """Returns `eval_step(variables, batch)`; see `step.make_eval_step`."""
         return step.make_eval_step(model, classes=classes, **self._normalization)
 
     def make_predict_step(self, model: Network):
-        """Returns `predict_step(params, images)`; see `step.make_predict_step`."""
+        """Returns `predict_step(variables, images)`; see `step.make_predict_step`."""
         return step.make_predict_step(model, **self._normalization)
 
     @functools.cached_property

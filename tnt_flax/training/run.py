@@ -13,7 +13,7 @@ import numpy as np
 from clu import parameter_overview
 
 from tnt_flax.core.errors import InputError, RunError
-from tnt_flax.core.trees import fingerprint, named_leaves, split
+from tnt_flax.core.trees import fingerprint, named_leaves
 from tnt_flax.data.sources.storage import StorageUnavailable
 from tnt_flax.runtime import processes, sharding
 from tnt_flax.runtime.checkpoints import Checkpoints
@@ -37,6 +37,7 @@ from tnt_flax.training.metrics import (
 )
 from tnt_flax.training.step import TrainState
 from tnt_flax.weights import write
+from tnt_flax.weights.names import join_collections
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def log_start(experiment: Experiment, workdir: pathlib.Path, start_step: int) ->
     environment = current_environment()  # a collective: on all processes
     if processes.is_main_process():
         record_environment(workdir, start_step, environment)
-        params = split(experiment.state_shapes.params)["params"]
+        params = experiment.state_shapes.params
         table = parameter_overview.get_parameter_overview(params, include_stats=False)
         (workdir / "parameters.txt").write_text(table + "\n")
         logger.info(
@@ -110,7 +111,8 @@ class Run:
         total = experiment.total_steps
         self.writer = MetricWriter(workdir, start_step) if self.is_main_process else NullWriter()
         self.progress = Progress(start_step, total) if self.is_main_process else NullWriter()
-        names = list(named_leaves(experiment.state_shapes.params))
+        names = named_leaves(experiment.state_shapes.variables)
+        names = [name.partition("/")[2] for name in names]  # without the collection
         check = functools.partial(check_finite, names=names, checkpoints=checkpoints)
         batch_size = experiment.config.batch_size
         self.meter = StepMeter(batch_size, experiment.steps_per_epoch, total, check)
@@ -136,7 +138,7 @@ class Run:
         experiment, which = self.experiment, self.experiment.config.eval.weights
         metrics, _ = evaluate(
             experiment.eval_step,
-            experiment.eval_params(state),
+            experiment.eval_variables(state),
             experiment.eval_batches(),
             experiment.mesh,
             self.watchdog.progress,
@@ -178,25 +180,26 @@ class Run:
     def write_final_artifacts(self, state: TrainState) -> str:
         """Writes weights and plots of a finished run; returns the fingerprint of its parameters."""
         experiment, workdir = self.experiment, self.workdir
-        digest = fingerprint(state.params, sharding.fetch)
+        digest = fingerprint(join_collections(state.variables), sharding.fetch)
         self.writer.write(experiment.total_steps, {"fingerprint": digest})
         ema = sharding.fetch_on_main(state.ema)  # a collective: on all processes
         evaluates_ema = experiment.config.eval.weights == "ema"
-        evaluated = ema if evaluates_ema else sharding.fetch_on_main(state.params)
+        evaluated = ema if evaluates_ema else sharding.fetch_on_main(state.variables)
         if self.is_main_process:
             logger.info("SHA-256 of the final parameters: %s", digest)
-            write.save_weights(workdir / "weights.safetensors", ema, self.checkpoints.info)
+            path = workdir / "weights.safetensors"
+            write.save_weights(path, join_collections(ema), self.checkpoints.info)
             plots.plot_curves(read_metrics_file(self.writer.path), workdir / "curves.png")
             plot_first_predictions(experiment, evaluated, workdir / "predictions.png")
         return digest
 
 
-def plot_first_predictions(experiment: Experiment, params: Any, path: pathlib.Path) -> None:
+def plot_first_predictions(experiment: Experiment, variables: Any, path: pathlib.Path) -> None:
     """Plots predictions for the first evaluation batch, computed on one device."""
     with contextlib.closing(experiment.eval_batches()) as batches:
         batch = next(batches)
     predict_step = jax.jit(experiment.make_predict_step(experiment.model))
-    probabilities = jax.device_get(predict_step(*jax.device_put((params, batch["image"]))))
+    probabilities = jax.device_get(predict_step(*jax.device_put((variables, batch["image"]))))
     images, labels, mask = batch["image"], batch["label"], batch["mask"]
     plots.plot_predictions(
         images[mask], labels[mask], probabilities[mask], experiment.class_names, path

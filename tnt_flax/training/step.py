@@ -1,72 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions that get compiled, pure and not yet jitted: training, evaluation, prediction.
+"""The functions that get compiled: one step of training, evaluation and prediction.
 
-The trainer, the tests and every tool jit these same ones.
+All are pure and not yet jitted. The trainer, the tools and the tests jit the same functions.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Float, Int
 
-from tnt_flax.core.trees import merged, split
-from tnt_flax.training import fine_tuning
-from tnt_flax.training.losses import smooth_one_hot, soft_target_cross_entropy
+from tnt_flax.training import optimizer
 from tnt_flax.training.mixup import normalize
 
 Batch = dict[str, jax.Array]
+Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}, as `model.apply` takes them
+Prepare = Callable[[Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+CALIBRATION_BINS = 15  # of equal width, as in Guo et al. (arXiv 1706.04599)
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Arrays only, so that a checkpoint of it is a complete run.
+    """The state of a training run: arrays only, so that a checkpoint of it is complete."""
 
-    `params` are `merged`: PyramidTNT's BatchNorms have their running statistics among them, which
-    the average covers too, and the optimizer does not see.
-    """
-
-    step: jax.Array  # updates applied so far
+    step: jax.Array  # number of updates applied
     params: Any
+    batch_stats: Any  # running statistics of BatchNorm; empty for networks without
     opt_state: optax.OptState
-    ema: Any  # exponential moving average of params
+    ema: Variables  # exponential moving average of params and batch_stats
 
     @classmethod
-    def create(cls, params, tx: optax.GradientTransformation) -> "TrainState":
-        """Step 0. The average starts at the initial weights and has no warm-up, as published."""
-        ema = jax.tree.map(jnp.copy, params)  # its own buffers: the step donates both
-        return cls(jnp.zeros((), jnp.int32), params, tx.init(split(params)["params"]), ema)
+    def create(cls, variables: Variables, tx: optax.GradientTransformation) -> "TrainState":
+        """Returns the state of step 0. The EMA starts at the weights, without warm-up."""
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        ema = {"params": params, "batch_stats": batch_stats}
+        ema = jax.tree.map(jnp.copy, ema)  # its own buffers: the step donates both
+        return cls(jnp.zeros((), jnp.int32), params, batch_stats, tx.init(params), ema)
+
+    @property
+    def variables(self) -> Variables:
+        return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def all_finite(tree: Any, unless: jax.Array) -> jax.Array:
-    """One flag per leaf, in the order of `jax.tree.leaves`: is every element finite?
-
-    Where the scalar `unless` is true they are, and are not looked through: of a TNT-S on a CPU that
-    would take a hundredth of the step.
-    """
-    leaves = jax.tree.leaves(tree)
-    look = lambda: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
-    return jax.lax.cond(unless, lambda: jnp.ones(len(leaves), bool), look)
+# ------------------------------------------------------------------------------------------ loss
 
 
-def cast_kernels(params: Any, dtype: Any) -> Any:
-    """Casts the kernels to `dtype`; norms, biases and positions are too small to matter."""
-    is_kernel = lambda path: path[-1].key == "kernel"
-    cast = lambda path, x: x.astype(dtype) if is_kernel(path) else x
-    return jax.tree_util.tree_map_with_path(cast, params)
+def smooth_one_hot(
+    labels: Int[Array, "B"], num_classes: int, smoothing: float
+) -> Float[Array, "B K"]:
+    """Returns targets that sum to 1: smoothing / K everywhere, and 1 - smoothing at the label."""
+    off = smoothing / num_classes
+    return jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + off
 
 
-def average(new: Any, old: Any, decay: float) -> Any:
-    """The exponential moving average; what is counted in whole numbers is not averaged."""
-    mean = optax.incremental_update(new, old, 1 - decay)
-    return jax.tree.map(lambda x, y: y if jnp.issubdtype(y.dtype, jnp.integer) else x, mean, new)
+def soft_target_cross_entropy(
+    logits: Float[Array, "B K"], targets: Float[Array, "B K"]
+) -> Float[Array, "B"]:
+    """Returns -sum_k targets_k log softmax(logits)_k (timm's SoftTargetCrossEntropy)."""
+    return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
+
+
+# -------------------------------------------------------------------------------------- training
 
 
 def step_keys(key: jax.Array, step: jax.Array | int) -> jax.Array:
-    """The keys of one step of a run: of dropout, mixing and erasing."""
+    """Returns the keys of one step of a run: of dropout, mixing and erasing."""
     return jax.random.split(jax.random.fold_in(key, step), 3)
 
 
@@ -78,15 +81,20 @@ def make_prepare(
     std: tuple[float, ...],
     mix: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None,
     erase: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-) -> Callable[[Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Returns `prepare(batch, mix_key, erase_key) -> (images, targets)`, what the network gets.
+) -> Prepare:
+    """Returns `prepare(batch, mix_key, erase_key) -> (images, targets)`, the network's input.
 
-    `batch` holds `image` uint8 [B, H, W, 3] and `label` int32 [B]. `mix(key, images, targets)` gets
-    the pixels and the smoothed targets, `erase(key, images)` the normalized images.
+    Args:
+        num_classes: width of the targets.
+        label_smoothing: see `smooth_one_hot`.
+        mean: per channel, on the scale 0..1.
+        std: likewise.
+        mix: `mix(key, images, targets)` for uint8 images and smoothed targets; None disables.
+        erase: `erase(key, images)` for normalized images; None disables.
     """
 
     def prepare(batch, mix_key, erase_key):
-        images = batch["image"]
+        images = batch["image"]  # uint8 [B, H, W, 3]
         targets = smooth_one_hot(batch["label"], num_classes, label_smoothing)
         if mix:
             images, targets = mix(mix_key, images, targets)
@@ -98,11 +106,38 @@ def make_prepare(
     return prepare
 
 
+def make_loss(model: nn.Module, freeze: str = "") -> Callable[..., tuple[jax.Array, Any]]:
+    """Returns `loss(params, batch_stats, images, targets, key) -> (mean loss, new batch_stats)`.
+
+    What `freeze` matches gets no gradient. If it matches all running statistics, BatchNorm
+    normalizes with them, as in evaluation.
+    """
+
+    def loss(params, batch_stats, images, targets, key):
+        mutable = ["batch_stats"]
+        if freeze:
+            mask = optimizer.trainable_mask(batch_stats, freeze)
+            mutable = mutable if any(x.any() for x in jax.tree.leaves(mask)) else []
+            mask = optimizer.trainable_mask(params, freeze)
+            params = optimizer.select(mask, params, jax.lax.stop_gradient(params))
+        logits, updated = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            train=True,
+            rngs={"dropout": key},
+            mutable=mutable,
+        )
+        losses = soft_target_cross_entropy(logits, targets)
+        return losses.mean(), updated.get("batch_stats", batch_stats)
+
+    return loss
+
+
 def make_train_step(
     model: nn.Module,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
-    prepare: Callable[[Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    prepare: Prepare,
     *,
     ema_decay: float,
     freeze: str = "",
@@ -110,70 +145,145 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]]:
     """Returns `train_step(state, batch, key) -> (state, metrics)`.
 
-    `prepare` is what `make_prepare` returns. Randomness depends on `key` and `state.step` alone, so
-    a resumed run draws what an unbroken one would, and any number of devices draw the same.
-    Gradients are float32 before XLA sums them over the devices. With `gradient_dtype` "bfloat16" a
-    bfloat16 model is differentiated with respect to its kernels in bfloat16 instead, which halves
-    the traffic.
-    `metrics` are scalars (loss, learning_rate, grad_norm) and `finite` bool [2 P]: a flag for each
-    of the P gradients (or new running statistics), then for each parameter as it came in, which
-    tell where a NaN began. One array, because fetching many small ones would slow the loop down.
-    What `freeze` matches (see `fine_tuning.trained`) stays as it is. If it matches all running
-    statistics, BatchNorms take these, as in evaluation, not the batch's.
+    Randomness depends on `key` and `state.step` only: a resumed run and any number of devices use
+    the same random numbers. `metrics` are the scalars loss, learning_rate and grad_norm, and
+    `finite`, see `finite_flags`.
+
+    Args:
+        model: TNT or PyramidTNT.
+        tx: see `optimizer.make_optimizer`; it has to get the same `freeze`.
+        schedule: learning rate as a function of the step, for the metrics.
+        prepare: see `make_prepare`.
+        ema_decay: decay of the exponential moving average; 0 copies the weights.
+        freeze: regular expression of parameters to keep, see `optimizer.trainable_mask`.
+        gradient_dtype: "float32" sums gradients over devices in float32. "bfloat16" differentiates
+            a bfloat16 model with respect to bfloat16 kernels, which halves the traffic.
     """
-
-    def learns(params):
-        return fine_tuning.trained(params, freeze)
-
-    def loss_fn(params, statistics, prepared, key):
-        images, targets = prepared
-        mutable = ["batch_stats"]
-        if freeze:
-            learning = split(learns(merged({"params": params, "batch_stats": statistics})))
-            params = fine_tuning.without_gradients(params, learning["params"])
-            mutable = mutable if any(jax.tree.leaves(learning.get("batch_stats"))) else []
-        logits, changed = model.apply(
-            {"params": params, "batch_stats": statistics},
-            images,
-            train=True,
-            rngs={"dropout": key},
-            mutable=mutable,
-        )
-        loss = soft_target_cross_entropy(logits, targets).mean()
-        return loss, changed.get("batch_stats", statistics)
-
-    loss_and_grads = jax.value_and_grad(loss_fn, has_aux=True)
-    reduce_in_bfloat16 = gradient_dtype == "bfloat16" and jnp.dtype(model.dtype) == gradient_dtype
+    cast = gradient_dtype == "bfloat16" and jnp.dtype(model.dtype) == gradient_dtype
+    loss_and_grads = jax.value_and_grad(make_loss(model, freeze), has_aux=True)
 
     def train_step(state, batch, key):
         dropout_key, mix_key, erase_key = step_keys(key, state.step)
-        variables = split(state.params)
-        params, statistics = variables["params"], variables.get("batch_stats", {})
-        prepared = prepare(batch, mix_key, erase_key)
-        weights = cast_kernels(params, gradient_dtype) if reduce_in_bfloat16 else params
-        (loss, statistics), grads = loss_and_grads(weights, statistics, prepared, dropout_key)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-        updates, opt_state = tx.update(grads, state.opt_state, params)
-        params = merged({"params": optax.apply_updates(params, updates), "batch_stats": statistics})
-        changes = merged({"params": grads, "batch_stats": statistics})
-        ema = average(params, state.ema, ema_decay)
+        images, targets = prepare(batch, mix_key, erase_key)
+        params = cast_kernels(state.params, gradient_dtype) if cast else state.params
+        (loss, batch_stats), grads = loss_and_grads(
+            params, state.batch_stats, images, targets, dropout_key
+        )
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
         if freeze:
-            params = fine_tuning.keep_frozen(params, state.params, learns(params))
-            ema = fine_tuning.keep_frozen(ema, state.ema, learns(params))
+            mask = optimizer.trainable_mask(batch_stats, freeze)
+            batch_stats = optimizer.select(mask, batch_stats, state.batch_stats)
+        ema = update_ema(state.ema, {"params": params, "batch_stats": batch_stats}, ema_decay)
         grad_norm = optax.tree.norm(grads)
-        fine = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         metrics = {
             "loss": loss,
             "learning_rate": schedule(state.step),
             "grad_norm": grad_norm,
-            "finite": all_finite({"params": state.params, "gradients": changes}, unless=fine),
+            "finite": finite_flags(
+                {"params": grads, "batch_stats": batch_stats},
+                state.variables,
+                skip=jnp.isfinite(loss) & jnp.isfinite(grad_norm),
+            ),
         }
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
     return train_step
 
 
-CALIBRATION_BINS = 15  # of equal width, as in Guo et al. (arXiv 1706.04599)
+def cast_kernels(params: Any, dtype: Any) -> Any:
+    """Casts the kernels to `dtype`; norms, biases and positions are too small to matter."""
+
+    def cast(path, x):
+        return x.astype(dtype) if path[-1].key == "kernel" else x
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def update_ema(ema: Variables, variables: Variables, decay: float) -> Variables:
+    """Returns decay * ema + (1 - decay) * variables.
+
+    The EMA of a constant is exactly that constant, which keeps frozen weights bit-identical.
+    Integers, BatchNorm's counts, are copied.
+    """
+
+    def update(old, new):
+        if jnp.issubdtype(new.dtype, jnp.integer):
+            return new
+        return jnp.where(old == new, old, optax.incremental_update(new, old, 1 - decay))
+
+    return jax.tree.map(update, ema, variables)
+
+
+def finite_flags(gradients: Variables, variables: Variables, skip: jax.Array) -> Bool[Array, "2P"]:
+    """Returns one flag per gradient, then one per variable, in the order of `jax.tree.leaves`.
+
+    The flags tell in which tensor a NaN began. They are one array, because fetching many small ones
+    slows the loop down. If the scalar `skip` is true, all flags are True and nothing is checked:
+    the check takes 1 % of a step on a CPU.
+    """
+    leaves = jax.tree.leaves(gradients) + jax.tree.leaves(variables)
+    check = lambda: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
+    return jax.lax.cond(skip, lambda: jnp.ones(len(leaves), bool), check)
+
+
+# ------------------------------------------------------------------------ evaluation, prediction
+
+
+class Predictions(NamedTuple):
+    """Per image of a batch."""
+
+    top1: Bool[Array, "B"]  # the most probable class is right
+    top5: Bool[Array, "B"]  # one of the five most probable classes is right
+    loss: Float[Array, "B"]  # -log of the total probability of the right classes
+    confidence: Float[Array, "B"]  # probability of the most probable class
+
+
+def score(logits: Float[Array, "B K"], labels: Int[Array, "B L"]) -> Predictions:
+    """Compares logits with the classes that are right for each image, padded with -1.
+
+    With fewer than five classes top5 is always true.
+    """
+    _, best = jax.lax.top_k(logits, min(5, logits.shape[1]))
+    hits = (best[:, :, None] == labels[:, None, :]).any(axis=2)
+    log_probabilities = jax.nn.log_softmax(logits)
+    right = jnp.take_along_axis(log_probabilities, jnp.maximum(labels, 0), axis=1)
+    loss = -jax.nn.logsumexp(jnp.where(labels < 0, -jnp.inf, right), axis=1)
+    confidence = jnp.exp(log_probabilities.max(axis=1))
+    return Predictions(hits[:, 0], hits.any(axis=1), loss, confidence)
+
+
+def calibration_bin(confidence: Float[Array, "B"]) -> Int[Array, "B"]:
+    """Returns the bin of each confidence; bin i covers (i, i + 1] / CALIBRATION_BINS."""
+    bins = jnp.ceil(confidence * CALIBRATION_BINS) - 1
+    return jnp.clip(bins, 0, CALIBRATION_BINS - 1).astype(jnp.int32)
+
+
+def sum_predictions(
+    found: Predictions, labels: Int[Array, "B"], mask: Bool[Array, "B"], num_classes: int
+) -> dict[str, jax.Array]:
+    """Sums over the rows of a batch where `mask` is True; the others are padding.
+
+    Returns:
+        top1, top5, loss, images: scalars.
+        per_class [3, classes]: images, top1 and top5 by label.
+        calibration [3, bins]: images, top1 and confidence by confidence.
+    """
+
+    def sums_by(index, count, *columns):
+        values = jnp.where(mask[:, None], jnp.stack(columns, axis=1), 0.0)
+        return jax.ops.segment_sum(values, index, count).T
+
+    ones, bins = jnp.ones_like(found.confidence), calibration_bin(found.confidence)
+    return {
+        "top1": jnp.sum(found.top1, where=mask),
+        "top5": jnp.sum(found.top5, where=mask),
+        "loss": jnp.sum(found.loss, where=mask),
+        "images": jnp.sum(mask),
+        "per_class": sums_by(labels, num_classes, ones, found.top1, found.top5),
+        "calibration": sums_by(bins, CALIBRATION_BINS, ones, found.top1, found.confidence),
+    }
 
 
 def make_eval_step(
@@ -182,57 +292,39 @@ def make_eval_step(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     classes: tuple[int, ...] | None = None,
-) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-    """Returns `eval_step(params, batch) -> sums` over a batch: of top1, top5, loss and images.
+) -> Callable[[Variables, Batch], dict[str, jax.Array]]:
+    """Returns `eval_step(variables, batch) -> sums`, see `sum_predictions`.
 
-    `batch` also holds `mask` bool [B]; rows where it is False pad the batch and count nowhere.
-    With fewer than five classes top5 counts every image. `label` may be [B, K], the classes that
-    are right for each image, padded with -1; the loss is that of their probabilities' sum. With
-    `classes` an image can only be taken for one of these.
+    `batch` holds `image` uint8 [B, H, W, 3], `mask` bool [B], False in padding, and `label`: int32
+    [B], or [B, L] where several classes are right. Sums per class are by the first label.
 
-    `per_class` [3, classes] are images, top1 and top5 of each (first) label; `calibration`
-    [3, bins] are images, top1 and the probability of the answer, by this probability.
+    Args:
+        model: TNT or PyramidTNT.
+        mean: per channel, on the scale 0..1.
+        std: likewise.
+        classes: restricts the predictions to these classes; None allows all.
     """
-    among = None if classes is None else jnp.isin(jnp.arange(model.num_classes), jnp.array(classes))
+    allowed = jnp.array(range(model.num_classes) if classes is None else classes)
+    allowed = jnp.isin(jnp.arange(model.num_classes), allowed)
 
-    def eval_step(params, batch):
-        logits = model.apply(split(params), normalize(batch["image"], mean, std), train=False)
-        labels, mask = batch["label"], batch["mask"]
+    def eval_step(variables, batch):
+        logits = model.apply(variables, normalize(batch["image"], mean, std), train=False)
+        logits = logits if classes is None else jnp.where(allowed[None], logits, -jnp.inf)
+        labels = batch["label"]
         labels = labels[:, None] if labels.ndim == 1 else labels
-        logits = logits if among is None else jnp.where(among[None], logits, -jnp.inf)
-        _, best = jax.lax.top_k(logits, min(5, model.num_classes))
-        hits = (best[:, :, None] == labels[:, None, :]).any(axis=2)
-        log_probabilities = jax.nn.log_softmax(logits)
-        right = jnp.take_along_axis(log_probabilities, jnp.maximum(labels, 0), axis=1)
-        losses = -jax.nn.logsumexp(jnp.where(labels < 0, -jnp.inf, right), axis=1)
-        top1, top5 = hits[:, 0], hits.any(axis=1)
-        confidence = jnp.exp(log_probabilities.max(axis=1))
-        bins = jnp.clip(jnp.ceil(confidence * CALIBRATION_BINS) - 1, 0, CALIBRATION_BINS - 1)
-
-        def sums_by(keys, count, *columns):
-            values = jnp.where(mask[:, None], jnp.stack(columns, axis=1), 0.0)
-            return jax.ops.segment_sum(values, keys.astype(jnp.int32), count).T
-
-        ones = jnp.ones_like(confidence)
-        return {
-            "top1": jnp.sum(top1, where=mask),
-            "top5": jnp.sum(top5, where=mask),
-            "loss": jnp.sum(losses, where=mask),
-            "images": jnp.sum(mask),
-            "per_class": sums_by(labels[:, 0], model.num_classes, ones, top1, top5),
-            "calibration": sums_by(bins, CALIBRATION_BINS, ones, top1, confidence),
-        }
+        found = score(logits, labels)
+        return sum_predictions(found, labels[:, 0], batch["mask"], model.num_classes)
 
     return eval_step
 
 
 def make_predict_step(
     model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Callable[[Any, jax.Array], jax.Array]:
-    """Returns `predict_step(params, images) -> probabilities` [B, classes] of uint8 images."""
+) -> Callable[[Variables, jax.Array], jax.Array]:
+    """Returns `predict_step(variables, images) -> probabilities` [B, classes] of uint8 images."""
 
-    def predict_step(params, images):
-        logits = model.apply(split(params), normalize(images, mean, std), train=False)
+    def predict_step(variables, images):
+        logits = model.apply(variables, normalize(images, mean, std), train=False)
         return jax.nn.softmax(logits)
 
     return predict_step

@@ -301,8 +301,8 @@ def _read_run(
     shapes = {n: x.shape for n, x in names.unstacked(names.shapes_only_tree(stored)).items()}
     with _sizes_of(step_folder):
         network = _described(step_folder, info.get("config"), shapes, name, overrides)
-        abstract = names.join_collections(network.abstract_variables())
-    params = run_checkpoints.read_weights(step_folder, weights, abstract)
+        abstract = network.abstract_variables()
+    params = names.join_collections(run_checkpoints.read_weights(step_folder, weights, abstract))
     leaves = [put(name, x) for name, x in named_leaves(params).items()]
     params = jax.tree.unflatten(jax.tree.structure(params), leaves)
     return LoadedWeights(
