@@ -14,10 +14,13 @@ import pytest
 import tnt_flax
 from tests.models.test_oracle_models import (
     NAMES,
+    as_users_run_it,  # noqa: F401  a fixture, as are timm and torch
     fill,
     random_images,
     report,
+    timm,  # noqa: F401
     to_torch,
+    torch,  # noqa: F401
 )
 from tnt_flax.models import create_model
 from tnt_flax.weights import names
