@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`selftest` accepts what computes the reference's function and finds what does not."""
+
+import json
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from tnt_flax import __main__
+from tnt_flax.tools import selftest
+
+SMALL = ["--model=tnt_ti_patch16_224", "--image-size=32", "--depth=1", "--batch-size=2"]
+
+
+def run(capsys, *arguments):
+    code = __main__.main(["selftest", *SMALL, *arguments])
+    out, err = capsys.readouterr()
+    return code, json.loads(out.splitlines()[-1]), err
+
+
+@pytest.fixture
+def only(monkeypatch):
+    """Returns a function that leaves the reference and one more implementation."""
+
+    def leave(name, fields):
+        both = {"reference": selftest.IMPLEMENTATIONS["reference"], name: fields}
+        monkeypatch.setattr(selftest, "IMPLEMENTATIONS", both)
+
+    return leave
+
+
+def test_every_implementation_passes_and_is_timed(capsys, monkeypatch):
+    monkeypatch.setattr(selftest, "MAX_ROUNDS", 1)
+    code, result, _ = run(capsys, "--seconds=600")
+    assert code == 0 and result["passed"]
+    assert set(result["unavailable"]) == {"inner=pallas", "outer=pallas"}
+    names = ["reference", "inner=cpu", "inner=lanes", "outer=cpu"]
+    assert list(result["implementations"]) == names
+    for found in result["implementations"].values():
+        assert found["passed"] and found["forward_ms"] > 0 and found["step_ms"] > 0
+    for key in ("device", "platform", "versions", "tolerances", "timed"):
+        assert result[key]
+
+
+def test_a_wrong_gradient_is_found(capsys, monkeypatch, only):
+    """Logits are equal; one gradient is 1 % too large."""
+    only("inner=wrong", {"inner_impl": "reference", "outer_impl": "reference"})
+    original = selftest.logits_and_gradients
+    calls = []
+
+    def wrong(model, inputs):
+        logits, gradients = original(model, inputs)
+        calls.append(model)
+        if len(calls) > 2:  # the first two are the reference
+            gradients[3] = gradients[3] * 1.01
+        return logits, gradients
+
+    monkeypatch.setattr(selftest, "logits_and_gradients", wrong)
+    code, result, err = run(capsys, "--seconds=1")
+    found = result["implementations"]["inner=wrong"]
+    assert code == 1 and not result["passed"] and not found["passed"]
+    assert found["float32"] == {"logits": 0, "gradients": 0.01}
+    assert "inner=wrong float32" in err and "FAILED" in err
+
+
+def test_wrong_logits_are_found(capsys, monkeypatch, only):
+    """An attention with another scale, in the implementation "cpu" alone."""
+    from tnt_flax.models.kernels import cpu, select
+
+    right = select.PRIMITIVES["cpu"]
+    name = "attention_fn" if hasattr(right, "attention_fn") else "attend"
+    off = right._replace(**{name: lambda query, *rest: getattr(right, name)(1.1 * query, *rest)})
+    monkeypatch.setitem(select.PRIMITIVES, "cpu", off)
+    assert cpu is not None
+    only("outer=cpu", {"inner_impl": "reference", "outer_impl": "cpu"})
+    code, result, _ = run(capsys, "--seconds=1")
+    found = result["implementations"]["outer=cpu"]
+    assert code == 1 and found["float32"]["logits"] > selftest.TOLERANCES["logits"]
+
+
+def test_nan_and_exceptions_are_failures(capsys, monkeypatch, only):
+    only("inner=cpu", selftest.IMPLEMENTATIONS["inner=cpu"])
+    original = selftest.logits_and_gradients
+    broken = {"float32": lambda: (float("nan"), None), "bfloat16": lambda: 1 / 0}
+
+    def wrong(model, inputs):
+        logits, gradients = original(model, inputs)
+        if model.inner_impl == "cpu":
+            factor, _ = broken[jnp.dtype(model.dtype).name]()
+            return factor * logits, gradients
+        return logits, gradients
+
+    monkeypatch.setattr(selftest, "logits_and_gradients", wrong)
+    code, result, _ = run(capsys, "--seconds=1")
+    found = result["implementations"]["inner=cpu"]
+    assert code == 1 and not found["passed"]
+    assert found["bfloat16"] == {"error": "ZeroDivisionError: division by zero"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model=tnt_x"], "tnt_x"),
+        (["--image-size=30"], "30"),
+        (["--dtype=float16"], "argument --dtype: invalid choice"),
+        (["--rounds=3"], "unknown option --rounds"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, capsys):
+    assert __main__.main(["selftest", *arguments]) == 2
+    out, err = capsys.readouterr()
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert not out and message in line
+
+
+def test_packages_of_training_are_not_needed(root):
+    code = "import sys, tnt_flax.tools.selftest; print(*sorted(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    loaded = {name.partition(".")[0] for name in run.stdout.split()}
+    assert "optax" in loaded, run.stderr
+    absent = {"grain", "clu", "ml_collections", "tensorflow_datasets", "tensorflow", "orbax"}
+    assert not loaded & (absent - {"orbax"})
+
+
+def test_unknown_commands_list_the_known(capsys):
+    assert __main__.main(["nothing"]) == 2 and "selftest" in capsys.readouterr().err
+    assert __main__.main(["--help"]) == 0 and "selftest" in capsys.readouterr().out

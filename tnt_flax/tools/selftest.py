@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compares and times the implementations of TNT's transformers on this machine's first device.
+
+    python -m tnt_flax selftest
+    python -m tnt_flax selftest --model=tnt_b_patch16_224 --batch-size=256 --seconds=300
+
+Each implementation of the inner and of the outer transformer that can run here is compared with
+"reference": logits and gradients of a network of two blocks, in float32 and in bfloat16. Then the
+forward pass and a training step (AdamW) are timed, one call of each implementation per round.
+Weights and images are random; nothing is read or written.
+
+Differences are relative L2 norms to the reference in float32, of the logits and of the worst
+parameter's gradient. In bfloat16 the tolerance is three times the reference's own rounding error.
+
+Progress goes to stderr. The last line on stdout is one JSON object. Exit code 1 means that a
+comparison failed, 2 that the input was wrong.
+"""
+
+import argparse
+import contextlib
+import gc
+import importlib.metadata
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tnt_flax.core.errors import InputError, one_line
+from tnt_flax.models import create_model
+from tnt_flax.runtime import sharding
+from tnt_flax.tools.command_line import Parser, positive, run
+
+logger = logging.getLogger(__name__)
+IMPLEMENTATIONS = {  # fields of the network
+    "reference": {"inner_impl": "reference", "outer_impl": "reference"},
+    "inner=cpu": {"inner_impl": "cpu", "outer_impl": "reference"},
+    "inner=lanes": {"inner_impl": "lanes", "outer_impl": "reference"},
+    "inner=pallas": {"inner_impl": "pallas", "outer_impl": "reference"},
+    "outer=cpu": {"inner_impl": "reference", "outer_impl": "cpu"},
+    "outer=pallas": {"inner_impl": "reference", "outer_impl": "pallas"},
+}
+DTYPES = ("float32", "bfloat16")
+COMPARED = {"depth": 2, "batch_size": 4}
+TOLERANCES = {"logits": 1e-4, "gradients": 1e-3}  # in float32
+ROUNDING = 3.0  # in bfloat16: tolerance relative to the reference's own difference
+CPU_DEPTH, CPU_BATCH, BATCH = 2, 4, 128  # defaults of what is timed
+MAX_ROUNDS = 10
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu", "jax-cuda12-plugin")
+PACKAGES += ("jax-cuda13-plugin", "jax-rocm7-plugin")
+
+
+def make_parser() -> Parser:
+    parser = Parser("python -m tnt_flax selftest", __doc__)
+    add = parser.add_argument
+    add("--model", default="tnt_s_patch16_224", help="one of tnt_flax.list_models()")
+    add("--batch-size", type=positive, metavar="N", help=f"{CPU_BATCH} on CPUs, else {BATCH}")
+    add("--image-size", type=positive, metavar="N", help="pixels; default: that of the model")
+    add("--depth", type=positive, metavar="N", help=f"{CPU_DEPTH} on CPUs, else the model's")
+    add("--dtype", choices=DTYPES, help="of what is timed: float32 on CPUs, else bfloat16")
+    add("--seconds", type=positive, default=100, metavar="N", help="budget; comparisons always run")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(make_parser(), selftest, argv, failed=lambda result: not result["passed"])
+
+
+def selftest(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs the comparisons and the timings; returns the JSON object of the last line.
+
+    Raises:
+        InputError: an unknown model, or an image size that the patches do not divide.
+    """
+    deadline = time.monotonic() + args.seconds
+    device = jax.devices()[0]
+    on_cpu = device.platform == "cpu"
+    size = args.image_size or int(args.model.rpartition("_")[2])
+    timed = {
+        "batch_size": args.batch_size or (CPU_BATCH if on_cpu else BATCH),
+        "dtype": args.dtype or ("float32" if on_cpu else "bfloat16"),
+        "depth": args.depth or (CPU_DEPTH if on_cpu else create_model(args.model).depth),
+    }
+    logger.info(f"{args.model} on {device.device_kind}, jax {jax.__version__}")
+    with jax.set_mesh(sharding.make_mesh([device])):
+        implementations, unavailable = usable(args.model, size)
+        tolerances, results = compare(implementations, args.model, size)
+        timings = measure(list(results), args.model, size, timed, deadline)
+    for name, found in results.items():
+        found.update(timings.get(name, {}))
+    return {
+        "passed": all(found["passed"] for found in results.values()),
+        "device": device.device_kind,
+        "platform": device.platform,
+        "model": args.model,
+        "image_size": size,
+        "compared": COMPARED,
+        "timed": timed,
+        "tolerances": tolerances,
+        "implementations": results,
+        "unavailable": unavailable,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def usable(model_name: str, size: int) -> tuple[list[str], dict[str, str]]:
+    """Splits IMPLEMENTATIONS into those that can run here and, for the others, the reason."""
+    names, unavailable = [], {}
+    images = jax.ShapeDtypeStruct((COMPARED["batch_size"], size, size, 3), jnp.float32)
+    for name, fields in IMPLEMENTATIONS.items():
+        if "pallas" in name and jax.default_backend() != "tpu":
+            unavailable[name] = "for TPUs only"
+            continue
+        model = create_model(model_name, depth=COMPARED["depth"], **fields)
+        variables = jax.eval_shape(model.init, jax.random.key(0), images)
+        try:
+            jax.eval_shape(model.apply, variables, images)
+            names.append(name)
+        except InputError as error:
+            if name == "reference":
+                raise
+            unavailable[name] = str(error)
+    return names, unavailable
+
+
+def random_inputs(model: Any, batch_size: int, size: int) -> tuple[Any, jax.Array, jax.Array]:
+    """Returns variables in which no parameter is zero, images [B, S, S, 3] and labels [B]."""
+    generator = np.random.default_rng(0)
+    images = generator.standard_normal((batch_size, size, size, 3), np.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+
+    def draw(path, x):
+        values = 0.05 * generator.standard_normal(x.shape, np.float32)
+        return values + 1 if path[-1].key in ("scale", "var") else values
+
+    variables = jax.tree.map_with_path(draw, shapes)
+    return jax.device_put((variables, images, np.arange(batch_size) % model.num_classes))
+
+
+def loss_and_logits(model, variables, images, labels) -> tuple[jax.Array, jax.Array]:
+    """Returns the mean cross-entropy and the logits of inference, without dropout."""
+    logits = model.apply(variables, images).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.mean(), logits
+
+
+# ------------------------------------------------------------------------------------ comparisons
+
+
+def compare(names: list[str], model_name: str, size: int) -> tuple[dict, dict[str, dict]]:
+    """Compares each implementation with the reference in float32.
+
+    Returns:
+        The tolerances by dtype, and for each implementation the differences by dtype and "passed".
+    """
+
+    def make(name, dtype):
+        fields = IMPLEMENTATIONS[name] | {"depth": COMPARED["depth"]}
+        return create_model(model_name, dtype=dtype, **fields)
+
+    inputs = random_inputs(make("reference", "float32"), COMPARED["batch_size"], size)
+    expected = logits_and_gradients(make("reference", "float32"), inputs)
+    rounding = difference(logits_and_gradients(make("reference", "bfloat16"), inputs), expected)
+    tolerances = {
+        "float32": TOLERANCES,
+        "bfloat16": {key: float(f"{ROUNDING * x:.3g}") for key, x in rounding.items()},
+    }
+    results = {"reference": {"bfloat16": rounding, "passed": True}}
+    for name in names:
+        if name == "reference":
+            continue
+        found = results[name] = {"passed": True}
+        for dtype in DTYPES:
+            try:
+                found[dtype] = difference(logits_and_gradients(make(name, dtype), inputs), expected)
+                # Not the negation of ">": a NaN fails.
+                good = all(x <= tolerances[dtype][key] for key, x in found[dtype].items())
+            except Exception as error:  # whatever a kernel raises on a device it has not run on
+                found[dtype], good = {"error": one_line(error)}, False
+            found["passed"] &= good
+            logger.info(f"{name} {dtype}: {found[dtype]}{'' if good else ' FAILED'}")
+    return tolerances, results
+
+
+def logits_and_gradients(model: Any, inputs: tuple) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Returns float32 logits [B, classes] and the gradient of every parameter."""
+    gradient = jax.value_and_grad(lambda *args: loss_and_logits(model, *args), has_aux=True)
+    with jax.default_matmul_precision("highest"):
+        (_, logits), gradients = jax.device_get(jax.jit(gradient)(*inputs))
+    return logits, [np.asarray(x, np.float32) for x in jax.tree.leaves(gradients)]
+
+
+def difference(found: tuple, expected: tuple) -> dict[str, float]:
+    """Relative L2 norms of the difference: of the logits, and of the worst gradient."""
+
+    def relative(a, b):
+        return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+
+    gradients = [relative(a, b) for a, b in zip(found[1], expected[1], strict=True)]
+    values = {"logits": relative(found[0], expected[0]), "gradients": float(np.max(gradients))}
+    return {key: float(f"{value:.3g}") for key, value in values.items()}
+
+
+# ---------------------------------------------------------------------------------------- timings
+
+
+def measure(
+    names: list[str], model_name: str, size: int, timed: dict[str, Any], deadline: float
+) -> dict[str, dict[str, Any]]:
+    """Times forward pass and training step in interleaved rounds, until `deadline`.
+
+    Returns:
+        For each implementation the median milliseconds, the ratio of its time to the reference's,
+        and the compiler's memory for temporaries; or an error.
+    """
+    results = {name: {} for name in names}
+    for task, make in {"forward": make_forward, "step": make_step}.items():
+        calls = {}
+        for name in names:
+            if name != "reference" and time.monotonic() > deadline:
+                results[name][f"{task}_error"] = "no time left: use a larger --seconds"
+                continue
+            fields = IMPLEMENTATIONS[name] | {"depth": timed["depth"], "dtype": timed["dtype"]}
+            try:
+                model = create_model(model_name, **fields)
+                calls[name], temporaries = make(model, timed["batch_size"], size)
+                calls[name]()  # warm-up
+                results[name][f"{task}_temporaries_mb"] = round(temporaries / 1e6, 1)
+            except Exception as error:  # such as too little memory: the others can still be timed
+                calls.pop(name, None)
+                results[name][f"{task}_error"] = one_line(error)
+        medians, rounds = time_rounds(calls, deadline)
+        for name, seconds in medians.items():
+            results[name][f"{task}_ms"] = float(f"{1e3 * seconds:.4g}")
+            if "reference" in medians:
+                results[name][f"{task}_ratio"] = round(seconds / medians["reference"], 3)
+            logger.info(f"{name} {task}: {1e3 * seconds:.4g} ms, median of {rounds} rounds")
+        calls.clear()
+        gc.collect()  # frees the parameters and moments of all contenders
+    return results
+
+
+def time_rounds(
+    calls: dict[str, Callable[[], Any]], deadline: float
+) -> tuple[dict[str, float], int]:
+    """Returns median seconds per call, and the number of rounds: at least 1, up to MAX_ROUNDS."""
+    seconds = {name: [] for name in calls}
+    rounds = 0
+    while rounds < MAX_ROUNDS and (not rounds or time.monotonic() < deadline):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+        rounds += 1
+    return {name: statistics.median(times) for name, times in seconds.items()}, rounds
+
+
+def make_forward(model: Any, batch_size: int, size: int) -> tuple[Callable[[], Any], int]:
+    """Returns a call of the forward pass, which waits for the result, and its temporaries."""
+    variables, images, _ = random_inputs(model, batch_size, size)
+    compiled = jax.jit(model.apply).lower(variables, images).compile()
+    return lambda: jax.block_until_ready(compiled(variables, images)), temporary_bytes(compiled)
+
+
+def make_step(model: Any, batch_size: int, size: int) -> tuple[Callable[[], Any], int]:
+    """Returns a call of the training step, which waits for the loss, and its temporaries."""
+    (variables, images, labels), tx = random_inputs(model, batch_size, size), optax.adamw(1e-4)
+    state = [variables, tx.init(variables)]
+
+    def step(variables, moments, images, labels):
+        def loss(variables):
+            rngs = {"dropout": jax.random.key(0)}
+            logits = model.apply(variables, images, train=True, rngs=rngs)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        value, gradients = jax.value_and_grad(loss)(variables)
+        updates, moments = tx.update(gradients, moments, variables)
+        return optax.apply_updates(variables, updates), moments, value
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*state, images, labels).compile()
+
+    def call():
+        state[0], state[1], value = compiled(*state, images, labels)
+        jax.block_until_ready(value)
+
+    return call, temporary_bytes(compiled)
+
+
+def temporary_bytes(compiled: Any) -> int:
+    memory = compiled.memory_analysis()
+    return memory.temp_size_in_bytes if memory else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
