@@ -12,7 +12,7 @@ import numpy as np
 
 from tnt_flax.data.sources import Digits
 from tnt_flax.data.transforms import eval_transform
-from tnt_flax.tools import attention, pictures
+from tnt_flax.tools import attention, figures
 from tnt_flax.tools.command_line import Parser, exit_on_error
 from tnt_flax.training import plots
 from tnt_flax.weights.read import read_checkpoint
@@ -29,10 +29,10 @@ def main(argv: list[str]) -> None:
         size = found.network.image_size
         images = [Digits("test")[i][0] for i in DIGITS]
         images = np.stack([eval_transform(x, size=size, crop_fraction=1.0) for x in images])
-        draw(attention.look(found, images), OUT)
+        draw(attention.trace_attention(found, images), OUT)
 
 
-def draw(seen: list[attention.Look], path: pathlib.Path) -> None:
+def draw(seen: list[attention.Trace], path: pathlib.Path) -> None:
     """Columns are images; rows are the image, both attentions, and the words' features."""
     plt = plots.pyplot()
     rows = (
@@ -55,13 +55,13 @@ def draw(seen: list[attention.Look], path: pathlib.Path) -> None:
     for column, (one, own) in enumerate(zip(seen, np.split(colors, len(seen)), strict=True)):
         read = one.inner_attention[0].mean(axis=(1, 2))  # by the mean of all heads and words
         axes[0, column].imshow(one.pixels)
-        axes[1, column].imshow(pictures.lit(one.pixels, one.reached()[-1]))
-        axes[2, column].imshow(attention.words_in_place(read, one.grid), cmap=pictures.COLORS)
+        axes[1, column].imshow(figures.overlay_heatmap(one.pixels, one.rollout_maps()[-1]))
+        axes[2, column].imshow(attention.words_in_place(read, one.grid), cmap=figures.COLORS)
         axes[3, column].imshow(attention.words_in_place(own.reshape(*read.shape, 3), one.grid))
     for row, name in enumerate(rows):
         axes[row, 0].set_ylabel(name, fontsize=8.5, rotation=0, ha="right", va="center")
     for axis in axes.flat:
-        pictures.bare(axis)
+        figures.hide_axes(axis)
     plots.save(figure, path)
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transformer in Transformer in JAX: the networks, their training recipe, their weights."""
+"""Transformer in Transformer (TNT) in JAX: networks, pretrained weights, training."""
 
 import importlib
 
 __version__ = "0.1.0"
 
-# Public name -> where it lives. Imported on first use, so that `import tnt_flax` stays cheap.
+# Public name -> module. Imported on first use to keep `import tnt_flax` cheap.
 _PUBLIC = {
     "PyramidTNT": "tnt_flax.models",
     "TNT": "tnt_flax.models",

@@ -11,8 +11,7 @@ from PIL import Image
 from tests.helpers.photos import all_photos, jpeg, png
 from tnt_flax.core.errors import InputError
 from tnt_flax.tools import check_data
-from tnt_flax.tools.check_data import inspect_image
-from tnt_flax.tools.findings import FindingsFile
+from tnt_flax.tools.check_data import FindingsFile, inspect_image
 
 
 def encoded(image, format="PNG", **options):
@@ -170,23 +169,25 @@ def test_a_killed_check_goes_on(config, tmp_path, monkeypatch, capsys):
     assert not read and out.read_bytes() == whole.read_bytes()
 
 
-def test_a_changed_data_set_starts_anew(config, folder, tmp_path, capsys):
+def test_a_changed_data_set_restarts(config, folder, tmp_path, caplog):
+    caplog.set_level("INFO", "tnt_flax")
     out = tmp_path / "out.jsonl"
     check_data.check_data(config, "train", str(out))
     (folder / "train/cat/more.jpg").write_bytes(b"")
-    assert "anew" not in capsys.readouterr().err
+    assert "restarting" not in caplog.text
     assert check_data.check_data(config, "train", str(out))["empty"] == 2
-    assert "out.jsonl is of another data set or config: starting anew" in capsys.readouterr().err
+    assert "out.jsonl is of another data set or config: restarting" in caplog.text
     assert len([line for line in findings(out) if line["finding"] == "empty"]) == 2
+    caplog.clear()
     config.data.threads = 3
     check_data.check_data(config, "train", str(out))
-    assert "anew" not in capsys.readouterr().err
+    assert "restarting" not in caplog.text
 
 
 def test_other_files_are_left_alone(tmp_path):
     other = tmp_path / "notes.txt"
     other.write_text("mine\n")
-    with pytest.raises(InputError, match="notes.txt exists and holds no findings"):
+    with pytest.raises(InputError, match="notes.txt exists and has no findings"):
         FindingsFile(str(other), {"records": 1})
     assert other.read_text() == "mine\n"
     with pytest.raises(InputError, match="cannot write --out=.*No such file or directory"):

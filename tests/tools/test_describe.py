@@ -61,9 +61,9 @@ def test_every_pyramid_adds_up(name, gmacs, capsys):
         assert sum(part[field] for part in result["parts"].values()) == result[field]
     assert "merging" in result["parts"]
     depths = create_model(name).depths
-    rows = [line for line in table if "of which each" in line]
+    rows = [line for line in table if ", each:" in line]
     assert len(rows) == sum(1 + (depth > 1) for depth in depths)
-    assert rows[1].startswith("x1 block 1, of")
+    assert rows[1].startswith("x1 block 1, each:")
     assert max(map(len, table)) <= 100
 
 
@@ -93,8 +93,8 @@ def test_fields_and_equal_blocks(capsys):
         capsys, "tnt_s_patch16_224", "--set", "vanilla_blocks=1,2,3,5,6,7", "depth=9", "se=True"
     )
     text = "\n".join(table)
-    assert "x3 block 0,4,8, of which each:" in text
-    assert "x6 block 1-3,5-7, of which each:" in text
+    assert "x3 block 0,4,8, each:" in text
+    assert "x6 block 1-3,5-7, each:" in text
     assert text.count("outer/se/fc1") == 2 and text.count("inner/fc1") == 1
     assert result["parts"]["inner MLP"]["parameters"] == 3 * 4_776
 

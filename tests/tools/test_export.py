@@ -122,7 +122,7 @@ def test_a_wrong_export_is_not_written(tmp_path, monkeypatch, capsys):
         model, variables = found.network.model, {"params": found.params}
         return jax.jit(lambda images: model.apply(variables, 1.01 * images))
 
-    monkeypatch.setitem(export.FORMS, "stablehlo", wrong)
+    monkeypatch.setitem(export.FORMATS, "stablehlo", wrong)
     code = export.main([str(small_network.save(tmp_path, depth=1)), str(tmp_path / "x.stablehlo")])
     assert code == 1
     assert "x.stablehlo differs from its source by" in capsys.readouterr().err

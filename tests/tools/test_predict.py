@@ -171,7 +171,7 @@ def test_names_of_classes(tmp_path):
     with pytest.raises(InputError, match="cannot read the class list none.txt"):
         tnt_flax.load_classifier(path, class_list="none.txt")
     save(path, classes=0, class_names=None)
-    with pytest.raises(InputError, match="has no head, only features"):
+    with pytest.raises(InputError, match="has no head"):
         tnt_flax.load_classifier(path)
 
 
@@ -308,7 +308,7 @@ def test_bad_arguments(weights, folder, tmp_path, monkeypatch, arguments, messag
 
 
 def test_nothing_readable_leaves_no_table(weights, folder, tmp_path):
-    with pytest.raises(RunError, match="not one image could be read: no table was written"):
+    with pytest.raises(RunError, match="no image could be read: no table was written"):
         run(weights, folder / "sub/img9.jpg", f"--out={tmp_path / 'a.csv'}")
     assert not list(tmp_path.glob("a.csv*"))
 

@@ -88,7 +88,7 @@ def test_pixels_come_back():
 def test_captions(weights, text):
     names = ("cat", "dog", "an animal with a long name")
     assert preview.caption(np.float32(weights), names) == text
-    assert all(len(line) <= preview.MOST_LETTERS for line in text.splitlines())
+    assert all(len(line) <= preview.MAX_LETTERS for line in text.splitlines())
 
 
 def test_the_numbers_of_a_caption_sum_to_one():
@@ -135,7 +135,7 @@ def test_the_sheet(smoke_config, smoke_flags, root, tmp_path, monkeypatch, capsy
     flags = ["--config.batch_size=320", f"--out={out}", "--rows=2", "--columns=5"]
     assert preview.main([f"--config={root}/configs/digits.py", *smoke_flags, *flags]) == 0
     said = capsys.readouterr()
-    assert said.err.startswith("a batch of 10 instead of 320: drawn alike")
+    assert said.err.startswith("batch size 10 instead of 320: same distribution")
     assert json.loads(said.out.splitlines()[-1]) == {
         "out": str(out),
         "images": 10,
@@ -156,8 +156,8 @@ def test_the_sheet(smoke_config, smoke_flags, root, tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
     "out, message",
     [
-        (None, "--out= is no picture to write: use --out=FILE.png"),
-        ("a.pdf", "--out=a.pdf is no picture to write"),
+        (None, "--out= is not a PNG file: use --out=FILE.png"),
+        ("a.pdf", "--out=a.pdf is not a PNG file"),
         ("/nowhere/a.png", "there is no folder /nowhere for --out=/nowhere/a.png"),
     ],
 )

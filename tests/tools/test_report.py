@@ -19,8 +19,7 @@ from tnt_flax.runtime.workdir import (
     record_environment,
 )
 from tnt_flax.tools import page, report
-from tnt_flax.tools import predictions as answering
-from tnt_flax.tools.predictions import Answers
+from tnt_flax.tools.report import Predictions, confusion, most_confused
 from tnt_flax.training.evaluate import calibration_error, calibration_sums
 from tnt_flax.training.train import train_and_evaluate
 
@@ -66,7 +65,7 @@ def test_the_page_says_what_evaluation_says(made):
     counts = np.array([int(cell or 0) for cell in cells]).reshape(10, 10)
     assert counts.sum() == 360
     assert np.trace(counts) == round(360 * result["top1"])
-    for heading in ("Curves", "Confusion", "Calibration", "Hardest images", "Environment"):
+    for heading in ("Curves", "Confusion", "Calibration", "Largest losses", "Environment"):
         assert f"<h2>{heading}</h2>" in text
     assert "<td>optimizer.learning_rate</td><td>0.001</td>" in text
     (start,) = read_environments(path.parent)
@@ -117,21 +116,20 @@ def test_the_page_in_a_browser(made, tmp_path):
 def test_the_environments_of_a_run(tmp_path):
     here = current_environment()
     assert here["python"] and here["numpy"] == np.__version__ and here["hosts"] == 1
-    assert report.environments(tmp_path) == [
-        "<p>Unknown: this run has left no environment.json, as older ones have not.</p>"
-    ]
+    unknown = ["<p>Unknown: the workdir has no environment.json.</p>"]
+    assert report.environments(tmp_path) == unknown
     there = {"jax": "0.1", "devices": "4 TPU <v9>"}
     for step, seen in [(0, here), (20, here), (30, there), (40, here), (35, there), (35, there)]:
         record_environment(tmp_path, step, seen)
     starts = read_environments(tmp_path)
     assert [(s["step"], s["environment"]) for s in starts] == [(0, here), (30, there)]
     page = "".join(report.environments(tmp_path))
-    assert page.index("From step 0 on") < page.index(here["machine"]) < page.index("From step 30")
+    assert page.index("From step 0,") < page.index(here["machine"]) < page.index("From step 30")
     assert page.index("From step 30") < page.index("<td>devices</td><td>4 TPU &lt;v9&gt;</td>")
 
 
 def test_statistics_by_hand():
-    answers = Answers(
+    predictions = Predictions(
         record=np.arange(6),
         label=np.array([0, 0, 1, 1, 1, 2]),
         predicted=np.array([0, 1, 1, 0, 0, 2]),
@@ -140,12 +138,12 @@ def test_statistics_by_hand():
         rank=np.zeros(6),
     )
     matrix = [[1, 1, 0], [2, 1, 0], [0, 0, 1]]
-    assert answering.confusion(answers, 3).tolist() == matrix
-    assert answering.most_confused(answers, 5) == [(1, 0, 2), (0, 1, 1)]
-    assert answering.most_confused(answers, 1) == [(1, 0, 2)]
+    assert confusion(predictions, 3).tolist() == matrix
+    assert most_confused(predictions, 5) == [(1, 0, 2), (0, 1, 1)]
+    assert most_confused(predictions, 1) == [(1, 0, 2)]
     # Bins of a fifteenth: {.9, .9} half right, {.5} right, {.6, .6} wrong, {1} right.
     expected = (2 * 0.4 + 0.5 + 2 * 0.6 + 0) / 6
-    sums = calibration_sums(answers.confidence, answers.right)
+    sums = calibration_sums(predictions.confidence, predictions.correct)
     assert calibration_error(sums) == pytest.approx(expected)
 
 
@@ -164,7 +162,7 @@ def test_a_config_survives_its_file(smoke_config):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["no/such"], "no/such is no workdir of a run: it has no config.json"),
+        (["no/such"], "no/such is not a workdir: it has no config.json"),
         (["RUN", "--out=x.txt"], "--out=x.txt: give a file that ends in .html"),
         (["RUN", "--out=no/x.html"], "in a folder that exists"),
         (["RUN"], "checkpoint"),

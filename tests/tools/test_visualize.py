@@ -10,8 +10,8 @@ from PIL import Image
 
 from tests.helpers import small_network
 from tnt_flax.models.network import BlockLayout
-from tnt_flax.tools import attention as look
-from tnt_flax.tools import pictures, visualize
+from tnt_flax.tools import attention as tracing
+from tnt_flax.tools import figures, visualize
 from tnt_flax.weights.read import read_checkpoint
 
 
@@ -23,7 +23,7 @@ def softmax(x):
 def test_rollout_by_hand():
     """Two blocks of two heads, against the definition written out token by token."""
     attention = softmax(np.random.default_rng(0).normal(size=(2, 2, 4, 4)))
-    totals = look.rollout(attention.astype(np.float32))
+    totals = tracing.rollout(attention.astype(np.float32))
     first = [
         [0.5 * attention[0, :, i, j].mean() + 0.5 * (i == j) for j in range(4)] for i in range(4)
     ]
@@ -53,9 +53,9 @@ def test_what_reaches_the_head_of_a_pyramid():
         for stage, k in zip(stages, keys, strict=True)
     ]
     layouts = [BlockLayout(grids[stage], 2**stage, ratios[stage]) for stage in stages]
-    seen = look.Look(None, layouts, False, attention, {}, [], {}, None)
+    seen = tracing.Trace(None, layouts, False, attention, {}, [], {}, None)
     x = values
-    for weights, stage, reached in zip(attention, stages, seen.reached(), strict=True):
+    for weights, stage, reached in zip(attention, stages, seen.rollout_maps(), strict=True):
         (rows, columns), side = grids[stage], ratios[stage]
         if x.shape != (rows, columns):
             x = [
@@ -71,8 +71,14 @@ def test_what_reaches_the_head_of_a_pyramid():
         x = (x + (weights.mean(axis=0) @ averages).reshape(rows, columns)) / 2
         assert (reached * values).sum() == pytest.approx(x.mean(), abs=1e-6)
         assert reached.sum() == pytest.approx(1)
-    assert [seen.holder(block, 4 * 6 + 3) for block in range(5)] == [27, 27, 2 * 3 + 1, 2, 0]
-    looked = [maps.shape for maps in seen.read_maps()]
+    assert [seen.enclosing_sentence(block, 4 * 6 + 3) for block in range(5)] == [
+        27,
+        27,
+        2 * 3 + 1,
+        2,
+        0,
+    ]
+    looked = [maps.shape for maps in seen.attention_maps()]
     assert looked == [(2, 1, 1), (2, 1, 1), (2, 1, 1), (2, 2, 2), (2, 1, 1)]
 
 
@@ -81,25 +87,25 @@ def test_colors_follow_from_depth_to_depth():
     random = np.random.default_rng(0)
     tokens = random.normal(size=(50, 8)) * [9, 5, 3, 0, 0, 0, 0, 0]
     turn, _ = np.linalg.qr(random.normal(size=(8, 8)))
-    first, second = look.principal_colors([tokens, 7 * tokens @ turn + 1])
+    first, second = tracing.principal_colors([tokens, 7 * tokens @ turn + 1])
     np.testing.assert_allclose(first, second, atol=1e-6)
     assert first.min() == 0 and first.max() == 1 and first.shape == (50, 3)
     picture = tokens[:48].reshape(6, 8, 8).repeat(2, axis=0).repeat(2, axis=1)
-    large, small = look.principal_colors([picture, -picture[::2, ::2]])
+    large, small = tracing.principal_colors([picture, -picture[::2, ::2]])
     np.testing.assert_allclose(large[::2, ::2], small, atol=0.05)  # of other percentiles
-    (few,) = look.principal_colors([random.normal(size=(2, 8))])  # two tokens, one component
+    (few,) = tracing.principal_colors([random.normal(size=(2, 8))])  # two tokens, one component
     assert few.shape == (2, 3) and np.isfinite(few).all()
 
 
 def test_places():
     maps = np.arange(2 * 3 * 2 * 3).reshape(2, 3, 2, 3)
-    picture = look.mosaic(maps, zoom=1)
+    picture = tracing.tile(maps, zoom=1)
     assert picture.shape == (2 * 4 - 2, 3 * 5 - 2)
     np.testing.assert_array_equal(picture[4:6, 10:13], maps[1, 2])
     assert np.isnan(picture[2:4]).all() and np.isnan(picture[:, 3:5]).all()
 
     words = np.arange(6 * 4).reshape(6, 4)  # 2 x 3 sentences of 2 x 2 words
-    placed = look.words_in_place(words, (2, 3))
+    placed = tracing.words_in_place(words, (2, 3))
     np.testing.assert_array_equal(placed[2:, 4:], words[5].reshape(2, 2))
     assert placed.shape == (4, 6)
 
@@ -107,12 +113,12 @@ def test_places():
 def test_similarity():
     vectors = np.float32([[1, 0], [-1, 0], [0, 1], [0, -1]])
     expected = [[1, -1, 0, 0], [-1, 1, 0, 0], [0, 0, 1, -1], [0, 0, -1, 1]]
-    np.testing.assert_allclose(look.similarity(vectors + 5), expected, atol=1e-5)
+    np.testing.assert_allclose(tracing.similarity(vectors + 5), expected, atol=1e-5)
 
 
 def test_light_falls_where_the_weight_is():
     pixels = np.full((32, 32, 3), 200, np.uint8)
-    lit = pictures.lit(pixels, np.float32([[0, 0], [0, 1]]))
+    lit = figures.overlay_heatmap(pixels, np.float32([[0, 0], [0, 1]]))
     assert lit[-1, -1].tolist() == [200] * 3 and lit[0, 0].max() < 40
     assert lit[:, 0].max() < 40 and lit[0].max() < 40
 
@@ -120,9 +126,9 @@ def test_light_falls_where_the_weight_is():
 def test_looking_is_what_the_network_computes(tmp_path):
     """Two images at once; the class token of the last block gives the answer by hand."""
     found = read_checkpoint(small_network.save(tmp_path))
-    pixels = look.prepare(found, small_network.photo(tmp_path))
+    pixels = tracing.load_image(found, small_network.photo(tmp_path))
     assert pixels.shape == (48, 48, 3)
-    first, second = look.look(found, np.stack([pixels, pixels[::-1]]))
+    first, second = tracing.trace_attention(found, np.stack([pixels, pixels[::-1]]))
     assert first.grid == (3, 3)
     assert [x.shape for x in first.outer_attention] == [(2, 10, 10)] * 3
     assert first.inner_attention[2].shape == (9, 2, 16, 16) and first.words[0].shape == (9, 16, 4)
@@ -134,8 +140,8 @@ def test_looking_is_what_the_network_computes(tmp_path):
         token = token * params["norm"]["scale"] + params["norm"]["bias"]
         logits = token @ params["head"]["kernel"] + params["head"]["bias"]
         np.testing.assert_allclose(seen.probabilities, softmax(logits), atol=1e-4)
-    chosen = look.most_read(first, 2)
-    reached = look.rollout(first.outer_attention)[-1, 0, 1:]
+    chosen = tracing.most_attended(first, 2)
+    reached = tracing.rollout(first.outer_attention)[-1, 0, 1:]
     assert reached[chosen[0]] == reached.max() and len(chosen) == 2
 
 
@@ -145,14 +151,14 @@ def test_looking_with_a_pyramid(tmp_path):
     found = read_checkpoint(
         small_network.save(tmp_path, "ptnt_ti_patch16_192", 64, depths=(1, 2, 1, 1))
     )
-    pixels = look.prepare(found, small_network.photo(tmp_path))
-    (seen,) = look.look(found, pixels[None])
+    pixels = tracing.load_image(found, small_network.photo(tmp_path))
+    (seen,) = tracing.trace_attention(found, pixels[None])
     assert seen.grid == (8, 8) and [layout.side for layout in seen.layouts] == [1, 2, 2, 4, 8]
     maps = [(8, 8, 8), (4, 4, 16), (4, 4, 16), (2, 2, 32), (1, 1, 32)]
     assert [x.shape for x in seen.sentence_maps()] == maps
     read = [(2, 2, 2), (4, 2, 2), (4, 2, 2), (8, 2, 2), (8, 1, 1)]
-    assert [x.shape for x in seen.read_maps()] == read
-    for x in seen.read_maps():
+    assert [x.shape for x in seen.attention_maps()] == read
+    for x in seen.attention_maps():
         np.testing.assert_allclose(x.mean(axis=(1, 2)), 1, rtol=1e-5)  # of all tokens alike
     assert sorted(seen.inner_attention) == [0, 1, 3, 4]
     norm, head = found.params["norm"], found.params["head"]
@@ -160,7 +166,7 @@ def test_looking_with_a_pyramid(tmp_path):
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     logits = (x * norm["scale"] + norm["bias"]).mean(axis=0) @ head["kernel"] + head["bias"]
     np.testing.assert_allclose(seen.probabilities, softmax(logits), atol=1e-4)
-    assert look.most_read(seen, 3) == [4 * 8 + 4]  # there is one sentence at the end
+    assert tracing.most_attended(seen, 3) == [4 * 8 + 4]  # there is one sentence at the end
 
 
 @pytest.mark.slow
@@ -170,24 +176,24 @@ def test_looking_with_a_pyramid(tmp_path):
 )
 def test_every_picture_is_drawn(name, size, patches, tmp_path, capsys):
     path, image = small_network.save(tmp_path, name, size), small_network.photo(tmp_path)
-    out = tmp_path / "new" / "pictures"
+    out = tmp_path / "new" / "figures"
     assert visualize.main([str(path), str(image), f"--out={out}", *patches]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["class"].startswith("class ") and 0.1 <= result["probability"] <= 1
-    assert sorted(result["pictures"]) == sorted(path.name for path in out.iterdir())
-    for name in result["pictures"]:
+    assert sorted(result["figures"]) == sorted(path.name for path in out.iterdir())
+    for name in result["figures"]:
         drawn = np.asarray(Image.open(out / name).convert("RGB"))
         assert drawn.shape[1] > 500 and drawn.std() > 20, name
 
 
-def test_the_answer_is_in_words(tmp_path):
+def test_the_predicted_class_has_a_name(tmp_path):
     found = read_checkpoint(small_network.save(tmp_path, depth=1))
     first = np.eye(1000)[0]
-    assert visualize.answer(found, first[:10]) == {"class": "class 0", "probability": 1.0}
+    assert visualize.top_class(found, first[:10]) == {"class": "class 0", "probability": 1.0}
     published = dataclasses.replace(found, info={})
-    assert visualize.answer(published, first)["class"] == "tench, Tinca tinca"
-    assert visualize.answer(published, first[:10])["class"] == "0"
-    assert visualize.answer(published, None) == {}
+    assert visualize.top_class(published, first)["class"] == "tench, Tinca tinca"
+    assert visualize.top_class(published, first[:10])["class"] == "0"
+    assert visualize.top_class(published, None) == {}
 
 
 @pytest.mark.slow
@@ -199,7 +205,7 @@ def test_without_words_or_head(tmp_path, capsys):
         == 0
     )
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert "inner_attention.png" not in result["pictures"] and len(result["pictures"]) == 4
+    assert "inner_attention.png" not in result["figures"] and len(result["figures"]) == 4
     assert "class" not in result
 
 

@@ -4,9 +4,9 @@
 import collections
 import concurrent.futures
 import itertools
+import logging
 import os
 import pathlib
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,21 +22,22 @@ from tnt_flax.runtime import sharding
 from tnt_flax.training import step
 from tnt_flax.weights.read import LoadedWeights, read_checkpoint
 
+logger = logging.getLogger(__name__)
 Input = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 
-class Answer(NamedTuple):
-    """One of the classes that an image may be of."""
+class Prediction(NamedTuple):
+    """One class of an image, with its probability."""
 
-    label: str  # in words where they are known, else the number
+    label: str  # name of the class if known, else its index
     probability: float
-    index: int  # of the class, as the network numbers them
+    index: int  # index of the class in the logits
 
 
 class Outcome(NamedTuple):
-    """What became of one image: its answers, the best first, or why it could not be read."""
+    """Result for one image: predictions by decreasing probability, or an error."""
 
-    answers: list[Answer]
+    predictions: list[Prediction]
     error: str | None = None
 
 
@@ -49,29 +50,29 @@ def load_classifier(
     class_list: str | None = None,
     **overrides: Any,
 ) -> "Classifier":
-    """Loads weights of any system as a classifier of images; says on stderr what they were.
+    """Loads weights of any framework as an image classifier. Logs a summary of the weights.
 
     Args:
-        path, name, weights, checkpoint, overrides: as of `tnt_flax.load`.
-        class_list: a file with the name of a class on each line, for weights that bring none. Ours
-            do; published ones of 1,000 classes get ImageNet's names.
+        path, name, weights, checkpoint, overrides: see `tnt_flax.load`.
+        class_list: file with one class name per line. By default, names are those stored with the
+            weights, or ImageNet's for 1,000 classes.
 
     Raises:
-        InputError: as of `tnt_flax.load`; also weights without a head, of images that are not
-            square or not of three channels, or a class list of another length.
+        InputError: see `tnt_flax.load`; also if the network has no head or does not take square
+            images of three channels, or if the class list has another length.
     """
     found = read_checkpoint(path, name, weights=weights, checkpoint=checkpoint, **overrides)
     classifier = Classifier(found, read_class_list(class_list) if class_list else None)
-    print("; ".join([f"loaded {found.summary()}", *found.notes]), file=sys.stderr)
+    logger.info("; ".join([f"loaded {found.summary()}", *found.notes]))
     return classifier
 
 
 class Classifier:
-    """A network with the preprocessing and the class names that belong to its weights.
+    """A network with the preprocessing and class names of its weights.
 
     Attributes:
-        model, variables: for `model.apply(variables, images)`, as `tnt_flax.load` returns them.
-        class_names: one name per class, in words.
+        model, variables: for `model.apply(variables, images)`; see `tnt_flax.load`.
+        class_names: one name per class.
         image_size: pixels, each side.
         crop_fraction: the share of the resized image that the central crop keeps.
         mean, std: per channel, on the scale 0..1.
@@ -82,7 +83,7 @@ class Classifier:
         self.model = network.model
         classes = self.model.num_classes
         if not classes:
-            raise InputError(f"{found.path} has no head, only features: it cannot classify")
+            raise InputError(f"{found.path} has no head: it cannot classify")
         if network.grid is None or network.channels != 3:
             raise InputError(
                 f"{found.path} takes images of {network.sentences} patches and {network.channels} "
@@ -109,14 +110,14 @@ class Classifier:
 
     def predict(
         self, images: Input | Iterable[Input], top: int = 5, batch_size: int = 64
-    ) -> list[list[Answer]]:
-        """The `top` likeliest classes of each image, the likeliest first.
+    ) -> list[list[Prediction]]:
+        """Returns the `top` most probable classes of each image, by decreasing probability.
 
         `images` is one image or several: paths, encoded bytes, PIL images, uint8 arrays [H, W] or
-        [H, W, C], or one array [B, H, W, C]. They are prepared as in evaluating these weights.
+        [H, W, C], or one array [B, H, W, C]. The preprocessing is that of the evaluation.
 
         Raises:
-            InputError: an image cannot be read; see `outcomes`, which goes on with the next.
+            InputError: an image cannot be read; `outcomes` yields an error instead.
         """
         if isinstance(images, str | os.PathLike | bytes | Image.Image):
             images = [images]
@@ -126,16 +127,16 @@ class Classifier:
         for outcome in self.outcomes(images, top, batch_size):
             if outcome.error:
                 raise InputError(outcome.error)
-            predicted.append(outcome.answers)
+            predicted.append(outcome.predictions)
         return predicted
 
     def outcomes(
         self, images: Iterable[Input], top: int = 5, batch_size: int = 64, threads: int = 8
     ) -> Iterator[Outcome]:
-        """The same for any number of images, one by one in their order, while others are read.
+        """Yields an `Outcome` for each image in order, reading ahead in `threads` threads.
 
-        `images` may be a generator; two batches are held at a time. On several devices each takes
-        its share of a batch. An image that cannot be read has an `error` instead of answers.
+        `images` may be a generator; two batches are held in memory. Batches are split over all
+        local devices. An unreadable image has an `error` and no predictions.
         """
         for name, value in dict(top=top, batch_size=batch_size, threads=threads).items():
             if value < 1:
@@ -149,12 +150,12 @@ class Classifier:
                 if len(ahead) == 2:  # the next batch is being read while this one is computed
                     read = [future.result() for future in ahead.popleft()]
                     rows = max(rows, len(read))  # a last, smaller batch is padded, not compiled for
-                    yield from self._answer(read, top, rows)
+                    yield from self._classify(read, top, rows)
                 if not batch:
                     return
 
     def _read(self, number: int, image: Input) -> np.ndarray | str:
-        """Pixels for the network, or what is wrong with the image."""
+        """Returns preprocessed pixels, or an error message."""
         what = f"image {number}"
         try:
             if isinstance(image, str | os.PathLike):
@@ -170,7 +171,7 @@ class Classifier:
         except OSError as error:
             return f"{what} cannot be read: {error.strerror or error}"
 
-    def _answer(self, read: Sequence[np.ndarray | str], top: int, rows: int) -> Iterator[Outcome]:
+    def _classify(self, read: Sequence[np.ndarray | str], top: int, rows: int) -> Iterator[Outcome]:
         devices = self._mesh.size
         pixels = np.zeros((-(-rows // devices) * devices, *[self.image_size] * 2, 3), np.uint8)
         for row, image in enumerate(read):
@@ -179,7 +180,8 @@ class Classifier:
         probabilities = np.asarray(self._predict_step(self.variables, pixels))
         for image, row in zip(read, probabilities, strict=False):
             if isinstance(image, str) or not np.isfinite(row).all():
-                yield Outcome([], image if isinstance(image, str) else "its answer is not finite")
+                error = image if isinstance(image, str) else "its prediction is not finite"
+                yield Outcome([], error)
                 continue
             best = np.argsort(-row, kind="stable")[:top]
-            yield Outcome([Answer(self.class_names[i], float(row[i]), int(i)) for i in best])
+            yield Outcome([Prediction(self.class_names[i], float(row[i]), int(i)) for i in best])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks as StableHLO, exported by `tools.export`: the file, and `load_exported`.
+"""Networks as StableHLO: `load_exported` reads the files of `tools.export`.
 
-A file is a zip of `program`, what `jax.export` serialized, and `export.json`, what has to be known
-about it. JAX promises that programs can be read for six months, so each carries its date and the
-day it expires.
+A file is a zip archive of `program`, serialized by `jax.export`, and `export.json`, its metadata.
+JAX guarantees compatibility for six months, so the metadata contain the dates of creation and
+expiry.
 """
 
 import dataclasses
@@ -19,38 +19,38 @@ from jax import export as jax_export
 
 from tnt_flax.core.errors import InputError, one_line
 
-LIFETIME = datetime.timedelta(days=180)  # JAX's promise of compatibility
+LIFETIME = datetime.timedelta(days=180)  # JAX's compatibility guarantee
 PROGRAM, INFO = "program", "export.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """A network without its code: call it with images (B, H, W, 3), any B, normalized float32."""
+    """A network without its code; call it with normalized float32 images [B, H, W, 3], any B."""
 
     program: jax_export.Exported
     info: dict[str, Any]  # image_size, mean, std, crop_fraction, class_names, created, expires ...
 
     def __call__(self, images: Any) -> jax.Array:
-        """Logits (B, classes), or features (B, D) of a network without a head."""
+        """Returns logits [B, classes], or features [B, D] of a network without a head."""
         return self.program.call(images)
 
 
 def load_exported(path: str | pathlib.Path) -> Exported:
-    """Loads what `python -m tnt_flax.tools.export CHECKPOINT OUT.stablehlo` has written.
+    """Loads a network written by `python -m tnt_flax.tools.export CHECKPOINT OUT.stablehlo`.
 
     Raises:
-        InputError: it is missing, damaged, expired, for other platforms, or of a JAX that this one
-            cannot read.
+        InputError: the file is missing, damaged, expired, for other platforms, or written by an
+            incompatible JAX.
     """
     try:
-        with zipfile.ZipFile(path) as file:  # its checksums find damage
+        with zipfile.ZipFile(path) as file:  # verifies checksums
             info, program = json.loads(file.read(INFO)), file.read(PROGRAM)
         expires = datetime.date.fromisoformat(info["expires"])
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
         raise InputError(
-            f"{path} is no file of tnt_flax.tools.export, or damaged ({one_line(error)})"
+            f"{path} is damaged or was not written by tnt_flax.tools.export ({one_line(error)})"
         ) from None
     if datetime.date.today() > expires:
         raise InputError(
@@ -59,7 +59,7 @@ def load_exported(path: str | pathlib.Path) -> Exported:
         )
     try:
         exported = jax_export.deserialize(bytearray(program))
-    except Exception as error:  # whatever jax makes of a program of another version
+    except Exception as error:  # jax raises various types
         raise InputError(
             f"jax {jax.__version__} cannot read {path}, exported by jax {info['jax']} "
             f"({one_line(error)}): export it again from the weights"
@@ -72,7 +72,7 @@ def load_exported(path: str | pathlib.Path) -> Exported:
 
 
 def save_exported(path: pathlib.Path, program: jax_export.Exported, info: dict[str, Any]) -> None:
-    """Writes the file. `info` gets the date, the day of expiry and the version of JAX."""
+    """Writes the file. Dates, JAX version and platforms are added to `info`."""
     today = datetime.date.today()
     info = info | {
         "created": today.isoformat(),
@@ -86,7 +86,7 @@ def save_exported(path: pathlib.Path, program: jax_export.Exported, info: dict[s
 
 
 def trace(function: Any, image_size: int, platforms: tuple[str, ...]) -> jax_export.Exported:
-    """`function` of images (B, S, S, 3) with B left open, for all `platforms` at once."""
+    """Exports `function` of images [B, S, S, 3] with symbolic B for all `platforms`."""
     (batch,) = jax_export.symbolic_shape("batch")
     shape = (batch, image_size, image_size, 3)
     images = jax.ShapeDtypeStruct(shape, np.float32)

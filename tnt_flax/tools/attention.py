@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a network makes of one image: everything that the pictures show, as arrays."""
+"""Attention and features of a network on one image, as arrays; `tools.figures` plots them."""
 
 import os
 import pathlib
@@ -18,25 +18,25 @@ from tnt_flax.training.mixup import normalize
 from tnt_flax.weights.read import LoadedWeights
 
 
-class Look(NamedTuple):
-    """One image of S x S pixels, seen by a network; lists have an entry for each block.
+class Trace(NamedTuple):
+    """Activations of a network on one image of S x S pixels. Lists have one entry per block.
 
-    N sentences are the rows * columns of the block's grid. A class token goes before them, so that
-    TNT has T = K = N + 1 tokens; PyramidTNT has none, and its T = N sentences attend to K averages.
+    A block has N = rows * columns sentences. TNT prepends a class token: T = K = N + 1 tokens.
+    PyramidTNT has none: its T = N sentences attend to K averages of sentences.
     """
 
-    pixels: np.ndarray  # uint8 [S, S, 3], as the network got them, before normalization
+    pixels: np.ndarray  # uint8 [S, S, 3], input of the network before normalization
     layouts: list[BlockLayout]
     has_class_token: bool
     outer_attention: list[np.ndarray]  # [heads, T, K]
-    inner_attention: dict[int, np.ndarray]  # block -> [N, heads, M, M]; no blocks without words
+    inner_attention: dict[int, np.ndarray]  # block -> [N, heads, M, M]; blocks with words only
     sentences: list[np.ndarray]  # [T, D]
-    words: dict[int, np.ndarray]  # block -> [N, M, C]; likewise
-    probabilities: np.ndarray | None  # [classes]; None of a network without a head
+    words: dict[int, np.ndarray]  # block -> [N, M, C]; blocks with words only
+    probabilities: np.ndarray | None  # [classes]; None without a head
 
     @property
-    def reader(self) -> str:
-        """What the head reads, in words."""
+    def readout_name(self) -> str:
+        """Name of the head's input, for captions."""
         return "the class token" if self.has_class_token else "the mean of the sentences"
 
     @property
@@ -47,37 +47,37 @@ class Look(NamedTuple):
     def grid_of(self, block: int) -> Grid:
         return self.layouts[block].grid
 
-    def holder(self, block: int, sentence: int) -> int:
-        """The sentence of a block that the one of the first block lies in."""
+    def enclosing_sentence(self, block: int, sentence: int) -> int:
+        """Returns the sentence of a block that contains a sentence of the first block."""
         side = self.layouts[block].side
         row, column = divmod(sentence, self.grid[1])
         return row // side * self.grid_of(block)[1] + column // side
 
     def sentence_maps(self) -> list[np.ndarray]:
-        """Of each block, without the class token: [rows, columns, D]."""
+        """Returns the sentences of each block, without the class token: [rows, columns, D]."""
         own = [x[int(self.has_class_token) :] for x in self.sentences]
         return [x.reshape(*self.grid_of(i), -1) for i, x in enumerate(own)]
 
-    def read_maps(self) -> list[np.ndarray]:
-        """Of each block and head, the attention from what the head reads; 1: all tokens alike.
+    def attention_maps(self) -> list[np.ndarray]:
+        """Returns the attention of the head's input in each block, relative to uniform attention.
 
-        [heads, rows, columns] of the sentences that the class token looks at, or of the averages
-        that PyramidTNT's sentences look at, as their mean.
+        Each is [heads, rows, columns]: of the class token to the sentences, or for PyramidTNT the
+        mean over all sentences of their attention to the averaged sentences.
         """
         if self.has_class_token:
             own = [x[:, 0, 1:].reshape(-1, *self.grid) for x in self.outer_attention]
         else:
             own = [
-                x.mean(axis=1).reshape(-1, *reduced(self.layouts[i]))
+                x.mean(axis=1).reshape(-1, *averaged_grid(self.layouts[i]))
                 for i, x in enumerate(self.outer_attention)
             ]
         return [x * full.shape[-1] for x, full in zip(own, self.outer_attention, strict=True)]
 
-    def reached(self) -> np.ndarray:
-        """How much of each sentence of the first block is in what the head reads, after each block.
+    def rollout_maps(self) -> np.ndarray:
+        """Returns the share of each input sentence in the head's input after each block.
 
-        [L, rows, columns], by `rollout`. In PyramidTNT's, attending to an average is attending to
-        all its sentences alike, and what a convolution merges is the mean of 2x2 sentences.
+        [L, rows, columns], by `rollout`. For PyramidTNT, attention to an average is spread evenly
+        over its sentences, and patch merging is approximated by 2x2 averaging.
         """
         if self.has_class_token:
             return rollout(self.outer_attention)[:, 0, 1:].reshape(-1, *self.grid)
@@ -85,29 +85,29 @@ class Look(NamedTuple):
         for i, attention in enumerate(self.outer_attention):
             grid, _, ratio = self.layouts[i]
             if grid != before:
-                total = means(before, 2, grid) @ total
-            attended = means(grid, ratio, reduced(self.layouts[i])) @ total
-            total = after(attention, attended, total)
+                total = averaging_matrix(before, 2, grid) @ total
+            attended = averaging_matrix(grid, ratio, averaged_grid(self.layouts[i])) @ total
+            total = after_block(attention, attended, total)
             before = grid
             maps.append(total.mean(axis=0).reshape(self.grid))
         return np.stack(maps)
 
 
-def reduced(layout: BlockLayout) -> Grid:
+def averaged_grid(layout: BlockLayout) -> Grid:
     """Returns the grid of the averages that a block attends to."""
     return layout.grid[0] // layout.reduction, layout.grid[1] // layout.reduction
 
 
-def means(grid: Grid, side: int, squares: Grid) -> np.ndarray:
-    """The matrix [squares, sentences of `grid`] that takes their means in squares of `side`."""
+def averaging_matrix(grid: Grid, side: int, squares: Grid) -> np.ndarray:
+    """Returns the matrix [squares, sentences] that averages a grid in squares of `side`."""
     rows, columns = np.indices(grid) // side
     square = np.where(columns < squares[1], rows * squares[1] + columns, -1)
     members = square.ravel() == np.arange(np.prod(squares))[:, None]
     return members.astype(np.float32) / members.sum(axis=1, keepdims=True)
 
 
-def look(found: LoadedWeights, images: np.ndarray) -> list[Look]:
-    """Runs the network on images uint8 [B, S, S, 3], as `prepare` gives them."""
+def trace_attention(found: LoadedWeights, images: np.ndarray) -> list[Trace]:
+    """Runs the network on uint8 images [B, S, S, 3], see `load_image`; returns one Trace each."""
     model, variables = found.network.model, found.variables
     mean, std = (tuple(found.preprocessing[key]) for key in ("mean", "std"))
     run = jax.jit(lambda v, x: block_outputs(model, v, normalize(x, mean, std)))
@@ -118,7 +118,7 @@ def look(found: LoadedWeights, images: np.ndarray) -> list[Look]:
         probabilities = np.asarray(predict(variables, images))
     read = [(i, block) for i, block in enumerate(blocks) if "inner_attention" in block]
     return [
-        Look(
+        Trace(
             image,
             model.block_layouts(found.network.grid),
             model.has_class_token,
@@ -132,11 +132,11 @@ def look(found: LoadedWeights, images: np.ndarray) -> list[Look]:
     ]
 
 
-def prepare(found: LoadedWeights, image: str | os.PathLike) -> np.ndarray:
-    """An image file as the evaluation of these weights takes it, uint8 [S, S, 3].
+def load_image(found: LoadedWeights, image: str | os.PathLike) -> np.ndarray:
+    """Reads an image file with the evaluation preprocessing of the weights: uint8 [S, S, 3].
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the file is not a readable image.
     """
     size = found.network.image_size
     try:
@@ -151,61 +151,63 @@ def prepare(found: LoadedWeights, image: str | os.PathLike) -> np.ndarray:
 
 
 def rollout(attention: Sequence[np.ndarray]) -> np.ndarray:
-    """How much of each input token is in each token, after every block: [L, T, T], rows sum to 1.
+    """Returns the share of each input token in each token after every block: [L, T, T].
 
-    `attention` is [heads, T, T] of each of L blocks. Abnar and Zuidema (2020): the mean of the
-    heads, half of it identity for the skip connection, multiplied through the blocks.
+    Attention rollout (Abnar and Zuidema, 2020): the product over blocks of the mean over heads,
+    averaged with the identity for the skip connection. Rows sum to 1.
+
+    Args:
+        attention: [heads, T, T] of each of L blocks.
     """
     total = np.eye(attention[0].shape[-1], dtype=np.float32)
     totals = []
     for block in attention:
-        total = after(block, total, total)
+        total = after_block(block, total, total)
         totals.append(total)
     return np.stack(totals)
 
 
-def after(attention: np.ndarray, attended: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """The tokens after a block: half what the mean of the heads attends to, half what they were."""
+def after_block(attention: np.ndarray, attended: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Returns one step of `rollout`: the mean of attended tokens and the tokens themselves."""
     return (attention.mean(axis=0) @ attended + tokens) / 2
 
 
-def most_read(seen: Look, number: int) -> list[int]:
-    """The sentences of the first block of which most reaches the head, most first.
+def most_attended(trace: Trace, number: int) -> list[int]:
+    """Returns the sentences of the first block with the largest share in the head's input.
 
-    PyramidTNT attends to squares of them as one: the middle of each sentence of the last block.
+    A sentence of PyramidTNT's last block covers a square of them; its middle is returned.
     """
-    last = len(seen.sentences) - 1
-    grid, side, _ = seen.layouts[last]
-    weight = means(seen.grid, side, grid) @ seen.reached()[-1].ravel()
+    last = len(trace.sentences) - 1
+    grid, side, _ = trace.layouts[last]
+    weight = averaging_matrix(trace.grid, side, grid) @ trace.rollout_maps()[-1].ravel()
     best = np.unravel_index(np.argsort(-weight, kind="stable")[:number], grid)
     rows, columns = (
-        np.minimum(i * side + side // 2, n - 1) for i, n in zip(best, seen.grid, strict=True)
+        np.minimum(i * side + side // 2, n - 1) for i, n in zip(best, trace.grid, strict=True)
     )
-    return (rows * seen.grid[1] + columns).tolist()
+    return (rows * trace.grid[1] + columns).tolist()
 
 
 def similarity(vectors: np.ndarray) -> np.ndarray:
-    """Cosines between the rows of [K, D], about their mean, which all of them share: [K, K]."""
+    """Returns cosine similarities [K, K] of the rows of [K, D] after subtracting their mean."""
     vectors = vectors - vectors.mean(axis=0)
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return vectors @ vectors.T
 
 
 def principal_colors(depths: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The three principal components of tokens [..., width] as colours [..., 3], at each depth.
+    """Maps tokens [..., width] to colors [..., 3] by their first three principal components.
 
-    Components have neither order nor sign that would hold from one depth to the next, so each depth
-    is turned to look like the one before (orthogonal Procrustes). From one depth to the next,
-    tokens that make up a picture may become fewer.
+    Order and sign of principal components are arbitrary, so each depth is rotated to match the one
+    before (orthogonal Procrustes). The token grid may shrink from one depth to the next.
     """
     colors, before = [], None
     for shape, tokens in ((x.shape[:-1], x.reshape(-1, x.shape[-1])) for x in depths):
         tokens = tokens - tokens.mean(axis=0)
         left, sizes, _ = np.linalg.svd(tokens.astype(np.float64), full_matrices=False)
-        scores = np.zeros((len(tokens), 3))  # narrow words, few sentences: fewer than three
+        scores = np.zeros((len(tokens), 3))  # with few or narrow tokens there are fewer than three
         scores[:, : left.shape[1]] = (left * sizes)[:, :3]
         if before is not None:
-            for axis, size in enumerate(shape):  # those in the same places
+            for axis, size in enumerate(shape):  # tokens at the same position
                 before = before.take(np.arange(size) * before.shape[axis] // size, axis)
             first, _, second = np.linalg.svd(scores.T @ before.reshape(-1, 3))
             scores = scores @ (first @ second)
@@ -215,8 +217,8 @@ def principal_colors(depths: Sequence[np.ndarray]) -> list[np.ndarray]:
     return colors
 
 
-def mosaic(maps: np.ndarray, zoom: int = 4) -> np.ndarray:
-    """Maps [r, c, R, C] as one picture, each in its place: `zoom` pixels a value, NaN between."""
+def tile(maps: np.ndarray, zoom: int = 4) -> np.ndarray:
+    """Tiles maps [r, c, R, C] into one image: `zoom` pixels per value, NaN between tiles."""
     maps = maps.astype(np.float32).repeat(zoom, axis=2).repeat(zoom, axis=3)
     maps = np.pad(maps, ((0, 0), (0, 0), (0, 2), (0, 2)), constant_values=np.nan)
     rows, columns, height, width = maps.shape
@@ -224,9 +226,9 @@ def mosaic(maps: np.ndarray, zoom: int = 4) -> np.ndarray:
 
 
 def words_in_place(values: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Of every word, [N, m * m, ...], as a picture: [rows * m, columns * m, ...]."""
+    """Arranges values of words [N, m * m, ...] by position: [rows * m, columns * m, ...]."""
     rows, columns = grid
     side = round(values.shape[1] ** 0.5)
     rest: tuple[Any, ...] = values.shape[2:]
-    picture = values.reshape(rows, columns, side, side, *rest).swapaxes(1, 2)
-    return picture.reshape(rows * side, columns * side, *rest)
+    arranged = values.reshape(rows, columns, side, side, *rest).swapaxes(1, 2)
+    return arranged.reshape(rows * side, columns * side, *rest)

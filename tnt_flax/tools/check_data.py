@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads every image of a data set: which are corrupt, which are not what training takes them for.
+"""Checks every image of a data set: corrupt files, and images that training converts silently.
 
     python -m tnt_flax.tools.check_data --config=configs/tnt_s.py --config.data.root=IMAGENET
     python -m tnt_flax.tools.check_data --config=configs/tnt_s.py --config.data.root=IMAGENET \\
         --split=both --out=findings.jsonl
 
-With --out every finding is a line of JSON in that file, and the same command, stopped and started
-again, goes on where it was. The last line on stdout is one JSON object, which counts the findings.
-Exit code 0 means that nothing is corrupt, 1 that something is, 2 is bad input.
+With --out, every finding is a line of JSON in that file, and an interrupted check resumes with the
+same command. The last line on stdout is one JSON object with the number of findings of each kind.
+Exit code 0 means that no image is corrupt, 1 that some are, 2 that the input was wrong.
 """
 
 import collections
 import concurrent.futures
 import contextlib
 import io
+import json
+import logging
+import pathlib
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -23,30 +26,31 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
+from tnt_flax.core.errors import InputError, RunError, one_line
 from tnt_flax.data.sources import Source
 from tnt_flax.data.transforms import CorruptImageError, decode
 from tnt_flax.tools.command_line import Parser, run
-from tnt_flax.tools.findings import FindingsFile
 
-MEANING = {  # of each finding, in the order of the table
-    "corrupt": 'stops training, or with data.corrupt="skip" its neighbour is taken instead',
-    "empty": "of no bytes; counted as corrupt, too",
-    "huge": "of more pixels than Pillow opens; counted as corrupt, too",
-    "rotated": "an EXIF tag says to turn it; training does not, as timm does not",
-    "animated": "of several frames; only the first is used",
-    "16-bit": "more than 8 bits a channel; of grey ones all above 255 becomes white",
-    "cmyk": "for print; converted without a colour profile",
-    "palette": "of indexed colours; converted",
-    "alpha": "transparent; that is dropped, and what lies behind shows",
-    "grey": "of one channel; repeated",
-    "small": "a side of less than 32 pixels",
+logger = logging.getLogger(__name__)
+MEANING = {  # kinds of findings, in the order of the table
+    "corrupt": 'stops training; with data.corrupt="skip", replaced by the next image',
+    "empty": "zero bytes; also counted as corrupt",
+    "huge": "more pixels than Pillow opens; also counted as corrupt",
+    "rotated": "EXIF orientation, which training ignores, as timm does",
+    "animated": "several frames; only the first is used",
+    "16-bit": "more than 8 bits per channel; gray values above 255 become white",
+    "cmyk": "converted to RGB without a color profile",
+    "palette": "indexed colors; converted to RGB",
+    "alpha": "transparency is dropped; hidden pixels become visible",
+    "grey": "one channel; repeated three times",
+    "small": "a side below 32 pixels",
 }
 SMALL = 32  # pixels
-FEW = 10  # images of a class
-SHOWN = 3  # names of each finding, and classes at either end
-CHUNK = 256  # records between two entries of how far the check is
+FEW = 10  # classes with fewer images are reported
+SHOWN = 3  # examples per finding; classes with the fewest and most images
+CHUNK = 256  # records between two progress lines in the file
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
-# Keys of config.data that change nothing of what is read here.
+# Keys of config.data that do not affect the check.
 OTHER_KEYS = ("image_size", "crop_fraction", "mean", "std", "corrupt", "threads", "workers")
 
 
@@ -69,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_data(config: ConfigDict, split: str = "train", out: str | None = None) -> dict[str, Any]:
-    """Prints the tables of one split or both; returns the counts, over both.
+    """Checks one split or both and prints a table for each; returns the counts over all splits.
 
     Raises:
         InputError: the config, the data set as a whole or `out` is wrong.
@@ -99,7 +103,7 @@ def check_data(config: ConfigDict, split: str = "train", out: str | None = None)
 
 
 class Summary:
-    """What the lines of one split add up to. Holds no list that grows with the findings."""
+    """Counts of one split. Memory does not grow with the number of findings."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -138,7 +142,7 @@ class Summary:
                 print("    ...")
         order = np.argsort(per_class, kind="stable")
         few = self.result()
-        print(f"\n{'classes':<10}{'number':>9}  which, and their images")
+        print(f"\n{'classes':<10}{'number':>9}  classes and number of images")
         for title, which, count in (
             ("none", order, few["classes_with_none"]),
             (f"below {FEW}", order[few["classes_with_none"] :], few["classes_with_few"]),
@@ -172,7 +176,7 @@ def check_records(source: Source, start: int, threads: int) -> Iterator[list[dic
 
 
 def check_record(source: Source, index: int) -> tuple[int | None, list[dict[str, Any]]]:
-    """Label and findings of a record; the label is None where the record cannot be read."""
+    """Returns label and findings of a record. The label is None if the record cannot be read."""
     label, class_name = None, None
     try:
         image, label = source[index]
@@ -185,7 +189,7 @@ def check_record(source: Source, index: int) -> tuple[int | None, list[dict[str,
 
 
 def inspect_image(image: bytes | np.ndarray) -> dict[str, str]:
-    """The findings about an image, each with a detail."""
+    """Returns the findings about an image: kind -> detail."""
     found = {}
     try:
         width, height = decode(image).size
@@ -196,7 +200,7 @@ def inspect_image(image: bytes | np.ndarray) -> dict[str, str]:
     else:
         if min(width, height) < SMALL:
             found["small"] = f"{width} x {height} pixels"
-    with contextlib.suppress(Exception):  # a damaged header; what matters of it `decode` has said
+    with contextlib.suppress(Exception):  # a damaged header, which `decode` reports
         found |= _of_pixels(image) if isinstance(image, np.ndarray) else _of_file(image)
     return found
 
@@ -212,9 +216,9 @@ def _of_file(encoded):
         image = Image.open(io.BytesIO(encoded))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         return {"huge": str(error).partition(",")[0]}
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # where the user's filters say ignore
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # with warnings ignored
         found["huge"] = f"{image.width} x {image.height} pixels"
-    # Of the modes and of how the pixels lie in the file: a colour PNG of 16 bits has the mode RGB.
+    # A 16-bit color PNG has the mode RGB; only its tiles show the layout in the file.
     layout = f"{image.mode} {[tile[3] for tile in image.tile]}"
     if image.mode in ("I", "F") or ";16" in layout:
         found["16-bit"] = f"mode {image.mode}"
@@ -228,12 +232,98 @@ def _of_file(encoded):
         found["grey"] = f"mode {image.mode}"
     if getattr(image, "is_animated", False):
         found["animated"] = f"{image.n_frames} frames"
-    # Pillow itself turns a TIFF. In a PNG the tag may follow the pixels: look only if it is there.
+    # Pillow rotates TIFFs itself. In a PNG the tag may follow the pixels: read it only if present.
     if image.format != "TIFF" and (image.format != "PNG" or b"eXIf" in encoded):
         orientation = image.getexif().get(ORIENTATION, 1)
         if orientation != 1:
             found["rotated"] = f"orientation {orientation}"
     return found
+
+
+# ------------------------------------------------------------------------------ the findings file
+
+KEY = "findings_of"  # in the first line
+
+
+class FindingsFile:
+    """Findings and progress as lines of JSON, so that an interrupted check can resume.
+
+    The first line describes the data. Lines after the last progress line ("checked") are from an
+    interrupted chunk: they are dropped and the chunk is checked again.
+
+    Args:
+        path: the file; None writes nothing.
+        data: description of the data. The check resumes if the file has the same, else restarts.
+
+    Raises:
+        InputError: the file cannot be written, or it exists and is of another kind.
+    """
+
+    def __init__(self, path: str | None, data: dict[str, Any]):
+        self.path = pathlib.Path(path).expanduser() if path else None
+        self._file, self._end = None, 0
+        if self.path is None:
+            return
+        try:
+            self._file = open(self.path, "a+b")
+        except OSError as error:
+            raise InputError(f"cannot write --out={path}: {error.strerror}") from None
+        first = _encode({KEY: data})
+        self._file.seek(0)
+        found = self._file.readline()
+        if found == first:
+            self._end = self._last_checked()
+        elif not first.startswith(found):  # else new or interrupted
+            if not found.startswith(first[: first.index(b":")]):
+                self.close()
+                raise InputError(f"--out={path} exists and has no findings: choose another file")
+            logger.info(f"{self.path} is of another data set or config: restarting")
+        self._file.truncate(self._end)
+        if not self._end:
+            self._append(first)
+
+    def read(self, split: str) -> Iterator[dict[str, Any]]:
+        """Yields the lines of `split` from before the check resumed."""
+        if not self._end:
+            return
+        self._file.seek(0)
+        self._file.readline()
+        while self._file.tell() < self._end:
+            line = json.loads(self._file.readline())
+            if line.pop("split") == split:
+                yield line
+
+    def write(self, split: str, lines: list[dict[str, Any]]) -> None:
+        """Appends findings; the last line is the progress.
+
+        Raises:
+            RunError: the file cannot be written.
+        """
+        if self._file is not None:
+            self._append(b"".join(_encode({"split": split} | line) for line in lines))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _append(self, text):
+        try:
+            self._file.write(text)
+            self._file.flush()
+        except OSError as error:
+            raise RunError(f"cannot write {self.path}: {one_line(error)}") from None
+
+    def _last_checked(self):
+        """Returns the end of the last progress line, or of the first line."""
+        end = self._file.tell()
+        while (line := self._file.readline()).endswith(b"\n"):
+            if b'"checked": ' in line and "checked" in json.loads(line):
+                end = self._file.tell()
+        return end
+
+
+def _encode(line):
+    return (json.dumps(line, ensure_ascii=False) + "\n").encode()
 
 
 if __name__ == "__main__":

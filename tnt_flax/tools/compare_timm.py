@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs weights in timm and here, on the same images, and compares after every part.
+"""Compares a network with timm's on the same images, after every part.
 
-Imports torch and timm, but only when it is asked to.
+Imports torch and timm on first use.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ IMAGES = 2
 
 
 def compare_with_timm(found: LoadedWeights) -> dict[str, float]:
-    """The largest difference after the stem, each block and the head, float32, random images.
+    """Returns the largest differences after the stem, each block and the head, in float32.
 
     Raises:
         InputError: torch or timm is not installed, or timm has no such network.
@@ -64,7 +64,7 @@ def _trace_timm(torch: Any, network: Any, images: np.ndarray) -> dict[str, np.nd
 
 
 def _trace(model: TNT, variables: dict[str, Any], images: np.ndarray) -> dict[str, np.ndarray]:
-    """The same places, in timm's shapes: words (B * N, M, C)."""
+    """Returns the outputs of the same parts in timm's shapes: words [B * N, M, C]."""
 
     @jax.jit
     def run(variables, images):

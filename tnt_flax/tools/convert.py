@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts TNT weights from any system to any other, or says what a file is.
+"""Converts TNT weights between frameworks, or describes a weights file.
 
     python -m tnt_flax.tools.convert tnt_s_81.5.pth.tar tnt_s.safetensors
     python -m tnt_flax.tools.convert runs/tnt_s tnt_s.pth --to=timm --checkpoint=last --weights=raw
     python -m tnt_flax.tools.convert --check tnt_b_pets.ckpt --names
     python -m tnt_flax.tools.convert --check tnt_s_81.5.pth.tar --against=timm
 
-The last line on stdout is one JSON object. Exit code 1 is a failure to write, or with --against a
-difference that is no rounding; 2 is bad input.
+The last line on stdout is one JSON object. Exit code 1 means that the file could not be written or,
+with --against, that the outputs differ by more than rounding; 2 that the input was wrong.
 """
 
 import argparse
@@ -23,18 +23,22 @@ from tnt_flax.weights.identify import variant_of
 from tnt_flax.weights.names import join_collections
 from tnt_flax.weights.read import LoadedWeights
 
-TOLERANCE = 5e-5  # float32 logits of a standard deviation around 1
+TOLERANCE = 5e-5  # for float32 logits with a standard deviation around 1
 
 
 def make_parser() -> Parser:
     parser = Parser("python -m tnt_flax.tools.convert", __doc__)
     add_weights_options(parser)
     add = parser.add_argument
-    add("destination", nargs="?", type=pathlib.Path, help="the file to write")
-    add("--to", choices=list(write.SUFFIXES), help="for which system; default by the file's end")
-    add("--check", action="store_true", help="say what CHECKPOINT is and convert nothing")
-    add("--against", choices=["timm"], help="run CHECKPOINT in timm too, and compare (needs torch)")
-    add("--names", action="store_true", help="list every tensor: its name there and here")
+    add("destination", nargs="?", type=pathlib.Path, help="file to write")
+    add(
+        "--to",
+        choices=list(write.SUFFIXES),
+        help="framework (default: from the extension)",
+    )
+    add("--check", action="store_true", help="describe CHECKPOINT and convert nothing")
+    add("--against", choices=["timm"], help="compare the outputs with timm's (needs torch)")
+    add("--names", action="store_true", help="list the source and target name of every tensor")
     return parser
 
 
@@ -61,7 +65,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
         found = read_weights(args)
     except InputError as error:
         raise InputError("\n  ".join([str(error), *error.details])) from None
-    result = report(found, names=args.names)
+    result = print_facts(found, names=args.names)
     if not args.check:
         target = write.to_framework(found, system)
         write.write(args.destination, system, target, found)
@@ -84,8 +88,8 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def report(found: LoadedWeights, *, names: bool) -> dict[str, Any]:
-    """Prints the table of what was found; returns it for the JSON line."""
+def print_facts(found: LoadedWeights, *, names: bool) -> dict[str, Any]:
+    """Prints a table about the weights; returns it for the JSON object."""
     model = found.network.model
     facts = {
         "source": found.path,
@@ -93,7 +97,7 @@ def report(found: LoadedWeights, *, names: bool) -> dict[str, Any]:
         "names": found.naming,
         "network": found.name,  # None: no published size
         "variant": variant_of(model),
-        "weights": found.weights,  # None: the source does not tell
+        "weights": found.weights,  # None: unknown
         "parameters": found.num_params,
         "image_size": found.network.image_size,  # None: not square
         "channels": found.network.channels,

@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a network is made of: every layer, its parameters, its operations, the bytes that it moves.
+"""Lists the layers of a network: parameters, multiply-adds, bytes moved.
 
     python -m tnt_flax.tools.describe tnt_s_patch16_224
     python -m tnt_flax.tools.describe tnt_b_patch16_224 --image-size=384 --batch-size=128 \\
         --set dtype=bfloat16 vanilla_blocks=1,2,3
 
-It is the published network, all of it. Computing logits spares most of the last block, as only its
-class token is read: `computed_macs` in the JSON object.
+The tables describe the whole published network. Logits need only the class token of the last block,
+so fewer multiply-adds are computed: `computed_macs` in the JSON object.
 
-Multiply-adds (MACs) are those of matrix products and convolutions, which is what the paper calls
-FLOPs; one is two FLOPs. Those of norms, softmax and biases, 0.2 %, are not counted.
+Multiply-adds (MACs) are those of matmuls and convolutions, which the paper calls FLOPs; one MAC is
+two FLOPs. Norms, softmax and biases, 0.2 %, are not counted.
 
-The second table says for each part where the time must go on an ideal machine. Bytes are those of
-all operands and results of the products, each read or written once: what lies between two products
-costs nothing, what goes from one to the next is written and read. So few FLOPs per byte mean that a
-part waits for memory, unless its products are merged in one kernel. A training step is forward,
-backward, and what `remat` computes twice.
+The second table gives FLOPs and bytes of each part. Bytes are the operands and results of matmuls,
+each read or written once; elementwise operations between them count as fused. A part with few FLOPs
+per byte is limited by memory unless its matmuls are fused into one kernel. A training step is the
+forward pass, the backward pass, and rematerialization.
 
-The last line on stdout is one JSON object. Exit code 2 is bad input.
+The last line on stdout is one JSON object. Exit code 2 means that the input was wrong.
 """
 
 import functools
@@ -39,7 +38,7 @@ from tnt_flax.models import Network, create_model
 from tnt_flax.models.tnt_blocks import KERNEL, TNTBlock
 from tnt_flax.tools.command_line import Parser, parse_settings, run
 
-# Of the cost model: the first one whose expression matches the beginning of a layer's path.
+# The part of a layer is the first one whose pattern matches the beginning of its path.
 PARTS = {
     "inner attention": "block/inner/(attention|norm1)",
     "inner MLP": "block/inner/",
@@ -50,30 +49,30 @@ PARTS = {
     "head": "norm|head",
     "stem": "",
 }
-# The definition, not what is faster on some machine.
+# The reference implementations, on every platform.
 PLAIN = {"inner_impl": "reference", "outer_impl": "reference"}
-# What makes the network compute all of its last block, of which only the class token is read.
+# Collections to capture, which makes the network compute all tokens of the last block.
 WHOLE = ["intermediates"]
 
 
-BLOCKS = r"^(stages_\d+/)?blocks_\d+\b"  # the beginning of the paths of a run of equal blocks
+BLOCKS = r"^(stages_\d+/)?blocks_\d+\b"  # prefix of the path of a block or a stack of blocks
 
 
 class Layer(NamedTuple):
     """A row of the first table."""
 
     path: str
-    shape: tuple[int, ...] | None  # of the output, for one image; None of an array by itself
+    shape: tuple[int, ...] | None  # of the output for one image; None for an array
     parameters: int
     macs: int  # for one image
     weight_bytes: int
-    activation_bytes: int  # read and written by its products, for the whole batch
+    activation_bytes: int  # read and written by its matmuls, whole batch
 
 
 class Group(NamedTuple):
-    """Layers, or equal blocks, of which `layers` are those of one."""
+    """Layers outside of blocks, or equal blocks; `layers` are those of one block."""
 
-    blocks: tuple[int, ...]  # their numbers; none for layers outside of the blocks
+    blocks: tuple[int, ...]  # block numbers; empty outside of blocks
     layers: tuple[Layer, ...]
 
     def sum(self, field: str) -> int:
@@ -81,20 +80,20 @@ class Group(NamedTuple):
 
 
 class Contraction(NamedTuple):
-    """One product, or all turns of a loop of it."""
+    """A matmul or convolution, over all iterations of the loops around it."""
 
     scope: tuple[str, ...]  # of `jax.named_scope`, outermost first
-    macs: int  # multiply-adds; the zeros of a convolution's padding count
-    weight_bytes: int  # of the operands that depend on parameters alone
-    activation_bytes: int  # of the other operands and of the result
+    macs: int  # multiply-adds, including zero padding of convolutions
+    weight_bytes: int  # of operands that depend on parameters only
+    activation_bytes: int  # of other operands and the result
 
 
 def make_parser() -> Parser:
     parser = Parser("python -m tnt_flax.tools.describe", __doc__)
     add = parser.add_argument
     add("model", help="one of tnt_flax.list_models()")
-    add("--image-size", type=int, help="pixels, each side; default: that of the name")
-    add("--batch-size", type=int, default=1, help="images, for the bytes of activations")
+    add("--image-size", type=int, help="pixels per side; default: from the name")
+    add("--batch-size", type=int, default=1, help="images, for activation bytes")
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of the network")
     return parser
 
@@ -107,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_fields(settings: list[str]) -> dict[str, Any]:
-    """["depth=4", "dtype=bfloat16"] as fields of a network."""
+    """Parses FIELD=VALUE into fields of a network."""
     fields = parse_settings(settings)
     if isinstance(blocks := fields.get("vanilla_blocks"), int):
         fields["vanilla_blocks"] = (blocks,)
@@ -117,10 +116,10 @@ def parse_fields(settings: list[str]) -> dict[str, Any]:
 def describe(
     name: str, image_size: int | None, batch_size: int, fields: dict[str, Any]
 ) -> dict[str, Any]:
-    """Prints both tables; returns what the JSON line says.
+    """Prints both tables; returns the JSON object of the last line.
 
     Raises:
-        InputError: an unknown model or field, or a size that the patches do not divide.
+        InputError: unknown model or field, or image size not divisible by the patch size.
     """
     model = create_model(name, **PLAIN | fields)
     size = int(name.rpartition("_")[2]) if image_size is None else image_size
@@ -130,7 +129,9 @@ def describe(
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     forward, step = traced_products(model, variables, images)
     shapes = output_shapes(model, variables, images)
-    groups = fold(model, list_layers(model, variables["params"], shapes, forward, batch_size))
+    groups = group_layers(
+        model, list_layers(model, variables["params"], shapes, forward, batch_size)
+    )
     print_layers(groups, f"{batch_size} images, {jnp.dtype(model.dtype).name}")
     parts = sum_parts(groups)
     add_products(parts, "forward", forward, shapes)
@@ -146,7 +147,7 @@ def describe(
 def traced_products(
     model: Network, variables, images
 ) -> tuple[list[Contraction], list[Contraction]]:
-    """Those of a forward pass, and of loss and gradient in training."""
+    """Returns the matmuls of a forward pass, and of loss and gradient in training."""
     rngs = {"dropout": jax.random.key(0)}
 
     def predict(variables, images):
@@ -160,7 +161,7 @@ def traced_products(
         return jax.value_and_grad(loss)(variables["params"])
 
     def as_published(product):
-        """The convolution of patches has 7 x 7 windows; unfolded, it multiplies by zeros too."""
+        """Counts the stem as a 7 x 7 convolution; as a matmul of patches it multiplies zeros."""
         if "word_embed" not in product.scope or model.conv_first:
             return product
         return product._replace(macs=product.macs * math.prod(KERNEL) // model.patch_size**2)
@@ -173,20 +174,20 @@ def traced_products(
 
 
 def output_shapes(model: Network, variables, images) -> dict[str, tuple[int, ...] | None]:
-    """Of every module for one image, by its path, in the order in which they are called.
+    """Returns the output shape of every module for one image, by path, in calling order.
 
-    None where the output is not one array. The network itself is "".
+    It is None if the output is not one array. The path of the network itself is "".
     """
     shapes, root, caller = {}, (), ()
 
     def watch(call, args, kwargs, context):
         nonlocal root, caller
         outside, module = (root, caller), context.module
-        if isinstance(module, TNTBlock):  # unbound, so that its submodules' paths begin anew
+        if isinstance(module, TNTBlock):  # its submodules' paths do not contain it
             root = (*caller, module.name)
         caller = (*root, *module.path)
         path = "/".join(caller)
-        shapes.setdefault(path, None)  # its place is before what it calls
+        shapes.setdefault(path, None)  # before the modules that it calls
         output = call(*args, **kwargs)
         root, caller = outside
         if context.method_name == "__call__" and not isinstance(output, tuple):
@@ -203,7 +204,7 @@ def output_shapes(model: Network, variables, images) -> dict[str, tuple[int, ...
 def list_layers(
     model: Network, params, shapes, products: list[Contraction], batch_size: int
 ) -> list[Layer]:
-    """Whatever has parameters or products of its own; of blocks the sum over their group."""
+    """Returns every module with own parameters or matmuls; blocks are summed over their stack."""
     arrays = named_leaves(params)
     own = [path for path in arrays if "/" not in path]  # of the network itself
     costs = {path: [0, 0, 0] for path in [*own, *shapes]}
@@ -222,7 +223,7 @@ def list_layers(
 
 
 def path_of(product: Contraction, shapes) -> str:
-    """The deepest module that the names of its scope lead to; transformations add names to it."""
+    """Returns the deepest module in the name scope, to which transformations add names."""
     path = ""
     for name in product.scope:
         longer = f"{path}/{name}".lstrip("/")
@@ -230,13 +231,13 @@ def path_of(product: Contraction, shapes) -> str:
     return path
 
 
-def fold(model: Network, layers: list[Layer]) -> list[Group]:
-    """Runs of layers outside of the blocks, and every kind of block once."""
+def group_layers(model: Network, layers: list[Layer]) -> list[Group]:
+    """Groups consecutive layers outside of blocks, and equal blocks."""
     numbers, first = {}, 0
     for path, length in model.stacks():
         numbers["/".join(path)] = tuple(range(first, first + length))
         first += length
-    folded = {}
+    groups = {}
     stack_of = lambda path: (re.match(BLOCKS, path) or [""])[0]
     of_group = lambda layer: numbers.get(stack_of(layer.path), ())
     for blocks, rows in itertools.groupby(layers, of_group):
@@ -245,12 +246,12 @@ def fold(model: Network, layers: list[Layer]) -> list[Group]:
             Layer(within(path), shape, *(n // each for n in counts))
             for path, shape, *counts in rows
         )
-        folded[kind] = folded.get(kind, ()) + blocks
-    return [Group(blocks, kind) for kind, blocks in folded.items()]
+        groups[kind] = groups.get(kind, ()) + blocks
+    return [Group(blocks, kind) for kind, blocks in groups.items()]
 
 
 def within(path: str) -> str:
-    """ "blocks_3/outer/fc1" as "block/outer/fc1"."""
+    """Replaces the block number: "blocks_3/outer/fc1" becomes "block/outer/fc1"."""
     return re.sub(BLOCKS, "block", path)
 
 
@@ -269,7 +270,7 @@ def sum_parts(groups: list[Group]) -> dict[str, dict[str, Any]]:
 
 
 def add_products(parts, name: str, products: list[Contraction], shapes) -> None:
-    """Adds FLOPs and bytes of `products`, for the whole batch, under `name` to their parts."""
+    """Adds FLOPs and bytes of `products` for the whole batch to `parts`, under `name`."""
     for part in parts.values():
         part[name] = {"flops": 0, "bytes": 0}
     for product in products:
@@ -285,7 +286,7 @@ def print_layers(groups: list[Group], what: str) -> None:
         indent = ""
         if group.blocks:
             indent = "  "
-            print_row(f"{blocks_text(group.blocks)}, of which each:", None, group)
+            print_row(f"{blocks_text(group.blocks)}, each:", None, group)
         for layer in group.layers:
             shape = None if layer.shape is None else "x".join(map(str, layer.shape))
             path = layer.path.removeprefix("block/")
@@ -300,7 +301,7 @@ def print_row(title: str, shape: str | None, group: Group) -> None:
 
 
 def blocks_text(blocks: tuple[int, ...]) -> str:
-    """ "12 blocks 0-11" or "2 blocks 0,4"."""
+    """Formats block numbers: "x12 block 0-11" or "x2 block 0,4"."""
     ends = (
         sorted(n for n in blocks if n - 1 not in blocks),
         sorted(n for n in blocks if n + 1 not in blocks),
@@ -326,15 +327,19 @@ def print_parts(parts: dict[str, dict[str, Any]]) -> None:
 
 
 def contractions(jaxpr: ClosedJaxpr, data: Sequence[bool]) -> Iterator[Contraction]:
-    """All of `jaxpr`; `data` says which of its arguments are no parameters.
+    """Yields the matmuls and convolutions of a jaxpr, through scans, remats and calls.
 
-    The body of a scan counts as often as it turns, that of a `while_loop` once.
+    The body of a scan counts once per iteration, that of a `while_loop` once.
+
+    Args:
+        jaxpr: a traced function.
+        data: for each argument, whether it is data rather than parameters.
     """
     yield from _walk(jaxpr.jaxpr, data, (), 1)
 
 
 def count_macs(function: Callable[..., Any], *args: Any) -> int:
-    """All multiply-adds of `function`, whose arguments may be shapes alone."""
+    """Returns the multiply-adds of `function`; arguments may be ShapeDtypeStructs."""
     jaxpr = jax.make_jaxpr(function)(*args)
     return sum(found.macs for found in contractions(jaxpr, [True] * len(jaxpr.in_avals)))
 
@@ -356,7 +361,7 @@ def _walk(jaxpr: Jaxpr, data, scope, times):
         for value in jax.tree.leaves(list(equation.params.values())):
             inner = getattr(value, "jaxpr", value)
             if isinstance(inner, Jaxpr):
-                # Where arguments do not match one to one, all may come from data.
+                # If arguments do not match one to one, any may come from data.
                 same = len(inner.invars) == len(flags)
                 inner_data = flags if same else [True] * len(inner.invars)
                 yield from _walk(inner, inner_data, inside, turns)

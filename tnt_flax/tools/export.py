@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports weights of any system, with their network, to where there is no tnt_flax.
+"""Exports a network with its weights, for use without tnt_flax.
 
     python -m tnt_flax.tools.export tnt_s_81.5.pth.tar tnt_s.stablehlo
     python -m tnt_flax.tools.export runs/digits digits.onnx
     python -m tnt_flax.tools.export tnt_s_81.5.pth.tar tnt_s_timm
 
-OUT.stablehlo is for JAX on CPUs, GPUs and TPUs (`tnt_flax.load_exported`; it expires after 180
-days), OUT.onnx for ONNX Runtime and others, a folder for timm and the Hugging Face hub. Both files
-take normalized images [B, S, S, 3] of any B. Before anything is called done, the export is run on
-photographs beside the source. The last line on stdout is one JSON object. Exit code 1 is an export
-that could not be written or that differs, 2 is bad input.
+OUT.stablehlo is for JAX on CPUs, GPUs and TPUs (`tnt_flax.load_exported`; expires after 180 days),
+OUT.onnx for ONNX Runtime, a folder for timm and the Hugging Face hub. Both files take normalized
+images [B, S, S, 3] with any B. Every export is verified: its outputs on photographs are compared
+with the source's. The last line on stdout is one JSON object. Exit code 1 means that the export
+could not be written or differs from its source, 2 that the input was wrong.
 """
 
 import json
@@ -33,12 +33,13 @@ from tnt_flax.training.mixup import normalize
 from tnt_flax.weights import write
 from tnt_flax.weights.read import LoadedWeights, read_checkpoint
 
+logger = logging.getLogger(__name__)
 PLATFORMS = ("cpu", "cuda", "tpu")
-PHOTOS = ("china.jpg", "flower.jpg")  # of scikit-learn
-TOLERANCE = 1e-4  # of the largest logit, or 1
+PHOTOS = ("china.jpg", "flower.jpg")  # from scikit-learn
+TOLERANCE = 1e-4  # relative to max(1, largest logit)
 ONNX_PACKAGES = (
     'pip install "tnt_flax[onnx]" and then pip install --no-deps jax2onnx==0.17.1, whose own '
-    "requirements name an Orbax that is too old for this package and that it does not use"
+    "requirements pin an Orbax that it does not use and that is too old for this package"
 )
 Run = Callable[[np.ndarray], np.ndarray]
 
@@ -56,15 +57,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def export(args: Any) -> dict[str, Any]:
-    """Writes and verifies the export; returns what the JSON line says.
+    """Writes and verifies the export; returns the JSON object of the last line.
 
     Raises:
         InputError: the weights or OUT are wrong, a package is missing, or timm has no such network.
-        RunError: it cannot be written, or does not compute what the source computes.
+        RunError: the export cannot be written, or its outputs differ from the source's.
     """
     out = args.out
-    form = out.suffix.removeprefix(".") or "timm"
-    if form not in FORMS:
+    file_format = out.suffix.removeprefix(".") or "timm"
+    if file_format not in FORMATS:
         raise InputError(f"{out}: give FILE.stablehlo, FILE.onnx, or a folder without an ending")
     if out.exists():
         raise InputError(f"{out} exists already: remove it, or choose another name")
@@ -72,24 +73,24 @@ def export(args: Any) -> dict[str, Any]:
         raise InputError(f"there is no folder {out.parent}")
     host.cache_compilations()
     found = read_weights(args, square_rgb=True)
-    print(f"exporting {found.summary()}", file=sys.stderr)
+    logger.info(f"exporting {found.summary()}")
     try:
         with atomic_path(out) as temporary:
-            exported = FORMS[form](found, temporary)
+            exported = FORMATS[file_format](found, temporary)
             images = real_images(found)
             difference = verify(found, exported, images, str(out))
     except OSError as error:
         raise RunError(f"cannot write {out}: {error.strerror or error}") from error
     return {
         "path": str(out),
-        "form": form,
+        "format": file_format,
         "max_abs_difference": difference,
         "images": len(images),
         "parameters": found.num_params,
     }
 
 
-# ------------------------------------------------------------------------------------- the forms
+# ------------------------------------------------------------------------------------- formats
 
 
 def to_stablehlo(found: LoadedWeights, path: pathlib.Path) -> Run:
@@ -105,7 +106,7 @@ def to_onnx(found: LoadedWeights, path: pathlib.Path) -> Run:
         import onnxruntime
 
         previous = logging.root.manager.disable
-        logging.disable(logging.ERROR)  # remarks about plugins for other libraries, and shapes
+        logging.disable(logging.ERROR)  # warnings about plugins and shapes
         try:
             import jax2onnx
 
@@ -139,11 +140,11 @@ def to_timm(found: LoadedWeights, path: pathlib.Path) -> Run:
     return jax.jit(lambda images: written.network.model.apply(written.variables, images))
 
 
-FORMS = {"stablehlo": to_stablehlo, "onnx": to_onnx, "timm": to_timm}
+FORMATS = {"stablehlo": to_stablehlo, "onnx": to_onnx, "timm": to_timm}
 
 
 def plain(found: LoadedWeights) -> Callable[[Any], Any]:
-    """The network as a function of images in the forms that every machine can compute."""
+    """Returns the network as a function of images, with the reference implementations."""
     model = found.network.model.clone(inner_impl="reference", outer_impl="reference", remat="none")
     variables = jax.device_get(found.variables)
     return lambda images: model.apply(variables, images)
@@ -153,22 +154,22 @@ def plain(found: LoadedWeights) -> Callable[[Any], Any]:
 
 
 def real_images(found: LoadedWeights) -> np.ndarray:
-    """Two photographs and their mirror images as these weights want them, float32 [4, S, S, 3]."""
+    """Returns two photographs and their mirror images, preprocessed: float32 [4, S, S, 3]."""
     import sklearn.datasets
 
     folder = pathlib.Path(sklearn.datasets.__file__).parent / "images"
     facts = write.facts(found)
-    pixels = [attention.prepare(found, folder / name) for name in PHOTOS]
+    pixels = [attention.load_image(found, folder / name) for name in PHOTOS]
     pixels = np.stack([*pixels, *(image[:, ::-1] for image in pixels)])
     mean, std = tuple(facts["mean"]), tuple(facts["std"])
     return np.asarray(normalize(jnp.asarray(pixels), mean, std))
 
 
 def verify(found: LoadedWeights, run: Run, images: np.ndarray, out: str) -> float:
-    """The largest difference to the source, over all images at once and the first alone.
+    """Returns the largest difference to the source's outputs, for all images and for one.
 
     Raises:
-        RunError: it is more than rounding.
+        RunError: the difference is above the tolerance.
     """
     model, variables = found.network.model, found.variables
     with jax.default_matmul_precision("highest"):

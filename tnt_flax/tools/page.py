@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a page that stands alone: one HTML file, light and dark, that asks for nothing."""
+"""HTML elements of a self-contained page: one file without external resources, light and dark."""
 
 import base64
 import html
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-INK = "#010203"  # drawn by matplotlib for what is to have the page's own colour
+INK = "#010203"  # matplotlib color that `plot` replaces by the text color of the page
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5d6470; --ground: #ffffff;
   --card: #f5f6f8; --line: #dfe2e7; --accent: 37, 99, 175; --good: #1b7837; --bad: #b2182b; }
@@ -64,15 +64,15 @@ def facts(values: dict[str, str]) -> str:
 
 
 def image(pixels: np.ndarray, caption: str, alt: str) -> str:
-    """uint8 [H, W, 3] in the page itself; `caption` is HTML."""
+    """Embeds uint8 pixels [H, W, 3]; `caption` is HTML."""
     from PIL import Image
 
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
     small = ' class="small"' if max(pixels.shape[:2]) < 100 else ""
-    picture = f'<img{small} alt="{text(alt)}" src="data:image/png;base64,{data}">'
-    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+    tag = f'<img{small} alt="{text(alt)}" src="data:image/png;base64,{data}">'
+    return f"<figure>{tag}<figcaption>{caption}</figcaption></figure>"
 
 
 def images(parts: Iterable[str], kind: str = "") -> str:
@@ -86,9 +86,9 @@ def table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:
 
 
 def matrix(counts: np.ndarray, names: Sequence[str]) -> str:
-    """A confusion matrix: rows are labels; each cell as dark as its share of the row."""
+    """Renders a confusion matrix. Rows are labels; shading is the share of the row."""
     head = "".join(f"<th>{text(name)}</th>" for name in names)
-    lines = [f"<tr><th></th>{head}<th>right</th></tr>"]
+    lines = [f"<tr><th></th>{head}<th>correct</th></tr>"]
     for i, (name, row) in enumerate(zip(names, counts, strict=True)):
         total = max(int(row.sum()), 1)
         cells = [
@@ -100,8 +100,8 @@ def matrix(counts: np.ndarray, names: Sequence[str]) -> str:
     return f'<div class="wide"><table class="matrix">{"".join(lines)}</table></div>'
 
 
-def drawing(plot: Callable[[pathlib.Path], None], name: str) -> str:
-    """What `plot(path)` draws with matplotlib, as SVG in the colours of the page."""
+def plot_svg(plot: Callable[[pathlib.Path], None], name: str) -> str:
+    """Returns the matplotlib figure that `plot(path)` saves, as SVG in the colors of the page."""
     import matplotlib
 
     inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "grid.color")
@@ -109,7 +109,7 @@ def drawing(plot: Callable[[pathlib.Path], None], name: str) -> str:
         "axes.prop_cycle": matplotlib.cycler(color=["#3b82c4", "#d9822b", "#6a9f4b"]),
         "savefig.transparent": True,
         "svg.fonttype": "none",
-        "svg.hashsalt": name,  # or two drawings on a page would share their ids
+        "svg.hashsalt": name,  # else two figures on a page would share ids
     }
     with tempfile.TemporaryDirectory() as folder, matplotlib.rc_context(style):
         path = pathlib.Path(folder) / f"{name}.svg"

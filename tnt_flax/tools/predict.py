@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classifies images by weights of any system: class names and probabilities.
+"""Classifies images with weights of any framework: class names and probabilities.
 
     python -m tnt_flax.tools.predict tnt_s_81.5.pth.tar cat.jpg holiday/ 'more/*.png'
-    find photos -name '*.jpg' | python -m tnt_flax.tools.predict runs/pets - --out=answers.csv
+    find photos -name '*.jpg' | python -m tnt_flax.tools.predict runs/pets - --out=predictions.csv
 
 A path is a file, a folder (with all images below it), a pattern, or - for a list of files on stdin.
-Images are prepared as in the evaluation of the weights. One that cannot be read is reported, and
-the rest goes on. The last line on stdout is one JSON object. Exit code 1 means that not one image
-could be read, 2 is bad input.
+Images are preprocessed as in the evaluation of the weights. Unreadable images are reported and
+left out. The last line on stdout is one JSON object. Exit code 1 means that no image could be read,
+2 that the input was wrong.
 """
 
 import contextlib
@@ -34,11 +34,11 @@ def make_parser() -> Parser:
     add_weights_options(parser)
     add = parser.add_argument
     add("paths", metavar="PATH", nargs="+", help="a file, a folder, a pattern, or - for stdin")
-    add("--top", type=int, default=5, help="answers per image")
-    add("--out", type=pathlib.Path, help="a table to write: .csv, .jsonl or .parquet")
-    add("--batch-size", type=int, default=64, help="images at a time")
-    add("--threads", type=int, default=8, help="that read and decode")
-    add("--class-list", help="a file with the name of a class on each line")
+    add("--top", type=int, default=5, help="predictions per image")
+    add("--out", type=pathlib.Path, help="table to write: .csv, .jsonl or .parquet")
+    add("--batch-size", type=int, default=64, help="images per batch")
+    add("--threads", type=int, default=8, help="threads that decode images")
+    add("--class-list", help="file with one class name per line")
     return parser
 
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def predict(args: Any) -> dict[str, Any]:
-    """Prints or writes the answers; returns how many images there were, read and unreadable.
+    """Prints or writes the predictions; returns the numbers of images and of unreadable ones.
 
     Raises:
         InputError: a path that is not there, a folder without images, a table of another kind, or
@@ -69,46 +69,46 @@ def predict(args: Any) -> dict[str, Any]:
         outcomes = classifier.outcomes(files, args.top, args.batch_size, args.threads)
         bar = tqdm(total=len(files), unit="image", disable=None, file=sys.stderr)
         with bar:
-            for file, (answers, error) in zip(map(as_text, files), outcomes, strict=True):
+            for file, (predictions, error) in zip(map(as_text, files), outcomes, strict=True):
                 counts["unreadable" if error else "images"] += 1
                 if error:
                     bar.write(f"left out: {error}", file=sys.stderr)
                 if table:
-                    table.write(row(file, answers, error))
+                    table.write(row(file, predictions, error))
                 elif not error:
-                    said = "  ".join(f"{a.label} {a.probability:.1%}" for a in answers)
-                    bar.write(f"{file}: {said}", file=sys.stdout)
+                    text = "  ".join(f"{a.label} {a.probability:.1%}" for a in predictions)
+                    bar.write(f"{file}: {text}", file=sys.stdout)
                 bar.update()
         if not counts["images"] and table:
-            raise RunError("not one image could be read: no table was written")
+            raise RunError("no image could be read: no table was written")
     return counts | ({"out": str(args.out)} if args.out else {})
 
 
 def as_text(file: str) -> str:
-    """A file's name as it can be printed: names need not be Unicode."""
+    """Returns a printable file name: names need not be valid Unicode."""
     return os.fsencode(file).decode("utf-8", "replace")
 
 
 def columns(top: int) -> dict[str, type]:
-    """Of the table: name and type."""
+    """Returns name and type of each column of the table."""
     ranked = {}
     for rank in range(1, top + 1):
         ranked |= {f"label_{rank}": str, f"probability_{rank}": float, f"index_{rank}": int}
     return {"image": str, "error": str} | ranked
 
 
-def row(file: str, answers: Iterable[Any], error: str | None) -> dict[str, Any]:
+def row(file: str, predictions: Iterable[Any], error: str | None) -> dict[str, Any]:
     values = {"image": file, "error": error}
-    for rank, answer in enumerate(answers, start=1):
-        values |= {f"{field}_{rank}": value for field, value in answer._asdict().items()}
+    for rank, prediction in enumerate(predictions, start=1):
+        values |= {f"{field}_{rank}": value for field, value in prediction._asdict().items()}
     return values
 
 
 def find_images(paths: Iterable[str], stdin: Iterable[str]) -> list[str]:
-    """The files that `paths` mean, in their order; those of a folder in natural order.
+    """Returns the files that `paths` match, in order; the files of a folder in natural order.
 
-    Files that are named are taken whatever they are called, of a folder those that are called as
-    images are. Raises InputError for a path that means no file at all.
+    Files given by name may have any suffix; in folders, only files with an image suffix match.
+    Raises InputError for a path without a match.
     """
     files: list[str] = []
     for path in paths:

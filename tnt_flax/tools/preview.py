@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws training samples as the network gets them: cropped, augmented, mixed, erased.
+"""Plots training samples as the network sees them: cropped, augmented, mixed, erased.
 
     python -m tnt_flax.tools.preview --config=configs/digits.py --out=samples.png
     python -m tnt_flax.tools.preview --config=configs/tnt_s.py --config.data.root=IMAGENET \\
         --out=samples.png --rows=4 --columns=8
 
-They are those of the run's first step. A batch much larger than the sheet is made smaller. The last
-line on stdout is one JSON object. Exit code 1 is a picture that cannot be written, 2 is bad input.
+The samples are those of the first training step; a batch much larger than the sheet is reduced. The
+last line on stdout is one JSON object. Exit code 1 means that the file could not be written, 2 that
+the input was wrong.
 """
 
 import contextlib
+import logging
 import pathlib
 import sys
 from typing import Any, NamedTuple
@@ -20,17 +22,18 @@ from ml_collections import ConfigDict
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.tools.command_line import Parser, positive, run
 
-MOST_READ = 256  # images: beyond that many, a batch is read only as far as the sheet needs it
-MOST_LETTERS = 24  # of a line of a caption
+logger = logging.getLogger(__name__)
+MAX_BATCH = 256  # a larger batch is reduced to what the sheet needs
+MAX_LETTERS = 24  # per line of a caption
 
 
 class Samples(NamedTuple):
-    """What the network gets, and where it came from."""
+    """A batch after augmentation."""
 
     images: np.ndarray  # float32 [B, H, W, 3], normalized
-    weights: np.ndarray  # float32 [B, classes]: the targets without label smoothing
+    weights: np.ndarray  # float32 [B, classes], targets without label smoothing
     class_names: tuple[str, ...]
-    config: ConfigDict  # the run's, but for a smaller batch
+    config: ConfigDict  # with the reduced batch size
 
 
 def make_parser() -> Parser:
@@ -51,16 +54,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def preview(config: ConfigDict, out: str | None, rows: int, columns: int) -> dict[str, Any]:
-    """Writes the sheet; returns what the JSON line says.
+    """Writes the sheet; returns the JSON object of the last line.
 
     Raises:
         InputError: the config, the data or `out` is wrong.
-        RunError: the picture cannot be written.
+        RunError: the file cannot be written.
     """
     from tnt_flax.training import plots
 
     if not out or pathlib.Path(out).suffix.lower() != ".png":
-        raise InputError(f"--out={out or ''} is no picture to write: use --out=FILE.png")
+        raise InputError(f"--out={out or ''} is not a PNG file: use --out=FILE.png")
     path = pathlib.Path(out).expanduser()
     if not path.parent.is_dir():
         raise InputError(f"there is no folder {path.parent} for --out={out}")
@@ -92,7 +95,7 @@ def preview(config: ConfigDict, out: str | None, rows: int, columns: int) -> dic
 
 
 def first_samples(config: ConfigDict, wanted: int) -> Samples:
-    """The first batch of the run, or of one with a smaller batch, through the step's own functions.
+    """Returns the first training batch, perhaps of a reduced size, after the step's augmentation.
 
     Raises:
         InputError: the config or the data is wrong.
@@ -106,10 +109,9 @@ def first_samples(config: ConfigDict, wanted: int) -> Samples:
     source = Experiment(config).train_source
     batch_size = smaller_batch(config, wanted, len(source))
     if batch_size < config.batch_size:
-        print(
-            f"a batch of {batch_size} instead of {config.batch_size}: drawn alike, but these are "
-            "not the images of the run's first step",
-            file=sys.stderr,
+        logger.info(
+            f"batch size {batch_size} instead of {config.batch_size}: same distribution, but not "
+            "the images of the first training step"
         )
         config.batch_size = batch_size
     config.augment.label_smoothing = 0.0  # the pixels do not depend on it
@@ -126,47 +128,47 @@ def first_samples(config: ConfigDict, wanted: int) -> Samples:
 
 
 def smaller_batch(config: ConfigDict, wanted: int, num_records: int) -> int:
-    """The run's batch size; if that is large, as many images as are wanted, in whole groups.
+    """Returns the batch size of the run, or if that is large, `wanted` rounded up to whole groups.
 
-    Where there are too few records for the run, those that there are.
+    With fewer records than that, the largest possible number of whole groups.
     """
     unit = 2 * groups_of(config)
     most = num_records // unit * unit
-    if config.batch_size <= min(num_records, max(MOST_READ, wanted)) or not most:
+    if config.batch_size <= min(num_records, max(MAX_BATCH, wanted)) or not most:
         return config.batch_size
     return min(-(-wanted // unit) * unit, most, config.batch_size)
 
 
 def groups_of(config: ConfigDict) -> int:
-    """Of consecutive rows of the batch, each with its own draw or its own views of a record."""
+    """Number of groups of rows in a batch that mix images among themselves or repeat records."""
     options = config.augment
     grouped = options.mixup_alpha or options.cutmix_alpha or options.repeats > 1
     return options.mix_groups if grouped else 1
 
 
 def spread(batch_size: int, groups: int, wanted: int) -> np.ndarray:
-    """The first rows of each group in turn: all draws, and the views of a record side by side."""
+    """Returns `wanted` rows, one of each group in turn, so that repeats are adjacent."""
     return np.arange(batch_size).reshape(groups, -1).T.ravel()[:wanted]
 
 
 def to_pixels(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """uint8 pixels of normalized images; the noise of erasing goes beyond 0..255 and is clipped."""
+    """Converts normalized images to uint8 pixels; noise of erased areas is clipped."""
     pixels = (images * np.float32(std) + np.float32(mean)) * 255
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
 
 
 def caption(weights: np.ndarray, class_names: tuple[str, ...]) -> str:
-    """ "cat 0.63 + dog 0.37", on two lines if that is long; "cat" where only one class counts."""
+    """Formats weights of classes: "cat 0.63 + dog 0.37", on two lines if long, or "cat"."""
     first, second = np.argsort(-weights, kind="stable")[:2] if len(weights) > 1 else (0, 0)
     share = round(float(weights[first]), 2)
     if share == 1:
-        return shorten(class_names[first], MOST_LETTERS)
+        return shorten(class_names[first], MAX_LETTERS)
     parts = [
-        f"{shorten(class_names[label], MOST_LETTERS - 7)} {part:.2f}"
+        f"{shorten(class_names[label], MAX_LETTERS - 7)} {part:.2f}"
         for label, part in ((first, share), (second, 1 - share))
     ]
     one_line = " + ".join(parts)
-    return one_line if len(one_line) <= MOST_LETTERS else "\n+ ".join(parts)
+    return one_line if len(one_line) <= MAX_LETTERS else "\n+ ".join(parts)
 
 
 def shorten(name: str, letters: int) -> str:

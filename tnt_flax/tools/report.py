@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a page about a training run: report.html, which stands alone and opens from disk.
+"""Writes an HTML report of a training run: one file that opens from disk.
 
     python -m tnt_flax.tools.report runs/digits
     python -m tnt_flax.tools.report runs/tnt_s --data-root=IMAGENET --out=tnt_s.html
 
-Curves, the confusion matrix, calibration, the hardest images and the most frequent mistakes of the
-evaluation split, what of some images reaches the head, the environment, the config. The best
-checkpoint answers, with the weights that the config evaluates. The last line on stdout is one JSON
-object. Exit code 1 is a report that cannot be made, 2 is bad input.
+It shows training curves, and for the evaluation split the confusion matrix, the most frequent
+mistakes, calibration, the images with the largest loss, and the attention on some images; then the
+environment and the config. Predictions are those of the best checkpoint, with the weights that
+`eval.weights` selects. The last line on stdout is one JSON object. Exit code 1 means that the
+report could not be made, 2 that the input was wrong.
 """
 
 import datetime
 import json
+import logging
 import pathlib
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -25,18 +27,19 @@ from tnt_flax.data.labels import readable_names
 from tnt_flax.runtime import host
 from tnt_flax.tools.command_line import Parser, run
 
-SHOWN = 16  # images of a kind
-LOOKED_AT = 4  # images of which attention is shown
-MATRIX = 20  # classes: of more, only the mistakes are listed
+logger = logging.getLogger(__name__)
+SHOWN = 16  # images with the largest loss
+TRACED = 4  # images whose attention is shown
+MAX_MATRIX = 20  # classes in a confusion matrix
 
 
 def make_parser() -> Parser:
     parser = Parser("python -m tnt_flax.tools.report", __doc__)
     add = parser.add_argument
-    add("workdir", metavar="WORKDIR", type=pathlib.Path, help="the folder of a run")
-    add("--out", type=pathlib.Path, help="the page; WORKDIR/report.html by default")
-    add("--checkpoint", choices=["best", "last"], default="best", help="which one answers")
-    add("--data-root", help="where the data are now, if not where they were")
+    add("workdir", metavar="WORKDIR", type=pathlib.Path, help="folder of a run")
+    add("--out", type=pathlib.Path, help="default: WORKDIR/report.html")
+    add("--checkpoint", choices=["best", "last"], default="best", help="which one predictions")
+    add("--data-root", help="overrides data.root of the config")
     return parser
 
 
@@ -45,14 +48,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def report(args: Any) -> dict[str, Any]:
-    """Writes the page; returns what the JSON line says.
+    """Writes the report; returns the JSON object of the last line.
 
     Raises:
-        InputError: there is no run, its data are not there, or the page cannot be written.
-        RunError: no image could be evaluated, or the page cannot be written.
+        InputError: WORKDIR is not a workdir, its data are missing, or `out` is wrong.
+        RunError: no image could be evaluated, or the report cannot be written.
     """
     from tnt_flax.runtime import workdir
-    from tnt_flax.tools import predictions as answering
     from tnt_flax.training import metrics
     from tnt_flax.training.evaluate import calibration_error, calibration_sums
     from tnt_flax.training.experiment import Experiment
@@ -60,7 +62,7 @@ def report(args: Any) -> dict[str, Any]:
 
     stored = workdir.read_config(args.workdir)
     if stored is None:
-        raise InputError(f"{args.workdir} is no workdir of a run: it has no config.json")
+        raise InputError(f"{args.workdir} is not a workdir: it has no config.json")
     out = args.out or args.workdir / "report.html"
     if out.suffix != ".html" or not out.parent.is_dir():
         raise InputError(f"--out={out}: give a file that ends in .html, in a folder that exists")
@@ -75,17 +77,19 @@ def report(args: Any) -> dict[str, Any]:
         raise InputError(
             f"{found.path} was trained on other classes than {config.data.root or 'the data'} has"
         )
-    print(f"evaluating {found.summary()} on {len(source)} images", file=sys.stderr)
-    answers = answering.collect(experiment, found.network.model, found.variables)
+    logger.info(f"evaluating {found.summary()} on {len(source)} images")
+    predictions = collect_predictions(experiment, found.network.model, found.variables)
     lines = metrics.read_metrics_file(args.workdir / "metrics.jsonl")
     summary = {
-        "top1": float(answers.right.mean()),
-        "top5": float((answers.rank < 5).mean()),
-        "loss": float(answers.loss.mean()),
-        "calibration_error": calibration_error(calibration_sums(answers.confidence, answers.right)),
-        "images": len(answers.label),
+        "top1": float(predictions.correct.mean()),
+        "top5": float((predictions.rank < 5).mean()),
+        "loss": float(predictions.loss.mean()),
+        "calibration_error": calibration_error(
+            calibration_sums(predictions.confidence, predictions.correct)
+        ),
+        "images": len(predictions.label),
     }
-    page = make_page(args.workdir, config, stored, found, source, answers, lines, summary)
+    page = make_page(args.workdir, config, stored, found, source, predictions, lines, summary)
     try:
         write_atomic(out, page)
     except OSError as error:
@@ -93,9 +97,8 @@ def report(args: Any) -> dict[str, Any]:
     return {"out": str(out), **summary, "checkpoint": found.path}
 
 
-def make_page(folder, config, stored, found, source, answers, lines, summary) -> str:
+def make_page(folder, config, stored, found, source, predictions, lines, summary) -> str:
     from tnt_flax.tools import page
-    from tnt_flax.tools import predictions as answering
     from tnt_flax.training import plots
     from tnt_flax.training.evaluate import calibration_sums
 
@@ -105,19 +108,19 @@ def make_page(folder, config, stored, found, source, answers, lines, summary) ->
     title = f"{config.model.name} on {config.data.name or config.data.source}"
 
     def shown(i: int) -> str:
-        """The image of answer `i` with what the network says to it."""
-        said = f"{names[answers.predicted[i]]} {answers.confidence[i]:.0%}"
-        if answers.right[i]:
-            caption = f'<span class="right">{page.text(said)}</span>'
+        """Renders image `i` with its predicted class, and its label if that differs."""
+        prediction = f"{names[predictions.predicted[i]]} {predictions.confidence[i]:.0%}"
+        if predictions.correct[i]:
+            caption = f'<span class="right">{page.text(prediction)}</span>'
         else:
-            caption = f'<span class="wrong">{page.text(said)}</span><br>is '
-            caption += page.text(names[answers.label[i]])
-        pixels = image_of(config, source, int(answers.record[i]))
-        return page.image(pixels, caption, source.name_of(int(answers.record[i])))
+            caption = f'<span class="wrong">{page.text(prediction)}</span><br>label: '
+            caption += page.text(names[predictions.label[i]])
+        pixels = image_of(config, source, int(predictions.record[i]))
+        return page.image(pixels, caption, source.name_of(int(predictions.record[i])))
 
-    hardest = np.argsort(-answers.loss, kind="stable")[:SHOWN]
-    pairs = answering.most_confused(answers, 8)
-    kind = {"ema": "averaged", "raw": "raw"}[found.weights]
+    hardest = np.argsort(-predictions.loss, kind="stable")[:SHOWN]
+    pairs = most_confused(predictions, 8)
+    kind = {"ema": "EMA", "raw": "raw"}[found.weights]
     parts = [
         f"<h1>{page.text(title)}</h1>",
         f'<p class="soft">{page.text(folder.resolve().name)}: {kind} weights of '
@@ -136,39 +139,41 @@ def make_page(folder, config, stored, found, source, answers, lines, summary) ->
     if lines:
         parts += [
             "<h2>Curves</h2>",
-            page.drawing(lambda p: plots.plot_curves(lines, p), "Curves"),
+            page.plot_svg(lambda p: plots.plot_curves(lines, p), "Curves"),
         ]
     parts += ["<h2>Confusion</h2>"]
-    if len(names) <= MATRIX:
+    if len(names) <= MAX_MATRIX:
         parts += [
-            "<p>Rows are what the images are, columns what the network takes them for.</p>",
-            page.matrix(answering.confusion(answers, len(names)), names),
+            "<p>Rows are labels, columns are predictions.</p>",
+            page.matrix(confusion(predictions, len(names)), names),
         ]
     groups = []
     for label, predicted, count in pairs:
-        of_pair = np.flatnonzero((answers.label == label) & (answers.predicted == predicted))
-        of_pair = of_pair[np.argsort(-answers.confidence[of_pair], kind="stable")][:3]
-        heading = f"{names[label]} taken for {names[predicted]}: {count} of "
-        heading += f"{int((answers.label == label).sum())} images"
+        of_pair = np.flatnonzero(
+            (predictions.label == label) & (predictions.predicted == predicted)
+        )
+        of_pair = of_pair[np.argsort(-predictions.confidence[of_pair], kind="stable")][:3]
+        heading = f"{names[label]} predicted as {names[predicted]}: {count} of "
+        heading += f"{int((predictions.label == label).sum())} images"
         groups.append(f"<div><p>{page.text(heading)}</p>{page.images(map(shown, of_pair))}</div>")
     parts += [
-        page.images(groups, "groups") if groups else "<p>Not one mistake.</p>",
+        page.images(groups, "groups") if groups else "<p>No mistakes.</p>",
         "<h2>Calibration</h2>",
         f"<p>Expected calibration error {summary['calibration_error']:.2%}, in 15 bins.</p>",
-        page.drawing(
+        page.plot_svg(
             lambda p: plots.plot_calibration(
-                calibration_sums(answers.confidence, answers.right), p
+                calibration_sums(predictions.confidence, predictions.correct), p
             ),
             "Calibration",
         ),
-        "<h2>Hardest images</h2>",
-        "<p>Those whose own class the network finds least likely.</p>",
+        "<h2>Largest losses</h2>",
+        "<p>Images whose label has the lowest probability.</p>",
         page.images(map(shown, hardest)),
-        "<h2>What the network looks at</h2>",
-        "<p>Of the hardest image and of some others: what has reached the head (attention "
-        "rollout, bright where most), and the words after the last block (three principal "
-        "components as colours).</p>",
-        *attention(found, config, source, answers, hardest, names),
+        "<h2>Attention and features</h2>",
+        "<p>Attention rollout (brighter patches have a larger share in the head's input) and the "
+        "words after the last block (three principal components as colors), for the image with "
+        "the largest loss and some others.</p>",
+        *attention(found, config, source, predictions, hardest, names),
         "<h2>Environment</h2>",
         *environments(folder),
         "<h2>Config</h2>",
@@ -177,35 +182,105 @@ def make_page(folder, config, stored, found, source, answers, lines, summary) ->
     return page.page(f"{title}, {size} pixels", parts)
 
 
-def attention(found, config, source, answers, hardest, names) -> list[str]:
-    """A row of pictures for each of a few images."""
-    from tnt_flax.tools import attention as look
-    from tnt_flax.tools import page, pictures
+def attention(found, config, source, predictions, hardest, names) -> list[str]:
+    """Renders a row of heatmaps for each of a few images."""
+    from tnt_flax.tools import attention as tracing
+    from tnt_flax.tools import figures, page
 
-    others = np.linspace(0, len(answers.label) - 1, LOOKED_AT, dtype=int)[: LOOKED_AT - 1]
+    others = np.linspace(0, len(predictions.label) - 1, TRACED, dtype=int)[: TRACED - 1]
     chosen = list(dict.fromkeys([int(hardest[0]), *others.tolist()]))
-    pixels = np.stack([image_of(config, source, int(answers.record[i])) for i in chosen])
+    pixels = np.stack([image_of(config, source, int(predictions.record[i])) for i in chosen])
     rows = []
-    for i, seen in zip(chosen, look.look(found, pixels), strict=True):
-        depth = len(seen.outer_attention)
-        reached = seen.reached()
-        label = page.text(names[answers.label[i]])
-        cells = [page.image(seen.pixels, f"is {label}", f"an image of {label}")]
+    for i, trace in zip(chosen, tracing.trace_attention(found, pixels), strict=True):
+        depth = len(trace.outer_attention)
+        reached = trace.rollout_maps()
+        label = page.text(names[predictions.label[i]])
+        cells = [page.image(trace.pixels, f"label: {label}", f"image of class {label}")]
         for block in sorted({0, (depth - 1) // 2, depth - 1}):
-            lit = pictures.lit(seen.pixels, reached[block])
+            lit = figures.overlay_heatmap(trace.pixels, reached[block])
             cells.append(page.image(lit, f"after block {block + 1}", "attention rollout"))
-        if seen.words:
-            last = max(seen.words)
-            words = look.words_in_place(seen.words[last], seen.grid_of(last))
-            (colors,) = look.principal_colors([words])
+        if trace.words:
+            last = max(trace.words)
+            words = tracing.words_in_place(trace.words[last], trace.grid_of(last))
+            (colors,) = tracing.principal_colors([words])
             colors = np.rint(255 * colors).astype(np.uint8)
             cells.append(page.image(colors, f"words, block {last + 1}", "principal components"))
         rows.append(page.images(cells, "row"))
     return rows
 
 
+# ------------------------------------------------------------------------------------ predictions
+
+
+class Predictions(NamedTuple):
+    """Predictions for K readable images, in the order of the split."""
+
+    record: np.ndarray  # int [K], index in the split
+    label: np.ndarray  # int [K]
+    predicted: np.ndarray  # int [K]
+    confidence: np.ndarray  # float [K], probability of the predicted class
+    loss: np.ndarray  # float [K], cross-entropy
+    rank: np.ndarray  # int [K], number of classes more probable than the label
+
+    @property
+    def correct(self) -> np.ndarray:
+        return self.predicted == self.label
+
+
+def collect_predictions(experiment, model, variables) -> Predictions:
+    """Returns the predictions of a network on the evaluation split of `experiment`.
+
+    Raises:
+        RunError: no image can be read, or a prediction is not finite.
+    """
+    import jax
+
+    predict_step = jax.jit(experiment.make_predict_step(model))
+    parts, begin = [], 0
+    for batch in experiment.eval_batches():
+        probabilities = np.asarray(predict_step(variables, batch["image"]), np.float64)
+        rows = np.flatnonzero(batch["mask"])
+        labels, probabilities = batch["label"][rows], probabilities[rows]
+        own = np.take_along_axis(probabilities, labels[:, None], axis=1)
+        parts.append(
+            Predictions(
+                begin + rows,
+                labels,
+                probabilities.argmax(axis=1),
+                probabilities.max(axis=1),
+                -np.log(np.maximum(own[:, 0], 1e-30)),
+                (probabilities > own).sum(axis=1),
+            )
+        )
+        begin += len(batch["mask"])
+    predictions = Predictions(*map(np.concatenate, zip(*parts, strict=True)))
+    if not len(predictions.label):
+        raise RunError("no image could be evaluated")
+    if not np.isfinite(predictions.confidence).all():
+        raise RunError("a prediction is not finite: these weights are not usable")
+    return predictions
+
+
+def confusion(predictions: Predictions, classes: int) -> np.ndarray:
+    """Returns the confusion matrix [classes, classes]: rows are labels, columns predictions."""
+    pairs = predictions.label * classes + predictions.predicted
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+def most_confused(predictions: Predictions, limit: int) -> list[tuple[int, int, int]]:
+    """Returns (label, predicted, number of images) of the most frequent mistakes."""
+    wrong = np.flatnonzero(~predictions.correct)
+    pairs = np.stack([predictions.label[wrong], predictions.predicted[wrong]], axis=1)
+    found, counts = np.unique(pairs, axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:limit]
+    return [(int(found[i][0]), int(found[i][1]), int(counts[i])) for i in order]
+
+
+# -------------------------------------------------------------------------------------- the page
+
+
 def image_of(config: ConfigDict, source, record: int) -> np.ndarray:
-    """The image of a record as the evaluation gives it to the network, uint8 [S, S, 3]."""
+    """Returns the image of a record after the evaluation transform, uint8 [S, S, 3]."""
     from tnt_flax.data.transforms import eval_transform
 
     image, _ = source[record]
@@ -214,24 +289,24 @@ def image_of(config: ConfigDict, source, record: int) -> np.ndarray:
 
 
 def environments(folder: pathlib.Path) -> list[str]:
-    """What the run computed on, one after the other."""
+    """Renders the environments of the run, in the order of its starts."""
     from tnt_flax.runtime.workdir import read_environments
     from tnt_flax.tools import page
 
     starts = read_environments(folder)
     if not starts:
-        return ["<p>Unknown: this run has left no environment.json, as older ones have not.</p>"]
+        return ["<p>Unknown: the workdir has no environment.json.</p>"]
     parts = []
     for start in starts:
         parts += [
-            f"<p>From step {start['step']:,} on, {page.text(start['time'])}</p>",
+            f"<p>From step {start['step']:,}, {page.text(start['time'])}</p>",
             page.table(start["environment"].items()),
         ]
     return parts
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """("data.image_size", "224"), ...: every key that is set."""
+    """Returns (key, value) of every key that is set, such as ("data.image_size", "224")."""
     rows = []
     for key, value in config.items():
         if isinstance(value, dict):

@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of what a network makes of an image: attention, positions, features."""
+"""Figures of a network's attention, position embeddings and features on an image."""
 
 import pathlib
 
 import numpy as np
 
 from tnt_flax.tools import attention
-from tnt_flax.tools.attention import Look
+from tnt_flax.tools.attention import Trace
 from tnt_flax.training import plots
 
 COLORS = "viridis"
-MOST_TILES = 7  # a side, of a mosaic of sentences: more cannot be told apart
+MAX_TILES = 7  # per side of the plot of positions: more would be too small
 ORDINALS = {2: "2nd", 3: "3rd"}
-LEAST_TOP = 2  # of a scale on which 1 is what all weights alike would be
+MIN_SCALE = 2  # smallest upper end of a color scale on which uniform attention is 1
 
 
-def plot_outer_attention(seen: Look, path: pathlib.Path) -> None:
-    """Where what the head reads looks: a row for each block, a column for each head and the mean.
+def plot_outer_attention(trace: Trace, path: pathlib.Path) -> None:
+    """Plots the attention of the head's input: one row per block, one column per head.
 
-    Stages of PyramidTNT may have fewer heads than there are columns.
+    The last column is the mean. Early stages of PyramidTNT have fewer heads than columns.
     """
     plt = plots.pyplot()
-    weights = seen.read_maps()
+    weights = trace.attention_maps()
     rows, columns = len(weights), 1 + max(map(len, weights))
     figure, axes = plt.subplots(
         rows,
@@ -30,9 +30,9 @@ def plot_outer_attention(seen: Look, path: pathlib.Path) -> None:
         layout="constrained",
         squeeze=False,
     )
-    top = max(np.percentile(np.concatenate([maps.ravel() for maps in weights]), 99.5), LEAST_TOP)
+    top = max(np.percentile(np.concatenate([maps.ravel() for maps in weights]), 99.5), MIN_SCALE)
     for axis in axes.flat:
-        bare(axis)
+        hide_axes(axis)
     for block, maps in enumerate(weights):
         for axis in axes[block, len(maps) + 1 : -1]:
             axis.axis("off")
@@ -43,20 +43,20 @@ def plot_outer_attention(seen: Look, path: pathlib.Path) -> None:
         axes[block, 1].set_ylabel(f"block {block + 1}", fontsize=9)
     for column, axis in enumerate(axes[0, 1:], start=1):
         axis.set_title("mean" if column == columns else f"head {column}", fontsize=9)
-    axes[0, 0].imshow(seen.pixels)
+    axes[0, 0].imshow(trace.pixels)
     axes[0, 0].set_title("image", fontsize=9)
     for axis in axes[1:, 0]:
         axis.axis("off")
     bar = figure.colorbar(drawn, ax=axes, shrink=min(1, 3 / rows), pad=0.02, extend="max")
-    bar.set_label("weight, 1: all tokens alike", fontsize=9)
-    figure.suptitle(f"Outer attention: where {seen.reader} looks", fontsize=11)
+    bar.set_label("attention relative to uniform", fontsize=9)
+    figure.suptitle(f"Outer attention of {trace.readout_name}", fontsize=11)
     plots.save(figure, path)
 
 
-def plot_rollout(seen: Look, path: pathlib.Path) -> None:
-    """What of the image has reached what the head reads after each block, laid over the image."""
+def plot_rollout(trace: Trace, path: pathlib.Path) -> None:
+    """Plots the share of each patch in the head's input after each block, over the image."""
     plt = plots.pyplot()
-    reached = seen.reached()
+    reached = trace.rollout_maps()
     panels = len(reached) + 1
     columns = min(panels, 7)
     rows = -(-panels // columns)
@@ -64,30 +64,29 @@ def plot_rollout(seen: Look, path: pathlib.Path) -> None:
         rows, columns, figsize=(1.7 * columns, 1.85 * rows + 0.5), layout="constrained"
     )
     axes = np.atleast_1d(axes).ravel()
-    axes[0].imshow(seen.pixels)
+    axes[0].imshow(trace.pixels)
     axes[0].set_title("image", fontsize=9)
     for i, (axis, weights) in enumerate(zip(axes[1:], reached, strict=False)):
-        axis.imshow(lit(seen.pixels, weights))
+        axis.imshow(overlay_heatmap(trace.pixels, weights))
         axis.set_title(f"after block {i + 1}", fontsize=9)
     for axis in axes:
-        bare(axis)
+        hide_axes(axis)
     for axis in axes[panels:]:
         axis.axis("off")
     figure.suptitle(
-        f"Attention rollout: what of the image has reached {seen.reader}, brightest where most",
+        f"Attention rollout: share of each patch in {trace.readout_name} (brighter is more)",
         fontsize=11,
     )
     plots.save(figure, path)
 
 
-def plot_inner_attention(seen: Look, patches: list[int], path: pathlib.Path) -> None:
-    """Inside some patches: for each word, where it looks among the words of its patch.
+def plot_inner_attention(trace: Trace, patches: list[int], path: pathlib.Path) -> None:
+    """Plots the attention among the words of some patches, in the first, middle and last block.
 
-    Columns are blocks: the first, one in the middle, the last. Those of a later stage of PyramidTNT
-    show the larger sentence that the patch lies in.
+    Later stages of PyramidTNT show the larger sentence that contains the patch.
     """
     plt = plots.pyplot()
-    known = sorted(seen.inner_attention)
+    known = sorted(trace.inner_attention)
     blocks = sorted({known[0], known[(len(known) - 1) // 2], known[-1]})
     figure, axes = plt.subplots(
         len(patches),
@@ -96,80 +95,83 @@ def plot_inner_attention(seen: Look, patches: list[int], path: pathlib.Path) -> 
         layout="constrained",
         squeeze=False,
     )
-    columns = seen.grid[1]
-    side = seen.pixels.shape[1] // columns  # pixels of a patch
+    columns = trace.grid[1]
+    side = trace.pixels.shape[1] // columns  # pixels of a patch
     shown = {  # mean of the heads, of each patch
-        block: seen.inner_attention[block][[seen.holder(block, patch) for patch in patches]].mean(1)
+        block: trace.inner_attention[block][
+            [trace.enclosing_sentence(block, patch) for patch in patches]
+        ].mean(1)
         for block in blocks
     }
-    top = max(LEAST_TOP, *(maps.max() * maps.shape[-1] for maps in shown.values()))
+    top = max(MIN_SCALE, *(maps.max() * maps.shape[-1] for maps in shown.values()))
     for row, patch in enumerate(patches):
         y, x = divmod(patch, columns)
         corner = (slice(y * side, (y + 1) * side), slice(x * side, (x + 1) * side))
-        axes[row, 0].imshow(seen.pixels)
+        axes[row, 0].imshow(trace.pixels)
         frame = plt.Rectangle(
             (x * side - 0.5, y * side - 0.5), side, side, fill=False, color=plots.WRONG, lw=1.5
         )
         axes[row, 0].add_patch(frame)
         axes[row, 0].set_ylabel(f"patch {y},{x}", fontsize=9)
-        axes[row, 1].imshow(seen.pixels[corner])
+        axes[row, 1].imshow(trace.pixels[corner])
         for column, block in enumerate(blocks):
             maps = shown[block][row]
             words = round(len(maps) ** 0.5)
-            tiles = attention.mosaic(len(maps) * maps.reshape((words,) * 4))
+            tiles = attention.tile(len(maps) * maps.reshape((words,) * 4))
             drawn = axes[row, 2 + column].imshow(tiles, cmap=COLORS, vmin=0, vmax=top)
         if row == 0:
             axes[row, 0].set_title("image", fontsize=9)
-            axes[row, 1].set_title("its pixels", fontsize=9)
+            axes[row, 1].set_title("pixels of the patch", fontsize=9)
             for column, block in enumerate(blocks):
                 name = f"block {block + 1}, mean of heads"
-                if seen.grid_of(block) != seen.grid:
-                    pixels = seen.pixels.shape[1] // seen.grid_of(block)[1]
-                    name += f"\nthe {pixels} pixels that it lies in"
+                if trace.grid_of(block) != trace.grid:
+                    pixels = trace.pixels.shape[1] // trace.grid_of(block)[1]
+                    name += f"\nenclosing {pixels} pixels"
                 axes[row, 2 + column].set_title(name, fontsize=9)
     for axis in axes.flat:
-        bare(axis)
+        hide_axes(axis)
     bar = figure.colorbar(drawn, ax=axes, shrink=0.6, pad=0.02)
-    bar.set_label("weight, 1: all words alike", fontsize=9)
-    figure.suptitle("Inner attention: each tile is where the word at that place looks", fontsize=11)
+    bar.set_label("attention relative to uniform", fontsize=9)
+    figure.suptitle("Inner attention: each tile is the attention of one word", fontsize=11)
     plots.save(figure, path)
 
 
 def plot_positions(
     sentences: np.ndarray, words: np.ndarray, grid: tuple[int, int], path: pathlib.Path
 ) -> None:
-    """Similarity of the position embeddings: sentences [N, D], words [M, C]."""
+    """Plots cosine similarities of the position embeddings: sentences [N, D], words [M, C]."""
     plt = plots.pyplot()
-    every = -(-max(grid) // MOST_TILES)
+    every = -(-max(grid) // MAX_TILES)
     rows, columns = (slice(every // 2, None, every),) * 2
     maps = attention.similarity(sentences).reshape(*grid, *grid)[rows, columns]
     side = round(len(words) ** 0.5)
-    of_words = attention.mosaic(attention.similarity(words).reshape((side,) * 4))
+    of_words = attention.tile(attention.similarity(words).reshape((side,) * 4))
     figure, axes = plt.subplots(1, 2, figsize=(10, 5.2), layout="constrained")
     nth = ORDINALS.get(every, f"{every}th")
     chosen = f", every {nth} row and column" if every > 1 else ""
     for axis, image, title in (
-        (axes[0], attention.mosaic(maps), f"of {grid[0]} x {grid[1]} sentences{chosen}"),
-        (axes[1], of_words, f"of {side} x {side} words"),
+        (axes[0], attention.tile(maps), f"{grid[0]} x {grid[1]} sentences{chosen}"),
+        (axes[1], of_words, f"{side} x {side} words"),
     ):
         drawn = axis.imshow(image, cmap="RdBu_r", vmin=-1, vmax=1)
         axis.set_title(title, fontsize=10)
-        bare(axis)
+        hide_axes(axis)
     bar = figure.colorbar(drawn, ax=axes, shrink=0.7, pad=0.02)
-    bar.set_label("cosine, about the mean position", fontsize=9)
+    bar.set_label("cosine similarity (mean subtracted)", fontsize=9)
     figure.suptitle(
-        "Position embeddings: each tile is how alike one place is to all the others", fontsize=11
+        "Position embeddings: each tile compares one position with all others",
+        fontsize=11,
     )
     plots.save(figure, path)
 
 
-def plot_features(seen: Look, path: pathlib.Path) -> None:
-    """Three principal components of sentences and words as colours, at each depth."""
+def plot_features(trace: Trace, path: pathlib.Path) -> None:
+    """Plots three principal components of sentences and words as colors, for each block."""
     plt = plots.pyplot()
-    depth = len(seen.sentences)
-    sentences = attention.principal_colors(seen.sentence_maps())
-    read = sorted(seen.words)
-    in_place = [attention.words_in_place(seen.words[i], seen.grid_of(i)) for i in read]
+    depth = len(trace.sentences)
+    sentences = attention.principal_colors(trace.sentence_maps())
+    read = sorted(trace.words)
+    in_place = [attention.words_in_place(trace.words[i], trace.grid_of(i)) for i in read]
     words = dict(zip(read, attention.principal_colors(in_place), strict=True))
     strips = -(-depth // 6)  # of at most six blocks each
     columns = min(depth, 6)
@@ -182,7 +184,7 @@ def plot_features(seen: Look, path: pathlib.Path) -> None:
     )
     for axis in axes.flat:
         axis.axis("off")
-    axes[0, 0].imshow(seen.pixels)
+    axes[0, 0].imshow(trace.pixels)
     axes[0, 0].set_title("image", fontsize=9)
     for block in range(depth):
         strip, column = divmod(block, columns)
@@ -195,19 +197,19 @@ def plot_features(seen: Look, path: pathlib.Path) -> None:
             shown.append(lower)
         for axis in shown:
             axis.axis("on")
-            bare(axis)
+            hide_axes(axis)
         if column == 0:
             for axis, name in zip(shown, ("sentences", "words"), strict=False):
                 axis.set_ylabel(name, fontsize=9)
     figure.suptitle(
-        "Features: three principal components as red, green, blue, alike from block to block",
+        "Features: three principal components as red, green and blue, aligned between blocks",
         fontsize=11,
     )
     plots.save(figure, path)
 
 
-def lit(pixels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """uint8 pixels [S, S, 3], dark where the weights [rows, columns] are small: smooth between."""
+def overlay_heatmap(pixels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Darkens uint8 pixels [S, S, 3] where weights [rows, columns] are small, interpolating."""
     from PIL import Image
 
     share = (weights / weights.max()).astype(np.float32)
@@ -217,8 +219,8 @@ def lit(pixels: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.rint(pixels * light).astype(np.uint8)
 
 
-def bare(axis) -> None:
-    """No ticks and a thin frame, but what else was written stays."""
+def hide_axes(axis) -> None:
+    """Removes ticks and thins the frame; titles and labels stay."""
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set(linewidth=0.4, color="0.6")
