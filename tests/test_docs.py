@@ -50,8 +50,11 @@ def test_python_runs_and_gives_the_shapes_in_its_comments(page, checkpoint):
 @pytest.mark.parametrize("module, options", COMMANDS)
 def test_commands_parse(module, options, monkeypatch):
     monkeypatch.chdir(ROOT)
+    arguments = shlex.split(options)
+    if module == "tnt_flax":
+        module = f"tnt_flax.tools.{arguments.pop(0)}"
     module = {"benchmarks": "benchmarks.__main__"}.get(module, module)
-    importlib.import_module(module).make_parser().parse_args(shlex.split(options))
+    importlib.import_module(module).make_parser().parse_args(arguments)
 
 
 def test_commands_are_found():
