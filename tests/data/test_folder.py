@@ -6,7 +6,7 @@ import os
 import pytest
 
 from tests.helpers.source_checks import message_of
-from tests.helpers.tars import image
+from tests.helpers.tars import image, write_images
 from tnt_flax.core.errors import InputError
 from tnt_flax.data.sources import Holdout, ImageFolder, open_source
 from tnt_flax.data.sources.names import natural_key
@@ -15,16 +15,8 @@ from tnt_flax.training.experiment import Experiment
 FIFTH = Holdout(0.2, "train", "validation")
 
 
-def write_images(folder, paths):
-    for value, path in enumerate(paths):
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(image(value))
-
-
 def write_classes(folder, **counts):
-    write_images(
-        folder, [f"{name}/{i}.png" for name, count in counts.items() for i in range(count)]
-    )
+    write_images(folder, *(f"{name}/{i}.png" for name in counts for i in range(counts[name])))
 
 
 def paths_of(source, root):
@@ -33,7 +25,7 @@ def paths_of(source, root):
 
 def test_classes_and_files_are_in_natural_order(tmp_path):
     files = ["10/a.png", "9/img10.png", "9/img9.png", "2/b.png", "B/c.png"]
-    write_images(tmp_path / "train", files)
+    write_images(tmp_path / "train", *files)
     source = ImageFolder(tmp_path, "train")
     assert source.class_names == ("2", "9", "10", "B")
     expected = ["2/b.png", "9/img9.png", "9/img10.png", "10/a.png", "B/c.png"]
@@ -51,8 +43,8 @@ def test_natural_key_orders_like_timm_and_breaks_ties():
 def test_images_are_found_at_any_depth_by_suffix(tmp_path):
     wanted = ["a.JPEG", "b.jpg", "deep/er/c.PNG", "d.ppm", "e.bmp", "f.pgm", "g.tif", "h.tiff"]
     others = ["notes.txt", "i.npy", ".hidden.jpg", "._mac.png", ".cache/j.jpg", "k.jpg.part"]
-    write_images(tmp_path / "train/x", [*wanted, "i.webp", *others])
-    write_images(tmp_path, ["train/.git/z.png", "train/loose.png"])
+    write_images(tmp_path / "train/x", *wanted, "i.webp", *others)
+    write_images(tmp_path, "train/.git/z.png", "train/loose.png")
     source = ImageFolder(tmp_path, "train")
     assert source.class_names == ("x",)
     assert set(paths_of(source, tmp_path / "train/x")) == {*wanted, "i.webp"}
@@ -61,16 +53,15 @@ def test_images_are_found_at_any_depth_by_suffix(tmp_path):
 @pytest.mark.parametrize("folder", ["val", "validation"])
 @pytest.mark.parametrize("split", ["val", "validation"])
 def test_val_and_validation_are_synonyms(tmp_path, folder, split):
-    write_images(tmp_path, [f"{folder}/x/a.png"])
+    write_images(tmp_path, f"{folder}/x/a.png")
     assert ImageFolder(tmp_path, split).folder == str(tmp_path / folder)
 
 
 def test_class_list_orders_the_labels(tmp_path):
-    write_images(tmp_path, ["train/cat/a.png", "train/dog/b.png", "train/ant/c.png"])
+    write_images(tmp_path, "train/cat/a.png", "train/dog/b.png", "train/ant/c.png")
     (tmp_path / "classes.txt").write_text("dog\nant\r\n\n cat \n")
-    source = open_source(
-        "folder", "train", root=str(tmp_path), class_list=str(tmp_path / "classes.txt")
-    )
+    classes = str(tmp_path / "classes.txt")
+    source = open_source("folder", "train", root=str(tmp_path), class_list=classes)
     assert source.class_names == ("dog", "ant", "cat")
     assert paths_of(source, tmp_path / "train") == ["dog/b.png", "ant/c.png", "cat/a.png"]
     assert [source[i][1] for i in range(3)] == [0, 1, 2]
@@ -87,7 +78,7 @@ def test_class_list_orders_the_labels(tmp_path):
     ],
 )
 def test_class_list_must_match_the_folders(tmp_path, classes, expected):
-    write_images(tmp_path, ["train/cat/a.png", "train/dog/b.png"])
+    write_images(tmp_path, "train/cat/a.png", "train/dog/b.png")
     path = tmp_path / "classes.txt"
     if classes is not None:
         path.write_bytes(classes)
@@ -108,19 +99,19 @@ def test_error_messages_name_the_expected_folders(tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     assert f"{root}: it holds no folders" in message(root)
-    write_images(root, ["test/x/a.png", "extra/x/a.png"])
+    write_images(root, "test/x/a.png", "extra/x/a.png")
     assert "no folder 'validation' or 'val'" in message(root, "validation")
     assert "it holds extra, test" in message(root, "validation")
 
-    write_images(root, ["train/loose.png"])
+    write_images(root, "train/loose.png")
     assert f"no class folders in {root}/train" in message(root)
-    write_images(root, ["train/full/a.png", "train/empty/readme.txt"])
+    write_images(root, "train/full/a.png", "train/empty/readme.txt")
     assert f"class folder {root}/train/empty has no images" in message(root)
 
 
 @pytest.mark.parametrize("locked", ["train/b/deep", "train", "."])
 def test_unreadable_folders_are_refused(tmp_path, monkeypatch, locked):
-    write_images(tmp_path, ["train/a/x.png", "train/b/deep/y.png"])
+    write_images(tmp_path, "train/a/x.png", "train/b/deep/y.png")
     scandir = os.scandir
 
     def refuse(path):
@@ -133,7 +124,7 @@ def test_unreadable_folders_are_refused(tmp_path, monkeypatch, locked):
 
 
 def test_a_deleted_file_raises_oserror(tmp_path):
-    write_images(tmp_path, ["train/a/x.png"])
+    write_images(tmp_path, "train/a/x.png")
     source = ImageFolder(tmp_path, "train")
     os.remove(source.name_of(0))
     with pytest.raises(FileNotFoundError):
@@ -199,12 +190,8 @@ def test_folders_that_cannot_be_divided_are_refused(tmp_path):
 
 def test_config_sets_the_holdout(smoke_config, tmp_path):
     write_classes(tmp_path, cat=10)
-    config = smoke_config(
-        data__source="folder",
-        data__root=str(tmp_path),
-        data__holdout=0.3,
-        data__eval_split="validation",
-    )
+    folder = dict(data__source="folder", data__root=str(tmp_path), data__eval_split="validation")
+    config = smoke_config(**folder, data__holdout=0.3)
     assert len(Experiment(config).train_source) == 7
     config.data.holdout = 1.0
     with pytest.raises(InputError, match=r"data.holdout=1.0 is outside \[0, 1\)"):

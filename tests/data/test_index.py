@@ -2,6 +2,7 @@
 """Indexes of records: built once, continued after a kill, verified, and rebuilt when needed."""
 
 import os
+import pathlib
 import pickle
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.data.sources import index, storage
-from tnt_flax.data.sources.index import Index, open_index, whole_files
+from tnt_flax.data.sources.index import Index, open_index
 
 LINES = [b"aa", b"b", b"accc", b"b", b"dd", b"a"]
 TEXTS = ["a", "b", "a", "b", "d", "a"]
@@ -32,9 +33,8 @@ def cache(tmp_path_factory, monkeypatch):
 def files(tmp_path):
     """Three files whose lines are the records; the text of a record is its first letter."""
     paths = [str(tmp_path / f"{name}.txt") for name in "xyz"]
-    for path, lines in zip(paths, (["aa", "b", "accc"], ["b"], ["dd", "a"]), strict=True):
-        with open(path, "w") as file:
-            file.write("".join(f"{line}\n" for line in lines))
+    for path, content in zip(paths, (b"aa\nb\naccc\n", b"b\n", b"dd\na\n"), strict=True):
+        pathlib.Path(path).write_bytes(content)
     return paths
 
 
@@ -49,7 +49,7 @@ class Lines:
     def __init__(self, fail_at=None, error=KeyboardInterrupt):
         self.seen, self.fail_at, self.error = [], fail_at, error
 
-    def __call__(self, read, part):
+    def __call__(self, read, part, path):
         self.seen.append(part.file)
         if part.file == self.fail_at:
             raise self.error
@@ -60,7 +60,14 @@ class Lines:
 
 
 def build(files, scan=None, kind="lines"):
-    return open_index(kind, files, whole_files, scan or Lines())
+    return open_index(kind, files, scan or Lines())
+
+
+def scanned(files, kind="lines"):
+    """Opens the index and returns the numbers of the files that are scanned for it."""
+    scan = Lines()
+    build(files, scan, kind)
+    return scan.seen
 
 
 def index_files(folder):
@@ -82,55 +89,41 @@ def test_records_are_read_in_any_order(files, tmp_path):
 
 
 def test_an_index_is_built_once_per_kind_and_files(files):
-    build(files)
-    scan = Lines()
-    assert_complete(build(files, scan))
-    assert not scan.seen
-    build(files, scan, kind="other lines")
-    build(files[:2], scan)
-    assert len(scan.seen) == 5
+    assert sorted(scanned(files)) == [0, 1, 2] and not scanned(files)
+    assert_complete(build(files))
+    assert len(scanned(files, kind="other lines")) == 3 and len(scanned(files[:2])) == 2
 
 
 def test_a_moved_folder_keeps_its_index(files, tmp_path):
     build(files)
-    moved = tmp_path.with_name(tmp_path.name + "_moved")
-    os.rename(tmp_path, moved)
-    scan = Lines()
-    assert build([str(moved / os.path.basename(f)) for f in files], scan).read(2) == b"accc"
-    assert not scan.seen
+    moved = tmp_path.rename(tmp_path.with_name(tmp_path.name + "_moved"))
+    files = [str(moved / os.path.basename(file)) for file in files]
+    assert not scanned(files) and build(files).read(2) == b"accc"
 
 
 @pytest.mark.parametrize("change", ["size", "time"])
 def test_a_changed_file_rebuilds_the_index(files, caplog, change):
     build(files)
     if change == "size":
-        with open(files[1], "a") as file:
-            file.write("eee\n")
+        pathlib.Path(files[1]).write_text("b\neee\n")
     else:
         os.utime(files[1], ns=(1, 1))
     assert len(build(files)) == 6 + (change == "size")
     assert "y.txt has changed since" in caplog.text and "indexing again" in caplog.text
-    scan = Lines()
-    build(files, scan)
-    assert not scan.seen
+    assert not scanned(files)
 
 
 def test_a_damaged_index_is_rebuilt(files, caplog):
-    path = build(files).path
-    with open(path, "rb") as file:
-        whole = file.read()
+    path = pathlib.Path(build(files).path)
+    whole = path.read_bytes()
     assert len(whole) < 1200
 
     def is_rebuilt(content):
-        with open(path, "wb") as file:
-            file.write(content)
-        scan = Lines()
-        again = build(files, scan)
-        assert [again.read(i) for i in range(6)] == LINES
-        if scan.seen:
-            with open(path, "rb") as file:
-                assert file.read() == whole
-        return bool(scan.seen)
+        path.write_bytes(content)
+        rebuilt = bool(scanned(files))
+        assert_complete(build(files))
+        assert not rebuilt or path.read_bytes() == whole
+        return rebuilt
 
     rebuilt = 0
     for position in (*range(0, 8), *range(8, len(whole), 7), len(whole) - 1):
@@ -163,9 +156,7 @@ def test_a_partial_index_of_changed_files_is_discarded(files, one_thread, caplog
     with pytest.raises(KeyboardInterrupt):
         build(files, Lines(2))
     os.utime(files[0], ns=(1, 1))
-    scan = Lines()
-    build(files, scan)
-    assert scan.seen == [0, 1, 2] and "x.txt has changed" in caplog.text
+    assert scanned(files) == [0, 1, 2] and "x.txt has changed" in caplog.text
 
 
 def test_a_damaged_partial_index_is_discarded(files, tmp_path, one_thread, caplog):
@@ -175,8 +166,7 @@ def test_a_damaged_partial_index_is_discarded(files, tmp_path, one_thread, caplo
     damaged = partial.read_bytes().replace(b'done\\": 2', b'done\\": 1')
     assert damaged != partial.read_bytes()
     partial.write_bytes(damaged)
-    scan = Lines()
-    assert len(build(files, scan)) == 6 and scan.seen == [0, 1, 2]
+    assert scanned(files) == [0, 1, 2]
     assert "the checksum of its metadata differs" in caplog.text
 
 
@@ -192,12 +182,12 @@ def test_a_killed_process_leaves_its_work(files, tmp_path, root):
         from tests.data import test_index as t
         t.index.THREADS, t.index.SAVE_EVERY = 1, 0
         class Killed(t.Lines):
-            def __call__(self, read, part):
+            def __call__(self, read, part, path):
                 if part.file == 2:
                     while not glob.glob({str(tmp_path / "*.index.partial")!r}):
                         pass
                     os.kill(os.getpid(), signal.SIGKILL)
-                yield from super().__call__(read, part)
+                yield from super().__call__(read, part, path)
         t.build({files!r}, Killed())
     """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=root)
@@ -212,11 +202,11 @@ def test_parts_keep_their_order_if_a_later_one_is_faster(files):
     last = threading.Event()
 
     class Backwards(Lines):
-        def __call__(self, read, part):
+        def __call__(self, read, part, path):
             if part.file == 2:
                 last.set()
             assert last.wait(10)
-            yield from super().__call__(read, part)
+            yield from super().__call__(read, part, path)
 
     assert_complete(build(files, Backwards()))
 
@@ -236,8 +226,7 @@ def test_a_folder_that_is_not_writable(files, tmp_path, cache, monkeypatch):
     forbidden = {str(tmp_path)}
     built = build(files)
     assert built.path.startswith(str(cache)) and not index_files(tmp_path)
-    scan = Lines()
-    assert build(files, scan).path == built.path and not scan.seen
+    assert not scanned(files)
     forbidden.add(os.path.dirname(built.path))
     os.utime(files[0], ns=(1, 1))
     with pytest.raises(InputError, match="Permission denied; set XDG_CACHE_HOME to a writable"):
@@ -251,8 +240,7 @@ def test_an_index_pickles_as_its_path(files):
     os.utime(files[0], ns=(1, 1))
     build(files)  # with the same contents
     assert pickle.loads(data).read(5) == b"a"
-    with open(files[0], "a") as file:
-        file.write("more\n")
+    pathlib.Path(files[0]).write_text("more\n")
     build(files)
     with pytest.raises(InputError, match="was replaced while it was in use"):
         pickle.loads(data)
@@ -275,25 +263,22 @@ def test_missing_truncated_and_empty_files(files, tmp_path):
     with pytest.raises(InputError, match="cannot index .*: broken disk"):
         build(files[:2], Lines(1, OSError("broken disk")))
     with pytest.raises(InputError, match="a record of 4294967296 bytes is too large"):
-        build(files[:2], lambda read, part: iter([(0, 2**32, "")]))
+        build(files[:2], lambda *_: iter([(0, 2**32, "")]))
 
 
 def test_remote_files_are_indexed_in_the_cache_folder(files, cache):
     memory = fsspec.filesystem("memory")
     urls = [f"memory://bucket/{os.path.basename(path)}" for path in files]
     for path, url in zip(files, urls, strict=True):
-        with open(path, "rb") as file:
-            memory.pipe_file(url, file.read())
+        memory.pipe_file(url, pathlib.Path(path).read_bytes())
     built = build(urls)
     assert [built.read(i) for i in range(6)] == LINES and built.path.startswith(str(cache))
-    scan = Lines()
-    build(urls, scan)
-    assert not scan.seen and storage.list_folder("memory://bucket") == ["x.txt", "y.txt", "z.txt"]
+    assert not scanned(urls)
+    assert storage.list_folder("memory://bucket") == ["x.txt", "y.txt", "z.txt"]
     memory.pipe_file(urls[0], b"new\n")
     assert build(urls).read(0) == b"new"
     memory.pipe_file(urls[0], b"old\n")
-    build(urls, scan)
-    assert scan.seen
+    assert scanned(urls)
     with pytest.raises(OSError, match="ends before byte"):
         storage.read(urls[0], 2, 5)
     memory.rm(urls[0])
@@ -305,6 +290,6 @@ def test_an_index_is_a_safetensors_file(files):
     from safetensors import safe_open
 
     with safe_open(build(files).path, "np") as file:
-        assert sorted(file.keys()) == ["first", "size", "start", "text", "texts"]
+        assert sorted(file.keys()) == ["file", "size", "start", "text", "texts"]
         assert file.get_tensor("size").tolist() == [2, 1, 4, 1, 2, 1]
     assert Index(build(files).path, tuple(files)).read(0) == b"aa"

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 
 from configs import imagenet_variants
 from tests.helpers.photos import png
 from tests.helpers.random_weights import random_params
-from tests.helpers.tfds_files import write_tfds
+from tests.helpers.tfds_files import write_multi_label
 from tnt_flax import create_model
 from tnt_flax.core.errors import InputError
 from tnt_flax.data.labels import imagenet_synsets, map_to_network, read_real_labels, select_classes
@@ -274,22 +273,8 @@ def test_real_labels_from_json_and_tfds(imagenet, tmp_path):
         evaluate("real", imagenet, table)
 
     # The same images and labels in tfds.
-    one = tfds.features.ClassLabel(names=SYNSETS)
-    features = {"image": tfds.features.Image(encoding_format="jpeg"), "original_label": one}
-    features |= {"real_label": tfds.features.Sequence(one), "file_name": tfds.features.Text()}
-    rows = [
-        {"image": FLAT, "original_label": 9, "real_label": labels, "file_name": "x"}
-        for labels in ([7, 0], [3], [], [0])
-    ]
-    write_tfds(
-        imagenet,
-        "imagenet2012_real",
-        "1.0.0",
-        tfds.features.FeaturesDict(features),
-        {"validation": rows},
-        file_format="tfrecord",
-        supervised=("image", "real_label"),
-    )
+    rows = [FLAT] * 4, [[7, 0], [3], [], [0]]
+    write_multi_label(imagenet, "imagenet2012_real", SYNSETS, *rows, "tfrecord")
     assert evaluate("real_tfds", imagenet) == pytest.approx(real)
     with pytest.raises(InputError, match="several classes .*: no --per-class"):
         evaluate("real_tfds", imagenet, table)

@@ -15,8 +15,8 @@ import time
 import numpy as np
 import pytest
 
-from tests.helpers.photos import png
 from tests.helpers.source_checks import wait_until
+from tests.helpers.tars import write_images
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import pipeline
 from tnt_flax.data.pipeline import ReadOptions, eval_batches, train_batches
@@ -24,7 +24,7 @@ from tnt_flax.data.plan import TrainPlan, sample_generator
 from tnt_flax.data.randaugment import parse
 from tnt_flax.data.sources import Digits, ImageFolder
 from tnt_flax.data.sources.storage import DamagedError, RetryingReader
-from tnt_flax.data.transforms import decode, eval_transform, train_transform
+from tnt_flax.data.transforms import decode, eval_transform, resampler, train_transform
 
 AUGMENT = functools.partial(
     train_transform, size=12, scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5
@@ -32,6 +32,8 @@ AUGMENT = functools.partial(
 EVALUATE = functools.partial(eval_transform, size=12, crop_fraction=0.9)
 DIGITS = Digits("test")
 PLAN = TrainPlan(len(DIGITS), batch_size=8, seed=11)
+PUBLISHED_PLAN = TrainPlan(len(DIGITS), batch_size=16, seed=3, repeats=3, groups=4)
+PUBLISHED = functools.partial(AUGMENT, randaugment=parse("rand-m9-mstd0.5-inc1", mean=(0.5,) * 3))
 
 
 class Numbered:
@@ -63,6 +65,9 @@ def train(source=DIGITS, plan=PLAN, transform=AUGMENT, start_step=0, num_steps=4
     return train_batches(source, plan, transform=transform, **steps, options=options)
 
 
+published = functools.partial(train, plan=PUBLISHED_PLAN, transform=PUBLISHED)
+
+
 def evaluate(source=DIGITS, batch_size=8, **options):
     options = ReadOptions(**options)
     return eval_batches(source, transform=EVALUATE, batch_size=batch_size, options=options)
@@ -78,10 +83,15 @@ def assert_equal(actual, expected):
             np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
+def columns(batches):
+    """Concatenates batches."""
+    batches = list(batches)
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
 def side_by_side(streams):
     """Yields global batches: the rows of all hosts, in host order."""
-    for parts in zip(*streams, strict=True):
-        yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return map(columns, zip(*streams, strict=True))
 
 
 def threads_of_grain(before=()):
@@ -114,23 +124,21 @@ def test_augmentation_differs_between_epochs():
 
 
 @pytest.mark.parametrize("num_hosts", [1, 2, 4, 8])
-def test_global_batches_do_not_depend_on_hosts(num_hosts):
-    hosts = [train(host=h, num_hosts=num_hosts, num_steps=50) for h in range(num_hosts)]
-    assert_equal(side_by_side(hosts), train(num_steps=50, threads=0))
+@pytest.mark.parametrize("make", [train, published])
+def test_batches_do_not_depend_on_hosts_and_restarts(make, num_hosts):
+    whole = list(make(num_steps=48, threads=0))  # 45 steps an epoch, or 22
+    for k in (0, 21, 44, 46):
+        steps = dict(start_step=k, num_steps=48 - k, num_hosts=num_hosts)
+        assert_equal(side_by_side([make(**steps, host=h) for h in range(num_hosts)]), whole[k:])
 
 
 @pytest.mark.parametrize("threads, prefetch", [(0, 2), (1, 1), (4, 1), (4, 3), (9, 0)])
 def test_batches_do_not_depend_on_threads_and_prefetch(threads, prefetch):
-    stream = train(threads=threads, prefetch=prefetch, num_steps=6)
-    assert_equal(stream, train(num_steps=6))
-
-
-@pytest.mark.parametrize("start_step", [1, 44, 45, 46])
-@pytest.mark.parametrize("num_hosts", [1, 4])
-def test_resuming_gives_the_batches_of_an_uninterrupted_run(start_step, num_hosts):
-    steps = dict(start_step=start_step, num_steps=48 - start_step)
-    hosts = [train(**steps, host=h, num_hosts=num_hosts) for h in range(num_hosts)]
-    assert_equal(side_by_side(hosts), list(train(num_steps=48))[start_step:])
+    options = dict(threads=threads, prefetch=prefetch)
+    assert_equal(train(**options, num_steps=6), train(num_steps=6))
+    assert_equal(evaluate(**options), evaluate())
+    opencv = functools.partial(PUBLISHED, resampler=resampler("opencv"))
+    assert_equal(train(transform=opencv, **options), train(transform=opencv))
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -139,50 +147,28 @@ def test_resuming_gives_the_batches_of_an_uninterrupted_run(start_step, num_host
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 30])
 @pytest.mark.parametrize("batch_size, num_hosts", [(4, 1), (4, 2), (8, 4), (32, 1), (32, 4)])
 def test_evaluation_has_every_image_once(count, batch_size, num_hosts):
-    hosts = [
-        list(evaluate(Numbered(count), batch_size, host=h, num_hosts=num_hosts))
-        for h in range(num_hosts)
-    ]
-    assert len({len(host) for host in hosts}) == 1  # equal, or a collective would hang
+    make = functools.partial(evaluate, Numbered(count), batch_size, num_hosts=num_hosts)
+    hosts = [list(make(host=h)) for h in range(num_hosts)]
+    # Equal numbers of batches, or a collective would hang; none is only padding.
+    assert {len(host) for host in hosts} == {-(-count // batch_size)}
     shapes = {(b["image"].shape, b["label"].shape) for host in hosts for b in host}
     assert shapes == {((batch_size // num_hosts, 12, 12, 3), (batch_size // num_hosts,))}
-    batches = list(side_by_side(hosts))
-    rows = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
+    rows = columns(side_by_side(hosts))
+    assert rows["mask"].tolist() == [True] * count + [False] * (len(rows["mask"]) - count)
     assert rows["label"][rows["mask"]].tolist() == list(range(count))
     assert (rows["image"][rows["mask"]] == np.arange(count)[:, None, None, None]).all()
     assert not rows["image"][~rows["mask"]].any() and not rows["corrupt"].any()
     assert (rows["label"].dtype, rows["mask"].dtype) == (np.int32, np.bool_)
 
 
-def test_evaluation_does_not_depend_on_threads():
-    assert_equal(evaluate(threads=5), evaluate(threads=0))
-
-
 # ---------------------------------------------------------------------------- the published recipe
 
-PUBLISHED_PLAN = TrainPlan(len(DIGITS), batch_size=16, seed=3, repeats=3, groups=4)
-PUBLISHED = functools.partial(
-    AUGMENT, randaugment=parse("rand-m9-mstd0.5-inc1", mean=(0.5, 0.5, 0.5))
-)
 
-
-def published(**options):
-    return train(plan=PUBLISHED_PLAN, transform=PUBLISHED, **({"num_steps": 24} | options))
-
-
-def test_repeats_and_randaugment_do_not_depend_on_hosts_and_restarts():
-    whole = list(published(threads=0))  # 22 steps an epoch
-    for num_hosts in (1, 2, 4):
-        hosts = [published(host=h, num_hosts=num_hosts) for h in range(num_hosts)]
-        assert_equal(side_by_side(hosts), whole)
-    for k in (1, 21, 23):
-        assert_equal(published(start_step=k, num_steps=24 - k), whole[k:])
-    # The views of a record are different images.
-    rows = [PUBLISHED_PLAN.lookup(0, row)[0] for row in range(16)]
-    first = [whole[0]["image"][row].tobytes() for row in range(16)]
-    assert len(set(rows)) == 6 and len(set(first)) == 16
-    plain = list(train(plan=PUBLISHED_PLAN, num_steps=1))[0]["image"]
-    assert (plain != whole[0]["image"]).any(axis=(1, 2, 3)).sum() > 6
+def test_the_views_of_a_record_are_different_images():
+    (batch,), (plain,) = published(num_steps=1), train(plan=PUBLISHED_PLAN, num_steps=1)
+    assert len({PUBLISHED_PLAN.lookup(0, row)[0] for row in range(16)}) == 6
+    assert len({image.tobytes() for image in batch["image"]}) == 16
+    assert (plain["image"] != batch["image"]).any(axis=(1, 2, 3)).sum() > 6  # by RandAugment
 
 
 @pytest.mark.parametrize("num_hosts, threads", [(1, 0), (1, 5), (2, 2), (4, 3), (16, 0)])
@@ -202,10 +188,8 @@ def test_a_record_is_read_and_decoded_once_for_all_its_views(num_hosts, threads,
     for host in range(num_hosts):
         read.clear()
         decoded.clear()
-        (batch,) = published(
-            source=Counted("test"), start_step=7, num_steps=1, threads=threads, host=host,
-            num_hosts=num_hosts,
-        )  # fmt: skip
+        step = dict(start_step=7, num_steps=1, host=host, num_hosts=num_hosts)
+        (batch,) = published(source=Counted("test"), threads=threads, **step)
         rows = range(16 // num_hosts * host, 16 // num_hosts * (host + 1))
         plans = [PUBLISHED_PLAN.lookup(7, row) for row in rows]
         assert read == dict.fromkeys((record for record, _ in plans), 1)
@@ -236,10 +220,8 @@ REMEDY = '; remove it, or set data.corrupt="skip"'
 @pytest.mark.parametrize("threads", [0, 3])
 @pytest.mark.parametrize("make", [train, evaluate])
 def test_corrupt_images_and_missing_files_raise_one_line(tmp_path, make, threads):
+    write_images(tmp_path, *(f"train/a/{i}.png" for i in range(8)))
     bad = tmp_path / "train/a/bad.jpg"
-    bad.parent.mkdir(parents=True)
-    for i in range(8):
-        (bad.parent / f"{i}.png").write_bytes(png(np.full((4, 4, 3), i, np.uint8)))
     bad.write_bytes(b"no image")
     source = ImageFolder(tmp_path, "train")
     options = {"plan": TrainPlan(len(source), 3, 0)} if make is train else {"batch_size": 3}
@@ -274,10 +256,8 @@ def test_training_replaces_unreadable_records(error, caplog):
     assert batch["image"][:, 0, 0, 0].tolist() == batch["label"].tolist()
     assert batch["replaced"].tolist() == [r in replacement for r in records]
     assert "skipped: numbered record 9 " in caplog.text
-    streams = [
-        train(source, plan, num_steps=3, corrupt="skip", host=h, num_hosts=2) for h in (0, 1)
-    ]
-    assert_equal(side_by_side(streams), train(source, plan, num_steps=3, corrupt="skip"))
+    skip = functools.partial(train, source, plan, num_steps=3, corrupt="skip")
+    assert_equal(side_by_side([skip(host=h, num_hosts=2) for h in (0, 1)]), skip())
 
 
 def test_a_replacement_uses_the_random_numbers_of_its_row():
@@ -300,8 +280,7 @@ def test_training_fails_after_many_unreadable_records_in_a_row():
 
 
 def test_evaluation_masks_out_unreadable_records():
-    batches = list(evaluate(Numbered(7, broken={2, 6}), 4, corrupt="skip"))
-    rows = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
+    rows = columns(evaluate(Numbered(7, broken={2, 6}), 4, corrupt="skip"))
     assert rows["mask"].tolist() == [True, True, False, True, True, True, False, False]
     assert rows["corrupt"].tolist() == [False, False, True, False, False, False, True, False]
     assert rows["label"].tolist() == [0, 1, 0, 3, 4, 5, 0, 0]
@@ -315,8 +294,7 @@ def test_multi_label_batches():
         def __getitem__(self, index):
             return super().__getitem__(index)[0], np.array([index, 9, -1])
 
-    batches = list(evaluate(Several(5, broken={0}), 3, corrupt="skip"))
-    labels = np.concatenate([batch["label"] for batch in batches])
+    labels = columns(evaluate(Several(5, broken={0}), 3, corrupt="skip"))["label"]
     assert labels.dtype == np.int32
     assert labels.tolist() == [[0, 0, 0], *([i, 9, -1] for i in range(1, 5)), [0, 0, 0]]
 
@@ -324,29 +302,22 @@ def test_multi_label_batches():
 # ------------------------------------------------------------------------------------------ running
 
 
-def test_close_stops_the_threads():
+@pytest.mark.parametrize("end", [lambda stream: stream.close(), list], ids=["close", "exhaust"])
+def test_streams_leave_no_threads(end):
     before = threads_of_grain()
-    stream = train(threads=3, num_steps=10_000)
+    stream = train(threads=3, num_steps=100)
     next(stream)
     assert len(threads_of_grain(before)) == 3
-    stream.close()
+    end(stream)
     assert wait_until(lambda: not threads_of_grain(before))
     with pytest.raises(StopIteration):
         next(stream)
 
 
-def test_exhausted_streams_leave_no_threads():
-    before = threads_of_grain()
-    list(train(threads=3))
-    assert wait_until(lambda: not threads_of_grain(before))
-
-
 def test_views_pickle():
-    view = pipeline._TrainView(
-        RetryingReader(DIGITS, 0), "error", range(4, 8), PLAN, AUGMENT, start_step=3, num_steps=2
-    )
+    reader = RetryingReader(DIGITS, 0)
+    view = pipeline._TrainView(reader, "error", range(4, 8), PUBLISHED_PLAN, PUBLISHED, 3, 2)
     copy = pickle.loads(pickle.dumps(view))
-    assert len(view) == 2 and [row for row, _ in view[1]] == [0, 1, 2, 3]
     for (row, sample), (expected_row, expected) in zip(copy[1], view[1], strict=True):
         assert row == expected_row
         np.testing.assert_array_equal(sample["image"], expected["image"])
@@ -395,10 +366,7 @@ def test_memory_of_a_worker_process():
 
 @pytest.mark.slow
 def test_worker_processes_evaluate_the_same_and_raise_the_same_error(tmp_path):
-    for i in range(9):
-        path = tmp_path / "val/a" / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png(np.full((4, 4, 3), i, np.uint8)))
+    write_images(tmp_path, *(f"val/a/{i}.png" for i in range(9)))
     source = ImageFolder(tmp_path, "val")
     expected = list(evaluate(source, 4))
     os.remove(source.name_of(8))

@@ -13,7 +13,6 @@ import io
 import json
 import math
 import pathlib
-import pickle
 import random
 import types
 
@@ -28,9 +27,8 @@ from tnt_flax.data import randaugment
 from tnt_flax.data.randaugment import GEOMETRIC, PLAIN, RESAMPLE, apply_op
 from tnt_flax.data.transforms import train_transform
 
-GOLDEN = json.loads(
-    (pathlib.Path(__file__).parents[1] / "goldens/data" / "randaugment.json").read_text()
-)
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens/data"
+GOLDEN = json.loads((GOLDENS / "randaugment.json").read_text())
 GOLDEN_CALLS = [
     ("TranslateXRel", -10, "BICUBIC"),
     ("TranslateYRel", -8.795101, "BILINEAR"),
@@ -58,33 +56,24 @@ def samples(config, count, seed=0):
     return [augment.sample(numbers) for _ in range(count)]
 
 
+def magnitudes(config, count):
+    """Returns the absolute levels of all operations sampled for `count` images."""
+    return np.abs([call.level for calls in samples(config, count) for call in calls])
+
+
 # --------------------------------------------------------------------------------- the operations
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("photo", PHOTOGRAPHS)
 def test_pixels_equal_timm(photo, name):
+    original = PHOTOGRAPHS[photo].tobytes()
     golden = GOLDEN["sha256"][photo][name].split()
-    assert len(golden) == len(cases(name))
     for case, expected in zip(cases(name), golden, strict=True):
         image = apply_op(PHOTOGRAPHS[photo], name, *case, FILL)
         assert (image.mode, image.size) == ("RGB", PHOTOGRAPHS[photo].size)
         assert digest(image) == expected, case
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_operations_do_not_modify_their_argument(name):
-    image = PHOTOGRAPHS["small"]
-    before = image.tobytes()
-    apply_op(image, name, 9.0, BICUBIC, FILL)
-    assert image.tobytes() == before
-
-
-@pytest.mark.parametrize("name, level", [("PosterizeIncreasing", 10.0), ("Posterize", 2.4)])
-def test_posterizing_to_zero_bits_is_black(name, level):
-    image = apply_op(PHOTOGRAPHS["china"], name, level, BILINEAR, FILL)
-    assert image.size == PHOTOGRAPHS["china"].size
-    assert not np.asarray(image).any()
+    assert PHOTOGRAPHS[photo].tobytes() == original  # the argument is not modified
 
 
 def test_arguments_at_magnitude_nine():
@@ -97,6 +86,7 @@ def test_arguments_at_magnitude_nine():
     grey = np.arange(256)
     assert (values("Invert") == 255 - grey).all()
     assert (values("PosterizeIncreasing") == grey // 128 * 128).all()  # one bit is kept
+    assert not values("PosterizeIncreasing", 10.0).any() and not values("Posterize", 2.4).any()
     assert (values("SolarizeIncreasing") == np.where(grey < 26, grey, 255 - grey)).all()
     assert (values("SolarizeAdd") == np.where(grey < 128, np.minimum(255, grey + 99), grey)).all()
     assert abs(values("BrightnessIncreasing") - np.minimum(255, 1.81 * grey)).max() < 1
@@ -122,32 +112,19 @@ def test_samples_are_the_golden_ones():
 
 def test_global_random_numbers_are_neither_used_nor_changed():
     augment = parse(PUBLISHED)
-    expected = [augment(PHOTOGRAPHS["small"], generator(seed)) for seed in range(20)]
-    state, np_state = random.getstate(), np.random.get_state()[1].tolist()
+    run = lambda: [augment(PHOTOGRAPHS["small"], generator(seed)) for seed in range(20)]
+    state = lambda: (random.getstate(), np.random.get_state()[1].tolist())
+    expected = run()
     random.seed(5)
     np.random.seed(5)
-    middle = random.getstate(), np.random.get_state()[1].tolist()
-    again = [augment(PHOTOGRAPHS["small"], generator(seed)) for seed in range(20)]
-    assert again == expected
-    assert middle == (random.getstate(), np.random.get_state()[1].tolist())
-    random.setstate(state)
-    np.random.seed(np_state[0])
-
-
-def test_randaugment_pickles():
-    augment = parse("rand-m9-mstd0.5-t3aw")
-    copy = pickle.loads(pickle.dumps(augment))
-    assert copy == augment
-    for seed in range(5):
-        image = PHOTOGRAPHS["small"]
-        assert copy(image, generator(seed)) == augment(image, generator(seed))
+    before = state()
+    assert run() == expected and state() == before
 
 
 def near(count, total, probability):
     """True within 4.5 standard deviations of a binomial distribution."""
-    return abs(count - total * probability) < 4.5 * math.sqrt(
-        total * probability * (1 - probability)
-    )
+    deviation = math.sqrt(total * probability * (1 - probability))
+    return abs(count - total * probability) < 4.5 * deviation
 
 
 def test_distribution_of_the_published_recipe():
@@ -183,18 +160,17 @@ def test_distribution_of_the_published_recipe():
 def test_distributions_of_the_options():
     images = 4000
     for p in (0, 0.3, 1):
-        calls = [call for calls in samples(f"rand-p{p}-n3", images) for call in calls]
-        assert near(len(calls), 3 * images, p) or len(calls) == p * 3 * images
-        assert {abs(call.level) for call in calls} <= {10}
-    levels = np.abs([c.level for calls in samples("rand-m8-mstd101", images) for c in calls])
+        levels = magnitudes(f"rand-p{p}-n3", images)
+        assert near(len(levels), 3 * images, p) or len(levels) == p * 3 * images
+        assert set(levels) <= {10}
+    levels = magnitudes("rand-m8-mstd101", images)
     assert 0 < levels.min() and levels.max() < 8  # uniform
     assert abs(levels.mean() - 4) < 4.5 * 8 / math.sqrt(12 * len(levels))
     assert np.histogram(levels, 4, (0, 8))[0] == pytest.approx(len(levels) / 4, rel=0.15)
-    levels = np.abs([c.level for calls in samples("rand-m1-mstd2", images) for c in calls])
+    levels = magnitudes("rand-m1-mstd2", images)
     assert near((levels == 0).sum(), len(levels), (1 - math.erf(0.5 / math.sqrt(2))) / 2)
-    levels = np.abs([c.level for calls in samples("rand-m12-mmax14-mstd4", images) for c in calls])
-    assert levels.max() == 14
-    assert {abs(c.level) for calls in samples("rand-m12", 50) for c in calls} == {10}
+    assert magnitudes("rand-m12-mmax14-mstd4", images).max() == 14
+    assert set(magnitudes("rand-m12", 50)) == {10}
 
 
 @pytest.mark.parametrize("name", ["weights", "3aw"])
@@ -211,16 +187,10 @@ def test_weighted_sets_are_sampled_without_replacement(name):
 
 
 def test_the_published_recipe():
-    assert parse(PUBLISHED) == randaugment.RandAugment(
-        ops=tuple(randaugment.INCREASING_OPS),
-        weights=None,
-        num_ops=2,
-        probability=0.5,
-        magnitude=9,
-        magnitude_std=0.5,
-        max_magnitude=10,
-        fill=FILL,
-    )
+    arguments = dict(weights=None, num_ops=2, probability=0.5, fill=FILL)
+    arguments |= dict(magnitude=9, magnitude_std=0.5, max_magnitude=10)
+    expected = randaugment.RandAugment(tuple(randaugment.INCREASING_OPS), **arguments)
+    assert parse(PUBLISHED) == expected
     assert parse("rand-inc1-mstd0.5-m9") == parse(PUBLISHED)
 
 
@@ -261,17 +231,11 @@ def test_fill_is_the_mean_color():
         ("augmix-m3-w3", "'augmix' is not known: the string must begin with \"rand-\""),
         ("", "'' is not known"),
         ("RAND-m9", "'RAND' is not known"),
-        (
-            "rand-mst0.5",
-            "no section 'mst0.5' (did you mean 'mstd'?): sections begin with m, n, p, mstd, mmax,",
-        ),
+        ("rand-mst0.5", "no section 'mst0.5' (did you mean 'mstd'?): sections begin with m, n, p,"),
         ("rand-w0", "no section 'w0': sections begin with"),
         ("rand-m9-", "no section '': sections"),
         ("rand-9", "no section '9': sections"),
-        (
-            "rand-tweight",
-            "no set 'weight' (did you mean 'weights'?): choose one of weights, 3a, 3aw",
-        ),
+        ("rand-tweight", "no set 'weight' (did you mean 'weights'?): choose one of weights, 3a, 3"),
         ("rand-t", "no set '': choose one of"),
         ("rand-m9.5", "'m' takes a whole number, not '9.5'"),
         ("rand-inc", "'inc' takes a whole number, not ''"),
@@ -306,11 +270,10 @@ def test_train_transform_augments_after_crop_and_flip():
         return apply_op(image, "Invert", 0.0, BILINEAR, FILL)
 
     encoded = all_photos()["china"]
+    transform = functools.partial(train_transform, encoded, size=32, flip=0.5, **CROP)
     for seed in range(10):
-        plain = train_transform(encoded, generator(seed), size=32, flip=0.5, **CROP)
-        inverted = train_transform(
-            encoded, generator(seed), size=32, flip=0.5, randaugment=invert, **CROP
-        )
+        plain = transform(generator(seed))
+        inverted = transform(generator(seed), randaugment=invert)
         np.testing.assert_array_equal(inverted, 255 - plain)
     assert set(seen) == {(32, 32)}
 
@@ -355,26 +318,10 @@ def use_generator(monkeypatch):
         monkeypatch.setattr(auto_augment, "random", python)
         monkeypatch.setattr(timm.data.transforms, "random", python)
         monkeypatch.setattr(auto_augment.np.random, "choice", choose)
-        monkeypatch.setattr(
-            torchvision.transforms.transforms.torch,
-            "rand",
-            lambda _: torch.tensor([numbers.random()], dtype=torch.float64),
-        )
+        uniform = lambda _: torch.tensor([numbers.random()], dtype=torch.float64)
+        monkeypatch.setattr(torchvision.transforms.transforms.torch, "rand", uniform)
 
     return use
-
-
-@pytest.mark.oracle
-@pytest.mark.parametrize("name", NAMES)
-def test_operations_equal_timm(name):
-    pytest.importorskip("timm")
-    from tests.goldens.scripts.randaugment import timm_op
-
-    levels = generator(NAMES.index(name)).uniform(0, 10, 12).tolist()
-    for image in PHOTOGRAPHS.values():
-        for level, resample in [*cases(name), *((x, BICUBIC) for x in (*levels, 15.0, 30.0))]:
-            expected = timm_op(image, name, level, resample)
-            assert apply_op(image, name, level, resample, FILL) == expected, level
 
 
 @pytest.mark.oracle
@@ -399,21 +346,13 @@ def test_randaugment_equals_timm_with_the_same_random_numbers(config, use_genera
 def test_train_transform_equals_timm_with_the_same_random_numbers(photo, use_generator):
     from timm.data import create_transform
 
-    reference = create_transform(
-        224,
-        is_training=True,
-        use_prefetcher=True,
-        auto_augment=PUBLISHED,
-        interpolation="random",
-        color_jitter=0.4,
-        mean=HALF,
-        std=HALF,
-    )
+    options = dict(auto_augment=PUBLISHED, interpolation="random", color_jitter=0.4)
+    options |= dict(is_training=True, use_prefetcher=True, mean=HALF, std=HALF)
+    reference = create_transform(224, **options)
     encoded = all_photos()[photo]
     image = Image.open(io.BytesIO(encoded)).convert("RGB")
-    ours = functools.partial(
-        train_transform, size=224, flip=0.5, randaugment=parse(PUBLISHED), **CROP
-    )
+    options = dict(size=224, flip=0.5, randaugment=parse(PUBLISHED), **CROP)
+    ours = functools.partial(train_transform, **options)
     for seed in range(40):
         use_generator(generator(seed))
         expected = np.asarray(reference(image)).transpose(1, 2, 0)

@@ -4,6 +4,7 @@
 import errno
 import functools
 import os
+import pathlib
 import pickle
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.source_checks import wait_until
-from tests.helpers.tars import image
+from tests.helpers.tars import write_images
 from tnt_flax.core.errors import InputError
 from tnt_flax.data.pipeline import ReadOptions, eval_batches, train_batches
 from tnt_flax.data.plan import TrainPlan
@@ -28,13 +29,6 @@ TRANSFORM = functools.partial(train_transform, size=8, scale=(1.0, 1.0), ratio=(
 
 
 # ------------------------------------------------------------------------------------------ files
-
-
-def test_short_reads_of_the_system_are_completed(tmp_path, monkeypatch):
-    (tmp_path / "x").write_bytes(b"abcdef")
-    pread = os.pread
-    monkeypatch.setattr(os, "pread", lambda fd, size, start: pread(fd, min(size, 1), start))
-    assert storage.read(str(tmp_path / "x"), 1, 4) == b"bcde"
 
 
 def test_unsupported_urls_are_refused(monkeypatch):
@@ -82,11 +76,14 @@ def test_paths_and_urls_are_joined():
 @pytest.fixture
 def mount(tmp_path):
     """A folder with a data set of two classes; renaming it makes the storage unavailable."""
-    for name in ("cat", "dog"):
-        (tmp_path / "mount" / "train" / name).mkdir(parents=True)
-        for i in range(4):
-            (tmp_path / "mount" / "train" / name / f"{i}.png").write_bytes(image(20 * i))
+    names = (f"train/{name}/{i}.png" for name in ("cat", "dog") for i in range(4))
+    write_images(tmp_path / "mount", *names)
     return tmp_path / "mount"
+
+
+@pytest.fixture
+def source(mount):
+    return ImageFolder(str(mount), "train")
 
 
 @pytest.mark.parametrize(
@@ -108,9 +105,8 @@ def test_errors_that_mean_unavailable_storage(error, unavailable, tmp_path):
     assert storage.is_unavailable(error, "gs://bucket/shard.tar") == unavailable
 
 
-def test_a_short_interruption_does_not_change_the_batches(mount, caplog):
+def test_a_short_interruption_does_not_change_the_batches(mount, source, caplog):
     plan = TrainPlan(8, batch_size=4, seed=0)
-    source = ImageFolder(str(mount), "train")
     arguments = {"transform": TRANSFORM, "start_step": 0, "num_steps": 6}
     options = ReadOptions(threads=3, retry_seconds=60)
     train = lambda: [b["image"] for b in train_batches(source, plan, **arguments, options=options)]
@@ -128,22 +124,16 @@ def test_a_short_interruption_does_not_change_the_batches(mount, caplog):
 
 
 @pytest.mark.parametrize("corrupt", ["error", "skip"])
-def test_retries_end_after_the_budget(mount, corrupt):
+def test_retries_end_after_the_budget(mount, source, corrupt):
     """Unavailable storage must not count as corrupt images, which evaluation would mask out."""
-    source = ImageFolder(str(mount), "train")
     os.rename(mount, f"{mount}.away")
-    batches = eval_batches(
-        source,
-        transform=lambda image: np.zeros((2, 2, 3), np.uint8),
-        batch_size=4,
-        options=ReadOptions(corrupt=corrupt, retry_seconds=0.1),
-    )
+    options = ReadOptions(corrupt=corrupt, retry_seconds=0.1)
+    batches = eval_batches(source, transform=np.asarray, batch_size=4, options=options)
     with pytest.raises(StorageUnavailable, match=r"cannot be read: No such file.* 0.1 s \(data"):
         next(batches)
 
 
-def test_a_missing_file_is_not_retried(mount):
-    source = ImageFolder(str(mount), "train")
+def test_a_missing_file_is_not_retried(mount, source):
     (mount / "train" / "dog" / "3.png").unlink()
     options = ReadOptions(retry_seconds=10_000)
     batches = eval_batches(source, transform=np.asarray, batch_size=8, options=options)
@@ -151,8 +141,7 @@ def test_a_missing_file_is_not_retried(mount):
         next(batches)
 
 
-def test_closing_ends_the_retries(mount):
-    source = ImageFolder(str(mount), "train")
+def test_closing_ends_the_retries(mount, source):
     reader = RetryingReader(source, 10_000)
     os.rename(mount, f"{mount}.away")
     threading.Timer(0.1, reader.closed.set).start()
@@ -161,8 +150,8 @@ def test_closing_ends_the_retries(mount):
     assert not pickle.loads(pickle.dumps(reader)).closed.is_set()
 
 
-def test_pauses_grow_up_to_a_limit(mount, monkeypatch):
-    reader, pauses = RetryingReader(ImageFolder(str(mount), "train"), 100), []
+def test_pauses_grow_up_to_a_limit(mount, source, monkeypatch):
+    reader, pauses = RetryingReader(source, 100), []
     os.rename(mount, f"{mount}.away")
     monkeypatch.setattr(storage.time, "monotonic", lambda: sum(pauses))
     monkeypatch.setattr(reader.closed, "wait", pauses.append)
@@ -187,17 +176,13 @@ if __name__ == "__main__":
 
 
 def children(pid):
-    found = set()
-    for task in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{task}/children") as f:
-            found |= {int(child) for child in f.read().split()}
-    return found
+    files = pathlib.Path(f"/proc/{pid}/task").glob("*/children")
+    return {int(child) for file in files for child in file.read_text().split()}
 
 
 def command_line(pid):
     try:
-        with open(f"/proc/{pid}/cmdline") as f:
-            return f.read()
+        return pathlib.Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return ""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small tar files written by the standard library, and the images in them."""
+"""Small images, image folders, and tar files written by the standard library."""
 
 import io
 import pathlib
@@ -26,6 +26,13 @@ def tar(files: dict[str, bytes], file_format: int = tarfile.USTAR_FORMAT) -> byt
 def image(value: int, height: int = 5, width: int = 7) -> bytes:
     """Returns a PNG file with all pixels of this value."""
     return png(np.full((height, width, 3), value, np.uint8))
+
+
+def write_images(folder: pathlib.Path, *paths: str) -> None:
+    """Writes `image(k)` at the k-th of these paths below the folder."""
+    for value, path in enumerate(paths):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(image(value))
 
 
 def write_imagenet(folder: pathlib.Path, counts=(3, 1, 2)) -> None:

@@ -58,6 +58,20 @@ def write_tfds(
     return folder
 
 
+def write_multi_label(data_dir, name, names, images, labels, file_format) -> None:
+    """Writes a validation split with the features of imagenet2012_real and classes `names`."""
+    one = tfds.features.ClassLabel(names=names)
+    features = {"image": tfds.features.Image(encoding_format="jpeg"), "original_label": one}
+    features |= {"real_label": tfds.features.Sequence(one), "file_name": tfds.features.Text()}
+    rows = [
+        {"image": image, "original_label": 1, "real_label": row, "file_name": "a.JPEG"}
+        for image, row in zip(images, labels, strict=True)
+    ]
+    options = dict(file_format=file_format, supervised=("image", "real_label"))
+    described = tfds.features.FeaturesDict(features)
+    write_tfds(data_dir, name, "1.0.0", described, {"validation": rows}, **options)
+
+
 def tfrecord(data: bytes) -> bytes:
     """Returns a record in the framing of TensorFlow's RecordWriter."""
     length = len(data).to_bytes(8, "little")

@@ -26,27 +26,22 @@ _VALIDATION_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
 @functools.cache
-def _rows() -> tuple[tuple[str, str, str], ...]:
-    """Returns (synset, subsets, name) of each class."""
+def _imagenet() -> dict[str, tuple[str, str]]:
+    """Maps each synset to its (subsets, name)."""
     file = importlib.resources.files("tnt_flax.data") / "imagenet_classes.tsv"
-    lines = file.read_text("utf-8").splitlines()
-    return tuple(tuple(line.split("\t")) for line in lines)
+    rows = (line.split("\t") for line in file.read_text("utf-8").splitlines())
+    return {synset: (subsets, name) for synset, subsets, name in rows}
 
 
 def imagenet_synsets(subset: str | None = None) -> tuple[str, ...]:
     """Returns ("n01440764", ...): all synsets, or the 200 of "imagenet-a" or "imagenet-r"."""
     mark = IMAGENET_SUBSETS[subset] if subset else ""
-    return tuple(synset for synset, marks, _ in _rows() if mark in marks)
-
-
-@functools.cache
-def _readable() -> dict[str, str]:
-    return {synset: name for synset, _, name in _rows()}
+    return tuple(synset for synset, (marks, _) in _imagenet().items() if mark in marks)
 
 
 def readable_names(class_names: Sequence[str]) -> tuple[str, ...]:
     """Replaces synsets by words ("tench, Tinca tinca"); other names are unchanged."""
-    return tuple(_readable().get(name, name) for name in class_names)
+    return tuple(_imagenet().get(name, ("", name))[1] for name in class_names)
 
 
 def names_or_imagenet(
@@ -55,7 +50,7 @@ def names_or_imagenet(
     """Returns the class names; without any, ImageNet's synsets for 1,000 classes, else None."""
     if class_names is not None:
         return tuple(class_names)
-    return imagenet_synsets() if num_classes == len(_rows()) else None
+    return imagenet_synsets() if num_classes == len(_imagenet()) else None
 
 
 def display_names(class_names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
@@ -146,12 +141,9 @@ def read_real_labels(path: str, source: Source) -> np.ndarray:
     Returns int32 [records, K], padded with -1, for up to K labels per image. Raises InputError if
     the file is not real.json or a record is not named like a validation image.
     """
-    try:
+    with storage.as_input_error(f"cannot read the ReaL labels {path}"):
         labels = json.loads(storage.read_file(path))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot read the ReaL labels {path}: {reason}") from None
-    classes = range(len(imagenet_synsets()))
+    classes = range(len(_imagenet()))
     if not isinstance(labels, list) or not all(
         isinstance(row, list) and all(label in classes for label in row) for row in labels
     ):

@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
+from absl import flags
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.data.plan import EvalPlan, SampleKey, TrainPlan, sample_generator
+from tnt_flax.data.plan import EvalPlan, SampleKey, TrainPlan, cache_once, sample_generator
 from tnt_flax.data.sources import Source
 from tnt_flax.data.sources.storage import RetryingReader, StorageUnavailable
 from tnt_flax.data.transforms import CorruptImageError, Encoded, decode
@@ -116,7 +117,9 @@ def eval_batches(
     `train_batches`.
     """
     rows = options.rows(batch_size)
-    blank = np.zeros_like(transform(np.zeros((1, 1, 3), np.uint8)))  # for its shape
+    image = np.zeros_like(transform(np.zeros((1, 1, 3), np.uint8)))  # for its shape
+    label = np.zeros(getattr(source, "max_labels", None) or (), np.int32)
+    blank = {"image": image, "label": label, "mask": np.False_, "corrupt": np.False_}
     plan = EvalPlan(len(source), batch_size)
     reader = RetryingReader(source, options.retry_seconds)
     view = _EvalView(reader, options.corrupt, rows, plan, transform, blank)
@@ -127,14 +130,28 @@ def eval_batches(
 
 
 @dataclasses.dataclass(frozen=True)
-class _TrainView:
-    """One host's training samples; an element has up to RECORDS_PER_ELEMENT records of a step."""
+class _View:
+    """One host's samples; an element has up to RECORDS_PER_ELEMENT records of a batch."""
 
     reader: RetryingReader
     corrupt: str
     rows: range  # of the global batch
-    plan: TrainPlan
-    transform: Callable[[Encoded, np.random.Generator], np.ndarray]
+    plan: TrainPlan | EvalPlan
+    transform: Callable[..., np.ndarray]
+
+    def refuse_or_log(self, record: int, reason: CorruptImageError | OSError) -> None:
+        """Raises InputError for an unreadable record, or logs it if `corrupt` is "skip"."""
+        problem = "is not a usable image"
+        if isinstance(reason, OSError):  # the file vanished
+            problem, reason = "cannot be read", reason.strerror or reason
+        problem = f"{self.reader.source.name_of(record)} {problem}: {reason}"
+        if self.corrupt == "error":
+            raise InputError(f'{problem}; remove it, or set data.corrupt="skip"') from None
+        logger.warning("skipped: %s", problem)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainView(_View):
     start_step: int
     num_steps: int
 
@@ -171,7 +188,7 @@ class _TrainView:
                 images = [self.transform(image, sample_generator(key)) for key in keys]
                 return images, label, replacements > 0
             except (CorruptImageError, OSError) as reason:
-                _refuse_or_log(self.reader.source, candidate, reason, self.corrupt)
+                self.refuse_or_log(candidate, reason)
         raise InputError(
             f"{MAX_REPLACEMENTS + 1} records in a row cannot be read, the first is "
             f"{self.reader.source.name_of(record)}: check the data set"
@@ -179,15 +196,8 @@ class _TrainView:
 
 
 @dataclasses.dataclass(frozen=True)
-class _EvalView:
-    """One host's evaluation samples; an element has up to RECORDS_PER_ELEMENT of a batch."""
-
-    reader: RetryingReader
-    corrupt: str
-    rows: range  # of the global batch
-    plan: EvalPlan
-    transform: Callable[[Encoded], np.ndarray]
-    blank: np.ndarray
+class _EvalView(_View):
+    blank: dict[str, np.ndarray]  # columns of a row that must not count
 
     @property
     def elements_per_batch(self) -> int:
@@ -204,50 +214,20 @@ class _EvalView:
     def _sample(self, batch, row):
         record = self.plan.lookup(batch, row)
         if record is None:
-            return self._columns(self.blank)
+            return self.blank
         try:
             encoded, label = self.reader[record]
-            return self._columns(self.transform(encoded), label, mask=True)
+            columns = {"image": self.transform(encoded), "label": np.asarray(label, np.int32)}
+            return self.blank | columns | {"mask": np.True_}
         except (CorruptImageError, OSError) as reason:
-            _refuse_or_log(self.reader.source, record, reason, self.corrupt)
-            return self._columns(self.blank, corrupt=True)
-
-    def _columns(self, image, label=None, *, mask=False, corrupt=False):
-        if label is None:
-            max_labels = getattr(self.reader.source, "max_labels", None)
-            label = np.zeros(() if max_labels is None else max_labels)
-        return {
-            "image": image,
-            "label": np.asarray(label, np.int32),
-            "mask": np.bool_(mask),
-            "corrupt": np.bool_(corrupt),
-        }
+            self.refuse_or_log(record, reason)
+            return self.blank | {"corrupt": np.True_}
 
 
+@cache_once(maxsize=16)  # at least the number of unfinished batches
 def _records_of(plan, step, rows) -> tuple[tuple[int, list[tuple[int, SampleKey]]], ...]:
     """Returns the records in these rows of the batch of `step` with their (row, key) pairs."""
-    with _RECORDS_LOCK:  # many threads need them when a batch begins: compute them once
-        return _compute_records(plan, step, rows)
-
-
-@functools.lru_cache(maxsize=16)  # at least the number of unfinished batches
-def _compute_records(plan, step, rows):
     return tuple(plan.views(step, rows).items())
-
-
-# A global, not a field of the view, because locks do not pickle into worker processes.
-_RECORDS_LOCK = threading.Lock()
-
-
-def _refuse_or_log(source, record, reason, corrupt):
-    """Raises InputError for an unreadable record, or logs it if `corrupt` is "skip"."""
-    if isinstance(reason, CorruptImageError):
-        problem = f"{source.name_of(record)} is not a usable image: {reason}"
-    else:  # the file vanished
-        problem = f"{source.name_of(record)} cannot be read: {reason.strerror or reason}"
-    if corrupt == "error":
-        raise InputError(f'{problem}; remove it, or set data.corrupt="skip"') from None
-    logger.warning("skipped: %s", problem)
 
 
 # --------------------------------------------------------------------------------------- running
@@ -264,9 +244,10 @@ def _run(view, options):
         read_ahead = grain.ReadOptions(threads, max(threads, prefetch * count))
         batches = records.to_iter_dataset(read_ahead).batch(count, batch_fn=make_batch)
         return _iterate(batches, view.reader)
+    if not flags.FLAGS.is_parsed():  # Grain's workers read flags, which only `absl.app.run` parses
+        flags.FLAGS.mark_as_parsed()
     # Grain assigns elements to its processes in turn. They must be whole batches, or each process
     # would form batches of every other element.
-    _parse_absl_flags()
     read_ahead = grain.ReadOptions(threads, max(threads, prefetch))
     batches = records.batch(count, batch_fn=make_batch).to_iter_dataset(read_ahead)
     processes = grain.MultiprocessingOptions(options.workers, prefetch)
@@ -316,11 +297,3 @@ def _iterate(batches, reader):
     finally:
         reader.closed.set()
         iterator.close()
-
-
-def _parse_absl_flags():
-    # Grain's worker processes read absl flags, which only `absl.app.run` parses.
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()

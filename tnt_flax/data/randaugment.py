@@ -18,7 +18,6 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from tnt_flax.core.errors import InputError, did_you_mean
 
-MAX_LEVEL = 10  # default upper bound of magnitudes (`mmax`)
 RESAMPLE = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)  # filters of geometric operations
 UNIFORM_ABOVE = 100  # with a larger `mstd` magnitudes are uniform from 0 to m
 
@@ -214,14 +213,14 @@ class RandAugment:
 
 # ----------------------------------------------------------------------------------- config string
 
-# Section: (type, least value, largest value)
+# Section: (default, least value, largest value); the default's type is that of the section
 _SECTIONS = {
-    "m": (int, 0, math.inf),
-    "n": (int, 1, math.inf),
-    "p": (float, 0, 1),
-    "mstd": (float, 0, math.inf),
-    "mmax": (int, 1, math.inf),
-    "inc": (int, 0, 1),
+    "m": (10, 0, math.inf),
+    "n": (2, 1, math.inf),
+    "p": (0.5, 0, 1),
+    "mstd": (0.0, 0, math.inf),
+    "mmax": (10, 1, math.inf),
+    "inc": (0, 0, 1),
 }
 
 
@@ -250,45 +249,41 @@ def parse(config: str, mean: Sequence[float]) -> RandAugment:
         if key in values:
             raise InputError(problem + f"{key!r} occurs twice")
         values[key] = _value(problem, section, key, text)
-    ops = values.get("t", INCREASING_OPS if values.get("inc") else PLAIN_OPS)
+    values = {key: default for key, (default, _, _) in _SECTIONS.items()} | values
+    ops = values.get("t", INCREASING_OPS if values["inc"] else PLAIN_OPS)
     weights = None
-    num_ops = values.get("n", 2)
     if isinstance(ops, dict):
-        if num_ops > len(ops):
-            raise InputError(problem + f"n{num_ops} is more than the {len(ops)} operations")
+        if values["n"] > len(ops):
+            raise InputError(problem + f"n{values['n']} is more than the {len(ops)} operations")
         weights = tuple(weight / sum(ops.values()) for weight in ops.values())
-    std = values.get("mstd", 0)
     return RandAugment(
         ops=tuple(ops),
         weights=weights,
-        num_ops=num_ops,
-        probability=values.get("p", 0.5),
-        magnitude=values.get("m", 10),
-        magnitude_std=math.inf if std > UNIFORM_ABOVE else std,
-        max_magnitude=values.get("mmax", MAX_LEVEL),
+        num_ops=values["n"],
+        probability=values["p"],
+        magnitude=values["m"],
+        magnitude_std=math.inf if values["mstd"] > UNIFORM_ABOVE else values["mstd"],
+        max_magnitude=values["mmax"],
         fill=tuple(min(255, round(255 * channel)) for channel in mean),
     )
 
 
 def _value(problem, section, key, text):
+    known = [*_SECTIONS, "t"]
+    if key not in known:
+        problem += f"no section {section!r}{did_you_mean(key, known)}: "
+        raise InputError(f"{problem}sections begin with {', '.join(known)}")
     if key == "t":
         if text not in NAMED_SETS:
-            guess = did_you_mean(text, NAMED_SETS)
-            raise InputError(
-                problem + f"no set {text!r}{guess}: choose one of {', '.join(NAMED_SETS)}"
-            )
+            problem += f"no set {text!r}{did_you_mean(text, NAMED_SETS)}: "
+            raise InputError(f"{problem}choose one of {', '.join(NAMED_SETS)}")
         return NAMED_SETS[text]
-    if key not in _SECTIONS:
-        known = [*_SECTIONS, "t"]
-        guess = did_you_mean(key, known)
-        raise InputError(
-            problem + f"no section {section!r}{guess}: sections begin with {', '.join(known)}"
-        )
-    kind, least, largest = _SECTIONS[key]
-    if not re.fullmatch("[0-9]+" if kind is int else r"[0-9]+(\.[0-9]*)?", text):
-        what = "a whole number" if kind is int else "a number"
-        raise InputError(problem + f"{key!r} takes {what}, not {text!r}")
-    value = kind(text)
+    default, least, largest = _SECTIONS[key]
+    whole = isinstance(default, int)
+    if not re.fullmatch("[0-9]+" if whole else r"[0-9]+(\.[0-9]*)?", text):
+        kind = "a whole number" if whole else "a number"
+        raise InputError(problem + f"{key!r} takes {kind}, not {text!r}")
+    value = type(default)(text)
     if not least <= value <= largest:
         raise InputError(problem + f"{section!r} is out of range: {key} is {least} to {largest}")
     return value

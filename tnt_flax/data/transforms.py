@@ -46,11 +46,11 @@ def decode(image: Encoded) -> Image.Image:
     image of no pixels or of more than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     try:
-        if isinstance(image, Image.Image):
-            return _in_rgb(image)
         if isinstance(image, np.ndarray):
-            return _from_pixels(image)
-        return _from_file(image)
+            image = _from_pixels(image)
+        elif not isinstance(image, Image.Image):
+            image = _from_file(image)
+        return _in_rgb(image)
     except (CorruptImageError, MemoryError):
         raise
     except Image.UnidentifiedImageError:  # PIL's message contains a memory address
@@ -65,7 +65,7 @@ def _from_file(encoded):
     image = Image.open(io.BytesIO(encoded))
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # if warning filters were changed
         raise CorruptImageError(f"{image.width} x {image.height} pixels are too many")
-    return _in_rgb(image)
+    return image
 
 
 def _in_rgb(image):
@@ -85,7 +85,7 @@ def _from_pixels(pixels):
         raise CorruptImageError(f"an array of shape {pixels.shape} has no pixels")
     if pixels.ndim == 3 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
-    return Image.fromarray(pixels).convert("RGB")
+    return Image.fromarray(pixels)
 
 
 # ------------------------------------------------------------------------------------ resampling

@@ -5,22 +5,20 @@ The tar reader understands POSIX.1-1988 (ustar), GNU tar (long names) and POSIX.
 Compressed tars and sparse members cannot be read in place and are refused.
 """
 
-import dataclasses
 import fnmatch
-import functools
 import io
 import itertools
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from tnt_flax.core.errors import InputError, listed, one_line
 from tnt_flax.data.sources import storage
-from tnt_flax.data.sources.index import Index, Part, open_index, whole_files
+from tnt_flax.data.sources.index import Index, Part, open_index
 from tnt_flax.data.sources.names import (
     IMAGE_SUFFIXES,
     is_image,
@@ -127,17 +125,14 @@ def _pax(data, position, what):
     return found
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class TarImages:
-    """A source of images in tar files. `labels[k]` is the label of records with text number k."""
+    """A source of images in tar files. `classes[k]` is the class of records with text number k."""
 
-    index: Index
-    labels: np.ndarray  # int32 [texts]
-    class_names: tuple[str, ...]
-
-    @property
-    def storage_path(self) -> str:
-        return self.index.files[0]
+    def __init__(self, index: Index, class_names: tuple[str, ...], classes: Iterable[str]):
+        label_of = {name: label for label, name in enumerate(class_names)}
+        self.index, self.class_names = index, class_names
+        self.labels = np.array([label_of[name] for name in classes], np.int32)
+        self.storage_path = index.files[0]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -190,17 +185,14 @@ def imagenet_tars(root: str, split: str, eval_labels: str = "", class_list: str 
 
 
 def _train(path, class_list):
-    cut, scan = functools.partial(_cut_classes, path), functools.partial(_scan_class, path)
-    index = open_index("imagenet train", [path], cut, scan)
+    index = open_index("imagenet train", [path], _scan_class, _cut_classes)
     texts = index.texts()
-    names = order_classes(sorted(texts), class_list, path, "tar")
-    numbers = {name: label for label, name in enumerate(names)}
-    return TarImages(index, np.array([numbers[text] for text in texts], np.int32), names)
+    return TarImages(index, order_classes(sorted(texts), class_list, path, "tar"), texts)
 
 
-def _cut_classes(path, sizes):
+def _cut_classes(files, sizes):
     """Returns one part per inner tar."""
-    parts = []
+    path, parts = files[0], []
     with storage.open_sequential(path) as read:
         for name, start, length in members(read, 0, sizes[0], path):
             stem = re.fullmatch(r"(?:.*/)?([^/.][^/]*)\.tar", name)
@@ -213,7 +205,7 @@ def _cut_classes(path, sizes):
     return parts
 
 
-def _scan_class(path, read, part):
+def _scan_class(read, part, path):
     what, count = f"{part.text}.tar in {path}", 0
     for name, start, size in members(read, part.start, part.end, what):
         if is_image(name):
@@ -224,16 +216,15 @@ def _scan_class(path, read, part):
 
 
 def _validation(root, path, eval_labels, class_list):
-    index = open_index("imagenet val", [path], whole_files, functools.partial(_scan_images, path))
+    index = open_index("imagenet val", [path], _scan_images)
     labels_file = storage.join(root, eval_labels) if eval_labels else _find_labels(root)
     images = index.texts()
     synsets = read_labels(labels_file, sorted(images, key=natural_key))
     names = order_classes(sorted(set(synsets.values())), class_list, labels_file, "synset")
-    numbers = {name: label for label, name in enumerate(names)}
-    return TarImages(index, np.array([numbers[synsets[i]] for i in images], np.int32), names)
+    return TarImages(index, names, [synsets[image] for image in images])
 
 
-def _scan_images(path, read, part):
+def _scan_images(read, part, path):
     for name, start, size in members(read, part.start, part.end, path):
         if is_image(name):
             yield start, size, _stem(name)
@@ -244,7 +235,7 @@ def _stem(name):
 
 
 def _find_labels(root):
-    found = set(storage.list_folder(root))
+    found = storage.list_folder(root)
     for name in LABEL_FILES:
         if name in found:
             return storage.join(root, name)
@@ -261,12 +252,9 @@ def read_labels(path: str, images: list[str]) -> dict[str, str]:
     Raises InputError unless the file has the synset of every image. A file without names must have
     exactly one line per image.
     """
-    try:
+    with storage.as_input_error(f"cannot read the labels {path}"):
         data = storage.read_file(path)
         lines = _devkit_lines(path, data) if data[:2] == b"\x1f\x8b" else data.decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot read the labels {path}: {reason}") from None
     rows = [re.split(r"[,\s]+", line.strip()) for line in lines if line.strip()]
     if rows and not any(map(_SYNSET.fullmatch, rows[0])):
         if all(len(row) == 1 and row[0].isdigit() for row in rows):
@@ -332,33 +320,31 @@ def webdataset(root: str, split: str, class_list: str = "") -> TarImages:
     """
     if not root:
         raise InputError("webdataset shards need their folder: set data.root")
-    shards = find_shards(root, split)
-    index = open_index("webdataset", shards, whole_files, functools.partial(_scan_shard, shards))
-    class_names, labels = _classes(index.texts(), class_list, f"{root} ({split})")
-    return TarImages(index, np.array(labels, np.int32), class_names)
+    index = open_index("webdataset", find_shards(root, split), _scan_shard)
+    return TarImages(index, *_classes(index.texts(), class_list, f"{root} ({split})"))
 
 
 def find_shards(root: str, split: str) -> list[str]:
     """Returns the shards' paths in natural order; the braces of a pattern keep their order."""
     if re.search(r"[{*?\[]|\.tar$", split):
-        shards = [
-            path for pattern in expand_braces(storage.join(root, split)) for path in _glob(pattern)
-        ]
-        if not shards:
-            raise InputError(f"no shards {split} in {root}: it holds {_contents(root)}")
-        return shards
-    names = storage.list_folder(root)
-    for name in split_names(split):
-        if name in names and (shards := _glob(storage.join(root, f"{name}/*"))):
+        shards = [p for one in expand_braces(storage.join(root, split)) for p in _glob(one)]
+        if shards:
             return shards
-        word = re.compile(rf"(?<![a-z0-9]){re.escape(name)}(?![a-z])", re.IGNORECASE)
-        shards = _glob(storage.join(root, "*"))
-        if shards := [path for path in shards if word.search(storage.basename(path))]:
-            return shards
-    raise InputError(
-        f"no shards of the split {split!r} in {root}: expected {split}/*.tar, or *{split}*.tar, or "
-        f"a pattern as the name of the split; it holds {_contents(root)}"
-    )
+        problem = f"no shards {split} in {root}: "
+    else:
+        names = storage.list_folder(root)
+        for name in split_names(split):
+            if name in names and (shards := _glob(storage.join(root, f"{name}/*"))):
+                return shards
+            word = re.compile(rf"(?<![a-z0-9]){re.escape(name)}(?![a-z])", re.IGNORECASE)
+            shards = _glob(storage.join(root, "*"))
+            if shards := [path for path in shards if word.search(storage.basename(path))]:
+                return shards
+        problem = (
+            f"no shards of the split {split!r} in {root}: expected {split}/*.tar, or "
+            f"*{split}*.tar, or a pattern as the name of the split; "
+        )
+    raise InputError(f"{problem}it holds {listed(storage.list_folder(root)) or 'nothing'}")
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -384,30 +370,20 @@ def _glob(pattern):
     return [storage.join(folder, n) for n in sorted(found, key=natural_key)]
 
 
-def _contents(root):
-    return listed(storage.list_folder(root)) or "nothing"
-
-
-def _scan_shard(shards, read, part):
+def _scan_shard(read, part, shard):
     """Yields start and size of each sample's image, and the sample's label as written."""
-    shard, seen = shards[part.file], False
+    seen = False
     found = ((*_key(member.name), member) for member in members(read, 0, part.end, shard))
     for key, files in itertools.groupby((f for f in found if f[0]), key=lambda f: f[0]):
-        seen = True
-        image, label = None, {}
-        for _, extension, member in files:
-            if extension in _EXTENSIONS:
-                if image:
-                    raise InputError(f"{shard}: sample {key!r} has two images")
-                image = member
-            elif extension in ("cls", "json"):
-                label[extension] = member
-        text = _label(read, label, f"{shard}: sample {key!r}")
-        if not image:
-            raise InputError(
-                f"{shard}: sample {key!r} has no image ({', '.join(sorted(_EXTENSIONS))})"
-            )
-        yield image.start, image.size, text
+        seen, what = True, f"{shard}: sample {key!r}"
+        files = [(extension, member) for _, extension, member in files]
+        text = _label(read, dict(files), what)
+        images = [member for extension, member in files if extension in _EXTENSIONS]
+        if not images:
+            raise InputError(f"{what} has no image ({', '.join(sorted(_EXTENSIONS))})")
+        if len(images) > 1:
+            raise InputError(f"{what} has two images")
+        yield images[0].start, images[0].size, text
     if not seen:
         raise InputError(f"{shard} has no samples")
 
@@ -422,7 +398,8 @@ def _key(name):
 
 
 def _label(read, files, what):
-    for extension, member in sorted(files.items()):  # cls before json
+    labels = [(extension, files[extension]) for extension in ("cls", "json") if extension in files]
+    for extension, member in labels:
         if member.size > _MAX_LABEL_FILE:
             raise InputError(f"{what} has a .{extension} of {member.size} bytes: not a label")
         try:
@@ -438,21 +415,22 @@ def _label(read, files, what):
 
 
 def _classes(texts, class_list, where):
-    """Returns the class names and the label of each text."""
-    names = read_class_list(class_list) if class_list else ()
-    number = {name: label for label, name in enumerate(names)}
+    """Returns the class names, and the class of each text: of that name, or else of that number."""
     numeric = all(re.fullmatch(r"\d{1,9}", text) for text in texts)
-    if names and all(text in number for text in texts):
-        return names, [number[text] for text in texts]
-    if names:
-        for text in texts:
-            if not (numeric and int(text) < len(names)) and text not in number:
-                raise InputError(
-                    f"{where} has the label {text!r}, which is not in the class list {class_list} "
-                    f"of {len(names)} classes"
-                )
-    if numeric:
-        count = len(names) or 1 + max(map(int, texts))
-        return names or tuple(map(str, range(count))), [int(text) for text in texts]
-    names = tuple(sorted(texts, key=natural_key))
-    return names, [names.index(text) for text in texts]
+    if class_list:
+        names = read_class_list(class_list)
+    elif numeric:
+        names = tuple(map(str, range(1 + max(map(int, texts)))))
+    else:
+        names = tuple(sorted(texts, key=natural_key))
+    if numeric and not set(texts) <= set(names):
+        class_of = {text: names[int(text)] for text in texts if int(text) < len(names)}
+    else:
+        class_of = {name: name for name in names}
+    for text in texts:
+        if text not in class_of:
+            raise InputError(
+                f"{where} has the label {text!r}, which is not in the class list {class_list} of "
+                f"{len(names)} classes"
+            )
+    return names, [class_of[text] for text in texts]

@@ -42,7 +42,10 @@ class ImageFolder:
     def __init__(self, root: str, split: str, class_list: str = "", holdout: Holdout | None = None):
         folder, part = _find_split(root, split, holdout)
         self.folder = self.storage_path = str(folder)
-        self.class_names = order_classes(_class_folders(folder), class_list, self.folder)
+        found = _folders_in(folder, "split folder")
+        if not found:
+            raise InputError(f"no class folders in {folder}: expected {folder}/CLASS/IMAGE")
+        self.class_names = order_classes(found, class_list, self.folder)
         self._files = []  # relative paths as strings: ImageNet has 1.3 million
         self._labels = []
         for label, class_name in enumerate(self.class_names):
@@ -116,33 +119,22 @@ def _part_of(files, class_name, part, share):
     return [file for file in files if (file in held_out) == (part == "held out")]
 
 
-def _class_folders(folder):
-    class_names = _folders_in(folder, "split folder")
-    if not class_names:
-        raise InputError(f"no class folders in {folder}: expected {folder}/CLASS/IMAGE")
-    return class_names
-
-
 def _folders_in(path, what):
     """Returns the names of the visible folders in `path`, in natural order."""
-    try:
-        entries = [entry for entry in os.scandir(path) if entry.is_dir()]
-    except OSError as error:
-        raise InputError(f"cannot read the {what} {path}: {error.strerror}") from None
-    return sorted((e.name for e in entries if not e.name.startswith(".")), key=natural_key)
+    with storage.as_input_error(f"cannot read the {what} {path}"):
+        names = [entry.name for entry in os.scandir(path) if entry.is_dir()]
+    return sorted((name for name in names if not name.startswith(".")), key=natural_key)
 
 
 def _images_below(folder):
     """Returns the images below a class folder as relative paths, in natural order."""
+
+    def refuse(error):  # os.walk would silently skip a folder that it cannot list
+        raise InputError(f"cannot read the class folder {error.filename}: {error.strerror}")
+
     files = []
-    for directory, subfolders, names in os.walk(folder, followlinks=True, onerror=_raise):
+    for directory, subfolders, names in os.walk(folder, followlinks=True, onerror=refuse):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in names:
-            if is_image(name):
-                files.append(os.path.relpath(os.path.join(directory, name), folder))
+        below = os.path.relpath(directory, folder)
+        files += [os.path.normpath(os.path.join(below, name)) for name in names if is_image(name)]
     return sorted(files, key=natural_key)
-
-
-def _raise(error):
-    # os.walk would silently skip a folder that it cannot list.
-    raise InputError(f"cannot read the class folder {error.filename}: {error.strerror}")

@@ -2,18 +2,17 @@
 """Random access to the records of large files by an index of their positions.
 
 An index is built once and stored next to the data, or in a cache folder if that is not writable.
-It is a safetensors file with 16 bytes per record:
+It is a safetensors file with 20 bytes per record:
 
+* `file` uint32 [n], the number of the record's file, in ascending order;
 * `start` int64 [n] and `size` uint32 [n], in bytes;
-* `text` uint32 [n], an index into `texts` (JSON as uint8), the labels as the records spell them;
-* `first` int64 [files + 1]: file k has the records first[k], ..., first[k + 1] - 1.
+* `text` uint32 [n], an index into `texts` (JSON as uint8), the labels as the records spell them.
 
 Its metadata holds name, size and modification time of every file. If one of them changes, the index
 is rebuilt.
 """
 
 import array
-import bisect
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -26,7 +25,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,8 @@ from tnt_flax.data.sources import storage
 
 logger = logging.getLogger("tnt_flax")
 
-VERSION = "tnt_flax index 1"
+VERSION = "tnt_flax index 2"
+COLUMNS = {"file": "I", "start": "q", "size": "I", "text": "I"}  # type codes of `array` and numpy
 SAVE_EVERY = 10  # seconds between two saves of a partial index
 THREADS = 8  # parts that are scanned concurrently
 TICK = 256  # records between two updates of the progress bar
@@ -73,7 +73,6 @@ class Index:
             )
         self.path, self.files, self.identity = path, files, header["checksums"]
         self.text, self._columns = columns["text"], columns
-        self._first = columns["first"].tolist()
 
     def __reduce__(self):
         return Index, (self.path, self.files, self.identity)
@@ -87,8 +86,8 @@ class Index:
 
     def locate(self, record: int) -> tuple[str, int, int]:
         """Returns the path of a record's file and the record's start and size in bytes."""
-        file = self.files[bisect.bisect_right(self._first, record) - 1]
-        return file, int(self._columns["start"][record]), int(self._columns["size"][record])
+        file, start, size = (int(self._columns[name][record]) for name in ("file", "start", "size"))
+        return self.files[file], start, size
 
     def read(self, record: int) -> bytes:
         """Returns the bytes of a record. Raises OSError if its file is missing or truncated."""
@@ -96,19 +95,18 @@ class Index:
 
     def rows_of(self, file: int) -> range:
         """Returns the indices of the records in a file."""
-        return range(self._first[file], self._first[file + 1])
+        return range(*np.searchsorted(self._columns["file"], [file, file + 1]))
 
 
-def whole_files(sizes: list[int]) -> list[Part]:
-    """Returns one part per file, for `open_index`."""
+def _whole_files(files: Sequence[str], sizes: Sequence[int]) -> list[Part]:
     return [Part(file, 0, size) for file, size in enumerate(sizes)]
 
 
 def open_index(
     kind: str,
     files: Iterable[str],
-    cut: Callable[[list[int]], list[Part]],
-    scan: Callable[[storage.Read, Part], Iterator[Record]],
+    scan: Callable[[storage.Read, Part, str], Iterator[Record]],
+    cut: Callable[[Sequence[str], Sequence[int]], list[Part]] = _whole_files,
 ) -> Index:
     """Opens the index of `files`, and builds it if there is none or a file has changed.
 
@@ -118,8 +116,9 @@ def open_index(
     Args:
         kind: name of the scan; files scanned in two ways have two indexes.
         files: paths or URLs.
-        cut: turns the sizes of the files into parts, in the order of the records.
-        scan: yields (start, size, text) of the records of a part.
+        scan: called with (read, part, path of its file); yields (start, size, text) of its records.
+        cut: turns files and their sizes into parts, in the order of the records; by default a file
+            is a part.
 
     Raises:
         InputError: a file cannot be read, no folder is writable, or `cut` or `scan` raised it.
@@ -135,65 +134,65 @@ def open_index(
         if _usable(path, wanted):
             return Index(path, files)
     path = _first_writable(candidates, files[0])
-    parts = cut([size for size, _ in versions])
-    work = _PartialIndex(path, wanted)
-    if os.path.exists(work.partial) and _usable(work.partial, wanted):
-        work.resume()
+    partial = f"{path}.partial"
+    parts = cut(files, [size for size, _ in versions])
+    work = _Columns(wanted)
+    if _usable(partial, wanted):
+        work.load(partial)
     try:
-        _scan_all(files, parts, scan, work)
+        _scan_all(files, parts, scan, work, partial)
     except BaseException:
         if work.done:
             with contextlib.suppress(OSError):  # report the first error, not this one
-                work.save(work.partial)
+                work.save(partial)
         raise
-    if not len(work.columns["start"]):
+    if not work.columns["start"]:
         raise InputError(f"{files[0]}{' ...' * (len(files) > 1)}: no records found")
-    try:
+    with storage.as_input_error(f"cannot write the index {path}"):
         work.save(path)
         with contextlib.suppress(FileNotFoundError):
-            os.remove(work.partial)
-    except OSError as error:
-        raise InputError(f"cannot write the index {path}: {error.strerror}") from None
+            os.remove(partial)
     return Index(path, files)
 
 
 # -------------------------------------------------------------------------------------- building
 
 
-class _PartialIndex:
-    """The columns of the first `done` parts."""
+class _Columns:
+    """The columns of an index of the first `done` parts."""
 
-    def __init__(self, path, wanted):
-        self.path, self.partial, self.wanted = path, f"{path}.partial", wanted
-        self.done = 0
-        self.columns = {"start": array.array("q"), "size": array.array("I")}
-        self.columns |= {"text": array.array("I"), "file": array.array("I")}
+    def __init__(self, wanted):
+        self.wanted, self.done = wanted, 0
+        self.columns = {name: array.array(code) for name, code in COLUMNS.items()}
         self.numbers = {}  # text -> its number
 
     def add(self, part, starts, sizes, texts):
+        self.columns["file"].extend([part.file] * len(starts))
         self.columns["start"] += starts
         self.columns["size"] += sizes
         numbers = (self.numbers.setdefault(text, len(self.numbers)) for text in texts)
         self.columns["text"].extend(numbers)
-        self.columns["file"].extend([part.file] * len(starts))
         self.done += 1
 
-    def save(self, path):
-        _write(path, self.wanted, self.done, self.columns, list(self.numbers))
-
-    def resume(self):
-        header, columns = _read(self.partial)
-        for name in ("start", "size", "text"):
-            self.columns[name].frombytes(columns[name].tobytes())
-        counts = np.diff(columns["first"])
-        files = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)
-        self.columns["file"].frombytes(files.tobytes())
+    def load(self, path):
+        header, columns = _read(path)
+        for name, column in self.columns.items():
+            column.frombytes(columns[name].tobytes())
         texts = json.loads(columns["texts"].tobytes())
         self.numbers = {text: number for number, text in enumerate(texts)}
         self.done = header["done"]
 
+    def save(self, path):
+        """Writes an index atomically, also if other processes write it at the same time."""
+        tensors = {name: np.frombuffer(self.columns[name], code) for name, code in COLUMNS.items()}
+        tensors["texts"] = np.frombuffer(json.dumps(list(self.numbers)).encode(), np.uint8)
+        checksums = {name: zlib.crc32(tensor) for name, tensor in tensors.items()}
+        about = json.dumps({"wanted": self.wanted, "done": self.done, "checksums": checksums})
+        metadata = {"about": f"{zlib.crc32(about.encode())} {about}"}
+        write_atomic(path, safetensors.numpy.save(tensors, metadata), fsync=True)
 
-def _scan_all(files, parts, scan, work):
+
+def _scan_all(files, parts, scan, work, partial):
     lock, stop = threading.Lock(), threading.Event()
     size_of = lambda some_parts: sum(part.end - part.start for part in some_parts)
     bar = tqdm.tqdm(
@@ -208,10 +207,11 @@ def _scan_all(files, parts, scan, work):
 
     def scan_one(part):
         starts, sizes, texts, seen = array.array("q"), array.array("I"), [], part.start
-        with storage.open_sequential(files[part.file]) as read:
-            for start, size, text in scan(read, part):
+        path = files[part.file]
+        with storage.open_sequential(path) as read:
+            for start, size, text in scan(read, part, path):
                 if size >= 2**32:
-                    raise InputError(f"{files[part.file]}: a record of {size} bytes is too large")
+                    raise InputError(f"{path}: a record of {size} bytes is too large")
                 starts.append(start)
                 sizes.append(size)
                 texts.append(text)
@@ -231,7 +231,7 @@ def _scan_all(files, parts, scan, work):
         for result in pool.map(scan_one, parts[work.done :]):
             work.add(*result)
             if time.monotonic() - saved > SAVE_EVERY:
-                work.save(work.partial)
+                work.save(partial)
                 saved = time.monotonic()
     except OSError as error:
         raise InputError(f"cannot index {files[0]}: {error.strerror or error}") from error
@@ -250,8 +250,8 @@ def _candidate_paths(files, kind):
     name = f"{storage.basename(files[0])}.{hashlib.sha256(names.encode()).hexdigest()[:8]}.index"
     folder = storage.dirname(files[0])
     remote = storage.is_remote(folder)
-    owner = folder if remote else os.path.abspath(folder)
-    owner = hashlib.sha256(owner.encode()).hexdigest()[:16]
+    folder = folder if remote else os.path.abspath(folder)
+    owner = hashlib.sha256(folder.encode()).hexdigest()[:16]
     cached = str(cache_folder() / owner / name)
     return [cached] if remote else [os.path.join(folder, name), cached]
 
@@ -259,8 +259,8 @@ def _candidate_paths(files, kind):
 def _first_writable(paths, file):
     for path in paths:
         try:
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            with tempfile.TemporaryFile(dir=os.path.dirname(path) or "."):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with tempfile.TemporaryFile(dir=os.path.dirname(path)):
                 return path
         except OSError as error:
             reason = error.strerror
@@ -268,22 +268,6 @@ def _first_writable(paths, file):
         f"cannot write an index of {file} to {os.path.dirname(paths[-1])}: {reason}; set "
         "XDG_CACHE_HOME to a writable folder"
     )
-
-
-def _write(path: str, wanted: dict[str, Any], done: int, columns, texts) -> None:
-    """Writes an index atomically, also if other processes write it at the same time."""
-    first = np.searchsorted(columns["file"], np.arange(len(wanted["files"]) + 1))
-    tensors = {
-        "start": np.frombuffer(columns["start"], np.int64),
-        "size": np.frombuffer(columns["size"], np.uint32),
-        "text": np.frombuffer(columns["text"], np.uint32),
-        "first": first.astype(np.int64),
-        "texts": np.frombuffer(json.dumps(texts).encode(), np.uint8),
-    }
-    checksums = {name: zlib.crc32(tensor) for name, tensor in tensors.items()}
-    about = json.dumps({"wanted": wanted, "done": done, "checksums": checksums})
-    metadata = {"about": f"{zlib.crc32(about.encode())} {about}"}
-    write_atomic(path, safetensors.numpy.save(tensors, metadata), fsync=True)
 
 
 def _read(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -297,10 +281,8 @@ def _read(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             raise ValueError("its header is too long")
         header = json.loads(file.read(length))
     data = np.memmap(path, np.uint8, "r", offset=8 + length)
-    dtypes = {"start": np.int64, "size": np.uint32, "text": np.uint32}
-    dtypes |= {"first": np.int64, "texts": np.uint8}
     columns = {}
-    for name, dtype in dtypes.items():
+    for name, dtype in {**COLUMNS, "texts": "B"}.items():
         begin, end = header[name]["data_offsets"]
         if not 0 <= begin <= end <= len(data):
             raise ValueError("it is truncated")

@@ -33,13 +33,8 @@ def split_names(split: str) -> tuple[str, ...]:
 
 def read_class_list(path: str) -> tuple[str, ...]:
     """Reads a text file with one class per line. Raises InputError, also for repeated names."""
-    try:
-        lines = storage.read_file(path).decode("utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise InputError(f"cannot read the class list {path}: it is not UTF-8 text") from None
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"cannot read the class list {path}: {reason}") from None
+    with storage.as_input_error(f"cannot read the class list {path}"):
+        lines = storage.read_file(path).decode().splitlines()
     names = [line.strip() for line in lines if line.strip()]
     if repeated := [name for name, count in collections.Counter(names).items() if count > 1]:
         raise InputError(f"class list {path} names {repeated[0]!r} more than once")

@@ -21,6 +21,7 @@ from tnt_flax.core.errors import InputError, RunError, one_line
 logger = logging.getLogger("tnt_flax")
 
 REMOTE_BLOCK = 2**23  # bytes per request during a sequential read of a remote file
+VERSION_KEYS = ("etag", "ETag", "generation", "mtime", "updated", "LastModified", "created")
 MAX_PAUSE = 15.0  # seconds between two attempts; the first pause is half a second
 
 Read = Callable[[int, int], bytes]  # (start, size) -> bytes, fewer at the end of the file
@@ -32,6 +33,19 @@ class DamagedError(OSError):
 
 class StorageUnavailable(RunError):
     """The storage did not come back within the retry budget."""
+
+
+@contextlib.contextmanager
+def as_input_error(problem: str) -> Iterator[None]:
+    """Turns an OSError, or a ValueError of a parser, into the InputError "`problem`: reason"."""
+    try:
+        yield
+    except InputError:
+        raise
+    except UnicodeDecodeError:
+        raise InputError(f"{problem}: it is not UTF-8 text") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{problem}: {getattr(error, 'strerror', None) or error}") from None
 
 
 # ----------------------------------------------------------------------------------------- paths
@@ -68,13 +82,9 @@ def read(path: str, start: int, size: int) -> bytes:
             filesystem, name = _filesystem(path)
             data = filesystem.cat_file(name, start, start + size)
     else:
-        with open(path, "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), size, start)
-            while 0 < len(data) < size:  # the system may return less than was requested
-                more = os.pread(file.fileno(), size - len(data), start + len(data))
-                if not more:
-                    break
-                data += more
+        with open(path, "rb") as file:
+            file.seek(start)
+            data = file.read(size)
     if len(data) != size:
         raise DamagedError(f"{path} ends before byte {start + size}")
     return data
@@ -114,7 +124,7 @@ def open_sequential(path: str) -> Iterator[Read]:
 
 def list_folder(folder: str) -> list[str]:
     """Returns the sorted names in a folder. Raises InputError if it cannot be read."""
-    try:
+    with as_input_error(f"cannot read {folder}"):
         if not is_remote(folder):
             return sorted(os.listdir(os.path.expanduser(folder)))
         with _as_oserror(folder):
@@ -123,8 +133,6 @@ def list_folder(folder: str) -> list[str]:
             entries = {entry.rstrip("/") for entry in filesystem.ls(name, detail=False)}
             # Some object stores list the folder itself.
             return sorted(basename(entry) for entry in entries - {name})
-    except OSError as error:
-        raise InputError(f"cannot read {folder}: {error.strerror or error}") from None
 
 
 def file_versions(paths: Iterable[str]) -> list[tuple[int, str]]:
@@ -134,25 +142,19 @@ def file_versions(paths: Iterable[str]) -> list[tuple[int, str]]:
     """
     found, listed = [], set()
     for path in paths:
-        try:
+        with as_input_error(f"cannot read {path}"), _as_oserror(path):
             if not is_remote(path):
                 status = os.stat(path)
                 found.append((status.st_size, str(status.st_mtime_ns)))
                 continue
-            with _as_oserror(path):
-                filesystem, name = _filesystem(path)
-                if dirname(path) not in listed:  # one request per folder, not one per file
-                    listed.add(dirname(path))
-                    filesystem.ls(dirname(name), detail=True)
-                found.append(_version(filesystem.info(name)))
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+            filesystem, name = _filesystem(path)
+            if dirname(path) not in listed:  # one request per folder, not one per file
+                listed.add(dirname(path))
+                filesystem.ls(dirname(name), detail=True)
+            info = filesystem.info(name)
+            version = next((info[key] for key in VERSION_KEYS if info.get(key)), "")
+            found.append((int(info["size"]), str(version)))
     return found
-
-
-def _version(info):
-    keys = ("etag", "ETag", "generation", "mtime", "updated", "LastModified", "created")
-    return int(info["size"]), str(next((info[key] for key in keys if info.get(key)), ""))
 
 
 def _filesystem(url):
@@ -163,8 +165,8 @@ def _filesystem(url):
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
-        known = {"gs": "gcs", "gcs": "gcs"}.get(scheme)
-        advice = f'pip install "tnt_flax[{known}]"' if known else one_line(error)
+        google = scheme in ("gs", "gcs")
+        advice = 'pip install "tnt_flax[gcs]"' if google else one_line(error)
         raise InputError(f"{scheme}:// paths need another package: {advice}") from None
     except ValueError:
         raise InputError(f"cannot read {url}: fsspec does not know {scheme}:// paths") from None

@@ -17,7 +17,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message, message_fa
 
 from tnt_flax.core.errors import InputError, did_you_mean, listed, one_line
 from tnt_flax.data.sources import storage
-from tnt_flax.data.sources.index import Index, open_index, whole_files
+from tnt_flax.data.sources.index import Index, open_index
 
 FORMATS = ("array_record", "tfrecord")  # in order of preference: tfrecord needs an index
 _LENGTH, _CRC = 8, 4  # bytes; a TFRecord is length, crc of the length, data, crc of the data
@@ -76,26 +76,21 @@ def _example_class() -> Any:
 
     The map of features is declared as a list of pairs, which is its encoding.
     """
-    field = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="e", syntax="proto3")
-    for name, fields in {
-        "BytesList": [("value", 1, field.TYPE_BYTES, "repeated")],
-        "Int64List": [("value", 1, field.TYPE_INT64, "repeated")],
-        "Feature": [("bytes_list", 1, "BytesList", ""), ("int64_list", 3, "Int64List", "")],
-        "Entry": [("key", 1, field.TYPE_STRING, ""), ("value", 2, "Feature", "")],
-        "Features": [("feature", 1, "Entry", "repeated")],
-        "Example": [("features", 1, "Features", "")],
-    }.items():
-        message_type = file.message_type.add(name=name)
-        for key, number, kind, repeated in fields:
-            label = field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL
-            added = message_type.field.add(name=key, number=number, label=label)
-            if isinstance(kind, str):
-                added.type, added.type_name = field.TYPE_MESSAGE, f".e.{kind}"
-            else:
-                added.type = kind
+    one = lambda number, name, **kind: dict(name=name, number=number, label="LABEL_OPTIONAL") | kind
+    many = lambda *args, **kind: one(*args, **kind) | {"label": "LABEL_REPEATED"}
+    messages = {
+        "BytesList": [many(1, "value", type="TYPE_BYTES")],
+        "Int64List": [many(1, "value", type="TYPE_INT64")],
+        "Feature": [one(1, "bytes_list", type_name="BytesList")]
+        + [one(3, "int64_list", type_name="Int64List")],
+        "Entry": [one(1, "key", type="TYPE_STRING"), one(2, "value", type_name="Feature")],
+        "Features": [many(1, "feature", type_name="Entry")],
+        "Example": [one(1, "features", type_name="Features")],
+    }
+    file = dict(name="example.proto", package="e", syntax="proto3")
+    file["message_type"] = [dict(name=name, field=fields) for name, fields in messages.items()]
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
+    pool.Add(descriptor_pb2.FileDescriptorProto(**file))
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("e.Example"))
 
 
@@ -179,8 +174,7 @@ def _open_split(builder, split):
     for instruction in instructions:
         name, shard = split_of[os.fspath(instruction.filename)]
         if name not in indexes:
-            scan = functools.partial(_scan_tfrecord, shards[name])
-            indexes[name] = open_index("tfrecord", shards[name], whole_files, scan)
+            indexes[name] = open_index("tfrecord", shards[name], _scan_tfrecord)
         rows = indexes[name].rows_of(shard)
         if len(rows) != instruction.examples_in_shard:
             raise InputError(
@@ -214,17 +208,17 @@ class _TfRecords:
         return data
 
 
-def _scan_tfrecord(files, read, part):
+def _scan_tfrecord(read, part, path):
     """Yields start and size of each record, including its checksum (tensorflow/core/lib/io)."""
-    position, what = 0, files[part.file]
+    position = 0
     while position < part.end:
         header = read(position, _LENGTH + _CRC)
         start, length = position + len(header), header[:_LENGTH]
         if header[_LENGTH:] != _masked_crc(length):
-            raise InputError(f"{what} is damaged: no TFRecord begins at byte {position}")
+            raise InputError(f"{path} is damaged: no TFRecord begins at byte {position}")
         position = start + int.from_bytes(length, "little") + _CRC
         if position > part.end:
-            raise InputError(f"{what} is truncated: a record should end at byte {position}")
+            raise InputError(f"{path} is truncated: a record should end at byte {position}")
         yield start, position - start, ""
 
 
