@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For which machine a network is traced: the platform, and the mesh of its devices."""
+"""Platform and mesh that a network is traced for."""
 
 import math
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-TENSOR = "tensor"  # the mesh axis that splits the outer transformer; all others split the batch
+TENSOR = "tensor"  # mesh axis of the outer transformer's heads; all others shard the batch
 
 
 def platform() -> str:
-    """Of the ambient mesh's devices, which may be described and not there, or of those here."""
+    """Returns the platform of the ambient mesh (possibly abstract, as in AOT), else the default."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()
 
 
 def free_axes() -> tuple[str, ...]:
-    """The axes of the ambient mesh over which the compiler divides the work.
+    """Returns the axes of the ambient mesh that no enclosing `jax.shard_map` has made manual.
 
-    Not those that an enclosing `jax.shard_map` has made manual.
+    Over these the compiler partitions.
     """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -26,7 +26,7 @@ def free_axes() -> tuple[str, ...]:
 
 
 def devices(axes: tuple[str, ...]) -> int:
-    """Along `axes` of the ambient mesh."""
+    """Returns the number of devices along `axes` of the ambient mesh."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape[axis] for axis in axes)
 
@@ -45,5 +45,5 @@ def shard_batch(x: jax.Array) -> jax.Array:
 
 
 def heads_are_split() -> bool:
-    """Does the compiler divide the outer transformer among devices? It cannot divide kernels."""
+    """True if the compiler shards the outer transformer over devices; it cannot shard kernels."""
     return TENSOR in free_axes() and devices((TENSOR,)) > 1
