@@ -83,10 +83,12 @@ def test_a_wrong_gradient_is_found(capsys, monkeypatch, only):
 
 
 def test_wrong_logits_are_found(capsys, monkeypatch, only):
-    """The attention of "cpu" gets another scale."""
-    right = select.PRIMITIVES["cpu"]
-    wrong = right._replace(attend=lambda query, *rest: right.attend(1.1 * query, *rest))
-    monkeypatch.setitem(select.PRIMITIVES, "cpu", wrong)
+    """The attention of "cpu" gets another scale, in a block in which all tokens attend."""
+    monkeypatch.setitem(selftest.COMPARED, "depth", 2)
+    functions = select.FUNCTIONS["cpu"]
+    right = functions["attention_fn"]
+    wrong = functions | {"attention_fn": lambda query, *rest: right(1.1 * query, *rest)}
+    monkeypatch.setitem(select.FUNCTIONS, "cpu", wrong)
     only("outer=cpu", {"inner_impl": "reference", "outer_impl": "cpu"})
     code, result, _ = run(capsys, "--seconds=1")
     found = result["implementations"]["outer=cpu"]

@@ -81,11 +81,12 @@ def selftest(args: argparse.Namespace) -> dict[str, Any]:
     deadline = time.monotonic() + args.seconds
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
+    depth = create_model(args.model).depth  # refuses an unknown model
     size = args.image_size or int(args.model.rpartition("_")[2])
     timed = {
         "batch_size": args.batch_size or (CPU_BATCH if on_cpu else BATCH),
         "dtype": args.dtype or ("float32" if on_cpu else "bfloat16"),
-        "depth": args.depth or (CPU_DEPTH if on_cpu else create_model(args.model).depth),
+        "depth": args.depth or (CPU_DEPTH if on_cpu else depth),
     }
     logger.info(f"{args.model} on {device.device_kind}, jax {jax.__version__}")
     with jax.set_mesh(sharding.make_mesh([device])):
