@@ -4,7 +4,6 @@
 import collections
 import concurrent.futures
 import itertools
-import logging
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +21,6 @@ from tnt_flax.runtime import sharding
 from tnt_flax.training import step
 from tnt_flax.weights.read import LoadedWeights, read_checkpoint
 
-logger = logging.getLogger(__name__)
 Input = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 
@@ -63,7 +61,7 @@ def load_classifier(
     """
     found = read_checkpoint(path, name, weights=weights, checkpoint=checkpoint, **overrides)
     classifier = Classifier(found, read_class_list(class_list) if class_list else None)
-    logger.info("; ".join([f"loaded {found.summary()}", *found.notes]))
+    found.log_notes(found.summary())
     return classifier
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every network offers to the code that loads, resizes, inspects and exports networks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from jax.typing import DTypeLike
@@ -58,7 +58,7 @@ class Network(Protocol):
         """True if the head has a bias."""
 
     @property
-    def map_blocks(self) -> tuple[int, ...]:
+    def map_blocks(self) -> Sequence[int]:
         """Blocks whose sentences `feature_maps` can return; its argument `at` indexes them."""
 
     @property

@@ -13,7 +13,7 @@ Source: huawei-noah, `tnt_pytorch/pyramid_tnt.py`.
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -347,7 +347,7 @@ class PyramidTNT(nn.Module):
         return WIDENING[-1] * self.outer_dim
 
     @property
-    def map_blocks(self) -> tuple[int, ...]:
+    def map_blocks(self) -> Sequence[int]:
         """The last block of each stage."""
         return tuple(end - 1 for end in itertools.accumulate(self.depths))
 

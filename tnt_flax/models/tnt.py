@@ -11,7 +11,7 @@ The default fields are the official network (huawei-noah, `tnt_pytorch/tnt.py`).
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -269,8 +269,8 @@ class TNT(nn.Module):
         return self.output_bias
 
     @property
-    def map_blocks(self) -> tuple[int, ...]:
-        return tuple(range(self.depth))
+    def map_blocks(self) -> Sequence[int]:
+        return range(self.depth)
 
     @property
     def default_maps(self) -> tuple[int, ...]:

@@ -278,7 +278,7 @@ class Experiment:
         wanted = model.clone(num_classes=num_classes)
         description = f"the {config.model.name} that the config describes"
         check_same(found.path, adapted, wanted, description)
-        logger.info("; ".join([f"loaded {summary}", *found.notes]))
+        found.log_notes(summary)
         return found.variables, found
 
     # ---------------------------------------------------------------------------- state

@@ -2,7 +2,6 @@
 """`tnt_flax.load`: weights of any framework as a model and variables, adapted on request."""
 
 import functools
-import logging
 import math
 import pathlib
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from tnt_flax.models.network import Grid
 from tnt_flax.weights.read import LoadedWeights, read_checkpoint
 
 Sharding = jax.sharding.Sharding
-log = logging.getLogger("tnt_flax")
 
 
 def load(
@@ -61,7 +59,7 @@ def load(
     )
     summary = found.summary()
     model = adapt(found, num_classes, image_size, in_channels, put=put)
-    log.info("%s", "; ".join([f"loaded {summary}", *found.notes]))
+    found.log_notes(summary)
     return model, found.variables
 
 

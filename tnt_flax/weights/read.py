@@ -4,6 +4,7 @@
 import collections
 import contextlib
 import dataclasses
+import logging
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,8 @@ from tnt_flax.models import MODELS, create_model
 from tnt_flax.runtime import checkpoints as run_checkpoints
 from tnt_flax.weights import hub, identify, name_tables, names
 from tnt_flax.weights.formats import Content, Spec, open_file
+
+logger = logging.getLogger("tnt_flax")
 
 FLOAT32 = {"float32", "F32"}
 INTEGERS = {"int32", "I32", "int64", "I64"}
@@ -64,6 +67,12 @@ class LoadedWeights:
     @property
     def num_params(self) -> int:
         return sum(x.size for x in jax.tree.leaves(self.params))
+
+    def log_notes(self, summary: str) -> None:
+        """Logs `summary` and the notes in one line, as a warning if one of the notes is."""
+        warns = any(note.startswith("warning") for note in self.notes)
+        level = logging.WARNING if warns else logging.INFO
+        logger.log(level, "%s", "; ".join([f"loaded {summary}", *self.notes]))
 
     def summary(self) -> str:
         """Returns one line that describes the weights."""
