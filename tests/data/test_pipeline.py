@@ -316,7 +316,7 @@ def test_streams_leave_no_threads(end):
 
 def test_views_pickle():
     reader = RetryingReader(DIGITS, 0)
-    view = pipeline._TrainView(reader, "error", range(4, 8), PUBLISHED_PLAN, PUBLISHED, 3, 2)
+    view = pipeline._TrainView(reader, "error", range(4, 8), PUBLISHED, PUBLISHED_PLAN, 3, 2)
     copy = pickle.loads(pickle.dumps(view))
     for (row, sample), (expected_row, expected) in zip(copy[1], view[1], strict=True):
         assert row == expected_row
@@ -332,6 +332,7 @@ def test_views_pickle():
         (lambda: train(corrupt="ignore"), "data.corrupt is 'ignore'"),
         (lambda: evaluate(corrupt="ignore"), "data.corrupt is 'ignore'"),
         (lambda: evaluate(batch_size=0), "batch_size is 0"),
+        (lambda: evaluate(batch_size=-1), "batch_size is -1"),
     ],
 )
 def test_invalid_options_are_refused_before_the_first_batch(make, message):

@@ -13,7 +13,7 @@ import pytest
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import plan as plan_module
-from tnt_flax.data.plan import EvalPlan, TrainPlan, epoch_permutation, sample_generator
+from tnt_flax.data.plan import TrainPlan, epoch_permutation, sample_generator
 
 # From numpy 2.4, with 1000 records, batches of 8 and seed 42.
 GOLDEN_STEP_0 = [3, 884, 354, 865, 142, 764, 560, 901]
@@ -214,7 +214,6 @@ def test_placement_equals_timms_sampler(in_order, num_records):
     [
         (lambda: TrainPlan(7, 8, 0), "has 7 records, fewer than one batch of 8"),
         (lambda: TrainPlan(7, 0, 0), "batch_size is 0"),
-        (lambda: EvalPlan(7, -1), "batch_size is -1"),
         (lambda: TrainPlan(7, 7, -1), "seed -1 is out of range"),
         (lambda: TrainPlan(7, 7, 2**64), "out of range"),
         (lambda: TrainPlan(7, 7, 0, repeats=0), "augment.repeats=0 is less than 1"),

@@ -247,7 +247,7 @@ def test_exit_codes(folder, root, changes, code, capsys):
     out, err = capsys.readouterr()
     if code == 2:
         assert out == ""
-        assert err == "error: an image folder needs its root directory: set data.root\n"
+        assert err == "error: data.source='folder' needs the folder of the data: set data.root\n"
     else:
         assert json.loads(out.splitlines()[-1])["corrupt"] == (4 if code else 0)
 

@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.data.plan import EvalPlan, SampleKey, TrainPlan, cache_once, sample_generator
+from tnt_flax.data.plan import SampleKey, TrainPlan, cache_once, sample_generator
 from tnt_flax.data.sources import Source
 from tnt_flax.data.sources.storage import RetryingReader, StorageUnavailable
 from tnt_flax.data.transforms import CorruptImageError, Encoded, decode
@@ -56,6 +56,8 @@ class ReadOptions:
 
     def rows(self, batch_size: int) -> range:
         """Returns this host's rows of a global batch. Raises InputError for an uneven split."""
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}: it must be at least 1")
         if batch_size % self.num_hosts:
             raise InputError(
                 f"a batch of {batch_size} cannot be split evenly over {self.num_hosts} hosts: "
@@ -95,7 +97,7 @@ def train_batches(
     """
     rows = options.rows(plan.batch_size)
     reader = RetryingReader(source, options.retry_seconds)
-    view = _TrainView(reader, options.corrupt, rows, plan, transform, start_step, num_steps)
+    view = _TrainView(reader, options.corrupt, rows, transform, plan, start_step, num_steps)
     return _run(view, options)
 
 
@@ -120,9 +122,8 @@ def eval_batches(
     image = np.zeros_like(transform(np.zeros((1, 1, 3), np.uint8)))  # for its shape
     label = np.zeros(getattr(source, "max_labels", None) or (), np.int32)
     blank = {"image": image, "label": label, "mask": np.False_, "corrupt": np.False_}
-    plan = EvalPlan(len(source), batch_size)
     reader = RetryingReader(source, options.retry_seconds)
-    view = _EvalView(reader, options.corrupt, rows, plan, transform, blank)
+    view = _EvalView(reader, options.corrupt, rows, transform, batch_size, blank)
     return _run(view, options)
 
 
@@ -136,7 +137,6 @@ class _View:
     reader: RetryingReader
     corrupt: str
     rows: range  # of the global batch
-    plan: TrainPlan | EvalPlan
     transform: Callable[..., np.ndarray]
 
     def refuse_or_log(self, record: int, reason: CorruptImageError | OSError) -> None:
@@ -152,6 +152,7 @@ class _View:
 
 @dataclasses.dataclass(frozen=True)
 class _TrainView(_View):
+    plan: TrainPlan
     start_step: int
     num_steps: int
 
@@ -197,6 +198,7 @@ class _TrainView(_View):
 
 @dataclasses.dataclass(frozen=True)
 class _EvalView(_View):
+    batch_size: int
     blank: dict[str, np.ndarray]  # columns of a row that must not count
 
     @property
@@ -204,7 +206,7 @@ class _EvalView(_View):
         return -(-len(self.rows) // RECORDS_PER_ELEMENT)
 
     def __len__(self):
-        return self.plan.num_batches * self.elements_per_batch
+        return -(-len(self.reader.source) // self.batch_size) * self.elements_per_batch
 
     def __getitem__(self, index) -> Samples:
         batch, i = divmod(index, self.elements_per_batch)
@@ -212,8 +214,8 @@ class _EvalView(_View):
         return [(row - self.rows.start, self._sample(batch, row)) for row in rows]
 
     def _sample(self, batch, row):
-        record = self.plan.lookup(batch, row)
-        if record is None:
+        record = batch * self.batch_size + row
+        if record >= len(self.reader.source):  # padding
             return self.blank
         try:
             encoded, label = self.reader[record]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order of records in training and evaluation, as pure functions.
+"""The order of records in training, as pure functions.
 
 The record and the random numbers of a sample depend only on seed, step and position in the global
 batch, not on the number of hosts, devices or workers. A run resumes from its step number, on any
@@ -59,7 +59,8 @@ class TrainPlan:
     groups: int = 8  # per batch; used if repeats > 1
 
     def __post_init__(self):
-        _check_batch_size(self.batch_size)
+        if self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}: it must be at least 1")
         if self.num_records < self.batch_size:
             raise InputError(
                 f"the training split has {self.num_records} records, fewer than one batch of "
@@ -104,26 +105,6 @@ class TrainPlan:
         return max(len(self.views(step, rows)) for step in steps)
 
 
-@dataclasses.dataclass(frozen=True)
-class EvalPlan:
-    """Every record once, in order; the remaining rows of the last batch are padding."""
-
-    num_records: int
-    batch_size: int
-
-    def __post_init__(self):
-        _check_batch_size(self.batch_size)
-
-    @property
-    def num_batches(self) -> int:
-        return -(-self.num_records // self.batch_size)
-
-    def lookup(self, batch: int, row: int) -> int | None:
-        """Returns the record in `row` of global batch `batch`; None for a padding row."""
-        record = batch * self.batch_size + row
-        return record if record < self.num_records else None
-
-
 def sample_generator(sample_key: SampleKey) -> np.random.Generator:
     """Returns the random number generator of one sample.
 
@@ -147,8 +128,3 @@ def epoch_permutation(num_records: int, seed: int, epoch: int) -> np.ndarray:
 
 def _words(*numbers):
     return np.array(numbers, np.uint64)  # plain lists overflow for seeds of 2**63 and above
-
-
-def _check_batch_size(batch_size):
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}: it must be at least 1")

@@ -76,6 +76,8 @@ def open_source(
         )
     if eval_labels and kind != "imagenet_tars":
         raise InputError(f"data.eval_labels is for kind 'imagenet_tars', not {kind!r}: unset it")
+    if not root and kind not in ("tfds", "digits"):
+        raise InputError(f"data.source={kind!r} needs the folder of the data: set data.root")
     if kind == "folder":
         return ImageFolder(root, split, class_list, holdout)
     if kind == "imagenet_tars":

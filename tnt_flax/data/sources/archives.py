@@ -175,8 +175,6 @@ def imagenet_tars(root: str, split: str, eval_labels: str = "", class_list: str 
 
     Raises InputError if a file is missing or damaged, or if labels do not match the images.
     """
-    if not root:
-        raise InputError("ImageNet's tars need their folder: set data.root")
     if split == "train":
         return _train(storage.join(root, TRAIN), class_list)
     if "val" in split_names(split):
@@ -206,12 +204,12 @@ def _cut_classes(files, sizes):
 
 
 def _scan_class(read, part, path):
-    what, count = f"{part.text}.tar in {path}", 0
+    what, found = f"{part.text}.tar in {path}", False
     for name, start, size in members(read, part.start, part.end, what):
         if is_image(name):
-            count += 1
+            found = True
             yield start, size, part.text
-    if not count:
+    if not found:
         raise InputError(f"{what} has no images: download the tar again")
 
 
@@ -318,8 +316,6 @@ def webdataset(root: str, split: str, class_list: str = "") -> TarImages:
 
     Raises InputError if shards, images or labels are missing or damaged.
     """
-    if not root:
-        raise InputError("webdataset shards need their folder: set data.root")
     index = open_index("webdataset", find_shards(root, split), _scan_shard)
     return TarImages(index, *_classes(index.texts(), class_list, f"{root} ({split})"))
 

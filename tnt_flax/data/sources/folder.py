@@ -77,8 +77,6 @@ class ImageFolder:
 
 def _find_split(root, split, holdout):
     """Returns the folder with the class folders, and the part of it if it must be divided."""
-    if not root:
-        raise InputError("an image folder needs its root directory: set data.root")
     if storage.is_remote(str(root)):
         raise InputError(f"image folders must be local, not {root}: use webdataset shards instead")
     root = pathlib.Path(root).expanduser()
