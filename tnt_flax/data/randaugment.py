@@ -139,11 +139,9 @@ PLAIN_OPS = (
     "AutoContrast Equalize Invert Rotate Posterize Solarize SolarizeAdd Color Contrast Brightness "
     "Sharpness ShearX ShearY TranslateXRel TranslateYRel"
 ).split()
-INCREASING_OPS = (
-    "AutoContrast Equalize Invert Rotate PosterizeIncreasing SolarizeIncreasing SolarizeAdd "
-    "ColorIncreasing ContrastIncreasing BrightnessIncreasing SharpnessIncreasing ShearX ShearY "
-    "TranslateXRel TranslateYRel"
-).split()
+INCREASING_OPS = [
+    f"{op}Increasing" if f"{op}Increasing" in (*PLAIN, *SIGNED) else op for op in PLAIN_OPS
+]
 # The sets selected by `t`: operations, or operations with weights.
 NAMED_SETS = {
     "weights": {"Rotate": 3, "ShearX": 2, "ShearY": 2, "TranslateXRel": 1, "TranslateYRel": 1}

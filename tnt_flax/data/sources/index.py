@@ -95,7 +95,8 @@ class Index:
 
     def rows_of(self, file: int) -> range:
         """Returns the indices of the records in a file."""
-        return range(*np.searchsorted(self._columns["file"], [file, file + 1]))
+        # In the column's dtype, or searchsorted would convert the whole column.
+        return range(*np.searchsorted(self._columns["file"], np.uint32([file, file + 1])))
 
 
 def _whole_files(files: Sequence[str], sizes: Sequence[int]) -> list[Part]:
