@@ -20,12 +20,14 @@ def get_config() -> ConfigDict:
     config.stall_minutes = 30.0  # watchdog timeout without a finished step or batch; 0 disables
     config.init_from = ""  # initial weights of any framework: file, workdir or hf:// address
 
-    # Device mesh. May change on resume (results then differ by rounding).
+    # Device mesh. The sizes may change on resume (results then differ by rounding).
     config.mesh = ConfigDict()
     config.mesh.data = -1  # data parallelism; -1 is all remaining devices
     config.mesh.fsdp = 1  # data parallelism with sharded weights, EMA and optimizer state (ZeRO)
     config.mesh.tensor = 1  # tensor parallelism: heads and MLP of the outer transformer
-    config.mesh.gradient_dtype = "float32"  # dtype of the gradient all-reduce; or "bfloat16"
+    # dtype in which gradients are summed over devices, fixed on resume. "bfloat16" halves the
+    # traffic of kernels and needs model.dtype="bfloat16".
+    config.mesh.gradient_dtype = "float32"
 
     config.model = ConfigDict()
     config.model.name = "tnt_s_patch16_224"  # see tnt_flax.list_models(); "" is that of the weights
@@ -64,8 +66,8 @@ def get_config() -> ConfigDict:
     config.data.mean = (0.5, 0.5, 0.5)  # per channel, pixels scaled to [0, 1]
     config.data.std = (0.5, 0.5, 0.5)
     config.data.corrupt = "error"  # or "skip": replace unreadable images by neighbors, and count
-    config.data.threads = 8  # per host, for decoding and augmentation
-    config.data.workers = 0  # processes per host that share the threads; 0 is the main process
+    config.data.threads = 8  # per worker process, for decoding and augmentation
+    config.data.workers = 0  # processes per host, each with data.threads; 0: in the main process
     config.data.retry_seconds = 120.0  # retry storage errors (not corrupt images) for this long
 
     config.augment = ConfigDict()

@@ -215,9 +215,13 @@ def test_the_plan_is_the_published_one(smoke_config):
         ({"augment.cutmix_alpha": -1.0}, "augment.cutmix_alpha=-1.0 is less than 0"),
         ({"augment.erase_area": (0.4, 0.2)}, "augment.erase_area=.* is not a valid range"),
         ({"augment.erase_ratio": (0.0, 2.0)}, "augment.erase_ratio=.* is not a valid range"),
+        (
+            {"mesh.gradient_dtype": "bfloat16", "model.dtype": "float32"},
+            "mesh.gradient_dtype='bfloat16' needs model.dtype='bfloat16', not 'float32'",
+        ),
     ],
 )
-def test_bad_mixing_and_erasing_values_are_errors(changes, message):
+def test_values_that_do_not_fit_together_or_are_out_of_range_are_errors(changes, message):
     config = default.get_config()
     config.update_from_flattened_dict(changes)
     with pytest.raises(InputError, match=message):

@@ -69,6 +69,11 @@ def check_config(config: ConfigDict) -> None:
         raise InputError(f"optimizer.layer_decay={config.optimizer.layer_decay} is outside (0, 1]")
     if not 0 <= config.ema.decay < 1:
         raise InputError(f"ema.decay={config.ema.decay} is outside [0, 1)")
+    if config.mesh.gradient_dtype == "bfloat16" and config.model.dtype != "bfloat16":
+        raise InputError(
+            f"mesh.gradient_dtype='bfloat16' needs model.dtype='bfloat16', not "
+            f"{config.model.dtype!r}: change one of them"
+        )
     if config.augment.randaugment:
         randaugment.parse(config.augment.randaugment, config.data.mean)
     _check_mix_groups(config)
