@@ -27,6 +27,7 @@ from tnt_flax.runtime.watchdog import Watchdog
 from tnt_flax.runtime.workdir import read_environments
 from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.metrics import read_metrics_file
+from tnt_flax.training.run import check_finite
 from tnt_flax.training.train import due, train_and_evaluate
 from tnt_flax.weights import names
 from tnt_flax.weights.formats import torch
@@ -133,6 +134,26 @@ def test_nan_stops_the_run_and_names_the_tensor(smoke_config, tmp_path):
     assert message.endswith(f"the last good checkpoint is step {last.name}")
     for leaf in jax.tree.leaves(read_checkpoint(last, weights="raw").params):
         assert np.isfinite(leaf).all()
+
+
+@pytest.mark.parametrize(
+    "loss, finite, tensor",
+    [
+        (np.nan, [True, True, True, False], "parameter head/bias"),
+        (np.nan, [True, False, True, True], "gradient of head/bias"),
+        (np.nan, [True, True, False, True], "statistics norm/mean"),
+        (np.nan, [False, True, True, True], "new statistics norm/mean"),
+        (np.nan, [True] * 4, "the loss itself"),
+        (2.5, [True] * 4, r"the gradient norm \(overflow\)"),
+    ],
+)
+def test_the_error_names_the_first_tensor_that_is_not_finite(loss, finite, tensor):
+    saved = types.SimpleNamespace(wait_for_save=lambda: None, latest_step=lambda: 4)
+    metrics = {"loss": loss, "grad_norm": np.inf, "learning_rate": 0.1}
+    metrics["finite"] = np.array(finite)
+    names = ["batch_stats/norm/mean", "params/head/bias"]
+    with pytest.raises(RunError, match=f"first bad tensor: {tensor}; the last good .* step 4"):
+        check_finite(5, metrics, names=names, checkpoints=saved)
 
 
 @pytest.mark.slow

@@ -111,8 +111,7 @@ class Run:
         total = experiment.total_steps
         self.writer = MetricWriter(workdir, start_step) if self.is_main_process else NullWriter()
         self.progress = Progress(start_step, total) if self.is_main_process else NullWriter()
-        names = named_leaves(experiment.state_shapes.variables)
-        names = [name.partition("/")[2] for name in names]  # without the collection
+        names = list(named_leaves(experiment.state_shapes.variables))
         check = functools.partial(check_finite, names=names, checkpoints=checkpoints)
         batch_size = experiment.config.batch_size
         self.meter = StepMeter(batch_size, experiment.steps_per_epoch, total, check)
@@ -211,7 +210,7 @@ def check_finite(
 ) -> None:
     """Stops the run if the loss or a gradient of `step` is NaN or infinite.
 
-    `names` are the parameters, in the order of `metrics["finite"]`.
+    `names` are those of all variables, "params/head/bias", in the order of `metrics["finite"]`.
 
     Raises:
         RunError: with the step, the learning rate and the first tensor with a NaN or infinity, once
@@ -220,11 +219,20 @@ def check_finite(
     if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
         return
     checkpoints.wait_for_save()
-    gradients, parameters = np.split(metrics["finite"], 2)
-    bad = [f"parameter {name}" for name, ok in zip(names, parameters, strict=True) if not ok]
-    bad += [f"gradient of {name}" for name, ok in zip(names, gradients, strict=True) if not ok]
+
+    def labels(params: str, statistics: str) -> list[str]:
+        kinds = {"params": params, "batch_stats": statistics}
+        return [f"{kinds[c]} {name}" for c, _, name in (n.partition("/") for n in names)]
+
+    computed, variables = np.split(metrics["finite"], 2)
+    tensors = labels("parameter", "statistics") + labels("gradient of", "new statistics")
+    finite = [*variables, *computed]
+    bad = [tensor for tensor, ok in zip(tensors, finite, strict=True) if not ok]
+    if not bad:
+        overflow = np.isfinite(metrics["loss"])  # of the sum of squared gradients
+        bad = ["the gradient norm (overflow)" if overflow else "the loss itself"]
     raise RunError(
         f"the loss of step {step} is {metrics['loss']} at learning rate "
-        f"{metrics['learning_rate']:.3g}; first bad tensor: {(bad or ['the loss itself'])[0]}; "
+        f"{metrics['learning_rate']:.3g}; first bad tensor: {bad[0]}; "
         f"the last good checkpoint is step {checkpoints.latest_step()}"
     )
