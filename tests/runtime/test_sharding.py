@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How arrays lie on a mesh, and that any mesh computes what one device does."""
+"""Shardings of arrays, and that training gives the same results on any mesh."""
 
 import re
 
@@ -22,7 +22,7 @@ from tnt_flax.training.step import TrainState
 COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "collective-permute"}
 
 
-def test_the_batch_is_split_not_copied():
+def test_the_batch_is_sharded_not_replicated():
     mesh = sharding.make_mesh()
     assert mesh.shape == {"data": 8, "fsdp": 1, "tensor": 1}
     images = np.arange(16 * 2, dtype=np.uint8).reshape(16, 2)
@@ -33,7 +33,7 @@ def test_the_batch_is_split_not_copied():
 
 
 @pytest.mark.parametrize("size", [0, 4, 12])
-def test_a_batch_that_the_devices_cannot_share(size):
+def test_a_batch_size_that_the_devices_do_not_divide_is_refused(size):
     mesh = sharding.make_mesh()
     sharding.check_batch_size("batch_size", 16, mesh)
     with pytest.raises(InputError, match=f"batch_size={size} is not divisible by the 8 devices"):
@@ -61,8 +61,8 @@ def random_batch():
 
 
 @pytest.mark.parametrize("groups", [8, 2])  # within a device; over four of them
-def test_eight_devices_augment_as_one_does(groups):
-    """To the bit: the numbers drawn do not depend on where they are drawn."""
+def test_augmentation_does_not_depend_on_the_number_of_devices(groups):
+    """Bit-identical pixels: random numbers do not depend on the device that computes them."""
 
     def change(key, images, targets):
         images, targets = mixup.mix(
@@ -93,7 +93,7 @@ def test_eight_devices_augment_as_one_does(groups):
     assert found == (set() if groups == 8 else {"collective-permute"})
 
 
-# What is not here is whole on every device: norms, most biases, positions, the inner transformer.
+# All other parameters are replicated: norms, most biases, positions, the inner transformer.
 TNT_S = {
     "blocks_0/outer/attention/key/kernel": (None, "fsdp", "tensor"),
     "blocks_0/outer/attention/out/kernel": (None, "tensor", "fsdp"),
@@ -122,7 +122,7 @@ def sharded_names(tree):
     return {name: tuple(x.spec) for name, x in layout.items() if any(x.spec)}
 
 
-def test_how_tnt_s_is_split(tnt_s):
+def test_shardings_of_tnt_s(tnt_s):
     assert sharded_names(tnt_s.params) == sharded_names(tnt_s.ema["params"]) == TNT_S
     moments = {name.split("/", 2)[2]: spec for name, spec in sharded_names(tnt_s.opt_state).items()}
     assert moments == TNT_S and len(sharded_names(tnt_s.opt_state)) == 2 * len(TNT_S)
@@ -131,7 +131,7 @@ def test_how_tnt_s_is_split(tnt_s):
     assert whole < 0.012 * sum(sizes.values())
 
 
-def test_no_device_holds_more_than_its_part(tnt_s):
+def test_a_device_holds_only_its_shard(tnt_s):
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
     layout = sharding.shardings(tnt_s.params, mesh)
     part = layout["blocks_0"]["outer"]["fc1"]["kernel"].shard_shape((12, 384, 1536))
@@ -141,7 +141,7 @@ def test_no_device_holds_more_than_its_part(tnt_s):
     (placed,) = sharding.put_global([x], [kernel])
     assert {shard.data.shape for shard in placed.addressable_shards} == {(12, 192, 96)}
     np.testing.assert_array_equal(sharding.fetch(placed), x)
-    whole = sharding.unshard({"outer/attention/out": {"kernel": placed}}, mesh)
+    whole = sharding.unshard_fsdp({"outer/attention/out": {"kernel": placed}}, mesh)
     assert {x.data.shape for x in whole["outer/attention/out"]["kernel"].addressable_shards} == {
         (12, 192, 384)
     }
@@ -154,19 +154,19 @@ def test_no_device_holds_more_than_its_part(tnt_s):
             dict(fsdp=3),
             "mesh.data=2, mesh.fsdp=3 and mesh.tensor=1 need 6 devices, but there are 8",
         ),
-        (dict(data=4), "need 4 devices, but there are 8: use data=-1"),
+        (dict(data=4), "need 4 devices, but there are 8: use mesh.data=-1"),
         (dict(fsdp=16), "need 16 devices"),
         (dict(fsdp=0), "mesh.fsdp=0 is less than 1"),
         (dict(data=0), "mesh.data=0 is less than 1"),
         (dict(tensor=-1), "mesh.tensor=-1 is less than 1"),
     ],
 )
-def test_meshes_that_cannot_be(sizes, message):
+def test_impossible_mesh_sizes_are_refused(sizes, message):
     with pytest.raises(InputError, match=message):
         sharding.make_mesh(**sizes)
 
 
-def test_axes_that_do_not_divide_the_network(tnt_s, smoke_config):
+def test_axes_that_do_not_divide_the_network_are_refused(tnt_s, smoke_config):
     mesh = sharding.make_mesh(jax.devices()[:5], fsdp=5)
     with pytest.raises(InputError, match=r"mesh.fsdp=5 does not divide the 384 of params/bl"):
         sharding.shardings(tnt_s, mesh)
@@ -178,7 +178,7 @@ def test_a_batch_is_split_over_data_and_fsdp():
     mesh = sharding.make_mesh(fsdp=2, tensor=2)
     assert mesh.shape == {"data": 2, "fsdp": 2, "tensor": 2}
     assert sharding.describe(mesh) == "8 cpu devices (data 2, fsdp 2, tensor 2)"
-    with pytest.raises(InputError, match="batch_size=6 is not divisible by the 4 devices in 4 gr"):
+    with pytest.raises(InputError, match="batch_size=6 is not divisible by the 8 devices in 4 gr"):
         sharding.check_batch_size("batch_size", 6, mesh)
     assert sharding.host_rows(mesh) == (0, 1)
     array = sharding.to_global({"x": np.arange(8)}, mesh)["x"]
@@ -231,7 +231,7 @@ def trained_alone():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
-def test_eight_devices_train_as_one_does(trained_alone, name):
+def test_training_does_not_depend_on_the_mesh(trained_alone, name):
     """The same batches and the same state give the same losses and weights on any mesh."""
     config, start, expected, end = trained_alone
     step = Experiment(config, num_classes=10, steps_per_epoch=29).make_train_step()

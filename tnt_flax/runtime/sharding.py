@@ -2,7 +2,7 @@
 """The mesh of all devices, and how arrays are sharded over it.
 
 Three axes. "data" and "fsdp" split every batch. "fsdp" also splits what is stored: parameters,
-their average and the optimizer's moments (ZeRO). "tensor" splits the outer transformer: its heads
+their EMA and the optimizer's moments (ZeRO). "tensor" splits the outer transformer: its heads
 and the hidden layer of its MLP. From these shardings XLA derives what a step communicates: it sums
 the gradients of a block over the devices as soon as they are computed, and gathers the parameters
 that "fsdp" splits block by block.
@@ -56,8 +56,8 @@ def make_mesh(
     if data * fsdp * tensor != len(devices):
         raise InputError(
             f"mesh.data={data}, mesh.fsdp={fsdp} and mesh.tensor={tensor} need "
-            f"{data * fsdp * tensor} devices, but there are {len(devices)}: use data=-1 and others "
-            "whose product divides that"
+            f"{data * fsdp * tensor} devices, but there are {len(devices)}: use "
+            f"mesh.data=-1, and mesh.fsdp * mesh.tensor that divides {len(devices)}"
         )
     # Host by host, so that each host reads consecutive rows of a batch.
     devices = sorted(devices, key=lambda device: (device.process_index, device.id))
@@ -79,7 +79,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def partition_spec(name: str, ndim: int) -> PartitionSpec:
     """Returns the sharding of the parameter `name`, "blocks_0/...", by the first rule that matches.
 
-    Also of its EMA and its moments in the optimizer.
+    Its EMA and moments have the same names and so the same specs. An array with fewer axes than the
+    rule, such as a factored moment, is replicated.
     """
     for pattern, axes in RULES:
         if re.search(rf"(^|/){pattern}$", name) and ndim >= len(axes):
@@ -118,15 +119,20 @@ def put_global(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(of_leaf, tree, shardings)
 
 
-def unshard(variables: Any, mesh: Mesh) -> Any:
-    """Returns `variables` not sharded over "fsdp", so that evaluation gathers them only once."""
+def eval_shardings(variables: Any, mesh: Mesh) -> Any:
+    """Returns the shardings of evaluated variables: over "tensor" only, so that no step gathers."""
+    return shardings(variables, mesh, (TENSOR,))
+
+
+def unshard_fsdp(variables: Any, mesh: Mesh) -> Any:
+    """Returns global `variables` with `eval_shardings`, gathered once for all batches."""
     if mesh.shape[FSDP] == 1:
         return variables
-    return jax.jit(lambda x: x, out_shardings=shardings(variables, mesh, (TENSOR,)))(variables)
+    return jax.jit(lambda x: x, out_shardings=eval_shardings(variables, mesh))(variables)
 
 
 def describe(mesh: Mesh) -> str:
-    """Returns such as "8 cpu devices (data 4, fsdp 2) of 2 processes"."""
+    """Returns a summary such as "8 cpu devices (data 4, fsdp 2) of 2 processes"."""
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     kind = mesh.devices.flat[0].platform
     text = f"{mesh.size} {kind} device{'s' * (mesh.size > 1)}" + (f" ({axes})" if axes else "")
@@ -183,7 +189,7 @@ def jit_train_step(train_step: Callable, mesh: Mesh, state: Any) -> Callable:
 
 
 def jit_eval_step(eval_step: Callable, mesh: Mesh) -> Callable:
-    """Jits the function of `step.make_eval_step` for `mesh` and variables from `unshard`."""
+    """Jits the function of `step.make_eval_step` for `mesh` and variables with `eval_shardings`."""
     return jax.jit(on_mesh(eval_step, mesh), out_shardings=replicated(mesh))
 
 
@@ -196,7 +202,7 @@ def check_batch_size(key: str, batch_size: int, mesh: Mesh) -> None:
     if batch_size < 1 or batch_size % shares:
         of = "" if shares == mesh.size else f" in {shares} groups"
         raise InputError(
-            f"{key}={batch_size} is not divisible by the {shares} devices{of}: "
+            f"{key}={batch_size} is not divisible by the {mesh.size} devices{of}: "
             f"use a multiple of {shares}"
         )
 

@@ -67,7 +67,7 @@ def evaluate(
         for name, x in jax.device_get(sums).items():
             totals[name] = totals.get(name, 0) + np.asarray(x, np.float64)
 
-    variables = sharding.unshard(variables, mesh)
+    variables = sharding.unshard_fsdp(variables, mesh)
     pending = {}  # added one batch late, so that the device never waits for the host
     with contextlib.closing(batches):
         for number, batch in enumerate(batches, start=1):
@@ -146,7 +146,8 @@ def evaluate_checkpoint(
         if multi_label and per_class:
             raise InputError("images may be of several classes in these data: no --per-class")
         variables, found = experiment.load_variables(path, checkpoint=checkpoint)
-        variables = put_unsharded(variables, mesh)
+        shardings = sharding.eval_shardings(variables, mesh)
+        variables = sharding.put_global(variables, shardings)
         class_names, num_classes = found.class_names, found.network.model.num_classes
         model = experiment.make_model(num_classes)
         only = experiment.config.eval.classes
@@ -180,11 +181,6 @@ def open_labeled_source(experiment: Experiment) -> Source:
         return source
     path = storage.join(config.data.root, config.eval.real_labels)
     return Relabeled(source, read_real_labels(path, source))
-
-
-def put_unsharded(variables: Any, mesh: Mesh) -> Any:
-    """Returns host variables on `mesh`, sharded over its "tensor" axis only."""
-    return sharding.put_global(variables, sharding.shardings(variables, mesh, (sharding.TENSOR,)))
 
 
 def relabeled(batches: Batches, to_network: np.ndarray, classes: tuple[int, ...] | None) -> Batches:
