@@ -51,7 +51,7 @@ def test_partners_are_mirrored_within_groups_of_consecutive_rows():
     np.testing.assert_array_equal(targets, np.eye(12)[partners])
 
 
-def test_trap_25_mixed_pixels_are_rounded_halves_to_even():
+def test_mixed_pixels_are_rounded_halves_to_even():
     images = np.array([[1, 2, 3], [2, 3, 4]], np.uint8)[:, None, None]
     mixed, _ = apply(images, ([0.5], [EMPTY]))
     assert mixed.tolist() == [[[[2, 2, 4]]]] * 2  # 1.5, 2.5, 3.5
@@ -82,7 +82,7 @@ def test_cutmix_pastes_the_box_and_corrects_the_targets():
     np.testing.assert_array_equal(targets[2:], np.eye(4)[2:])
 
 
-def test_trap_27_the_box_is_that_of_python_for_every_weight():
+def test_cutmix_box_equals_float64_arithmetic_for_every_weight():
     lam = np.arange(2**16 + 1) / 2**16
     height, width = 224, 96
     y, x = np.random.default_rng(0).integers(0, (height, width), (len(lam), 2)).T

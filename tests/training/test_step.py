@@ -15,12 +15,14 @@ from tnt_flax.models.layers import BatchNorm
 from tnt_flax.training import mixup
 from tnt_flax.training.optimizer import make_optimizer
 from tnt_flax.training.step import (
+    Predictions,
     TrainState,
     make_eval_step,
     make_prepare,
     make_train_step,
     smooth_one_hot,
     soft_target_cross_entropy,
+    sum_predictions,
 )
 
 HALF = (0.5, 0.5, 0.5)
@@ -28,7 +30,7 @@ OPTIONS = dict(label_smoothing=0.1, mean=HALF, std=HALF)
 
 
 class Linear(nn.Module):
-    """Mean color to logits; in training, noise, to see which random numbers a step draws."""
+    """Mean color to logits; in training, noise, to see which random numbers a step uses."""
 
     num_classes: int = 7
 
@@ -54,7 +56,7 @@ def start(model=None, tx=None, ema_decay=0.9, **changes):
     return TrainState.create(variables, tx), step
 
 
-def test_one_step_updates_weights_average_and_count(batch):
+def test_one_step_updates_weights_ema_and_count(batch):
     state, step = start()
     new, metrics = step(state, batch, jax.random.key(1))
     assert int(new.step) == 1
@@ -80,7 +82,7 @@ class Normed(nn.Module):
 
 
 @pytest.mark.parametrize("freeze, moving", [("", True), ("scale", True), ("^(?!head/)", False)])
-def test_statistics_that_are_frozen_are_those_of_evaluation(batch, freeze, moving):
+def test_frozen_statistics_normalize_as_in_evaluation(batch, freeze, moving):
     model, tx = Normed(), optax.sgd(0.5)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)), train=False)
     variables["batch_stats"]["batch_norm"]["mean"] += 0.3
@@ -99,7 +101,7 @@ def test_statistics_that_are_frozen_are_those_of_evaluation(batch, freeze, movin
         assert changed.all() if moving else not changed.any()
 
 
-def test_without_decay_the_average_is_the_weights(batch):
+def test_an_ema_without_decay_copies_the_weights(batch):
     state, step = start(ema_decay=0.0)
     new, _ = step(state, batch, jax.random.key(1))
     np.testing.assert_array_equal(new.ema["params"]["head"]["kernel"], new.params["head"]["kernel"])
@@ -154,8 +156,8 @@ def test_each_purpose_has_its_own_key(batch):
     assert len(set(keys(3, 1) + keys(4, 1) + keys(3, 2))) == 9
 
 
-def test_trap_25_mixing_then_normalizing_then_erasing(batch):
-    """On a batch of constants: whole pixel values, normalized, except for noise that nobody mixed
+def test_images_are_mixed_then_normalized_then_erased(batch):
+    """On a batch of constants: whole pixel values, normalized, except for noise that is not mixed
     or scaled."""
     values = np.array([0, 255, 7, 100, 31, 64], np.uint8)
     images = np.broadcast_to(values[:, None, None, None], (6, 32, 32, 3))
@@ -236,21 +238,16 @@ def test_evaluation_sums_over_the_mask_only(batch):
     np.testing.assert_allclose(sums["loss"], losses[:4].sum(), rtol=1e-6)
 
 
-def test_padding_may_hold_anything(batch):
-    """A NaN in a padded row must not reach the sums."""
-    params = {"head": {"kernel": jnp.zeros((3, 7)), "bias": jnp.arange(7.0)}}
-    step = make_eval_step(Linear(), mean=HALF, std=(0.5, 0.5, 0.5))
-    mask = jnp.array([True, False, False, False, False, False])
-    params["head"]["kernel"] = params["head"]["kernel"].at[0, 0].set(jnp.nan)
-    images = batch["image"].at[0].set(0)
-    sums = step({"params": params}, batch | {"image": images, "mask": mask})
-    assert sums["images"] == 1
-    assert np.isnan(sums["loss"])  # the real row is bad here, so it must show
-    clean = {"head": {"kernel": jnp.zeros((3, 7)), "bias": jnp.arange(7.0)}}
-    assert np.isfinite(step({"params": clean}, batch | {"mask": mask})["loss"])
+def test_a_nan_reaches_the_sums_unless_its_row_is_padding():
+    right, values = jnp.array([True, True]), jnp.array([0.5, jnp.nan])
+    found = Predictions(right, right, loss=values, confidence=values)
+    sums = lambda *mask: sum_predictions(found, jnp.array([1, 2]), jnp.array(mask), 7)
+    assert all(np.isfinite(x).all() for x in sums(True, False).values())
+    assert sums(True, False)["images"] == 1 and sums(True, False)["loss"] == 0.5
+    assert np.isnan(sums(True, True)["loss"])
 
 
-def test_fewer_classes_than_five(batch):
+def test_top5_is_always_right_with_fewer_than_five_classes(batch):
     params = {"head": {"kernel": jnp.zeros((3, 2)), "bias": jnp.array([1.0, 0.0])}}
     step = make_eval_step(Linear(num_classes=2), mean=HALF, std=HALF)
     labels = jnp.array([0, 0, 1, 1, 1, 0])
