@@ -299,11 +299,11 @@ def _our_passes(work: Work, dtype: str, tuned: bool, cores: int) -> dict[str, ha
         return passes
 
     schedule = optax.constant_schedule(LEARNING_RATE)
-    tx = make_optimizer(schedule, clip_norm=0.0, **ADAMW)
-    prepare = lambda batch, mix_key, erase_key: (batch["image"], batch["target"])
-    step = make_train_step(model, tx, schedule, prepare, ema_decay=EMA_DECAY)
+    optimizer = make_optimizer(schedule, clip_norm=0.0, **ADAMW)
+    augment = lambda batch, mix_key, erase_key: (batch["image"], batch["target"])
+    step = make_train_step(model, optimizer, augment, ema_decay=EMA_DECAY)
     step = jax.jit(step, donate_argnums=0)
-    state = TrainState.create(variables, tx)
+    state = TrainState.create(variables, optimizer.tx)
 
     def step_pass():
         nonlocal state

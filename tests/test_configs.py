@@ -104,7 +104,7 @@ def test_pyramid_tnt_has_the_published_image_sizes_and_warm_up():
     for name in ("ti", "s", "m", "b"):
         config = importlib.import_module(f"configs.ptnt_{name}").get_config()
         assert config.model.name == f"ptnt_{name}_patch16_{config.data.image_size}"
-        _, schedule = Experiment(config, steps_per_epoch=1).optimizer
+        schedule = Experiment(config, steps_per_epoch=1).optimizer.schedule
         rates = [float(schedule(epoch)) for epoch in (0, 1, 19, 20)]
         assert rates == pytest.approx([1e-6, 5.095e-5, 9.5005e-4, 9.891831e-4], rel=1e-6)
 
@@ -237,7 +237,7 @@ def test_any_batch_size_is_valid_without_mixing():
 
 
 def test_a_step_mixes_and_erases_as_configured(monkeypatch):
-    monkeypatch.setattr(experiment.step, "make_prepare", lambda num_classes, **options: options)
+    monkeypatch.setattr(experiment.step, "make_augment", lambda num_classes, **options: options)
     monkeypatch.setattr(
         experiment.step, "make_train_step", lambda *args, **options: args[-1] | options
     )

@@ -14,6 +14,7 @@ from PIL import Image
 from tnt_flax.core.errors import InputError
 from tnt_flax.tools import preview
 from tnt_flax.training.experiment import Experiment
+from tnt_flax.training.optimizer import Optimizer
 from tnt_flax.training.step import TrainState
 
 MIXING = {
@@ -46,7 +47,7 @@ def test_the_images_are_those_that_a_training_step_gives_the_network(smoke_confi
 
     experiment, tx, model = Experiment(config), optax.sgd(1.0), Recorder()
     batch = next(experiment.train_batches(0, 1))
-    experiment.model, experiment.optimizer = model, (tx, lambda count: 1.0)
+    experiment.model, experiment.optimizer = model, Optimizer(tx, lambda count: 1.0)
     step = jax.jit(experiment.make_train_step())
     state = TrainState.create({"params": {"logits": jnp.zeros((48, 10))}}, tx)
     inputs = {name: batch[name] for name in ("image", "label")}

@@ -62,7 +62,7 @@ def test_a_step_of_each_layer_is_shorter_by_its_factor_decay_included():
     grads = jax.tree.map(jnp.ones_like, params)
 
     def updates(**options):
-        tx = make_optimizer(lambda step: 0.1, **ADAMW, **options)
+        tx = make_optimizer(lambda step: 0.1, **ADAMW, **options).tx
         return jax.jit(lambda: tx.update(grads, tx.init(params), params)[0])()
 
     scaled = jax.tree.map(jnp.multiply, updates(), layer_scales(params, 0.75))
@@ -81,7 +81,7 @@ def stepped(freeze, params=None, steps=2, **options):
     config.optimizer.update(freeze=freeze, clip_norm=1.0, **options)
     experiment = Experiment(config, steps_per_epoch=1)
     experiment.model = model
-    state = before = TrainState.create({"params": params}, experiment.optimizer[0])
+    state = before = TrainState.create({"params": params}, experiment.optimizer.tx)
     step = jax.jit(experiment.make_train_step())
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
     batch = {"image": jnp.asarray(images), "label": jnp.arange(8) % 5}
@@ -116,7 +116,7 @@ def test_freezing_leaves_exactly_the_named_tensors_as_they_are():
 
 def test_frozen_tensors_have_no_moments():
     _, params = make()
-    tx = make_optimizer(lambda step: 0.1, **ADAMW, layer_decay=0.9, freeze="^(?!head/)")
+    tx = make_optimizer(lambda step: 0.1, **ADAMW, layer_decay=0.9, freeze="^(?!head/)").tx
     moments = [x for x in jax.tree.leaves(jax.eval_shape(tx.init, params)) if x.ndim]
     assert sum(x.size for x in moments) == 2 * sum(x.size for x in jax.tree.leaves(params["head"]))
 
@@ -133,7 +133,7 @@ def test_a_linear_probe_computes_no_gradient_of_the_blocks():
         config.optimizer.freeze = freeze
         experiment = Experiment(config, steps_per_epoch=1)
         experiment.model = model
-        state = TrainState.create({"params": params}, experiment.optimizer[0])
+        state = TrainState.create({"params": params}, experiment.optimizer.tx)
         step = jax.jit(experiment.make_train_step())
         return step.lower(state, batch, jax.random.key(0)).as_text().count("stablehlo.while")
 

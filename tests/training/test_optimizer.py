@@ -74,7 +74,7 @@ def test_three_steps_of_adamw_by_hand():
     beta1, beta2, eps, decay, rate = 0.9, 0.999, 1e-8, 0.05, 1e-2
     tx = make_optimizer(
         lambda step: rate, beta1=beta1, beta2=beta2, eps=eps, weight_decay=decay, clip_norm=0.0
-    )
+    ).tx
     params = {"kernel": jnp.array([0.5, -1.0]), "bias": jnp.array([0.25, 0.75])}
     expected = {name: np.asarray(x, np.float64) for name, x in params.items()}
     m = {name: np.zeros(2) for name in params}
@@ -100,7 +100,7 @@ def test_clipping_scales_the_whole_gradient():
     common = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
     params = {"kernel": jnp.ones(2)}
     grads = {"kernel": jnp.array([3.0, 4.0])}
-    clipped = make_optimizer(optax.constant_schedule(1.0), clip_norm=1.0, **common)
+    clipped = make_optimizer(optax.constant_schedule(1.0), clip_norm=1.0, **common).tx
     _, state = clipped.update(grads, clipped.init(params), params)
     moments = optax.tree.get(state, "mu")["kernel"]
     np.testing.assert_allclose(moments, 0.1 * np.array([0.6, 0.8]), rtol=1e-6)

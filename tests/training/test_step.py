@@ -13,12 +13,12 @@ from tnt_flax.core.trees import named_leaves
 from tnt_flax.models import TNT
 from tnt_flax.models.layers import BatchNorm
 from tnt_flax.training import mixup
-from tnt_flax.training.optimizer import make_optimizer
+from tnt_flax.training.optimizer import Optimizer, make_optimizer
 from tnt_flax.training.step import (
     Predictions,
     TrainState,
+    make_augment,
     make_eval_step,
-    make_prepare,
     make_train_step,
     smooth_one_hot,
     soft_target_cross_entropy,
@@ -50,9 +50,9 @@ def batch():
 def start(model=None, tx=None, ema_decay=0.9, **changes):
     model, tx = model or Linear(), tx or optax.sgd(0.5)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)), train=False)
-    prepare = make_prepare(model.num_classes, **OPTIONS | changes)
+    augment = make_augment(model.num_classes, **OPTIONS | changes)
     schedule = optax.constant_schedule(0.5)
-    step = jax.jit(make_train_step(model, tx, schedule, prepare, ema_decay=ema_decay))
+    step = jax.jit(make_train_step(model, Optimizer(tx, schedule), augment, ema_decay=ema_decay))
     return TrainState.create(variables, tx), step
 
 
@@ -87,11 +87,11 @@ def test_frozen_statistics_normalize_as_in_evaluation(batch, freeze, moving):
     variables = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)), train=False)
     variables["batch_stats"]["batch_norm"]["mean"] += 0.3
     state = TrainState.create(variables, tx)
-    prepare = make_prepare(7, **OPTIONS)
+    augment = make_augment(7, **OPTIONS)
     schedule = optax.constant_schedule(0.5)
-    step = make_train_step(model, tx, schedule, prepare, ema_decay=0.9, freeze=freeze)
+    step = make_train_step(model, Optimizer(tx, schedule, freeze), augment, ema_decay=0.9)
     new, metrics = jax.jit(step)(state, batch, jax.random.key(1))
-    images, targets = prepare(batch, None, None)
+    images, targets = augment(batch, None, None)
     logits, _ = model.apply(variables, images, train=moving, mutable=["batch_stats"])
     expected = optax.softmax_cross_entropy(logits, targets).mean()
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
@@ -133,8 +133,9 @@ def spied_step(**changes):
         return images
 
     model, tx = types.SimpleNamespace(num_classes=7, apply=apply), optax.sgd(0.5)
-    prepare = make_prepare(7, **OPTIONS | dict(mix=mix, erase=erase) | changes)
-    step = make_train_step(model, tx, optax.constant_schedule(0.5), prepare, ema_decay=0.9)
+    augment = make_augment(7, **OPTIONS | dict(mix=mix, erase=erase) | changes)
+    optimizer = Optimizer(tx, optax.constant_schedule(0.5))
+    step = make_train_step(model, optimizer, augment, ema_decay=0.9)
 
     def see(batch, step_number, seed):
         state = TrainState.create({"params": {"w": jnp.ones(())}}, tx).replace(
@@ -194,9 +195,9 @@ def test_bfloat16_leaves_the_training_state_in_float32():
     adamw = make_optimizer(
         lambda step: 1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.05, clip_norm=0.0
     )
-    tx = optax.chain(optax.stateless(spy), adamw)
-    prepare = make_prepare(model.num_classes, **OPTIONS)
-    step = make_train_step(model, tx, lambda step: 1e-3, prepare, ema_decay=0.9)
+    tx = optax.chain(optax.stateless(spy), adamw.tx)
+    augment = make_augment(model.num_classes, **OPTIONS)
+    step = make_train_step(model, Optimizer(tx, adamw.schedule), augment, ema_decay=0.9)
     state = jax.eval_shape(lambda p: TrainState.create({"params": p}, tx), params)
     batch = {"image": images, "label": jnp.arange(4)}
     traced = jax.make_jaxpr(step, return_shape=True)

@@ -17,7 +17,7 @@ from tnt_flax.core.trees import named_leaves
 from tnt_flax.models import TNT
 from tnt_flax.training import mixup
 from tnt_flax.training.experiment import Experiment
-from tnt_flax.training.step import TrainState, make_prepare, make_train_step
+from tnt_flax.training.step import TrainState, make_augment, make_train_step
 
 FIXED_MIX = mixup.Mix(
     jnp.array([reference.LAM, 1.0]), jnp.array([(0, 0, 0, 0), reference.BOX], jnp.int32)
@@ -30,18 +30,18 @@ def train(initial):
     config.epochs = reference.EPOCHS
     config.optimizer.warmup_epochs = reference.WARMUP
     config.optimizer.cooldown_epochs = reference.COOLDOWN
-    tx, schedule = Experiment(config, steps_per_epoch=reference.STEPS_PER_EPOCH).optimizer
+    optimizer = Experiment(config, steps_per_epoch=reference.STEPS_PER_EPOCH).optimizer
     model = TNT(**reference.OUR_FIELDS)
-    prepare = make_prepare(
+    augment = make_augment(
         model.num_classes,
         label_smoothing=config.augment.label_smoothing,
         mean=config.data.mean,
         std=config.data.std,
         mix=lambda key, images, targets: mixup.apply_mix(images, targets, FIXED_MIX),
     )
-    step = make_train_step(model, tx, schedule, prepare, ema_decay=reference.EMA_DECAY)
+    step = make_train_step(model, optimizer, augment, ema_decay=reference.EMA_DECAY)
     step = jax.jit(step, donate_argnums=0)
-    state = TrainState.create({"params": jax.tree.map(jnp.asarray, initial)}, tx)
+    state = TrainState.create({"params": jax.tree.map(jnp.asarray, initial)}, optimizer.tx)
     losses, rates = [], []
     with jax.default_matmul_precision("highest"):
         for images, labels in reference.batches():

@@ -121,9 +121,9 @@ def first_samples(config: ConfigDict, wanted: int) -> Samples:
         batch = next(batches)
     _, step_key = experiment.make_keys()
     _, mix_key, erase_key = step.step_keys(step_key, 0)
-    prepare = jax.jit(experiment.make_prepare(len(source.class_names)))
+    augment = jax.jit(experiment.make_augment(len(source.class_names)))
     inputs = {name: batch[name] for name in ("image", "label")}
-    images, weights = jax.device_get(prepare(inputs, mix_key, erase_key))
+    images, weights = jax.device_get(augment(inputs, mix_key, erase_key))
     return Samples(images, weights, tuple(source.class_names), config)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError
@@ -23,6 +22,7 @@ from tnt_flax.runtime import sharding
 from tnt_flax.training import mixup, step
 from tnt_flax.training.config import check_config, resolve_model_config, steps_of
 from tnt_flax.training.optimizer import (
+    Optimizer,
     check_freeze,
     epoch_learning_rates,
     make_optimizer,
@@ -284,8 +284,7 @@ class Experiment:
     # ---------------------------------------------------------------------------- state
 
     @functools.cached_property
-    def optimizer(self) -> tuple[optax.GradientTransformation, optax.Schedule]:
-        """The optimizer and its learning-rate schedule, a function of the step."""
+    def optimizer(self) -> Optimizer:
         options = self.config.optimizer
         rates = epoch_learning_rates(
             base=options.learning_rate,
@@ -296,7 +295,7 @@ class Experiment:
             cooldown=options.cooldown_epochs,
         )
         schedule = per_epoch_schedule(rates, self.steps_per_epoch)
-        tx = make_optimizer(
+        return make_optimizer(
             schedule,
             beta1=options.beta1,
             beta2=options.beta2,
@@ -306,7 +305,6 @@ class Experiment:
             layer_decay=options.layer_decay,
             freeze=options.freeze,
         )
-        return tx, schedule
 
     def make_keys(self) -> tuple[jax.Array, jax.Array]:
         """Returns the keys of the initial weights and of all steps (see `step.step_keys`)."""
@@ -323,8 +321,7 @@ class Experiment:
         return self._new_state(self.init_variables(key))
 
     def _new_state(self, variables: Any) -> TrainState:
-        tx, _ = self.optimizer
-        return TrainState.create(variables, tx)
+        return TrainState.create(variables, self.optimizer.tx)
 
     @functools.cached_property
     def state_shapes(self) -> TrainState:
@@ -350,8 +347,8 @@ class Experiment:
 
     # ---------------------------------------------------------------------------- steps
 
-    def make_prepare(self, num_classes: int):
-        """Returns the part of the train step before the network; see `step.make_prepare`."""
+    def make_augment(self, num_classes: int) -> step.AugmentFn:
+        """Returns `augment(batch, mix_key, erase_key)`; see `step.make_augment`."""
         options = self.config.augment
         mix = functools.partial(
             mixup.mix,
@@ -367,7 +364,7 @@ class Experiment:
             area=options.erase_area,
             ratio=options.erase_ratio,
         )
-        return step.make_prepare(
+        return step.make_augment(
             num_classes,
             label_smoothing=options.label_smoothing,
             mix=mix if self.mixes_images else None,
@@ -387,10 +384,9 @@ class Experiment:
         """Returns `train_step(state, batch, key)`; see `step.make_train_step`."""
         return step.make_train_step(
             self.model,
-            *self.optimizer,
-            self.make_prepare(self.model.num_classes),
+            self.optimizer,
+            self.make_augment(self.model.num_classes),
             ema_decay=self.config.ema.decay,
-            freeze=self.config.optimizer.freeze,
             gradient_dtype=self.config.mesh.gradient_dtype,
         )
 

@@ -8,7 +8,7 @@ the user interface; a property of one block is one element of an array [blocks, 
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,14 @@ from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import named_leaves
 
 STEM = ("word_embed", "word_pos", "proj", "cls_token", "sentence_pos")
+
+
+class Optimizer(NamedTuple):
+    """An optimizer and what a training step must know about it."""
+
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule  # learning rate as a function of the step
+    freeze: str = ""  # regular expression of the parameters that `tx` keeps, see `trainable_mask`
 
 
 def epoch_learning_rates(
@@ -70,7 +78,7 @@ def make_optimizer(
     clip_norm: float,
     layer_decay: float = 1.0,
     freeze: str = "",
-) -> optax.GradientTransformation:
+) -> Optimizer:
     """Returns AdamW as `torch.optim.AdamW` computes it.
 
     Args:
@@ -90,7 +98,9 @@ def make_optimizer(
         tx = skip_frozen(tx, freeze)
     if layer_decay < 1:
         tx = optax.chain(tx, scale_by_layer(layer_decay))
-    return optax.chain(tx, zero_frozen(freeze)) if freeze else tx
+    if freeze:
+        tx = optax.chain(tx, zero_frozen(freeze))
+    return Optimizer(tx, schedule, freeze)
 
 
 def names_per_block(name: str, leaf: Any) -> list[str]:

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from tnt_flax.training import optimizer
 from tnt_flax.training.mixup import normalize
+from tnt_flax.training.optimizer import Optimizer, select, trainable_mask
 
 Batch = dict[str, jax.Array]
 Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}, as `model.apply` takes them
-Prepare = Callable[[Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+# (batch, key of mixing, key of erasing) -> (images float32 [B, H, W, 3], targets float32 [B, K])
+AugmentFn = Callable[[Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 CALIBRATION_BINS = 15  # of equal width, as in Guo et al. (arXiv 1706.04599)
 
@@ -73,7 +74,7 @@ def step_keys(key: jax.Array, step: jax.Array | int) -> jax.Array:
     return jax.random.split(jax.random.fold_in(key, step), 3)
 
 
-def make_prepare(
+def make_augment(
     num_classes: int,
     *,
     label_smoothing: float,
@@ -81,8 +82,11 @@ def make_prepare(
     std: tuple[float, ...],
     mix: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None,
     erase: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-) -> Prepare:
-    """Returns `prepare(batch, mix_key, erase_key) -> (images, targets)`, the network's input.
+) -> AugmentFn:
+    """Returns `augment(batch, mix_key, erase_key) -> (images, targets)`, the network's input.
+
+    `batch` holds `image` uint8 [B, H, W, 3] and `label` int32 [B]. The images are float32
+    [B, H, W, 3], normalized; the targets are float32 [B, num_classes].
 
     Args:
         num_classes: width of the targets.
@@ -93,8 +97,8 @@ def make_prepare(
         erase: `erase(key, images)` for normalized images; None disables.
     """
 
-    def prepare(batch, mix_key, erase_key):
-        images = batch["image"]  # uint8 [B, H, W, 3]
+    def augment(batch, mix_key, erase_key):
+        images = batch["image"]
         targets = smooth_one_hot(batch["label"], num_classes, label_smoothing)
         if mix:
             images, targets = mix(mix_key, images, targets)
@@ -103,29 +107,31 @@ def make_prepare(
             images = erase(erase_key, images)
         return images, targets
 
-    return prepare
+    return augment
 
 
 def make_loss(model: nn.Module, freeze: str = "") -> Callable[..., tuple[jax.Array, Any]]:
     """Returns `loss(params, batch_stats, images, targets, key) -> (mean loss, new batch_stats)`.
 
-    What `freeze` matches gets no gradient. If it matches all running statistics, BatchNorm
-    normalizes with them, as in evaluation.
+    `images` are float32 [B, H, W, 3] and `targets` [B, K]. Parameters that `freeze` matches get no
+    gradient. If `freeze` matches all running statistics, BatchNorm normalizes with them, as in
+    evaluation.
     """
 
     def loss(params, batch_stats, images, targets, key):
-        mutable = ["batch_stats"]
+        frozen_stats = False
         if freeze:
-            mask = optimizer.trainable_mask(batch_stats, freeze)
-            mutable = mutable if any(x.any() for x in jax.tree.leaves(mask)) else []
-            mask = optimizer.trainable_mask(params, freeze)
-            params = optimizer.select(mask, params, jax.lax.stop_gradient(params))
+            stats_mask = trainable_mask(batch_stats, freeze)
+            frozen_stats = not any(x.any() for x in jax.tree.leaves(stats_mask))
+            params_mask = trainable_mask(params, freeze)
+            # With stop_gradient XLA drops the computation of gradients that nothing uses.
+            params = select(params_mask, params, jax.lax.stop_gradient(params))
         logits, updated = model.apply(
             {"params": params, "batch_stats": batch_stats},
             images,
             train=True,
             rngs={"dropout": key},
-            mutable=mutable,
+            mutable=[] if frozen_stats else ["batch_stats"],
         )
         losses = soft_target_cross_entropy(logits, targets)
         return losses.mean(), updated.get("batch_stats", batch_stats)
@@ -135,51 +141,50 @@ def make_loss(model: nn.Module, freeze: str = "") -> Callable[..., tuple[jax.Arr
 
 def make_train_step(
     model: nn.Module,
-    tx: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    prepare: Prepare,
+    optimizer: Optimizer,
+    augment: AugmentFn,
     *,
     ema_decay: float,
-    freeze: str = "",
     gradient_dtype: str = "float32",
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]]:
     """Returns `train_step(state, batch, key) -> (state, metrics)`.
 
     Randomness depends on `key` and `state.step` only: a resumed run and any number of devices use
-    the same random numbers. `metrics` are the scalars loss, learning_rate and grad_norm, and
-    `finite`, see `finite_flags`.
+    the same random numbers. `metrics` are the scalars loss, learning_rate and grad_norm (before
+    clipping), and `finite`, see `finite_flags`.
 
     Args:
         model: TNT or PyramidTNT.
-        tx: see `optimizer.make_optimizer`; it has to get the same `freeze`.
-        schedule: learning rate as a function of the step, for the metrics.
-        prepare: see `make_prepare`.
+        optimizer: see `optimizer.make_optimizer`. Its `freeze` also applies to statistics.
+        augment: see `make_augment`.
         ema_decay: decay of the exponential moving average; 0 copies the weights.
-        freeze: regular expression of parameters to keep, see `optimizer.trainable_mask`.
         gradient_dtype: "float32" sums gradients over devices in float32. "bfloat16" differentiates
-            a bfloat16 model with respect to bfloat16 kernels, which halves the traffic.
+            with respect to bfloat16 kernels. That halves the traffic only if the model computes
+            in bfloat16; with another model it is ignored.
     """
+    freeze = optimizer.freeze
     cast = gradient_dtype == "bfloat16" and jnp.dtype(model.dtype) == gradient_dtype
     loss_and_grads = jax.value_and_grad(make_loss(model, freeze), has_aux=True)
 
     def train_step(state, batch, key):
         dropout_key, mix_key, erase_key = step_keys(key, state.step)
-        images, targets = prepare(batch, mix_key, erase_key)
+        images, targets = augment(batch, mix_key, erase_key)
         params = cast_kernels(state.params, gradient_dtype) if cast else state.params
         (loss, batch_stats), grads = loss_and_grads(
             params, state.batch_stats, images, targets, dropout_key
         )
+        # No operation unless the kernels were cast.
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if freeze:
-            mask = optimizer.trainable_mask(batch_stats, freeze)
-            batch_stats = optimizer.select(mask, batch_stats, state.batch_stats)
+            mask = trainable_mask(batch_stats, freeze)
+            batch_stats = select(mask, batch_stats, state.batch_stats)
         ema = update_ema(state.ema, {"params": params, "batch_stats": batch_stats}, ema_decay)
         grad_norm = optax.tree.norm(grads)
         metrics = {
             "loss": loss,
-            "learning_rate": schedule(state.step),
+            "learning_rate": optimizer.schedule(state.step),
             "grad_norm": grad_norm,
             "finite": finite_flags(
                 {"params": grads, "batch_stats": batch_stats},
@@ -193,7 +198,7 @@ def make_train_step(
 
 
 def cast_kernels(params: Any, dtype: Any) -> Any:
-    """Casts the kernels to `dtype`; norms, biases and positions are too small to matter."""
+    """Casts the kernels to `dtype`; the other parameters are too small to matter for traffic."""
 
     def cast(path, x):
         return x.astype(dtype) if path[-1].key == "kernel" else x
@@ -243,10 +248,11 @@ class Predictions(NamedTuple):
 def score(logits: Float[Array, "B K"], labels: Int[Array, "B L"]) -> Predictions:
     """Compares logits with the classes that are right for each image, padded with -1.
 
-    With fewer than five classes top5 is always true.
+    With fewer than five classes top5 is always true. An image without any label has an infinite
+    loss; `sum_predictions` masks it out.
     """
     _, best = jax.lax.top_k(logits, min(5, logits.shape[1]))
-    hits = (best[:, :, None] == labels[:, None, :]).any(axis=2)
+    hits = (best[:, :, None] == labels[:, None, :]).any(axis=2)  # bool [B, 5]
     log_probabilities = jax.nn.log_softmax(logits)
     right = jnp.take_along_axis(log_probabilities, jnp.maximum(labels, 0), axis=1)
     loss = -jax.nn.logsumexp(jnp.where(labels < 0, -jnp.inf, right), axis=1)
@@ -304,12 +310,14 @@ def make_eval_step(
         std: likewise.
         classes: restricts the predictions to these classes; None allows all.
     """
-    allowed = jnp.array(range(model.num_classes) if classes is None else classes)
-    allowed = jnp.isin(jnp.arange(model.num_classes), allowed)
+    allowed = None
+    if classes is not None:
+        allowed = jnp.isin(jnp.arange(model.num_classes), jnp.array(classes))
 
     def eval_step(variables, batch):
         logits = model.apply(variables, normalize(batch["image"], mean, std), train=False)
-        logits = logits if classes is None else jnp.where(allowed[None], logits, -jnp.inf)
+        if allowed is not None:
+            logits = jnp.where(allowed[None], logits, -jnp.inf)
         labels = batch["label"]
         labels = labels[:, None] if labels.ndim == 1 else labels
         found = score(logits, labels)
