@@ -146,8 +146,7 @@ def evaluate_checkpoint(
         if multi_label and per_class:
             raise InputError("images may be of several classes in these data: no --per-class")
         variables, found = experiment.load_variables(path, checkpoint=checkpoint)
-        shardings = sharding.eval_shardings(variables, mesh)
-        variables = sharding.put_global(variables, shardings)
+        variables = sharding.put_global(variables, sharding.eval_shardings(variables, mesh))
         class_names, num_classes = found.class_names, found.network.model.num_classes
         model = experiment.make_model(num_classes)
         only = experiment.config.eval.classes
