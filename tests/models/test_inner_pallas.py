@@ -102,10 +102,10 @@ def test_eight_devices_run_the_network_as_one_does(interpreted):
 
 def test_images_that_the_devices_cannot_share(interpreted):
     with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))):
-        assert not inner_pallas.refusal(12, 2, 16, 48, 16)
-        refusal = inner_pallas.refusal(12, 2, 16, 48, 12)
-    assert refusal == "12 images do not split over 8 devices"
-    assert not inner_pallas.refusal(12, 2, 16, 48, 12)
+        assert not inner_pallas.why_not(12, 2, 16, 48, 16)
+        reason = inner_pallas.why_not(12, 2, 16, 48, 12)
+    assert reason == "12 images do not split over 8 devices"
+    assert not inner_pallas.why_not(12, 2, 16, 48, 12)
 
 
 def test_devices_that_share_the_outer_transformer(interpreted):
@@ -114,11 +114,11 @@ def test_devices_that_share_the_outer_transformer(interpreted):
     seen = []
 
     def look(x):
-        seen.append(inner_pallas.refusal(12, 2, 16, 48, 16))
+        seen.append(inner_pallas.why_not(12, 2, 16, 48, 16))
         return x
 
     with jax.set_mesh(mesh):
-        seen.append(inner_pallas.refusal(12, 2, 16, 48, 16))
+        seen.append(inner_pallas.why_not(12, 2, 16, 48, 16))
         for manual in ({"data"}, {"data", "tensor"}):
             spec = PartitionSpec("data")
             split = jax.shard_map(look, in_specs=spec, out_specs=spec, axis_names=manual)
@@ -147,7 +147,7 @@ def test_compiles_for_v5e(dtype, monkeypatch):
         return module.apply({"params": params}, x, None, train=False).astype(jnp.float32).sum()
 
     with jax.set_mesh(mesh):
-        assert not inner_pallas.refusal(24, 4, 16, 96, 4)
+        assert not inner_pallas.why_not(24, 4, 16, 96, 4)
         split = NamedSharding(mesh, PartitionSpec(None, None, "data"))
         whole = NamedSharding(mesh, PartitionSpec())
         step = jax.jit(jax.grad(loss, (0, 1)), in_shardings=(whole, split))

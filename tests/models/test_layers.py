@@ -94,6 +94,16 @@ def test_attention_equals_loops_over_heads(fields):
         np.testing.assert_allclose(weights[i, j], expected_weights, atol=1e-6)
 
 
+def test_leading_queries_with_a_bias_equal_those_of_all_queries():
+    x, bias = normal(2, 5, 12), normal(1, 3, 5, 5)
+    block = layers.TransformerBlock(3)
+    variables = random_variables(block, x, None, train=False)
+    run = functools.partial(block.apply, variables, x, None, bias=bias, train=False)
+    assert run(num_queries=2).shape == (2, 2, 12)
+    np.testing.assert_allclose(run(num_queries=2), run()[:, :2], atol=1e-6)
+    assert abs(run() - block.apply(variables, x, None, train=False)).max() > 0.01
+
+
 def test_large_logits_do_not_overflow():
     x = 50 * normal(1, 4, 6)
     attention = layers.Attention(1)

@@ -117,31 +117,28 @@ def test_under_scan_and_remat():
 
 
 @pytest.mark.parametrize(
-    "platform, shape, suits",
+    "platform, length, width, reason",
     [
-        ("tpu", (8, 197, 6, 64), True),
-        ("tpu", (1, 577, 10, 64), True),
-        ("cpu", (8, 197, 6, 64), False),
-        ("tpu", (8, 197, 6, 48), False),
-        ("tpu", (8, 1025, 6, 64), False),
+        ("tpu", 197, 64, ""),
+        ("tpu", 577, 64, ""),
+        ("cpu", 197, 64, "it is for TPUs, not for cpu"),
+        ("tpu", 197, 48, "heads of width 48 do not fit 128 lanes"),
+        ("tpu", 1025, 64, "1025 tokens are more than 640"),
     ],
 )
-def test_where_it_is_chosen(platform, shape, suits, monkeypatch):
+def test_platforms_and_sizes_that_the_kernel_cannot_run(
+    platform, length, width, reason, monkeypatch
+):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert suits_of(shape) == suits
+    assert outer_pallas.why_not(8, length, width) == reason
 
 
-def suits_of(shape):
-    batch, length, _, width = shape
-    return outer_pallas.suits(batch, length, width)
-
-
-def test_a_batch_that_the_mesh_cannot_share_is_left_to_the_plain_attention(monkeypatch):
+def test_meshes_that_cannot_share_the_kernel(monkeypatch):
     monkeypatch.setattr(outer_pallas, "platform", lambda: "tpu")
     with jax.set_mesh(jax.make_mesh((8,), ("data",))):
-        for batch, suits in ((16, True), (1, False)):
-            assert suits_of((batch, 5, 1, 64)) == suits
+        assert outer_pallas.why_not(16, 5, 64) == ""
+        assert outer_pallas.why_not(1, 5, 64) == "1 images do not split over 8 devices"
     with jax.set_mesh(jax.make_mesh((4, 2), ("data", "tensor"))):
-        assert not suits_of((16, 5, 2, 64))  # the heads are split, too
-    assert not suits_of((16, 5, 1, 64))  # eight devices, and no mesh to say which
+        assert "its axis 'tensor' has several devices" in outer_pallas.why_not(16, 5, 64)
+    assert "how 8 devices share it" in outer_pallas.why_not(16, 5, 64)

@@ -2,7 +2,9 @@
 """The layers of both networks, with torch's defaults where flax's differ.
 
 Every layer acts on sequences `(*batch, T, W)` of T tokens of width W: the outer transformer reads
-sentences `(B, N + 1, D)`, the inner transformer words `(B, N, M, C)`.
+sentences `(B, N + 1, D)`, the inner transformer words `(B, N, M, C)`. Arrays are added or
+multiplied only at equal ranks (the tests forbid implicit rank promotion), hence every `[None]` and
+`broadcast_to`. Weights read from a file may be NumPy arrays, hence `jnp.asarray(...)`.
 """
 
 import functools
@@ -22,6 +24,7 @@ from tnt_flax.models.network import Grid
 
 Tokens = Float[Array, "*batch T W"]
 Heads = Float[Array, "*batch T heads width"]
+Bias = Float[Array, "1 heads T K"]  # of logits: T tokens attend to K tokens, in every image
 AttentionFn = Callable[[Heads, Heads, Heads, float], Heads]
 MatmulFn = Callable[[Array, Array], Array]
 
@@ -49,6 +52,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         kernel = self.param("kernel", token_init, (x.shape[-1], self.features))
+        # Both constraints together keep FSDP gathering weights, not activations.
         x = self.matmul_fn(shard_batch(x.astype(self.dtype)), jnp.asarray(kernel))
         x = shard_batch(x)
         if not self.use_bias:
@@ -84,7 +88,7 @@ GELU: dict[str, Callable[[Array], Array]] = {
 }
 
 
-# -- Regularization
+# -- Drop path and BatchNorm
 
 
 class DropPath(nn.Module):
@@ -100,23 +104,8 @@ class DropPath(nn.Module):
             return update
         sample = jax.random.uniform(self.make_rng("dropout"), update.shape[:-2])[..., None, None]
         keep = 1 - rate
+        # Bernoulli(keep) / keep, written as in timm.
         return update * (jnp.floor(keep + sample) / keep).astype(update.dtype)
-
-
-class Dropout(nn.Module):
-    """Drops single elements, and scales the others by 1 / (1 - rate)."""
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch T W"], *, train: bool) -> Float[Array, "*batch T W"]:
-        if not (train and self.rate):
-            return x
-        sample = jax.random.uniform(self.make_rng("dropout"), x.shape)
-        return jnp.where(sample < 1 - self.rate, x / (1 - self.rate), jnp.zeros_like(x))
-
-
-# -- BatchNorm
 
 
 class BatchNorm(nn.Module):
@@ -169,8 +158,8 @@ class Attention(nn.Module):
 
     Args of the call:
         x: tokens that attend.
-        num_queries: only the first tokens attend, to all tokens; None is all of them.
-        context: K tokens that are attended to; by default `x` itself.
+        num_queries: Q, the number of leading tokens that attend; None is all T.
+        context: the K tokens that are attended to; by default `x` itself.
         bias: added to the logits.
         train: enables dropout.
 
@@ -185,7 +174,8 @@ class Attention(nn.Module):
     attention_dropout: float = 0.0  # of the attention weights
     dtype: DTypeLike = jnp.float32
     # Faster versions of parts of the definition below; None is the definition. `attention_fn` is
-    # called as (query, key, value, scale), where it needs neither bias nor weights.
+    # called as (query, key, value, scale), and used only without bias, num_queries and captured or
+    # dropped weights.
     attention_fn: AttentionFn | None = None
     matmul_fn: MatmulFn = mixed_precision.matmul
 
@@ -196,13 +186,14 @@ class Attention(nn.Module):
         *,
         num_queries: int | None = None,
         context: Float[Array, "*batch K W"] | None = None,
-        bias: Float[Array, "#B heads T K"] | None = None,
+        bias: Bias | None = None,
         train: bool,
     ) -> Float[Array, "*batch Q W"]:
         width = x.shape[-1]
         if width % self.num_heads:
             raise InputError(f"width {width} is not divisible by {self.num_heads} attention heads")
         dense = functools.partial(Dense, width, dtype=self.dtype, matmul_fn=self.matmul_fn)
+        dropout = functools.partial(nn.Dropout, deterministic=not train)
 
         def project(name, x):
             projected = dense(use_bias=self.qkv_bias, name=name)(x)
@@ -221,14 +212,16 @@ class Attention(nn.Module):
         else:
             logits = jnp.einsum("...qhd,...khd->...hqk", query, key) * scale
             logits = logits.astype(jnp.float32)
-            weights = nn.softmax(logits if bias is None else logits + bias)
+            if bias is not None:
+                logits = logits + bias[..., :num_queries, :]
+            weights = nn.softmax(logits)
             self.sow("intermediates", "weights", weights)
-            weights = Dropout(self.attention_dropout)(weights, train=train)
+            weights = dropout(self.attention_dropout)(weights)
             x = jnp.einsum("...hqk,...khd->...qhd", weights.astype(self.dtype), value)
 
         x = x.reshape(*x.shape[:-2], width)
         x = dense(use_bias=self.out_bias, name="out")(x)
-        return Dropout(self.dropout)(x, train=train)
+        return dropout(self.dropout)(x)
 
 
 class SqueezeExcite(nn.Module):
@@ -248,6 +241,7 @@ class SqueezeExcite(nn.Module):
 
 def mlp(x: Tokens, fc1: Callable, gelu: Callable, dropout: Callable, fc2: Callable) -> Tokens:
     """Evaluates an MLP from its parts, functions of tokens."""
+    # A field of TransformerBlock, so that `cpu.mlp` can flatten the tokens to rows.
     return fc2(dropout(gelu(fc1(x))))
 
 
@@ -257,7 +251,7 @@ class TransformerBlock(nn.Module):
     Args of the call:
         x: tokens.
         drop_path_rate: rate of both updates; None disables drop path.
-        num_queries: only the first tokens are updated and returned; None is all of them.
+        num_queries: Q, the number of leading tokens that are updated and returned; None is all T.
         bias: added to the logits of the attention.
         train: enables dropout.
     """
@@ -286,21 +280,22 @@ class TransformerBlock(nn.Module):
         drop_path_rate: Float[Array, ""] | None,
         *,
         num_queries: int | None = None,
-        bias: Float[Array, "#B heads T K"] | None = None,
+        bias: Bias | None = None,
         train: bool,
     ) -> Float[Array, "*batch Q W"]:
         norm = functools.partial(self.norm_layer, epsilon=self.norm_eps, dtype=self.dtype)
         dense = functools.partial(Dense, dtype=self.dtype, matmul_fn=self.matmul_fn)
+        dropout = functools.partial(nn.Dropout, self.dropout, deterministic=not train)
 
         attention = Attention(
-            self.num_heads,
-            self.qkv_bias,
-            self.output_bias,
-            self.dropout,
-            self.attention_dropout,
-            self.dtype,
-            self.attention_fn,
-            self.matmul_fn,
+            num_heads=self.num_heads,
+            qkv_bias=self.qkv_bias,
+            out_bias=self.output_bias,
+            dropout=self.dropout,
+            attention_dropout=self.attention_dropout,
+            dtype=self.dtype,
+            attention_fn=self.attention_fn,
+            matmul_fn=self.matmul_fn,
             name="attention",
         )
         normalized = norm(name="norm1")(x)
@@ -315,10 +310,10 @@ class TransformerBlock(nn.Module):
             norm(name="norm2")(x),
             dense(int(width * self.mlp_ratio), name="fc1"),
             GELU[self.gelu],
-            functools.partial(Dropout(self.dropout), train=train),
+            dropout(),
             dense(width, use_bias=self.output_bias, name="fc2"),
         )
-        update = Dropout(self.dropout)(update, train=train)
+        update = dropout()(update)
         if self.se:
             update = update + SqueezeExcite(self.norm_eps, self.dtype, name="se")(update)
         return x + DropPath()(update, drop_path_rate)

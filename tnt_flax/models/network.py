@@ -23,8 +23,8 @@ class BlockLayout(NamedTuple):
 class Network(Protocol):
     """A network of blocks with words and sentences; a flax module and a dataclass.
 
-    A new network implements these members and is entered in `models.MODELS`; no other file tests
-    which network it has.
+    A new network implements these members and is entered in `models.MODELS` and in
+    `models.NETWORKS`, whose key begins its names. No other file tests which network it has.
     """
 
     outer_dim: int  # of the first block

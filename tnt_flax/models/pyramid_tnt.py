@@ -325,7 +325,7 @@ class PyramidTNT(nn.Module):
         )
         if self.is_initializing():
             return block
-        impls = map(select.choose_simple, (self.inner_impl, self.outer_impl))
+        impls = map(select.resolve_auto, (self.inner_impl, self.outer_impl))
         return select.implement(block, *impls)
 
     def check_fields(self) -> None:

@@ -25,8 +25,8 @@ from tnt_flax.models.kernels.mixed_precision import add
 from tnt_flax.models.layers import (
     GELU,
     Dense,
-    Dropout,
     LayerNorm,
+    Tokens,
     TransformerBlock,
     check_choices,
     check_images,
@@ -77,7 +77,7 @@ class TNT(nn.Module):
     outer_dim: int
     inner_dim: int
     outer_heads: int
-    inner_heads: int
+    inner_heads: int  # 0: no words in any block
     depth: int = 12
     num_classes: int = 1000  # 0: no head
     patch_size: int = 16
@@ -123,14 +123,12 @@ class TNT(nn.Module):
 
         inner_impl, outer_impl = self.implementations(words.shape, sentences.shape, train)
         words = select.to_layout(inner_impl, words)
-        rates = None
-        if train and self.drop_path:
-            rates = jnp.linspace(0, self.drop_path, self.depth)
+        rates = jnp.linspace(0, self.drop_path, self.depth) if train and self.drop_path else None
+        # The head reads the class token alone. In the last block no other sentence needs an update,
+        # which saves 6 % of TNT-S, unless squeeze-excite reads the mean over all.
+        last_queries = None if self.se else dict(num_queries=1)
         for start, stop, vanilla in self.groups():
             block = self.make_block(f"blocks_{start}", vanilla)
-            # The head reads the class token alone: the last block updates no other sentence, which
-            # saves 6 % of TNT-S. Squeeze-excite needs the mean of all.
-            last = dict(num_queries=1) if stop == self.depth and not self.se else None
             words, sentences = scan_blocks(
                 self,
                 select.implement(block, inner_impl, outer_impl),
@@ -139,7 +137,7 @@ class TNT(nn.Module):
                 None if rates is None else rates[start:stop],
                 train=train,
                 remat=select.choose_remat(self.remat) == "block",
-                last=last,
+                last=last_queries if stop == self.depth else None,
             )
 
         norm = LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
@@ -154,12 +152,12 @@ class TNT(nn.Module):
     ) -> tuple[Float[Array, "B N M C"], Float[Array, "B N+1 D"]]:
         """Returns the words and sentences that the first block reads."""
         embed = WordEmbedding(
-            self.inner_dim,
-            self.patch_size,
-            self.inner_stride,
-            self.conv_first,
-            self.output_bias,
-            self.dtype,
+            inner_dim=self.inner_dim,
+            patch_size=self.patch_size,
+            stride=self.inner_stride,
+            conv_first=self.conv_first,
+            use_bias=self.output_bias,
+            dtype=self.dtype,
             name="word_embed",
         )
         words = embed(images)
@@ -180,17 +178,20 @@ class TNT(nn.Module):
         start = jnp.zeros_like(stem_sentences) if self.zero_sentences else stem_sentences
         sentences = jnp.concatenate([cls_token, start], axis=1)
         sentences = add(sentences, self.positions("sentence_pos", sentences))
-        sentences = Dropout(self.dropout)(sentences, train=train)
+        sentences = nn.Dropout(self.dropout, deterministic=not train)(sentences)
         if self.zero_sentences:
             sentences = sentences.at[:, 1:].add(stem_sentences)
         return words, sentences
 
-    def positions(self, name: str, tokens: Array) -> Array:
+    def positions(self, name: str, tokens: Tokens) -> Float[Array, "1 T W"]:
         """Returns the parameter `name`, one row per token, the same for every image."""
         return position_table(self, name, (1, *tokens.shape[-2:]), token_init)
 
     def make_block(self, name: str, vanilla: bool) -> TNTBlock:
-        """Returns one block, unbound: `scan_blocks` gives it parameters."""
+        """Returns one block.
+
+        Block and parts are unbound (`parent=None`): `scan_blocks` gives them their parameters.
+        """
         common = dict(
             mlp_ratio=self.mlp_ratio,
             qkv_bias=self.qkv_bias,
@@ -220,7 +221,12 @@ class TNT(nn.Module):
             name=name,
         )
 
-    def implementations(self, words_shape, sentences_shape, train: bool) -> tuple[str, str]:
+    def implementations(
+        self,
+        words_shape: tuple[Any, int, int, int],
+        sentences_shape: tuple[Any, int, int],
+        train: bool,
+    ) -> tuple[str, str]:
         """Returns the implementations of the inner and of the outer transformer.
 
         Only "reference" creates parameters, sows attention weights, and, in the inner transformer,

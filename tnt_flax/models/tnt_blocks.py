@@ -13,13 +13,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tnt_flax.models.kernels.mixed_precision import add, matmul
-from tnt_flax.models.layers import Dense, LayerNorm, MatmulFn
+from tnt_flax.models.layers import Bias, Dense, LayerNorm, MatmulFn
 from tnt_flax.models.network import Images
 
 Words = Float[Array, "B N M C"]
 
-KERNEL = (7, 7)  # windows of neighbouring words overlap
-PADDING = ((3, 3), (3, 3))  # torch's padding=3; "SAME" would shift every window by two pixels
+WORD_KERNEL = (7, 7)  # windows of neighbouring words overlap
+WORD_PADDING = ((3, 3), (3, 3))  # torch's padding=3; "SAME" would shift every window by two pixels
 
 
 class WordEmbedding(nn.Module):
@@ -34,7 +34,7 @@ class WordEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images) -> Words:
-        init = torch_conv_init(images.shape[-1] * KERNEL[0] * KERNEL[1])
+        init = torch_conv_init(images.shape[-1] * WORD_KERNEL[0] * WORD_KERNEL[1])
         if not self.conv_first:  # each patch apart, padded with zeros
             conv = PatchConv(
                 self.inner_dim, self.stride, self.use_bias, init, self.dtype, name="conv"
@@ -42,9 +42,9 @@ class WordEmbedding(nn.Module):
             return conv(cut_patches(images, self.patch_size))
         conv = nn.Conv(  # over the whole image: windows cross the borders of patches
             self.inner_dim,
-            KERNEL,
+            WORD_KERNEL,
             (self.stride, self.stride),
-            PADDING,
+            WORD_PADDING,
             use_bias=self.use_bias,
             kernel_init=init,
             bias_init=init,
@@ -71,7 +71,7 @@ class PatchConv(nn.Module):
     @nn.compact
     def __call__(self, patches: Float[Array, "B N size size channels"]) -> Words:
         batch, sentences, size, _, channels = patches.shape
-        kernel = self.param("kernel", self.init, (*KERNEL, channels, self.features))
+        kernel = self.param("kernel", self.init, (*WORD_KERNEL, channels, self.features))
         kernel = unfold_kernel(jnp.asarray(kernel), size, self.stride)
         num_words = kernel.shape[1]
         x = patches.reshape(batch * sentences, size * size * channels).astype(self.dtype)
@@ -84,10 +84,14 @@ class PatchConv(nn.Module):
 
 
 def unfold_kernel(kernel: Float[Array, "7 7 channels C"], size: int, stride: int) -> Array:
-    """Returns the weights from pixels to words, (size * size * channels, M, C)."""
-    (before, _), _ = PADDING
+    """Returns the weights from pixels to words, (size * size * channels, M, C).
+
+    For the word whose window starts at (y, x), `lax.pad` puts the 7x7 kernel at (y, x) of a
+    size x size patch. A negative amount crops what crosses the patch's border.
+    """
+    (before, _), _ = WORD_PADDING
     starts = [i * stride - before for i in range(-(-size // stride))]
-    around = {start: (start, size - start - KERNEL[0], 0) for start in starts}  # negative crops
+    around = {start: (start, size - start - WORD_KERNEL[0], 0) for start in starts}
     zero, rest = jnp.zeros((), kernel.dtype), [(0, 0, 0)] * 2
     windows = [
         jax.lax.pad(kernel, zero, [around[y], around[x], *rest]) for y in starts for x in starts
@@ -146,14 +150,16 @@ class TNTBlock(nn.Module):
     """Attends within sentences, adds words to their sentences, attends across sentences.
 
     Without `inner`, a plain transformer block that leaves the words alone (paper, Table 5). Sows
-    words as an intermediate, and sentences in the collection "maps".
+    words in the collection "intermediates", and sentences in "maps": capturing intermediates
+    forces the reference implementation, which feature maps do without.
 
     Args of the call:
         words: (B, N, M, C), or in the layout that `inner` and `proj` read.
-        sentences: (B, T, D), with the class token first if there is one.
+        sentences: (B, T, D). T is N + 1, with the class token first, or N without one.
         drop_path_rate: rate of all updates of both transformers; None disables drop path.
-        bias: added to the logits of the outer attention.
-        num_queries: only the first sentences are updated and returned; None is all of them.
+        bias: added to the logits of the outer attention, in which T sentences attend to K tokens:
+            the T sentences, or fewer if `outer` reduces them.
+        num_queries: Q, the number of leading sentences updated and returned; None is all T.
         train: enables dropout.
     """
 
@@ -169,15 +175,18 @@ class TNTBlock(nn.Module):
         words: Array,
         sentences: Float[Array, "B T D"],
         drop_path_rate: Float[Array, ""] | None,
-        bias: Float[Array, "1 heads T K"] | None = None,
+        bias: Bias | None = None,
         *,
         num_queries: int | None = None,
         train: bool,
     ) -> tuple[Array, Float[Array, "B Q D"]]:
         if self.inner:
-            attend_within = lambda inner, words: inner(words, drop_path_rate, train=train)
-            attend_within = nn.remat(attend_within) if self.remat_inner else attend_within
-            words = attend_within(self.inner, words)
+
+            def run_inner(inner, words):
+                return inner(words, drop_path_rate, train=train)
+
+            run = nn.remat(run_inner) if self.remat_inner else run_inner
+            words = run(self.inner, words)
             update = self.proj(words)
             if self.has_class_token:
                 update = update.reshape(sentences[:, 1:].shape)  # some layouts merge B and N

@@ -35,7 +35,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import named_leaves
 from tnt_flax.models import Network, create_model
-from tnt_flax.models.tnt_blocks import KERNEL, TNTBlock
+from tnt_flax.models.tnt_blocks import WORD_KERNEL, TNTBlock
 from tnt_flax.tools.command_line import Parser, parse_settings, run
 
 # The part of a layer is the first one whose pattern matches the beginning of its path.
@@ -164,7 +164,7 @@ def traced_products(
         """Counts the stem as a 7 x 7 convolution; as a matmul of patches it multiplies zeros."""
         if "word_embed" not in product.scope or model.conv_first:
             return product
-        return product._replace(macs=product.macs * math.prod(KERNEL) // model.patch_size**2)
+        return product._replace(macs=product.macs * math.prod(WORD_KERNEL) // model.patch_size**2)
 
     data = [False] * len(jax.tree.leaves(variables)) + [True]
     return tuple(

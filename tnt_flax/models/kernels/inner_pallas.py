@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from tnt_flax.models.kernels import inner_kernels as kernels
-from tnt_flax.models.kernels.platform import devices, free_axes, heads_are_split, platform
+from tnt_flax.models.kernels.platform import devices, free_axes, platform, why_not_shared
 
 INTERPRET = False  # True, in tests, runs the kernels without a TPU
 SIZES = ((12, 2), (24, 4), (40, 4))  # published word widths and heads
@@ -23,11 +23,8 @@ Lanes = Float[Array, "C M P"]
 Weights = tuple[Array, Array, Array, Array]  # of query-key-value, out, fc1, fc2: [inputs + 1, ...]
 
 
-def refusal(width: int, heads: int, words: int, hidden: int, images: int) -> str:
-    """Why the kernels cannot run a block of these sizes; empty if they can.
-
-    A kernel is not split by the compiler as other operations are, hence the ambient mesh.
-    """
+def why_not(width: int, heads: int, words: int, hidden: int, images: int) -> str:
+    """Returns why the kernels cannot run a block of these sizes here; "" if they can."""
     if platform() != "tpu" and not INTERPRET:
         return f"it is for TPUs, not for {platform()}"
     if (width, heads) not in SIZES:
@@ -36,14 +33,9 @@ def refusal(width: int, heads: int, words: int, hidden: int, images: int) -> str
         return f"a sentence has {words} words, not {kernels.WORDS}"
     if hidden != 4 * width:
         return f"the MLP has {hidden / width:g} times the width, not 4"
-    shares = devices(free_axes())
-    if jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1 and not INTERPRET:
-        return f"it must be told how {jax.device_count()} devices share it: use jax.set_mesh(mesh)"
-    if heads_are_split():
-        return "the mesh splits more than the batch: its axis 'tensor' has several devices"
-    if images < 1 or images % shares:
-        return f"{images} images do not split over {shares} devices"
-    return ""
+    if INTERPRET and jax.sharding.get_abstract_mesh().empty:
+        return ""
+    return why_not_shared(images)
 
 
 def block(

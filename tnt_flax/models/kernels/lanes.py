@@ -64,7 +64,7 @@ def normalize(x: Array, axes: int | tuple[int, ...], norm_eps: float) -> Array:
 
 
 def dense(weight: Array, x: Lanes) -> Float[Array, "O M P"]:
-    x = mixed_precision.einsum("io,imp->omp", weight[:-1], x, x.dtype)
+    x = mixed_precision.einsum("imp,io->omp", x, weight[:-1])
     return mixed_precision.add(x, weight[-1][:, None, None])
 
 
@@ -141,7 +141,7 @@ class LanesToSentences(nn.Module):
             scale, bias = (x.reshape(num_words, width).T[:, :, None] for x in affine)
         x = (x * scale + bias).astype(self.dtype)
         kernel = jnp.asarray(params["dense"]["kernel"]).reshape(num_words, width, -1)
-        x = shard_batch(mixed_precision.einsum("cmp,mcd->pd", x, kernel, x.dtype))
+        x = shard_batch(mixed_precision.einsum("cmp,mcd->pd", x, kernel))
         if "bias" in params["dense"]:
             x = mixed_precision.add(x, params["dense"]["bias"])
         if "norm2" in params:

@@ -10,39 +10,35 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array
 
 
-def einsum(subscripts: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
-    """Returns `jnp.einsum(subscripts, a, b)`, computed in `dtype`.
+def einsum(subscripts: str, x: Array, weight: Array) -> Array:
+    """Returns `jnp.einsum(subscripts, x, weight)`, computed in the dtype of `x`.
 
-    Every axis of an operand must occur in the other operand or in the result. There is no
-    forward-mode derivative if the operands have different dtypes.
+    Every axis of an operand must occur in the other operand or in the result. The backward pass
+    cannot parse "...". There is no forward-mode derivative if the operands have different dtypes.
     """
-    if a.dtype == b.dtype:
-        return jnp.einsum(subscripts, a.astype(dtype), b.astype(dtype))
-    return _einsum(subscripts, jnp.dtype(dtype), a, b)
+    if x.dtype == weight.dtype:
+        return jnp.einsum(subscripts, x, weight)
+    return _einsum(subscripts, x, weight)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _einsum(subscripts, dtype, a, b):
-    return jnp.einsum(subscripts, a.astype(dtype), b.astype(dtype))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum(subscripts, x, weight):
+    return jnp.einsum(subscripts, x, weight.astype(x.dtype))
 
 
-def _einsum_forward(subscripts, dtype, a, b):
-    return _einsum(subscripts, dtype, a, b), (a, b)
+def _einsum_forward(subscripts, x, weight):
+    return _einsum(subscripts, x, weight), (x, weight)
 
 
-def _einsum_backward(subscripts, dtype, operands, d_out):
-    a, b = operands
+def _einsum_backward(subscripts, operands, d_out):
+    x, weight = operands
     left, right, out = subscripts.replace("->", ",").split(",")
-    d_out = d_out.astype(dtype)
-    product = functools.partial(jnp.einsum, preferred_element_type=a.dtype)
-    d_a = product(f"{out},{right}->{left}", d_out, b.astype(dtype))
-    product = functools.partial(jnp.einsum, preferred_element_type=b.dtype)
-    d_b = product(f"{left},{out}->{right}", a.astype(dtype), d_out)
-    return d_a, d_b
+    d_x = jnp.einsum(f"{out},{right}->{left}", d_out, weight.astype(x.dtype))
+    product = functools.partial(jnp.einsum, preferred_element_type=weight.dtype)
+    return d_x, product(f"{left},{out}->{right}", x, d_out)
 
 
 _einsum.defvjp(_einsum_forward, _einsum_backward)
@@ -52,7 +48,8 @@ def matmul(x: Array, kernel: Array) -> Array:
     """Returns `x @ kernel` in the dtype of `x`: x [..., inputs], kernel [inputs, outputs]."""
     if x.dtype == kernel.dtype:
         return x @ kernel
-    rows = einsum("pi,io->po", x.reshape(-1, x.shape[-1]), kernel, x.dtype)
+    # Rows of one matrix, because the backward pass of `einsum` cannot parse "...i,io->...o".
+    rows = einsum("pi,io->po", x.reshape(-1, x.shape[-1]), kernel)
     return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 
 

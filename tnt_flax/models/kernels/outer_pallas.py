@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from tnt_flax.models.kernels.platform import devices, free_axes, heads_are_split, platform
+from tnt_flax.models.kernels.platform import devices, free_axes, platform, why_not_shared
 
 Heads = Float[Array, "B N heads d"]
 
@@ -30,19 +30,15 @@ SHORT = 256  # tokens, up to which a program takes all heads of `IMAGES` images
 IMAGES = 2
 
 
-def suits(batch: int, length: int, width: int) -> bool:
-    """Is `attend` the faster way for [batch, length, heads, width]? On TPUs, where it fits.
-
-    With several devices that is only under a mesh: XLA cannot divide a kernel among them. Heads
-    that a mesh splits are left to it.
-    """
-    axes = free_axes()
-    if jax.sharding.get_abstract_mesh().empty:
-        shared = jax.device_count() == 1
-    else:
-        shared = batch % devices(axes) == 0 and not heads_are_split()
-    fits = length <= LONGEST and (LANES % width == 0 or width % LANES == 0)
-    return shared and fits and platform() == "tpu"
+def why_not(batch: int, length: int, width: int) -> str:
+    """Returns why `attend` cannot run for [batch, length, heads, width] here; "" if it can."""
+    if platform() != "tpu":
+        return f"it is for TPUs, not for {platform()}"
+    if length > LONGEST:
+        return f"{length} tokens are more than {LONGEST}"
+    if LANES % width and width % LANES:
+        return f"heads of width {width} do not fit {LANES} lanes"
+    return why_not_shared(batch)
 
 
 def attend(query: Heads, key: Heads, value: Heads, scale: float) -> Heads:

@@ -10,15 +10,18 @@ TENSOR = "tensor"  # mesh axis of the outer transformer's heads; all others shar
 
 
 def platform() -> str:
-    """Returns the platform of the ambient mesh (possibly abstract, as in AOT), else the default."""
+    """Returns the platform that is traced for, as "cpu" or "tpu".
+
+    It is the ambient mesh's, which may be abstract, else the default backend's.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()
 
 
 def free_axes() -> tuple[str, ...]:
-    """Returns the axes of the ambient mesh that no enclosing `jax.shard_map` has made manual.
+    """Returns the axes of the ambient mesh over which the compiler partitions.
 
-    Over these the compiler partitions.
+    They are the axes that no enclosing `jax.shard_map` has made manual.
     """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -26,13 +29,13 @@ def free_axes() -> tuple[str, ...]:
 
 
 def devices(axes: tuple[str, ...]) -> int:
-    """Returns the number of devices along `axes` of the ambient mesh."""
+    """Returns the number of devices along `axes` of the ambient mesh; 1 without a mesh."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape[axis] for axis in axes)
 
 
 def shard_batch(x: jax.Array) -> jax.Array:
-    """Keeps the first axis of `x` sharded over all mesh axes but TENSOR, as the batch is.
+    """Keeps the first axis of `x` sharded like the batch: over all mesh axes except TENSOR.
 
     Next to a weight that is sharded over one of these axes (FSDP), XLA could exchange activations
     instead; with this constraint it gathers the weight.
@@ -45,5 +48,20 @@ def shard_batch(x: jax.Array) -> jax.Array:
 
 
 def heads_are_split() -> bool:
-    """True if the compiler shards the outer transformer over devices; it cannot shard kernels."""
+    """True if the compiler shards the outer transformer's heads over devices."""
     return TENSOR in free_axes() and devices((TENSOR,)) > 1
+
+
+def why_not_shared(batch: int) -> str:
+    """Returns why the devices cannot share a kernel over `batch` images; "" if they can.
+
+    The compiler cannot partition a kernel, hence the ambient mesh must shard the batch alone.
+    """
+    if jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
+        return f"it must be told how {jax.device_count()} devices share it: use jax.set_mesh(mesh)"
+    if heads_are_split():
+        return f"the mesh splits more than the batch: its axis {TENSOR!r} has several devices"
+    shares = devices(free_axes())
+    if batch < 1 or batch % shares:
+        return f"{batch} images do not split over {shares} devices"
+    return ""

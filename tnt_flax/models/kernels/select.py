@@ -9,9 +9,8 @@ implementation that has not run on that kind of hardware:
 - On GPUs it is "reference", for both: nothing else was measured there.
 - On TPUs nothing has run yet, so that "auto" takes plain XLA programs and, of these, the one that
   the TPU compiler rates better. For the inner transformer this is "lanes": a training step of
-  TNT-S (libtpu 0.0.52, v5e:2x2, 128 images per chip, bfloat16) needs 1.35 GiB of temporaries and
-  410 million cycles, against 2.72 GiB and 1,051 million of "reference". For the outer transformer
-  it is "reference".
+  TNT-S (128 images per chip of v5e:2x2, bfloat16) needs 1.35 GiB of temporaries by libtpu 0.0.52,
+  and 2.72 GiB with "reference". For the outer transformer it is "reference".
 
 The Pallas kernels are opt-in.
 """
@@ -40,17 +39,17 @@ LANES_BLOCKS = {"lanes": lanes.block, "pallas": inner_pallas.block}  # words as 
 def choose_inner(
     impl: str, words_shape: tuple[Any, int, int, int], heads: int, mlp_ratio: float
 ) -> str:
-    """Returns the implementation, one of INNER but "auto", for words [B, N, M, C].
+    """Returns the implementation, one of INNER other than "auto", for words [B, N, M, C].
 
     Raises:
         InputError: `impl` is "pallas", and the kernels cannot run here.
     """
     if impl == "pallas":
         images, _, words, width = words_shape  # in an export the number of images is symbolic
-        refusal = inner_pallas.refusal(width, heads, words, int(width * mlp_ratio), images)
-        if refusal:
+        reason = inner_pallas.why_not(width, heads, words, int(width * mlp_ratio), images)
+        if reason:
             raise InputError(
-                f"inner_impl='pallas' cannot run here: {refusal}; use inner_impl='auto'"
+                f"inner_impl='pallas' cannot run here: {reason}; use inner_impl='auto'"
             )
     if impl != "auto":
         return impl
@@ -58,23 +57,22 @@ def choose_inner(
 
 
 def choose_outer(impl: str, sentences_shape: tuple[Any, int, int], heads: int) -> str:
-    """Returns the implementation, one of OUTER but "auto", for sentences [B, T, D].
+    """Returns the implementation, one of OUTER other than "auto", for sentences [B, T, D].
 
     Raises:
         InputError: `impl` is "pallas", and the kernel does not fit this TPU.
     """
     batch, length, width = sentences_shape
     if impl == "pallas" and platform() == "tpu":  # elsewhere the kernel is interpreted, in tests
-        if not outer_pallas.suits(batch, length, width // heads):
+        reason = outer_pallas.why_not(batch, length, width // heads)
+        if reason:
             raise InputError(
-                f"outer_impl='pallas' cannot run here: {batch} images of {length} tokens with "
-                f"heads of width {width // heads} do not fit the kernel or the mesh; "
-                "use outer_impl='auto'"
+                f"outer_impl='pallas' cannot run here: {reason}; use outer_impl='auto'"
             )
-    return choose_simple(impl)
+    return resolve_auto(impl)
 
 
-def choose_simple(impl: str) -> str:
+def resolve_auto(impl: str) -> str:
     """Returns `impl`; for "auto", "cpu" or "reference", which take any shapes."""
     if impl != "auto":
         return impl
@@ -82,7 +80,7 @@ def choose_simple(impl: str) -> str:
 
 
 def choose_remat(remat: str) -> str:
-    """Returns one of REMAT but "auto", which is "none" on CPUs and "block" elsewhere.
+    """Returns one of REMAT other than "auto", which is "none" on CPUs and "block" elsewhere.
 
     TNT-S keeps 240 MB of activations per image in float32 with "none", and 60 MB with "block".
     On a CPU time is scarcer than memory.
