@@ -28,12 +28,12 @@ def test_normalize_per_channel():
     np.testing.assert_allclose(out[0, 0, 0], [1, 1, 3], rtol=1e-6)
 
 
-# ---------------------------------------------------------------- mixing, with the draws given
+# ------------------------------------------------------------- mixing, with given weights and boxes
 
 
-def apply(images, drawn, targets=None):
+def apply(images, sampled, targets=None):
     targets = jnp.eye(len(images)) if targets is None else targets
-    blend, box = jnp.asarray(drawn[0], jnp.float32), jnp.asarray(drawn[1], jnp.int32)
+    blend, box = jnp.asarray(sampled[0], jnp.float32), jnp.asarray(sampled[1], jnp.int32)
     mixed, targets = jax.jit(mixup.apply_mix)(images, targets, Mix(blend, box))
     assert mixed.dtype == jnp.uint8 and targets.dtype == jnp.float32
     return np.asarray(mixed), np.asarray(targets)
@@ -96,19 +96,19 @@ def test_cutmix_box_equals_float64_arithmetic_for_every_weight():
     assert boxes[-1].tolist() == [y[-1], y[-1], x[-1], x[-1]]  # nothing at lam = 1
 
 
-# ---------------------------------------------------------------- mixing, drawn
+# ----------------------------------------------------------------------------------- sampled mixing
 
 
-def draw(**changes):
-    """Draws for 20,000 groups of images of 224 x 224 pixels: blend [20000], box [20000, 4]."""
+def sample(**changes):
+    """Samples for 20,000 groups of images of 224 x 224 pixels: blend [20000], box [20000, 4]."""
     options = PUBLISHED_MIX | changes
-    draw = jax.jit(lambda key: mixup.draw_mix(key, 20_000, 224, 224, **options))
-    return [np.asarray(x) for x in draw(jax.random.key(0))]
+    sample = jax.jit(lambda key: mixup.sample_mix(key, 20_000, 224, 224, **options))
+    return [np.asarray(x) for x in sample(jax.random.key(0))]
 
 
 @pytest.fixture(scope="module")
-def drawn():
-    return draw()
+def sampled():
+    return sample()
 
 
 def ks_distance(samples, cdf):
@@ -119,8 +119,8 @@ def ks_distance(samples, cdf):
     return max(np.abs(expected - steps[1:]).max(), np.abs(expected - steps[:-1]).max())
 
 
-def test_half_of_the_groups_are_mixup_with_beta_weights(drawn):
-    blend, box = drawn
+def test_half_of_the_groups_are_mixup_with_beta_weights(sampled):
+    blend, box = sampled
     is_mixup = blend < 1
     assert is_mixup.mean() == pytest.approx(0.5, abs=0.015)
     assert (box[is_mixup, 0] == box[is_mixup, 1]).all()
@@ -129,9 +129,9 @@ def test_half_of_the_groups_are_mixup_with_beta_weights(drawn):
     assert ks_distance(blend[is_mixup], beta) < 0.02  # 1.95 / sqrt(10,000): one run in a thousand
 
 
-def test_boxes_of_cutmix(drawn):
+def test_boxes_of_cutmix(sampled):
     size = 224
-    blend, box = drawn
+    blend, box = sampled
     top, bottom, left, right = box[blend == 1].T
     height, width = bottom - top, right - left
     assert (top >= 0).all() and (bottom <= size).all() and (height >= 0).all()
@@ -150,19 +150,19 @@ def test_boxes_of_cutmix(drawn):
 
 
 def test_mixup_alone_and_only_sometimes():
-    blend, box = draw(cutmix_alpha=0.0, prob=0.3)
+    blend, box = sample(cutmix_alpha=0.0, prob=0.3)
     assert (blend < 1).mean() == pytest.approx(0.3, abs=0.015)
     np.testing.assert_array_equal(box[:, 0], box[:, 1])
     np.testing.assert_array_equal(box[:, 2], box[:, 3])
 
 
-def test_every_group_has_its_own_draw():
+def test_every_group_has_its_own_sample():
     images = random_images(32)
 
     @jax.jit
     def mix(key, images):
         mixed = mixup.mix(key, images, jnp.eye(32), groups=4, **PUBLISHED_MIX)
-        return mixed, mixup.draw_mix(key, 4, 10, 14, **PUBLISHED_MIX)
+        return mixed, mixup.sample_mix(key, 4, 10, 14, **PUBLISHED_MIX)
 
     (mixed, targets), (blend, box) = mix(jax.random.key(2), images)
     assert len({(float(b), *map(int, x)) for b, x in zip(blend, box, strict=True)}) == 4
@@ -171,14 +171,14 @@ def test_every_group_has_its_own_draw():
     np.testing.assert_allclose(targets, expected_targets, rtol=1e-6)
 
 
-# ---------------------------------------------------------------- erasing
+# ------------------------------------------------------------------------------------------ erasing
 
 
 @pytest.fixture(scope="module")
 def boxes():
     """Those of 60,000 images of 224 x 224 pixels."""
-    draw = jax.jit(lambda key: mixup.draw_boxes(key, 60_000, 224, 224, **PUBLISHED_ERASE))
-    return np.asarray(draw(jax.random.key(0)))
+    sample = jax.jit(lambda key: mixup.sample_boxes(key, 60_000, 224, 224, **PUBLISHED_ERASE))
+    return np.asarray(sample(jax.random.key(0)))
 
 
 def test_the_first_box_smaller_than_the_image_is_taken():
@@ -247,7 +247,7 @@ def test_erased_pixels_are_noise_and_the_others_untouched():
 
     @jax.jit
     def erase(key, images):
-        boxes = mixup.draw_boxes(jax.random.split(key)[0], 64, 32, 24, **options)
+        boxes = mixup.sample_boxes(jax.random.split(key)[0], 64, 32, 24, **options)
         return mixup.erase(key, images, **options), boxes
 
     erased, boxes = map(np.asarray, erase(jax.random.key(0), jnp.full((64, 32, 24, 3), 7.0)))
@@ -262,5 +262,5 @@ def test_erased_pixels_are_noise_and_the_others_untouched():
     normal = lambda x: jax.scipy.stats.norm.cdf(x)
     assert ks_distance(noise.ravel(), normal) < 1.95 / math.sqrt(noise.size)
     correlation = np.corrcoef(noise.T) - np.eye(3)
-    assert np.abs(correlation).max() < 0.07  # channels are drawn apart
-    assert len(np.unique(noise)) > 0.99 * noise.size  # and so is every pixel
+    assert np.abs(correlation).max() < 0.07  # channels are independent
+    assert len(np.unique(noise)) > 0.99 * noise.size  # and so are pixels

@@ -112,7 +112,7 @@ def test_draws_of_mixing_are_distributed_as_timms(timm, record_property):
             tops.append(top)
         else:
             blends.append(lam)
-    draw = jax.jit(lambda key: augment.draw_mix(key, 20_000, SIZE, SIZE, **MIX))
+    draw = jax.jit(lambda key: augment.sample_mix(key, 20_000, SIZE, SIZE, **MIX))
     blend, box = map(np.asarray, draw(jax.random.key(5)))
     cut = blend == 1
     top, bottom, left, right = box[cut].T
@@ -138,7 +138,7 @@ def test_erased_boxes_are_distributed_as_timms(timm, no_noise, record_property):
     erasing = timm.data.random_erasing.RandomErasing(0.25, mode="pixel", device="cpu")
     for _ in range(60_000):
         erasing._erase(boxes, 3, SIZE, SIZE, None)
-    draw = jax.jit(lambda key: augment.draw_boxes(key, 60_000, SIZE, SIZE, **ERASE))
+    draw = jax.jit(lambda key: augment.sample_boxes(key, 60_000, SIZE, SIZE, **ERASE))
     ours = np.asarray(draw(jax.random.key(6)))
     ours = ours[ours[:, 1] > ours[:, 0]]
     measures = {

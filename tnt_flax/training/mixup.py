@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to a batch of pixels on the device, inside the compiled step.
+"""Augmentation on the device, inside the compiled step: mixup and cutmix, `normalize`, `erase`.
 
-The host ships uint8 (a quarter of the bytes of float32); see `tnt_flax.data` for its half. Here, in
-this order: mixup and cutmix on uint8 pixels, `normalize`, `erase`. All of it is as TNT was trained,
-by timm 0.3.2: FastCollateMixup in its batch mode, and RandomErasing in its pixel mode.
+The host sends uint8 pixels, a quarter of the bytes of float32; `tnt_flax.data` augments them first.
+Source: timm 0.3.2, with which TNT was trained: FastCollateMixup in batch mode and RandomErasing in
+pixel mode.
 """
 
 import math
@@ -18,13 +18,13 @@ ERASE_TRIES = 10
 
 
 class Mix(NamedTuple):
-    """How the images of each of G groups are mixed with their partners.
+    """Mixing weights and boxes of G groups of images.
 
-    An image's partner is the one as far from the end of their group as it is from the beginning.
+    The partner of image i in a group of n images is image n - 1 - i.
     """
 
-    blend: Float[Array, "G"]  # weight of an image's own pixels outside the box: mixup
-    box: Int[Array, "G 4"]  # top, bottom, left, right of the pixels that the partner gives: cutmix
+    blend: Float[Array, "G"]  # weight of the image's own pixels outside the box: mixup
+    box: Int[Array, "G 4"]  # top, bottom, left, right of the partner's pixels: cutmix
 
 
 def mix(
@@ -35,15 +35,16 @@ def mix(
     groups: int,
     **options: float,
 ) -> tuple[UInt8[Array, "B H W 3"], Float[Array, "B K"]]:
-    """Mixup or cutmix with one draw (see `draw_mix`) for each of `groups` groups of images.
+    """Applies mixup or cutmix, with one sample of `sample_mix` for each of `groups` groups.
 
-    They are consecutive rows of the global batch, whatever devices there are. `groups` divides B.
+    A group is B / groups consecutive rows of the global batch, on any number of devices;
+    `groups` must divide B.
     """
-    drawn = draw_mix(key, groups, *images.shape[1:3], **options)
-    return apply_mix(images, targets, drawn)
+    sampled = sample_mix(key, groups, *images.shape[1:3], **options)
+    return apply_mix(images, targets, sampled)
 
 
-def draw_mix(
+def sample_mix(
     key: Key[Array, ""],
     groups: int,
     height: int,
@@ -54,9 +55,9 @@ def draw_mix(
     prob: float,
     switch_prob: float,
 ) -> Mix:
-    """One draw for each group: with `prob` mix at all, then with `switch_prob` cutmix, not mixup.
+    """Samples for each group: mixed with `prob`, then by cutmix with `switch_prob`, else mixup.
 
-    An alpha of 0 leaves that one out; the other then needs no switch. The weight, Beta(alpha,
+    An alpha of 0 disables that method, and `switch_prob` has no effect. The weight, Beta(alpha,
     alpha), is rounded to a multiple of 2^-16: its products with pixels are exact in float32, so
     that mixed pixels are the same whether or not a compiler fuses the multiplication and the sum.
     """
@@ -79,9 +80,10 @@ def cut_box(
     height: int,
     width: int,
 ) -> Int[Array, "G 4"]:
-    """Top, bottom, left, right of cutmix's box: 1 - lam of the image, but for rounding and edges.
+    """Returns top, bottom, left, right of a box with the fraction 1 - lam of the image's area.
 
-    Its sides are even, as published; timm has since made odd ones a pixel longer.
+    Sides are rounded down to even numbers, as published (later timm versions keep odd ones), and
+    the box is clipped at the edges of the image.
     """
     sides = []
     for center, size in ((center_y, height), (center_x, width)):
@@ -91,13 +93,17 @@ def cut_box(
 
 
 def apply_mix(
-    images: UInt8[Array, "B H W 3"], targets: Float[Array, "B K"], drawn: Mix
+    images: UInt8[Array, "B H W 3"], targets: Float[Array, "B K"], sampled: Mix
 ) -> tuple[UInt8[Array, "B H W 3"], Float[Array, "B K"]]:
-    """Pixels are rounded, halves to even; targets are weighted by what stayed of the image."""
+    """Mixes images with their partners, and targets by the share of own pixels.
+
+    Pixels are rounded, halves to even.
+    """
     batch, height, width, _ = images.shape
-    groups = len(drawn.blend)
-    group = jnp.arange(batch) // (batch // groups)  # of each image; indexing keeps draws replicated
-    blend, box = drawn.blend[group], drawn.box[group]
+    groups = len(sampled.blend)
+    group = jnp.arange(batch) // (batch // groups)  # of each image
+    # Indexing keeps the samples replicated.
+    blend, box = sampled.blend[group], sampled.box[group]
     top, bottom, left, right = box.T
     lam = blend * (1 - (bottom - top) * (right - left) / (height * width))
     weight = jnp.where(inside(box, height, width), 0.0, blend[:, None, None])
@@ -108,7 +114,10 @@ def apply_mix(
 def weigh(
     x: Num[Array, "B *rest"], weight: Float[Array, "B *ones"], groups: int
 ) -> Float[Array, "B *rest"]:
-    """weight * x + (1 - weight) * partners of x. Groups within one device need no other's data."""
+    """Returns weight * x + (1 - weight) * partners of x.
+
+    Groups within one device need no data of other devices.
+    """
     partners = x.reshape(groups, -1, *x.shape[1:])[:, ::-1].reshape(x.shape)
     return x.astype(jnp.float32) * weight + partners.astype(jnp.float32) * (1 - weight)
 
@@ -116,7 +125,7 @@ def weigh(
 def normalize(
     images: UInt8[Array, "B H W 3"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Array, "B H W 3"]:
-    """Scales pixels of 0..255 by `mean` and `std`, which are per channel and on the scale 0..1."""
+    """Normalizes pixels 0..255 by `mean` and `std`, per channel, for pixels scaled to [0, 1]."""
     offset = np.asarray(mean, np.float32)[None, None, None] * 255
     scale = np.asarray(std, np.float32)[None, None, None] * 255
     return (images.astype(jnp.float32) - offset) / scale
@@ -130,15 +139,15 @@ def erase(
     area: tuple[float, float],
     ratio: tuple[float, float],
 ) -> Float[Array, "B H W 3"]:
-    """Random erasing: one box in a share `prob` of the normalized images becomes N(0, 1) noise."""
+    """Replaces one box in a fraction `prob` of the normalized images by N(0, 1) noise."""
     box_key, noise_key = jax.random.split(key)
     batch, height, width, _ = images.shape
-    boxes = draw_boxes(box_key, batch, height, width, prob=prob, area=area, ratio=ratio)
+    boxes = sample_boxes(box_key, batch, height, width, prob=prob, area=area, ratio=ratio)
     noise = jax.random.normal(noise_key, images.shape)
     return jnp.where(inside(boxes, height, width)[..., None], noise, images)
 
 
-def draw_boxes(
+def sample_boxes(
     key: Key[Array, ""],
     batch: int,
     height: int,
@@ -148,9 +157,10 @@ def draw_boxes(
     area: tuple[float, float],
     ratio: tuple[float, float],
 ) -> Int[Array, "{batch} 4"]:
-    """Top, bottom, left, right of the box to erase in each image, in 1 - `prob` of them empty.
+    """Samples top, bottom, left, right of the box to erase in each image; empty with 1 - `prob`.
 
-    `area` bounds the share of the image, `ratio` height / width, of which the logarithm is uniform.
+    `area` is the range of the box's area as a fraction of the image, uniform. `ratio` is that of
+    height / width, uniform in its logarithm.
     """
     keys = jax.random.split(key, 5)
     tries = (batch, ERASE_TRIES)
@@ -167,7 +177,7 @@ def draw_boxes(
 def first_fit(
     areas: Float[Array, "B T"], ratios: Float[Array, "B T"], height: int, width: int
 ) -> Int[Array, "2 B"]:
-    """Height and width of the first of T boxes that is smaller than the image, or 0 and 0."""
+    """Returns height and width of the first of T boxes that is smaller than the image, or zeros."""
     pixels = areas * (height * width)
     h, w = jnp.rint(jnp.sqrt(pixels * ratios)), jnp.rint(jnp.sqrt(pixels / ratios))
     fits = (h < height) & (w < width)
@@ -176,7 +186,7 @@ def first_fit(
 
 
 def inside(boxes: Int[Array, "N 4"], height: int, width: int) -> Bool[Array, "N {height} {width}"]:
-    """True from top to before bottom and from left to before right, for each box."""
+    """Returns True for the pixels of each box; bottom and right are exclusive."""
     top, bottom, left, right = boxes.T[..., None]
     y, x = jnp.arange(height)[None], jnp.arange(width)[None]
     rows, columns = (top <= y) & (y < bottom), (left <= x) & (x < right)
