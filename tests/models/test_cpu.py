@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU's forms of products and attention against the plain ones, and what they are for."""
+"""The CPU's products and attention equal the reference, and keep their barriers."""
 
 import functools
 

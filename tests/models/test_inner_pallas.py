@@ -109,22 +109,22 @@ def test_images_that_the_devices_cannot_share(interpreted):
 
 
 def test_devices_that_share_the_outer_transformer(interpreted):
-    """Only where the batch alone is split do the kernels run: so in the training step's region."""
+    """The kernels run only where no axis except the batch's is left to the compiler."""
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    seen = []
+    reasons = []
 
-    def look(x):
-        seen.append(inner_pallas.why_not(12, 2, 16, 48, 16))
+    def check(x):
+        reasons.append(inner_pallas.why_not(12, 2, 16, 48, 16))
         return x
 
     with jax.set_mesh(mesh):
-        seen.append(inner_pallas.why_not(12, 2, 16, 48, 16))
+        reasons.append(inner_pallas.why_not(12, 2, 16, 48, 16))
         for manual in ({"data"}, {"data", "tensor"}):
             spec = PartitionSpec("data")
-            split = jax.shard_map(look, in_specs=spec, out_specs=spec, axis_names=manual)
+            split = jax.shard_map(check, in_specs=spec, out_specs=spec, axis_names=manual)
             jax.eval_shape(jax.jit(split), jax.ShapeDtypeStruct((4,), "float32"))
-    said = "the mesh splits more than the batch: its axis 'tensor' has several devices"
-    assert seen == [said, said, ""]
+    refused = "the mesh splits more than the batch: its axis 'tensor' has several devices"
+    assert reasons == [refused, refused, ""]
 
 
 @pytest.mark.tpu_compiler

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dense products and attention whose gradients XLA computes fast on a CPU.
 
-They compute what `models.layers` computes; only the form in which XLA gets the backward pass
-differs. Four things make it slow as JAX and XLA derive it:
+They compute what `models.layers` computes, with backward passes of their own. Four things slow
+down the backward passes that JAX and XLA derive:
 
 - XLA fuses the sum of all later blocks' residual gradients into a strided transpose, once in every
   block. A barrier on the incoming gradient keeps it from that.

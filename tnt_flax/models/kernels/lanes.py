@@ -113,7 +113,7 @@ class LanesTransformer(nn.Module):
     def __call__(self, x: Lanes, drop_path_rate: Float[Array, ""] | None, *, train: bool) -> Lanes:
         del train
         scales = None
-        if drop_path_rate is not None:  # of attention, of the MLP: drawn as the reference draws
+        if drop_path_rate is not None:  # of attention and MLP, sampled as in the reference
             kept = jnp.ones((x.shape[2], 1, 1), x.dtype)
             scales = [DropPath()(kept, drop_path_rate)[:, 0, 0] for _ in range(2)]
             scales = jnp.stack(scales).astype(jnp.float32)

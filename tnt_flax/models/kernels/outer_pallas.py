@@ -8,7 +8,7 @@ is short enough to be held whole, so that none of FlashAttention's running sums 
 
 Heads narrower than the 128 lanes of a TPU lie side by side in them and are never moved: a product
 over all lanes with one operand zero outside of a head is the product over that head, at the same
-cost. On other platforms than a TPU the kernel is interpreted, which is slow and only for tests.
+cost. On platforms other than TPUs the kernel is interpreted, which is slow and only for tests.
 """
 
 import functools
