@@ -176,7 +176,8 @@ def test_missing_and_invalid_tars_are_refused(tmp_path):
     message = refused(imagenet, tmp_path, "val", eval_labels="nowhere.txt")
     assert f"cannot read the labels {tmp_path}/nowhere.txt: No such file" in message
     (tmp_path / VALIDATION).write_bytes(tar({}))
-    assert "no records found" in refused(imagenet, tmp_path, "val", eval_labels="x")
+    message = refused(imagenet, tmp_path, "val", eval_labels="x")
+    assert message == f"{tmp_path / VALIDATION} has no images: download the tar again"
 
 
 def test_reading_from_a_truncated_tar_raises_oserror(tmp_path):

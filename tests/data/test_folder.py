@@ -123,14 +123,6 @@ def test_unreadable_folders_are_refused(tmp_path, monkeypatch, locked):
     assert "Permission denied" in message_of(lambda: ImageFolder(tmp_path, "train"))
 
 
-def test_a_deleted_file_raises_oserror(tmp_path):
-    write_images(tmp_path, "train/a/x.png")
-    source = ImageFolder(tmp_path, "train")
-    os.remove(source.name_of(0))
-    with pytest.raises(FileNotFoundError):
-        source[0]
-
-
 # ---------------------------------------------------------------------------------------- holdout
 
 

@@ -2,45 +2,12 @@
 """Properties common to all data sources, and scikit-learn's digits."""
 
 import collections
-import functools
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 
 from tests.helpers.source_checks import message_of
-from tests.helpers.tars import image, write_images
-from tests.helpers.tfds_files import write_tfds
-from tnt_flax.data.pipeline import eval_batches
 from tnt_flax.data.sources import Digits, check_same_classes, open_source
-from tnt_flax.data.transforms import eval_transform
-
-
-@pytest.fixture
-def pets(tmp_path):
-    """Five images of two classes, as an image folder and as a tfds data set."""
-    label = tfds.features.ClassLabel(names=["cat", "dog"])
-    features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "label": label})
-    rows = [{"image": image(i), "label": i % 2} for i in range(5)]
-    write_tfds(tmp_path, "pets", "1.0.0", features, {"test": rows})
-    write_images(tmp_path / "images/test", *(f"{('cat', 'dog')[i % 2]}/{i}.png" for i in range(5)))
-    return tmp_path
-
-
-def test_folder_and_tfds_give_the_same_batches(pets):
-    transform = functools.partial(eval_transform, size=8, crop_fraction=0.9)
-
-    def columns(source):
-        batches = list(eval_batches(source, transform=transform, batch_size=2))
-        return {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
-
-    folder = columns(open_source("folder", "test", root=str(pets / "images")))
-    prepared = columns(open_source("tfds", "test", root=str(pets), name="pets"))
-    describe = lambda batch: {name: (a.shape, a.dtype) for name, a in batch.items()}
-    assert describe(folder) == describe(prepared)
-    order = [0, 2, 4, 1, 3]  # the folder lists all cats first
-    np.testing.assert_array_equal(folder["image"][:5], prepared["image"][order])
-    np.testing.assert_array_equal(folder["label"][:5], prepared["label"][order])
 
 
 @pytest.mark.parametrize(

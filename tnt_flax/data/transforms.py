@@ -6,11 +6,11 @@ filters are those of timm and torchvision, and training pixels are bit-identical
 Normalization, mixup and erasing are not here; they run on the device.
 """
 
-import dataclasses
 import io
 import math
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -91,8 +91,7 @@ def _from_pixels(pixels):
 # ------------------------------------------------------------------------------------ resampling
 
 
-@dataclasses.dataclass(frozen=True)
-class Resampler:
+class Resampler(NamedTuple):
     """The geometric operations of `train_transform`, as implemented by one library."""
 
     resize: Callable[[Image.Image, int, Image.Resampling], Pixels]  # to size x size
@@ -104,11 +103,7 @@ def _resize(image, size, resample):
     return image.resize((size, size), resample)
 
 
-def _flip(image):
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-
-
-PILLOW = Resampler(resize=_resize, flip=_flip, warp=warp)
+PILLOW = Resampler(resize=_resize, flip=ImageOps.mirror, warp=warp)
 
 
 def resampler(name: str) -> Resampler:
@@ -255,14 +250,12 @@ def short_side_size(image: Image.Image, short: int) -> tuple[int, int]:
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """Crops the central `size` x `size` pixels; pads shorter sides with black.
 
-    Source: torchvision's `center_crop`, whose offset `int(round(x))` rounds halves to even.
+    Source: torchvision's `center_crop`, which pads by `(size - side) // 2` on the left, and whose
+    offset `int(round(x))` rounds halves to even.
     """
-    missing = [max(0, size - side) for side in image.size]
-    if any(missing):
-        before = [m // 2 for m in missing]
-        after = [(m + 1) // 2 for m in missing]
-        image = ImageOps.expand(image, (*before, *after), fill=0)
-    left, top = (round((side - size) / 2) for side in image.size)
+    left, top = (
+        round((side - size) / 2) if side > size else -((size - side) // 2) for side in image.size
+    )  # `crop` is black outside the image
     return image.crop((left, top, left + size, top + size))
 
 

@@ -5,6 +5,7 @@ A source is a sequence of records, see `Source`. Sources pickle, because worker 
 copy.
 """
 
+import itertools
 from typing import Protocol
 
 import numpy as np
@@ -92,20 +93,15 @@ def open_source(
 def check_same_classes(train: Source, evaluation: Source) -> None:
     """Raises InputError unless every label means the same class in both splits."""
     ours, theirs = train.class_names, evaluation.class_names
-    if ours == theirs:
-        return
-    counts = f"{len(ours)} and {len(theirs)} classes"
-    for label, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+    for label, (a, b) in enumerate(itertools.zip_longest(ours, theirs)):
         if a != b:
+            difference = f"label {label} is {a!r} in training and {b!r} in evaluation"
+            if a is None or b is None:
+                difference = f"{a or b!r} is only in {'training' if a else 'evaluation'}"
             raise InputError(
-                f"training and evaluation splits differ ({counts}): label {label} is {a!r} in "
-                f"training and {b!r} in evaluation"
+                f"training and evaluation splits differ ({len(ours)} and {len(theirs)} classes): "
+                f"{difference}"
             )
-    longer = "training" if len(ours) > len(theirs) else "evaluation"
-    extra = max(ours, theirs, key=len)[min(len(ours), len(theirs))]
-    raise InputError(
-        f"training and evaluation splits differ ({counts}): {extra!r} is only in {longer}"
-    )
 
 
 class Digits:

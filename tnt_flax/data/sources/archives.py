@@ -183,7 +183,7 @@ def imagenet_tars(root: str, split: str, eval_labels: str = "", class_list: str 
 
 
 def _train(path, class_list):
-    index = open_index("imagenet train", [path], _scan_class, _cut_classes)
+    index = open_index("imagenet train", [path], _scan_images, _cut_classes)
     texts = index.texts()
     return TarImages(index, order_classes(sorted(texts), class_list, path, "tar"), texts)
 
@@ -203,12 +203,13 @@ def _cut_classes(files, sizes):
     return parts
 
 
-def _scan_class(read, part, path):
-    what, found = f"{part.text}.tar in {path}", False
+def _scan_images(read, part, path):
+    """Yields start and size of each image, and the name of its inner tar or else its own."""
+    what, found = f"{part.text}.tar in {path}" if part.text else path, False
     for name, start, size in members(read, part.start, part.end, what):
         if is_image(name):
             found = True
-            yield start, size, part.text
+            yield start, size, part.text or _stem(name)
     if not found:
         raise InputError(f"{what} has no images: download the tar again")
 
@@ -220,12 +221,6 @@ def _validation(root, path, eval_labels, class_list):
     synsets = read_labels(labels_file, sorted(images, key=natural_key))
     names = order_classes(sorted(set(synsets.values())), class_list, labels_file, "synset")
     return TarImages(index, names, [synsets[image] for image in images])
-
-
-def _scan_images(read, part, path):
-    for name, start, size in members(read, part.start, part.end, path):
-        if is_image(name):
-            yield start, size, _stem(name)
 
 
 def _stem(name):

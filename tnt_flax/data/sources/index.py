@@ -15,7 +15,6 @@ is rebuilt.
 import array
 import concurrent.futures
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
@@ -26,7 +25,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
@@ -45,8 +44,7 @@ THREADS = 8  # parts that are scanned concurrently
 TICK = 256  # records between two updates of the progress bar
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A unit of scanning: bytes [start, end) of file number `file`."""
 
     file: int

@@ -78,8 +78,7 @@ def basename(path: str) -> str:
 def read(path: str, start: int, size: int) -> bytes:
     """Reads bytes [start, start + size) of a file; raises DamagedError if it is shorter."""
     if is_remote(path):
-        with _as_oserror(path):
-            filesystem, name = _filesystem(path)
+        with _remote(path) as (filesystem, name):
             data = filesystem.cat_file(name, start, start + size)
     else:
         with open(path, "rb") as file:
@@ -95,8 +94,7 @@ def read_file(path: str) -> bytes:
     if not is_remote(path):
         with open(os.path.expanduser(path), "rb") as file:
             return file.read()
-    with _as_oserror(path):
-        filesystem, name = _filesystem(path)
+    with _remote(path) as (filesystem, name):
         return filesystem.cat_file(name)
 
 
@@ -111,8 +109,7 @@ def open_sequential(path: str) -> Iterator[Read]:
         with open(path, "rb", buffering=0) as file:
             yield lambda start, size: os.pread(file.fileno(), size, start)
         return
-    with _as_oserror(path):
-        filesystem, name = _filesystem(path)
+    with _remote(path) as (filesystem, name):
         with filesystem.open(name, "rb", block_size=REMOTE_BLOCK, cache_type="readahead") as stream:
 
             def read_at(start: int, size: int) -> bytes:
@@ -127,8 +124,7 @@ def list_folder(folder: str) -> list[str]:
     with as_input_error(f"cannot read {folder}"):
         if not is_remote(folder):
             return sorted(os.listdir(os.path.expanduser(folder)))
-        with _as_oserror(folder):
-            filesystem, name = _filesystem(folder)
+        with _remote(folder) as (filesystem, name):
             name = name.rstrip("/")
             entries = {entry.rstrip("/") for entry in filesystem.ls(name, detail=False)}
             # Some object stores list the folder itself.
@@ -142,45 +138,42 @@ def file_versions(paths: Iterable[str]) -> list[tuple[int, str]]:
     """
     found, listed = [], set()
     for path in paths:
-        with as_input_error(f"cannot read {path}"), _as_oserror(path):
+        with as_input_error(f"cannot read {path}"):
             if not is_remote(path):
                 status = os.stat(path)
                 found.append((status.st_size, str(status.st_mtime_ns)))
                 continue
-            filesystem, name = _filesystem(path)
-            if dirname(path) not in listed:  # one request per folder, not one per file
-                listed.add(dirname(path))
-                filesystem.ls(dirname(name), detail=True)
-            info = filesystem.info(name)
+            with _remote(path) as (filesystem, name):
+                if dirname(path) not in listed:  # one request per folder, not one per file
+                    listed.add(dirname(path))
+                    filesystem.ls(dirname(name), detail=True)
+                info = filesystem.info(name)
             version = next((info[key] for key in VERSION_KEYS if info.get(key)), "")
             found.append((int(info["size"]), str(version)))
     return found
 
 
-def _filesystem(url):
-    """Returns fsspec's file system (cached per process) and the path on it."""
+@contextlib.contextmanager
+def _remote(url):
+    """Yields fsspec's file system and the path on it; turns the errors of both into OSError."""
     import fsspec
 
     scheme = url.partition("://")[0]
     try:
-        return fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        google = scheme in ("gs", "gcs")
-        advice = 'pip install "tnt_flax[gcs]"' if google else one_line(error)
-        raise InputError(f"{scheme}:// paths need another package: {advice}") from None
-    except ValueError:
-        raise InputError(f"cannot read {url}: fsspec does not know {scheme}:// paths") from None
-
-
-@contextlib.contextmanager
-def _as_oserror(path):
-    """Turns the exceptions of fsspec's file systems, each of which has its own, into OSError."""
-    try:
-        yield
+        try:
+            filesystem, path = fsspec.core.url_to_fs(url)  # cached per process
+        except ImportError as error:
+            google = scheme in ("gs", "gcs")
+            advice = 'pip install "tnt_flax[gcs]"' if google else one_line(error)
+            raise InputError(f"{scheme}:// paths need another package: {advice}") from None
+        except ValueError:
+            problem = f"fsspec does not know {scheme}:// paths"
+            raise InputError(f"cannot read {url}: {problem}") from None
+        yield filesystem, path
     except (OSError, InputError):
         raise
     except Exception as error:
-        raise ConnectionError(f"{path}: {one_line(error)}") from error
+        raise ConnectionError(f"{url}: {one_line(error)}") from error
 
 
 # --------------------------------------------------------------------------------------- retrying
