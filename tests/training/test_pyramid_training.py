@@ -93,7 +93,8 @@ def test_its_report(finished):
     _, workdir, result = finished
     found = report.report(report.make_parser().parse_args([str(workdir)]))
     assert found["top1"] == pytest.approx(result["top1"])
-    assert "what has reached the head (attention rollout" in (workdir / "report.html").read_text()
+    page = (workdir / "report.html").read_text()
+    assert "Attention rollout (brighter patches have a larger share" in page
 
 
 def test_a_step_sees_the_optimizer_without_statistics(finished):
