@@ -271,7 +271,7 @@ def test_dtype_of_weight_gradients_before_the_sum_over_devices(smoke_config, inn
     )
     experiment = Experiment(config, num_classes=10, steps_per_epoch=29)
     step = jax.jit(experiment.make_train_step())
-    text = step.lower(*compile_check.step_shapes(experiment)).as_text()
+    text = step.lower(*experiment.step_shapes).as_text()
     batch_axes = re.findall(r"dot_general.*contracting_dims = \[0.*-> tensor<([\dx]+)x(\w+)>", text)
     kernels = {"24x96", "96x24", "16x64"}  # outer fc1 and fc2, proj: contracted over all tokens
     found = {element for shape, element in batch_axes if shape in kernels}

@@ -171,7 +171,7 @@ def test_a_write_that_fails_ends_with_one(smoke_flags, root, tmp_path, monkeypat
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tnt_flax.training.plots.plot_samples", full)
+    monkeypatch.setattr("tnt_flax.tools.figures.plot_samples", full)
     flags = [f"--out={tmp_path / 'a.png'}", "--rows=1", "--columns=1"]
     assert preview.main([f"--config={root}/configs/digits.py", *smoke_flags, *flags]) == 1
     assert capsys.readouterr().err.endswith("a.png: No space left on device\n")

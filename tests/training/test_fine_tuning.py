@@ -57,7 +57,7 @@ def test_every_layer_has_its_factor():
         layer_scales(params | {"tail": {"kernel": jnp.zeros(1)}}, 0.5)
 
 
-def test_a_step_of_each_layer_is_shorter_by_its_factor_decay_included():
+def test_the_update_of_each_layer_is_scaled_including_weight_decay():
     _, params = make()
     grads = jax.tree.map(jnp.ones_like, params)
 
@@ -73,29 +73,32 @@ def test_a_step_of_each_layer_is_shorter_by_its_factor_decay_included():
     assert 1.6 < np.abs(last).mean() / np.abs(first).mean() < 2  # 0.75^-2
 
 
-def stepped(freeze, params=None, steps=2, **options):
-    """State before and after some steps with dropout, decay and clipping."""
+def setup(freeze, params=None, **options):
+    """Returns the initial state and the jitted train step of the small network."""
     model, initial = make()
-    params = initial if params is None else params
     config = digits.get_config()
     config.optimizer.update(freeze=freeze, clip_norm=1.0, **options)
     experiment = Experiment(config, steps_per_epoch=1)
     experiment.model = model
-    state = before = TrainState.create({"params": params}, experiment.optimizer.tx)
-    step = jax.jit(experiment.make_train_step())
+    state = TrainState.create({"params": params or initial}, experiment.optimizer.tx)
+    return state, jax.jit(experiment.make_train_step())
+
+
+@pytest.fixture
+def batch():
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
-    batch = {"image": jnp.asarray(images), "label": jnp.arange(8) % 5}
-    for _ in range(steps):
-        state, _ = step(state, batch, jax.random.key(1))
-    return before, state
+    return {"image": jnp.asarray(images), "label": jnp.arange(8) % 5}
 
 
 @pytest.mark.slow
-def test_freezing_leaves_exactly_the_named_tensors_as_they_are():
+def test_freezing_keeps_exactly_the_named_tensors(batch):
+    """With dropout, weight decay and clipping."""
     _, params = make()
     params = params | {"sentence_pos": params["sentence_pos"].at[0, 1].set(-0.0)}
-    freeze = "^blocks/[02]/|sentence_pos|norm/scale$"
-    before, after = stepped(freeze, params, layer_decay=0.9)
+    before, step = setup("^blocks/[02]/|sentence_pos|norm/scale$", params, layer_decay=0.9)
+    after = before
+    for _ in range(2):
+        after, _ = step(after, batch, jax.random.key(1))
     frozen = 0
     for tree in (lambda state: state.params, lambda state: state.ema["params"]):
         old, new = named_leaves(tree(before)), named_leaves(tree(after))
@@ -104,11 +107,8 @@ def test_freezing_leaves_exactly_the_named_tensors_as_they_are():
             stacked = len(rows) > 1 or rows[0] != name
             for i, row in enumerate(rows):
                 a, b = (np.asarray(x[i] if stacked else x) for x in (old[name], leaf))
-                matched = (
-                    row.startswith(("blocks/0/", "blocks/2/"))
-                    or row == "sentence_pos"
-                    or row.endswith("norm/scale")
-                )
+                matched = row == "sentence_pos" or row.endswith("norm/scale")
+                matched |= row.startswith(("blocks/0/", "blocks/2/"))
                 frozen += matched
                 assert (a.tobytes() == b.tobytes()) == matched, row
     assert frozen == 2 * (2 * 31 + 2)
@@ -121,20 +121,9 @@ def test_frozen_tensors_have_no_moments():
     assert sum(x.size for x in moments) == 2 * sum(x.size for x in jax.tree.leaves(params["head"]))
 
 
-def test_a_linear_probe_computes_no_gradient_of_the_blocks():
-    model, params = make()
-    batch = {
-        "image": jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((8,), jnp.int32),
-    }
-
+def test_a_linear_probe_computes_no_gradient_of_the_blocks(batch):
     def loops(freeze):
-        config = digits.get_config()
-        config.optimizer.freeze = freeze
-        experiment = Experiment(config, steps_per_epoch=1)
-        experiment.model = model
-        state = TrainState.create({"params": params}, experiment.optimizer.tx)
-        step = jax.jit(experiment.make_train_step())
+        state, step = setup(freeze)
         return step.lower(state, batch, jax.random.key(0)).as_text().count("stablehlo.while")
 
     assert loops("^(?!head/)") == loops("^head/") - 1  # no backward pass through the blocks
@@ -168,8 +157,8 @@ def test_bad_decays(smoke_config, decay):
 def test_a_config_takes_the_network_of_the_weights(tmp_path):
     fields = dict(depth=2, vanilla_blocks=(1,), se=True, mlp_ratio=2.0, patch_size=8)
     model = create_model("tnt_b_legacy_patch16_224", **(SMALL | fields))
-    told = describe_model("x", model)
-    assert create_model(**told, num_classes=5) == model and "legacy" in told["name"]
+    description = describe_model("x", model)
+    assert create_model(**description, num_classes=5) == model and "legacy" in description["name"]
     assert describe_model("x", create_model("tnt_ti_patch16_224", num_classes=3)) == {
         "name": "tnt_ti_patch16_224"
     }
@@ -184,7 +173,7 @@ def test_a_config_takes_the_network_of_the_weights(tmp_path):
         resolve_model_config(config)
 
 
-def test_only_a_network_without_a_name_is_looked_up():
+def test_a_config_with_a_network_reads_no_weights():
     config = digits.get_config()
     config.init_from = "none.pth"
     assert resolve_model_config(config) is config
@@ -213,8 +202,8 @@ def finetune_config(weights, root, how="all", **changes):
 
 
 @pytest.mark.slow
-def test_any_folder_is_fine_tuned_on(weights, tmp_path, capsys):
-    """No splits, other classes than the weights', and nothing said about the network."""
+def test_fine_tuning_on_an_image_folder(weights, tmp_path, capsys):
+    """Without splits, with other classes than the weights', and without a network in the config."""
     generator = np.random.default_rng(0)
     for name in ("cat", "dog", "emu"):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -223,9 +212,9 @@ def test_any_folder_is_fine_tuned_on(weights, tmp_path, capsys):
             Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
     config = finetune_config(weights, tmp_path / "data", "probe", **{"optimizer.layer_decay": 0.9})
     result = train_and_evaluate(config, tmp_path / "run")
-    said = capsys.readouterr().err
-    assert "has no split 'validation': holding out a fixed set of 6 images" in said
-    assert "a new head for 3 classes" in said
+    err = capsys.readouterr().err
+    assert "has no split 'validation': holding out a fixed set of 6 images" in err
+    assert "a new head for 3 classes" in err
     assert (result["images"], result["step"]) == (6, 3)
     found = read_checkpoint(tmp_path / "run", weights="raw")
     assert found.class_names == ("cat", "dog", "emu")
@@ -234,19 +223,19 @@ def test_any_folder_is_fine_tuned_on(weights, tmp_path, capsys):
         jax.tree.map(np.testing.assert_array_equal, before[name], after[name])
     assert np.any(after["head"]["bias"])  # a new one begins with 0
 
-    # The run describes its network itself; whoever evaluates it need not.
+    # The workdir's config describes the network; the config of an evaluation need not.
     assert json.loads((tmp_path / "run/config.json").read_text())["model"]["name"]
     again = evaluate_checkpoint(config, tmp_path / "run", "last")
     assert [again[k] for k in ("top1", "images")] == [result[k] for k in ("top1", "images")]
 
 
-def test_another_normalization_is_said(weights, tmp_path, capsys):
+def test_a_different_normalization_is_logged(weights, tmp_path, capsys):
     config = finetune_config(weights, tmp_path, **{"data.mean": (0.4, 0.5, 0.5)})
     Experiment(config).load_variables(config.init_from)
     assert "warning: made with data.mean=(0.5, 0.5, 0.5), used with (0.4" in capsys.readouterr().err
 
 
-def test_an_unknown_way_of_fine_tuning():
+def test_an_unknown_kind_of_fine_tuning():
     with pytest.raises(InputError, match="finetune.py:head: the argument after the colon"):
         finetune.get_config("head")
 

@@ -14,7 +14,14 @@ from tnt_flax.training.optimizer import (
     per_epoch_schedule,
 )
 
-PUBLISHED = dict(base=1e-3, warmup=1e-6, minimum=1e-5, epochs=300, warmup_epochs=5, cooldown=10)
+PUBLISHED = dict(
+    epochs=300,
+    learning_rate=1e-3,
+    warmup_learning_rate=1e-6,
+    min_learning_rate=1e-5,
+    warmup_epochs=5,
+    cooldown_epochs=10,
+)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tnt_flax.tools.figures import plot_calibration
 from tnt_flax.training import plots
 from tnt_flax.training.evaluate import calibration_sums
 
@@ -43,7 +44,7 @@ def test_curves_of_a_run_without_metrics_are_empty(tmp_path, figures):
 
 def test_calibration_shows_accuracy_and_images_of_each_bin(tmp_path, figures):
     confidence, correct = np.array([0.95, 1.0, 0.5]), np.array([True, False, True])
-    plots.plot_calibration(calibration_sums(confidence, correct), tmp_path / "c.png")
+    plot_calibration(calibration_sums(confidence, correct), tmp_path / "c.png")
     reliability, histogram = figures[0].axes
     np.testing.assert_allclose(points(reliability.lines[1]), [[50, 100], [290 / 3, 50]])
     heights = [bar.get_height() for bar in histogram.patches]

@@ -100,14 +100,10 @@ def test_its_report(finished):
 def test_a_step_sees_the_optimizer_without_statistics(finished):
     config, workdir, _ = finished
     experiment = Experiment(config)
-    state = experiment.state_shapes
+    state, batch, key = experiment.step_shapes
     moments = [name for name in named_leaves(state.opt_state) if "/mu/" in name]
     assert len(moments) == len(named_leaves(state.params))
-    batch = {
-        "image": jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((8,), jnp.int32),
-    }
-    new, metrics = jax.eval_shape(experiment.make_train_step(), state, batch, jax.random.key(0))
+    new, metrics = jax.eval_shape(experiment.make_train_step(), state, batch, key)
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
     same = jax.tree.map(lambda a, b: a.dtype == b.dtype, new, state)
     assert functools.reduce(lambda a, b: a and b, jax.tree.leaves(same))

@@ -162,11 +162,8 @@ def test_training_starts_from_weights_of_any_framework(finished, smoke_config, t
     _, workdir, result = finished
     params = read_checkpoint(workdir, weights="raw", checkpoint="last").params
     torch.write(tmp_path / "x.pth", dict(names.export("huawei", params)))
-    config = smoke_config(
-        init_from=str(tmp_path / "x.pth"),
-        optimizer__learning_rate=0.0,
-        optimizer__min_learning_rate=0.0,
-    )
+    zero = dict(optimizer__learning_rate=0.0, optimizer__min_learning_rate=0.0)
+    config = smoke_config(init_from=str(tmp_path / "x.pth"), **zero)
     again = train_and_evaluate(config, tmp_path / "run")
     assert again["fingerprint"] == result["fingerprint"]
     assert "official network, huawei names, torch file" in capsys.readouterr().err
@@ -180,7 +177,8 @@ def test_other_classes_get_a_new_head(finished, smoke_config, capsys):
     params = read_checkpoint(workdir).params
 
     def load(class_names, config=config):
-        return Experiment(config).load_variables(str(workdir), class_names)
+        variables, found = Experiment(config).load_variables(str(workdir), class_names)
+        return variables["params"], found
 
     kept, _ = load(same)
     assert fingerprint(kept) == fingerprint(params)
@@ -244,15 +242,9 @@ def make_folder(root, classes=("cat", "dog"), splits=("train", "val"), count=24)
 
 
 def folder_config(smoke_config, root, **overrides):
-    return smoke_config(
-        data__source="folder",
-        data__root=str(root),
-        data__eval_split="validation",
-        batch_size=16,
-        eval__batch_size=16,
-        log__every="1 steps",
-        **overrides,
-    )
+    data = dict(data__source="folder", data__root=str(root), data__eval_split="validation")
+    sizes = dict(batch_size=16, eval__batch_size=16, log__every="1 steps")
+    return smoke_config(**data, **sizes, **overrides)
 
 
 @pytest.mark.slow
@@ -299,19 +291,6 @@ def test_a_truncated_image_stops_the_run_or_is_counted(smoke_config, tmp_path, s
     assert result["images"] == 48 - result["skipped"]
 
 
-def run(root, workdir, flags, **kwargs):
-    command = [
-        sys.executable,
-        "main.py",
-        "--config=configs/digits.py",
-        f"--workdir={workdir}",
-        *flags,
-    ]
-    return subprocess.Popen(
-        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
-    )
-
-
 @pytest.mark.slow
 def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(root, tmp_path, smoke_flags):
     """kill -9 of the command, twice: the same command resumes at the exact sample.
@@ -321,28 +300,29 @@ def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(root, tmp_path, s
     flags = [*smoke_flags, "--config.checkpoint.every=4 steps", "--config.model.drop_path=0.2"]
     published = default.get_config().augment
     flags += [f"--config.augment.{key}={value}" for key, value in published.items()]
-    process = run(root, tmp_path / "undisturbed", flags)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    expected = json.loads(out.splitlines()[-1])
+    command = [sys.executable, "main.py", "--config=configs/digits.py", *flags]
+    pipes = dict(cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    start = lambda name: subprocess.Popen([*command, f"--workdir={tmp_path / name}"], **pipes)
 
+    def finish(process):
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        return json.loads(out.splitlines()[-1]), err
+
+    expected, _ = finish(start("undisturbed"))
     for first_step in (4, 12):
-        process = run(root, tmp_path / "killed", flags)
+        process = start("killed")
         while not (tmp_path / "killed" / "checkpoints" / str(first_step)).exists():
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    process = run(root, tmp_path / "killed", flags)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert "from step 0 " not in err
-    assert json.loads(out.splitlines()[-1]) == expected
-    weights = [
-        (tmp_path / name / "weights.safetensors").read_bytes() for name in ("undisturbed", "killed")
-    ]
+    result, err = finish(start("killed"))
+    assert result == expected and "from step 0 " not in err
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    weights = [(path / "weights.safetensors").read_bytes() for path in (undisturbed, killed)]
     assert weights[0] == weights[1]
-    logs = [read_metrics_file(tmp_path / n / "metrics.jsonl") for n in ("undisturbed", "killed")]
+    logs = [read_metrics_file(path / "metrics.jsonl") for path in (undisturbed, killed)]
     assert [m["step"] for m in logs[0]] == [m["step"] for m in logs[1]]
 
 
@@ -368,10 +348,8 @@ def test_a_run_stopped_by_signals_ends_bit_identical(finished, tmp_path, at):
     """Signals come in a step, in an evaluation, and while a save is in flight."""
     config, _, result = finished
     config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(
-        {"eval.every": "10 steps", "checkpoint.every": "4 steps", "checkpoint.keep": 9}
-    )
-    config.eval.batch_size = 120
+    config.eval.update(every="10 steps", batch_size=120)
+    config.checkpoint.update(every="4 steps", keep=9)
     sent = []
 
     def send(number):

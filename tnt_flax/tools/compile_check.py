@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
@@ -90,12 +89,14 @@ def compile_check(config: ConfigDict, topology: str | None, classes: int = 1000)
     chips = tpu_devices(topology)
     experiment = Experiment(config, devices=chips, num_classes=classes, steps_per_epoch=1)
     memory = CHIP_MEMORY[topology.partition(":")[0]]
-    images = config.batch_size / len(chips)
+    _, batch, _ = experiment.step_shapes
+    batch_size, size, _, _ = batch["image"].shape
+    images = batch_size / len(chips)
     logger.info(
-        f"{config.model.name}, {config.data.image_size} pixels, batch size {config.batch_size}, "
+        f"{experiment.name}, {size} pixels, batch size {batch_size}, "
         f"{len(chips)} chips of {topology}: {images:g} images per chip"
     )
-    compiled = compile_for_tpu(experiment.train_step, step_shapes(experiment), memory)
+    compiled = compile_for_tpu(experiment.train_step, experiment.step_shapes, memory)
     exchanges = collectives(compiled.hlo)
     flops = train_step_flops(config, classes) / len(chips)
     print(f"memory per chip      {memory:g} GiB")
@@ -171,23 +172,12 @@ def compile_for_tpu(jitted: Callable, arguments: tuple, chip_gib: float) -> Comp
     )
 
 
-def step_shapes(experiment: Experiment) -> tuple[Any, ...]:
-    """Returns the shapes of the train step's arguments: state, batch, key."""
-    config, size = experiment.config, experiment.config.data.image_size
-    batch = {
-        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
-    }
-    _, step_key = jax.eval_shape(experiment.make_keys)
-    return experiment.state_shapes, batch, step_key
-
-
 def train_step_flops(config: ConfigDict, num_classes: int) -> int:
     """FLOPs of the matmuls and convolutions of a step, without rematerialization."""
-    config = config.copy_and_resolve_references()
-    config.model.update(inner_impl="reference", outer_impl="reference", remat="none")
     experiment = Experiment(config, num_classes=num_classes, steps_per_epoch=1)
-    return 2 * count_macs(experiment.make_train_step(), *step_shapes(experiment))
+    plain = dict(inner_impl="reference", outer_impl="reference", remat="none")
+    experiment.model = experiment.model.clone(**plain)
+    return 2 * count_macs(experiment.make_train_step(), *experiment.step_shapes)
 
 
 # ------------------------------------------------------------------------------------- collectives

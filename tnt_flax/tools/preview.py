@@ -60,7 +60,7 @@ def preview(config: ConfigDict, out: str | None, rows: int, columns: int) -> dic
         InputError: the config, the data or `out` is wrong.
         RunError: the file cannot be written.
     """
-    from tnt_flax.training import plots
+    from tnt_flax.tools import figures
 
     if not out or pathlib.Path(out).suffix.lower() != ".png":
         raise InputError(f"--out={out or ''} is not a PNG file: use --out=FILE.png")
@@ -76,7 +76,7 @@ def preview(config: ConfigDict, out: str | None, rows: int, columns: int) -> dic
         f"{of_two_classes} of two classes (before label smoothing)"
     )
     try:
-        plots.plot_samples(
+        figures.plot_samples(
             to_pixels(samples.images[shown], config.data.mean, config.data.std),
             [caption(row, samples.class_names) for row in weights],
             title,

@@ -98,7 +98,7 @@ def report(args: Any) -> dict[str, Any]:
 
 
 def make_page(folder, config, stored, found, source, predictions, lines, summary) -> str:
-    from tnt_flax.tools import page
+    from tnt_flax.tools import figures, page
     from tnt_flax.training import plots
     from tnt_flax.training.evaluate import calibration_sums
 
@@ -161,7 +161,7 @@ def make_page(folder, config, stored, found, source, predictions, lines, summary
         "<h2>Calibration</h2>",
         f"<p>Expected calibration error {summary['calibration_error']:.2%}, in 15 bins.</p>",
         page.plot_svg(
-            lambda p: plots.plot_calibration(
+            lambda p: figures.plot_calibration(
                 calibration_sums(predictions.confidence, predictions.correct), p
             ),
             "Calibration",

@@ -2,6 +2,7 @@
 """Checks a config, and completes one that leaves the network to a weights file."""
 
 import re
+from operator import attrgetter
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -12,29 +13,32 @@ from tnt_flax.models import MODELS, Network, create_model
 from tnt_flax.weights import identify
 from tnt_flax.weights.read import read_checkpoint
 
+# Valid values: a condition, the end of the message if it is False, and the keys it applies to.
+RULES = (
+    (lambda x: x >= 0, "is less than 0", (
+        "optimizer.warmup_epochs", "optimizer.cooldown_epochs", "data.workers",
+        "data.retry_seconds", "stall_minutes", "augment.mixup_alpha", "augment.cutmix_alpha",
+        "augment.color_jitter",
+    )),
+    (lambda x: x >= 1, "is less than 1", (
+        "epochs", "checkpoint.keep", "data.threads", "mesh.fsdp", "mesh.tensor",
+    )),
+    (lambda x: 0 <= x <= 1, "is outside [0, 1]", (
+        "augment.mix_prob", "augment.mix_switch_prob", "augment.erase_prob",
+    )),
+    (lambda x: 0 <= x < 1, "is outside [0, 1)", ("data.holdout", "ema.decay")),
+    (lambda x: 0 < x <= 1, "is outside (0, 1]", ("optimizer.layer_decay",)),
+    (lambda x: 0 < x[0] <= x[1], "is not a valid range: use (low, high), above 0", (
+        "augment.erase_area", "augment.erase_ratio",
+    )),
+    (lambda x: len(x) == 3, "must have three values, one per channel", ("data.mean", "data.std")),
+)  # fmt: skip
 CHOICES = {
     "data.corrupt": ("error", "skip"),
     "augment.resampling": ("pillow", "opencv"),
     "eval.weights": ("ema", "raw"),
     "mesh.gradient_dtype": ("float32", "bfloat16"),
 }
-MINIMA = {
-    "epochs": 1,
-    "optimizer.warmup_epochs": 0,
-    "optimizer.cooldown_epochs": 0,
-    "checkpoint.keep": 1,
-    "data.threads": 1,
-    "data.workers": 0,
-    "data.retry_seconds": 0,
-    "stall_minutes": 0,
-    "mesh.fsdp": 1,
-    "mesh.tensor": 1,
-    "augment.mixup_alpha": 0,
-    "augment.cutmix_alpha": 0,
-    "augment.color_jitter": 0,
-}
-PROBABILITIES = ("augment.mix_prob", "augment.mix_switch_prob", "augment.erase_prob")
-RANGES = ("augment.erase_area", "augment.erase_ratio")
 # Fields of a model that few file formats store: a config may set them to identify the network.
 UNSTORED_FIELDS = ("inner_heads", "outer_heads", "patch_size")
 
@@ -46,54 +50,27 @@ def check_config(config: ConfigDict) -> None:
         InputError: with the key, its value and the valid values.
     """
     for key, known in CHOICES.items():
-        if _get(config, key) not in known:
-            raise InputError(f"{key}={_get(config, key)!r} is none of {known}")
-    for key, least in MINIMA.items():
-        if _get(config, key) < least:
-            raise InputError(f"{key}={_get(config, key)} is less than {least}")
-    for key in PROBABILITIES:
-        if not 0 <= _get(config, key) <= 1:
-            raise InputError(f"{key}={_get(config, key)} is outside [0, 1]")
-    for key in RANGES:
-        low, high = _get(config, key)
-        if not 0 < low <= high:
-            raise InputError(
-                f"{key}={_get(config, key)} is not a valid range: use (low, high), above 0"
-            )
-    for key in ("data.mean", "data.std"):
-        if len(_get(config, key)) != 3:
-            raise InputError(f"{key}={_get(config, key)} must have three values, one per channel")
-    if not 0 <= config.data.holdout < 1:
-        raise InputError(f"data.holdout={config.data.holdout} is outside [0, 1)")
-    if not 0 < config.optimizer.layer_decay <= 1:
-        raise InputError(f"optimizer.layer_decay={config.optimizer.layer_decay} is outside (0, 1]")
-    if not 0 <= config.ema.decay < 1:
-        raise InputError(f"ema.decay={config.ema.decay} is outside [0, 1)")
+        if (value := attrgetter(key)(config)) not in known:
+            raise InputError(f"{key}={value!r} is none of {known}")
+    for valid, problem, keys in RULES:
+        for key in keys:
+            if not valid(value := attrgetter(key)(config)):
+                raise InputError(f"{key}={value} {problem}")
     if config.mesh.gradient_dtype == "bfloat16" and config.model.dtype != "bfloat16":
         raise InputError(
             f"mesh.gradient_dtype='bfloat16' needs model.dtype='bfloat16', not "
             f"{config.model.dtype!r}: change one of them"
         )
-    if config.augment.randaugment:
-        randaugment.parse(config.augment.randaugment, config.data.mean)
-    _check_mix_groups(config)
-
-
-def _check_mix_groups(config: ConfigDict) -> None:
-    groups = config.augment.mix_groups
-    mixes = config.augment.mixup_alpha or config.augment.cutmix_alpha
+    augment, groups = config.augment, config.augment.mix_groups
+    if augment.randaugment:
+        randaugment.parse(augment.randaugment, config.data.mean)
+    mixes = augment.mixup_alpha or augment.cutmix_alpha
     if mixes and (groups < 1 or config.batch_size % (2 * groups)):
         raise InputError(
             f"batch_size={config.batch_size} does not split into augment.mix_groups={groups} "
             f"groups of pairs: use a multiple of {max(2 * groups, 2)}, other groups, or "
             "augment.mixup_alpha=0 and augment.cutmix_alpha=0"
         )
-
-
-def _get(config: ConfigDict, key: str) -> Any:
-    for name in key.split("."):
-        config = config[name]
-    return config
 
 
 def steps_of(key: str, duration: str, steps_per_epoch: int) -> int:

@@ -28,17 +28,16 @@ from tnt_flax.data.sources import Source, storage
 from tnt_flax.runtime import processes, sharding
 from tnt_flax.runtime.watchdog import Watchdog
 from tnt_flax.training.experiment import Batches, Experiment
-from tnt_flax.training.step import CALIBRATION_BINS
+from tnt_flax.training.step import CALIBRATION_BINS, calibration_bin
 
 logger = logging.getLogger(__name__)
 
-EvalStep = Callable[..., dict[str, jax.Array]]
 Stop = Callable[[str], bool | None]  # called with the progress after every batch; True stops
 PER_CLASS_COLUMNS = {"class": str, "name": str, "images": int, "top1": float, "top5": float}
 
 
 def evaluate(
-    eval_step: EvalStep,
+    eval_step: Callable[..., dict[str, jax.Array]],
     variables: Any,
     batches: Batches,
     mesh: Mesh,
@@ -88,12 +87,8 @@ def evaluate(
 
 
 def calibration_sums(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
-    """Returns [3, bins]: images, correct predictions and confidence, summed over each bin.
-
-    The bins are those of `step.make_eval_step`: (a, b], of equal width.
-    """
-    last = CALIBRATION_BINS - 1
-    bins = np.clip(np.ceil(np.float32(confidence) * CALIBRATION_BINS) - 1, 0, last).astype(int)
+    """Returns [3, bins]: images, correct predictions and confidence, summed over each bin."""
+    bins = np.asarray(calibration_bin(np.float32(confidence)))
     columns = (np.ones(len(bins)), correct, confidence)
     return np.stack([np.bincount(bins, x, CALIBRATION_BINS) for x in columns])
 
@@ -137,8 +132,7 @@ def evaluate_checkpoint(
         path, checkpoint = str(run), which
     with Watchdog(config.stall_minutes) as watchdog, contextlib.ExitStack() as stack:
         experiment = Experiment(config, weights=path, checkpoint=checkpoint)
-        mesh = experiment.mesh
-        table = None
+        mesh, table = experiment.mesh, None
         if per_class and processes.is_main_process():
             table = stack.enter_context(open_table(pathlib.Path(per_class), PER_CLASS_COLUMNS))
         source = open_labeled_source(experiment)
@@ -148,13 +142,12 @@ def evaluate_checkpoint(
         variables, found = experiment.load_variables(path, checkpoint=checkpoint)
         variables = sharding.put_global(variables, sharding.eval_shardings(variables, mesh))
         class_names, num_classes = found.class_names, found.network.model.num_classes
-        model = experiment.make_model(num_classes)
-        only = experiment.config.eval.classes
-        classes = select_classes(only, class_names, num_classes)
+        classes = select_classes(experiment.config.eval.classes, class_names, num_classes)
         to_network = map_to_network(source.class_names, class_names, num_classes)
 
         logger.info("evaluating on %d images", len(source))
-        eval_step = sharding.jit_eval_step(experiment.make_eval_step(model, classes), mesh)
+        eval_step = experiment.make_eval_step(experiment.make_model(num_classes), classes)
+        eval_step = sharding.jit_eval_step(eval_step, mesh)
         batches = relabeled(experiment.eval_batches(source), to_network, classes)
         # `setup`: there is nothing to save, so a signal may end the process at once.
         progress = functools.partial(watchdog.progress, setup=True)
@@ -165,9 +158,7 @@ def evaluate_checkpoint(
             metrics["mean_per_class"] = mean_per_class(sums["per_class"])
         metrics["classes"] = len(classes) if classes else num_classes
         if table:
-            names = names_or_imagenet(class_names, num_classes)
-            names = names or tuple(map(str, range(num_classes)))
-            write_per_class(table, sums["per_class"], names)
+            write_per_class(table, sums["per_class"], class_names)
             metrics["per_class"] = per_class
     return {**metrics, "checkpoint": found.path}
 
@@ -200,8 +191,10 @@ def relabeled(batches: Batches, to_network: np.ndarray, classes: tuple[int, ...]
             yield batch
 
 
-def write_per_class(table: Any, per_class: np.ndarray, names: tuple[str, ...]) -> None:
+def write_per_class(table: Any, per_class: np.ndarray, class_names: tuple[str, ...] | None) -> None:
     """Writes a row for each class with images; `per_class` is [3, classes]."""
+    classes = per_class.shape[1]
+    names = names_or_imagenet(class_names, classes) or tuple(map(str, range(classes)))
     rows = zip(names, readable_names(names), per_class.T, strict=True)
     for synset, name, (images, top1, top5) in rows:
         if images:

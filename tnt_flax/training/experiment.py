@@ -5,7 +5,7 @@ Training, evaluation, the tools and the benchmarks all set up through this class
 """
 
 import functools
-import logging
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,10 +18,14 @@ from tnt_flax.core.errors import InputError
 from tnt_flax.data import pipeline, randaugment, sources, transforms
 from tnt_flax.data.plan import TrainPlan
 from tnt_flax.models import Network, create_model
-from tnt_flax.runtime import sharding
+from tnt_flax.runtime import processes, sharding
+from tnt_flax.runtime.checkpoints import Checkpoints
+from tnt_flax.runtime.watchdog import Watchdog
+from tnt_flax.runtime.workdir import check_space, config_to_json
 from tnt_flax.training import mixup, step
 from tnt_flax.training.config import check_config, resolve_model_config, steps_of
 from tnt_flax.training.optimizer import (
+    ADAMW_KEYS,
     Optimizer,
     check_freeze,
     epoch_learning_rates,
@@ -33,15 +37,13 @@ from tnt_flax.weights.identify import check_same, unstored_fields
 from tnt_flax.weights.load import adapt
 from tnt_flax.weights.read import LoadedWeights, read_checkpoint
 
-logger = logging.getLogger(__name__)
-
 Batches = Iterator[dict[str, np.ndarray]]
 
 
 class Experiment:
     """Everything that a config describes, built on first use and then kept.
 
-    Functions named `make_*` return functions or modules that are not compiled. `train_step` and
+    Methods named `make_*` return functions or modules that are not compiled. `train_step` and
     `eval_step` are compiled for `mesh`.
 
     Args:
@@ -87,14 +89,20 @@ class Experiment:
             shapes = jax.eval_shape(init_variables, jax.random.key(0))
             check_freeze(shapes, self.config.optimizer.freeze)
 
+    @property
+    def name(self) -> str:
+        return self.config.model.name
+
     # ---------------------------------------------------------------------------- devices
+
+    def watchdog(self) -> Watchdog:
+        """Returns a new watchdog, with the timeout of the config."""
+        return Watchdog(self.config.stall_minutes)
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        sizes = self.config.mesh
-        mesh = sharding.make_mesh(
-            self._devices, data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor
-        )
+        axes = {axis: self.config.mesh[axis] for axis in sharding.AXES}
+        mesh = sharding.make_mesh(self._devices, **axes)
         sharding.check_batch_size("batch_size", self.config.batch_size, mesh)
         sharding.check_batch_size("eval.batch_size", self.config.eval.batch_size, mesh)
         return mesh
@@ -104,15 +112,10 @@ class Experiment:
     def open_source(self, split: str, *, multi_label: bool = False) -> sources.Source:
         """Opens the records of a split; see `data.sources.open_source`."""
         data = self.config.data
+        holdout = sources.Holdout(data.holdout, data.train_split, data.eval_split)
+        options = {key: data[key] for key in ("root", "name", "class_list", "eval_labels")}
         return sources.open_source(
-            data.source,
-            split,
-            root=data.root,
-            name=data.name,
-            class_list=data.class_list,
-            eval_labels=data.eval_labels,
-            holdout=sources.Holdout(data.holdout, data.train_split, data.eval_split),
-            multi_label=multi_label,
+            data.source, split, holdout=holdout, multi_label=multi_label, **options
         )
 
     @functools.cached_property
@@ -130,14 +133,9 @@ class Experiment:
     @functools.cached_property
     def plan(self) -> TrainPlan:
         """The order of the training images, in every epoch."""
-        config = self.config
-        return TrainPlan(
-            len(self.train_source),
-            config.batch_size,
-            config.seed,
-            repeats=config.augment.repeats,
-            groups=config.augment.mix_groups,
-        )
+        config, augment = self.config, self.config.augment
+        size = len(self.train_source)
+        return TrainPlan(size, config.batch_size, config.seed, augment.repeats, augment.mix_groups)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -196,30 +194,24 @@ class Experiment:
         )
 
     def _read_options(self) -> pipeline.ReadOptions:
-        data = self.config.data
         several = jax.process_count() > 1
         host, num_hosts = sharding.host_rows(self.mesh) if several else (0, 1)
-        return pipeline.ReadOptions(
-            corrupt=data.corrupt,
-            host=host,
-            num_hosts=num_hosts,
-            threads=data.threads,
-            workers=data.workers,
-            retry_seconds=data.retry_seconds,
-        )
+        keys = ("corrupt", "threads", "workers", "retry_seconds")
+        options = {key: self.config.data[key] for key in keys}
+        return pipeline.ReadOptions(host=host, num_hosts=num_hosts, **options)
 
     # ---------------------------------------------------------------------------- network
 
     def make_model(self, num_classes: int) -> Network:
         """Returns the network that `config.model` describes."""
         config = self.config
-        if not config.model.name:
+        if not self.name:
             raise InputError(
                 "model.name is empty, which means the network of the weights: set init_from=FILE, "
                 "or name one of tnt_flax.list_models()"
             )
         fields = {k: v for k, v in config.model.items() if k != "name" and v is not None}
-        model = create_model(config.model.name, num_classes=num_classes, **fields)
+        model = create_model(self.name, num_classes=num_classes, **fields)
         size = config.data.image_size
         if size < 1 or size % model.patch_size:
             raise InputError(
@@ -229,7 +221,7 @@ class Experiment:
         if model.outer_heads % config.mesh.tensor:
             raise InputError(
                 f"mesh.tensor={config.mesh.tensor} does not divide the {model.outer_heads} heads "
-                f"of the outer transformer of {config.model.name}"
+                f"of the outer transformer of {self.name}"
             )
         return model
 
@@ -258,15 +250,12 @@ class Experiment:
             InputError: the weights cannot be read (see `weights.read.read_checkpoint`), or are of
                 another network.
         """
-        config, model = self.config, self.make_model(num_classes=0)
-        found = read_checkpoint(
-            path,
-            weights="ema" if class_names else config.eval.weights,
-            checkpoint=checkpoint,
-            **unstored_fields(model),
-        )
-        for key in ("mean", "std"):
-            stored, given = tuple(found.preprocessing[key]), tuple(config.data[key])
+        model, image_size = self.make_model(num_classes=0), self.config.data.image_size
+        weights = "ema" if class_names else self.eval_weights
+        known = unstored_fields(model)
+        found = read_checkpoint(path, weights=weights, checkpoint=checkpoint, **known)
+        for key, given in self._normalization.items():
+            stored, given = tuple(found.preprocessing[key]), tuple(given)
             if stored != given:
                 found.notes.append(f"warning: made with data.{key}={stored}, used with {given}")
         summary, num_classes, new_head = found.summary(), found.network.model.num_classes, False
@@ -274,10 +263,9 @@ class Experiment:
             renamed = found.class_names not in (None, tuple(class_names))
             new_head = renamed or len(class_names) != num_classes
             num_classes = len(class_names)
-        adapted = adapt(found, num_classes, config.data.image_size, 3, new_head=new_head)
-        wanted = model.clone(num_classes=num_classes)
-        description = f"the {config.model.name} that the config describes"
-        check_same(found.path, adapted, wanted, description)
+        adapted = adapt(found, num_classes, image_size, 3, new_head=new_head)
+        description = f"the {self.name} that the config describes"
+        check_same(found.path, adapted, model.clone(num_classes=num_classes), description)
         found.log_notes(summary)
         return found.variables, found
 
@@ -285,31 +273,14 @@ class Experiment:
 
     @functools.cached_property
     def optimizer(self) -> Optimizer:
-        options = self.config.optimizer
-        rates = epoch_learning_rates(
-            base=options.learning_rate,
-            warmup=options.warmup_learning_rate,
-            minimum=options.min_learning_rate,
-            epochs=self.config.epochs,
-            warmup_epochs=options.warmup_epochs,
-            cooldown=options.cooldown_epochs,
-        )
-        schedule = per_epoch_schedule(rates, self.steps_per_epoch)
-        return make_optimizer(
-            schedule,
-            beta1=options.beta1,
-            beta2=options.beta2,
-            eps=options.eps,
-            weight_decay=options.weight_decay,
-            clip_norm=options.clip_norm,
-            layer_decay=options.layer_decay,
-            freeze=options.freeze,
-        )
+        options = dict(self.config.optimizer.items())
+        adamw = {key: options.pop(key) for key in ADAMW_KEYS}
+        rates = epoch_learning_rates(self.config.epochs, **options)
+        return make_optimizer(per_epoch_schedule(rates, self.steps_per_epoch), **adamw)
 
     def make_keys(self) -> tuple[jax.Array, jax.Array]:
         """Returns the keys of the initial weights and of all steps (see `step.step_keys`)."""
-        init_key, step_key = jax.random.split(jax.random.key(self.config.seed))
-        return init_key, step_key
+        return tuple(jax.random.split(jax.random.key(self.config.seed)))
 
     @functools.cached_property
     def keys(self) -> tuple[jax.Array, jax.Array]:
@@ -318,14 +289,11 @@ class Experiment:
 
     def init_state(self, key: jax.Array) -> TrainState:
         """Returns the state of step 0 with new weights; to jit or to `jax.eval_shape`."""
-        return self._new_state(self.init_variables(key))
-
-    def _new_state(self, variables: Any) -> TrainState:
-        return TrainState.create(variables, self.optimizer.tx)
+        return TrainState.create(self.init_variables(key), self.optimizer.tx)
 
     @functools.cached_property
     def state_shapes(self) -> TrainState:
-        return jax.eval_shape(self.init_state, jax.eval_shape(self.make_keys)[0])
+        return jax.eval_shape(self.init_state, jax.random.key(0))
 
     @functools.cached_property
     def state_shardings(self) -> TrainState:
@@ -337,19 +305,35 @@ class Experiment:
         if not self.config.init_from:
             return jit(self.init_state)(self.keys[0])
         variables, _ = self.load_variables(self.config.init_from, self.class_names)
-        return jit(self._new_state)(
-            sharding.put_global(variables, sharding.shardings(variables, self.mesh))
-        )
+        variables = sharding.put_global(variables, sharding.shardings(variables, self.mesh))
+        return jit(lambda variables: TrainState.create(variables, self.optimizer.tx))(variables)
+
+    def open_checkpoints(self, workdir: pathlib.Path) -> Checkpoints:
+        """Opens the checkpoints in `workdir`, after a check that they fit on the disk."""
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.state_shapes))
+        processes.run_on_main("space", lambda: check_space(workdir, size))
+        info = {"config": config_to_json(self.config), "class_names": list(self.class_names)}
+        return Checkpoints(workdir / "checkpoints", keep=self.config.checkpoint.keep, info=info)
+
+    @property
+    def eval_weights(self) -> str:
+        """The weights that are evaluated: "ema" or "raw"."""
+        return self.config.eval.weights
 
     def eval_variables(self, state: TrainState) -> Any:
-        """Returns the variables of `state` that are evaluated: see `eval.weights`."""
-        return state.ema if self.config.eval.weights == "ema" else state.variables
+        """Returns the variables of `state` that are evaluated."""
+        return state.ema if self.eval_weights == "ema" else state.variables
 
     # ---------------------------------------------------------------------------- steps
+
+    @property
+    def _normalization(self) -> dict[str, tuple[float, ...]]:
+        return dict(mean=self.config.data.mean, std=self.config.data.std)
 
     def make_augment(self, num_classes: int) -> step.AugmentFn:
         """Returns `augment(batch, mix_key, erase_key)`; see `step.make_augment`."""
         options = self.config.augment
+        mixes = options.mixup_alpha or options.cutmix_alpha
         mix = functools.partial(
             mixup.mix,
             groups=options.mix_groups,
@@ -358,27 +342,15 @@ class Experiment:
             prob=options.mix_prob,
             switch_prob=options.mix_switch_prob,
         )
-        erase = functools.partial(
-            mixup.erase,
-            prob=options.erase_prob,
-            area=options.erase_area,
-            ratio=options.erase_ratio,
-        )
+        prob, area, ratio = options.erase_prob, options.erase_area, options.erase_ratio
+        erase = functools.partial(mixup.erase, prob=prob, area=area, ratio=ratio)
         return step.make_augment(
             num_classes,
             label_smoothing=options.label_smoothing,
-            mix=mix if self.mixes_images else None,
-            erase=erase if options.erase_prob else None,
+            mix=mix if mixes else None,
+            erase=erase if prob else None,
             **self._normalization,
         )
-
-    @property
-    def mixes_images(self) -> bool:
-        return bool(self.config.augment.mixup_alpha or self.config.augment.cutmix_alpha)
-
-    @property
-    def _normalization(self) -> dict[str, tuple[float, ...]]:
-        return dict(mean=self.config.data.mean, std=self.config.data.std)
 
     def make_train_step(self):
         """Returns `train_step(state, batch, key)`; see `step.make_train_step`."""
@@ -401,6 +373,15 @@ class Experiment:
     @functools.cached_property
     def train_step(self):
         return sharding.jit_train_step(self.make_train_step(), self.mesh, self.state_shapes)
+
+    @property
+    def step_shapes(self) -> tuple[TrainState, step.Batch, jax.Array]:
+        """Shapes of the arguments of `train_step`: state, batch, key."""
+        rows, size = self.config.batch_size, self.config.data.image_size
+        images = jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8)
+        labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        _, key = jax.eval_shape(self.make_keys)
+        return self.state_shapes, {"image": images, "label": labels}, key
 
     @functools.cached_property
     def eval_step(self):

@@ -99,7 +99,7 @@ class StepMeter:
     def add(self, step: int, metrics: dict[str, Any]) -> None:
         """Adds the metrics, on devices, of a step that has just been dispatched.
 
-        They are fetched one step late, so that the device has its next step while the host waits.
+        Fetched one step late, so that the devices never wait for the host.
         """
         self.fetch_pending_metrics()
         self._pending = step, metrics
@@ -153,10 +153,8 @@ class Progress:
 
     def __init__(self, start_step: int, total_steps: int):
         self.total_steps = total_steps
-        on_terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total_steps, initial=start_step, unit="step", disable=not on_terminal
-        )
+        # `disable=None` shows a bar on terminals only.
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=None)
 
     def advance(self) -> None:
         self._bar.update()

@@ -18,6 +18,8 @@ import optax
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import named_leaves
 
+# Keys of the config's optimizer for `make_optimizer`; the others are for `epoch_learning_rates`.
+ADAMW_KEYS = ("beta1", "beta2", "eps", "weight_decay", "clip_norm", "layer_decay", "freeze")
 STEM = ("word_embed", "word_pos", "proj", "cls_token", "sentence_pos")
 
 
@@ -30,19 +32,27 @@ class Optimizer(NamedTuple):
 
 
 def epoch_learning_rates(
-    *, base: float, warmup: float, minimum: float, epochs: int, warmup_epochs: int, cooldown: int
+    epochs: int,
+    *,
+    learning_rate: float,
+    warmup_learning_rate: float,
+    min_learning_rate: float,
+    warmup_epochs: int,
+    cooldown_epochs: int,
 ) -> np.ndarray:
-    """Returns the learning rates of all `epochs + cooldown` epochs.
+    """Returns the learning rates of all `epochs + cooldown_epochs` epochs.
 
-    Linear from `warmup` towards `base` for `warmup_epochs`, then a cosine to `minimum`, then
-    `cooldown` epochs at `minimum`. The cosine spans all `epochs`: warm-up replaces its beginning
-    and does not shift it (timm's CosineLRScheduler with warmup_prefix=False).
+    Linear from `warmup_learning_rate` towards `learning_rate`, then a cosine, then constant at
+    `min_learning_rate`. The cosine spans all `epochs`: warm-up replaces its beginning and does not
+    shift it (timm's CosineLRScheduler with warmup_prefix=False).
     """
-    epoch = np.arange(epochs + cooldown, dtype=np.float64)
-    rates = minimum + 0.5 * (base - minimum) * (1 + np.cos(np.pi * epoch / epochs))
-    rates = np.where(epoch < epochs, rates, minimum)
+    epoch = np.arange(epochs + cooldown_epochs, dtype=np.float64)
+    height = learning_rate - min_learning_rate
+    rates = min_learning_rate + 0.5 * height * (1 + np.cos(np.pi * epoch / epochs))
+    rates = np.where(epoch < epochs, rates, min_learning_rate)
     if warmup_epochs:
-        rising = warmup + epoch * (base - warmup) / warmup_epochs
+        height = learning_rate - warmup_learning_rate
+        rising = warmup_learning_rate + epoch * height / warmup_epochs
         rates = np.where(epoch < warmup_epochs, rising, rates)
     return rates
 
@@ -97,7 +107,10 @@ def make_optimizer(
     if freeze:
         tx = skip_frozen(tx, freeze)
     if layer_decay < 1:
-        tx = optax.chain(tx, scale_by_layer(layer_decay))
+        scale = lambda updates, params: jax.tree.map(
+            jnp.multiply, updates, layer_scales(updates, layer_decay)
+        )
+        tx = optax.chain(tx, optax.stateless(scale))
     if freeze:
         tx = optax.chain(tx, zero_frozen(freeze))
     return Optimizer(tx, schedule, freeze)
@@ -154,13 +167,6 @@ def layer_scales(params: Any, decay: float) -> Any:
     depth = len({name.split("/")[1] for name in names if name.startswith("blocks/")})
     top = max(layer_of(name, depth) for name in names)
     return map_names(lambda name: np.float32(decay ** (top - layer_of(name, depth))), params)
-
-
-def scale_by_layer(decay: float) -> optax.GradientTransformation:
-    """Multiplies updates by `layer_scales`."""
-    return optax.stateless(
-        lambda updates, params: jax.tree.map(jnp.multiply, updates, layer_scales(updates, decay))
-    )
 
 
 # --------------------------------------------------------------------------------------- freezing

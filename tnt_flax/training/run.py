@@ -19,7 +19,6 @@ from tnt_flax.runtime import processes, sharding
 from tnt_flax.runtime.checkpoints import Checkpoints
 from tnt_flax.runtime.watchdog import Watchdog
 from tnt_flax.runtime.workdir import (
-    check_space,
     config_to_json,
     current_environment,
     open_workdir,
@@ -55,22 +54,13 @@ def open_run(workdir: pathlib.Path, experiment: Experiment) -> Iterator[Watchdog
         RunError: a process does not respond.
     """
     config = config_to_json(experiment.config)
-    with Watchdog(experiment.config.stall_minutes) as watchdog, contextlib.ExitStack() as stack:
+    with experiment.watchdog() as watchdog, contextlib.ExitStack() as stack:
         lock = open_workdir(workdir, config)
         processes.run_on_main("workdir", lambda: stack.enter_context(lock))
         processes.check_same_program()
         processes.check_same_on_all_processes("config", config)
         processes.check_shared_workdir(workdir)
         yield watchdog
-
-
-def open_checkpoints(experiment: Experiment, workdir: pathlib.Path) -> Checkpoints:
-    """Opens the checkpoints in `workdir`, after a check that they fit on the disk."""
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(experiment.state_shapes))
-    processes.run_on_main("space", lambda: check_space(workdir, size))
-    config = experiment.config
-    info = {"config": config_to_json(config), "class_names": list(experiment.class_names)}
-    return Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, info=info)
 
 
 def log_start(experiment: Experiment, workdir: pathlib.Path, start_step: int) -> None:
@@ -82,7 +72,7 @@ def log_start(experiment: Experiment, workdir: pathlib.Path, start_step: int) ->
         table = parameter_overview.get_parameter_overview(params, include_stats=False)
         (workdir / "parameters.txt").write_text(table + "\n")
         logger.info(
-            f"{experiment.config.model.name}: {len(experiment.train_source)} training and "
+            f"{experiment.name}: {len(experiment.train_source)} training and "
             f"{len(experiment.eval_source)} evaluation images, "
             f"{len(experiment.class_names)} classes, {sharding.describe(experiment.mesh)}, "
             f"{experiment.steps_per_epoch} steps per epoch; from step {start_step} to "
@@ -113,8 +103,8 @@ class Run:
         self.progress = Progress(start_step, total) if self.is_main_process else NullWriter()
         names = list(named_leaves(experiment.state_shapes.variables))
         check = functools.partial(check_finite, names=names, checkpoints=checkpoints)
-        batch_size = experiment.config.batch_size
-        self.meter = StepMeter(batch_size, experiment.steps_per_epoch, total, check)
+        batch_size, steps_per_epoch = experiment.plan.batch_size, experiment.steps_per_epoch
+        self.meter = StepMeter(batch_size, steps_per_epoch, total, check)
         self.batches = experiment.train_batches(start_step, total - start_step)
 
     def __enter__(self) -> "Run":
@@ -134,7 +124,7 @@ class Run:
 
         Returns an empty dictionary if a signal stops the run before all images are evaluated.
         """
-        experiment, which = self.experiment, self.experiment.config.eval.weights
+        experiment = self.experiment
         metrics, _ = evaluate(
             experiment.eval_step,
             experiment.eval_variables(state),
@@ -146,7 +136,7 @@ class Run:
             return {}
         self.writer.write(step, {f"eval/{name}": value for name, value in metrics.items()})
         self.progress.log(
-            f"step {step}: {which} weights on {metrics['images']} images: "
+            f"step {step}: {experiment.eval_weights} weights on {metrics['images']} images: "
             f"top-1 {metrics['top1']:.2%}  top-5 {metrics['top5']:.2%}  loss {metrics['loss']:.4f}"
         )
         return metrics
@@ -182,8 +172,9 @@ class Run:
         digest = fingerprint(join_collections(state.variables), sharding.fetch)
         self.writer.write(experiment.total_steps, {"fingerprint": digest})
         ema = sharding.fetch_on_main(state.ema)  # a collective: on all processes
-        evaluates_ema = experiment.config.eval.weights == "ema"
-        evaluated = ema if evaluates_ema else sharding.fetch_on_main(state.variables)
+        evaluated = ema
+        if experiment.eval_variables(state) is not state.ema:
+            evaluated = sharding.fetch_on_main(state.variables)
         if self.is_main_process:
             logger.info("SHA-256 of the final parameters: %s", digest)
             path = workdir / "weights.safetensors"

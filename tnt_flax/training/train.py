@@ -13,7 +13,7 @@ from tnt_flax.runtime.checkpoints import abstract_state
 from tnt_flax.runtime.sharding import to_global
 from tnt_flax.runtime.watchdog import Watchdog
 from tnt_flax.training.experiment import Experiment
-from tnt_flax.training.run import Run, log_start, open_checkpoints, open_run
+from tnt_flax.training.run import Run, log_start, open_run
 from tnt_flax.training.step import TrainState
 
 ONE_HOUR = 3600  # seconds
@@ -59,7 +59,7 @@ def _train(experiment: Experiment, workdir: pathlib.Path, watchdog: Watchdog) ->
     watchdog.raise_if_stopping()
 
     # ---------------------------------------------------------------- state, new or restored
-    checkpoints = open_checkpoints(experiment, workdir)
+    checkpoints = experiment.open_checkpoints(workdir)
     layout = abstract_state(experiment.state_shapes, experiment.state_shardings)
     state = checkpoints.restore_latest(layout)
     if state is None:
