@@ -69,7 +69,7 @@ def test_the_page_says_what_evaluation_says(made):
         assert f"<h2>{heading}</h2>" in text
     assert "<td>optimizer.learning_rate</td><td>0.001</td>" in text
     (start,) = read_environments(path.parent)
-    assert f"From step 0 on, {start['time']}" in text
+    assert f"From step 0, {start['time']}" in text
     assert f"<td>jaxlib</td><td>{start['environment']['jaxlib']}</td>" in text
 
 
