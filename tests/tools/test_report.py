@@ -20,7 +20,11 @@ from tnt_flax.runtime.workdir import (
 )
 from tnt_flax.tools import page, report
 from tnt_flax.tools.report import Predictions, confusion, most_confused
-from tnt_flax.training.evaluate import calibration_error, calibration_sums
+from tnt_flax.training.evaluate import (
+    calibration_error,
+    calibration_sums,
+    evaluate_checkpoint,
+)
 from tnt_flax.training.train import train_and_evaluate
 
 CHROMIUM = shutil.which("chromium")
@@ -31,7 +35,7 @@ DARK, LIGHT = 0, 1  # Blink's numbers of the preferred colour scheme
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(page, what the command said, the run's own last evaluation) of a run of 29 steps."""
+    """(page, result of the command, last evaluation with `ece`) of a run of 29 steps."""
     from configs import digits
     from tests.helpers.smoke import SMOKE
 
@@ -39,6 +43,7 @@ def made(tmp_path_factory):
     config = digits.get_config()
     config.update_from_flattened_dict(SMOKE)
     evaluated = train_and_evaluate(config, workdir)
+    evaluated["ece"] = evaluate_checkpoint(config, workdir, "best")["ece"]
     result = report.report(report.make_parser().parse_args([str(workdir)]))
     return workdir / "report.html", result, evaluated
 
