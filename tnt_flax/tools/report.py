@@ -12,6 +12,7 @@ report could not be made, 2 that the input was wrong.
 """
 
 import datetime
+import functools
 import json
 import logging
 import pathlib
@@ -103,24 +104,18 @@ def make_page(folder, config, stored, found, source, predictions, lines, summary
     from tnt_flax.training.evaluate import calibration_sums
 
     names = readable_names(source.class_names)
-    size = config.data.image_size
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     title = f"{config.model.name} on {config.data.name or config.data.source}"
-
-    def shown(i: int) -> str:
-        """Renders image `i` with its predicted class, and its label if that differs."""
-        prediction = f"{names[predictions.predicted[i]]} {predictions.confidence[i]:.0%}"
-        if predictions.correct[i]:
-            caption = f'<span class="right">{page.text(prediction)}</span>'
-        else:
-            caption = f'<span class="wrong">{page.text(prediction)}</span><br>label: '
-            caption += page.text(names[predictions.label[i]])
-        pixels = image_of(config, source, int(predictions.record[i]))
-        return page.image(pixels, caption, source.name_of(int(predictions.record[i])))
-
-    hardest = np.argsort(-predictions.loss, kind="stable")[:SHOWN]
-    pairs = most_confused(predictions, 8)
     kind = {"ema": "EMA", "raw": "raw"}[found.weights]
+    render = functools.partial(render_image, config, source, predictions, names)
+    hardest = np.argsort(-predictions.loss, kind="stable")[:SHOWN]
+    sums = calibration_sums(predictions.confidence, predictions.correct)
+    curves = []
+    if lines:
+        curves = [
+            "<h2>Curves</h2>",
+            page.plot_svg(lambda p: plots.plot_curves(lines, p), "Curves"),
+        ]
     parts = [
         f"<h1>{page.text(title)}</h1>",
         f'<p class="soft">{page.text(folder.resolve().name)}: {kind} weights of '
@@ -135,40 +130,14 @@ def make_page(folder, config, stored, found, source, predictions, lines, summary
                 "parameters": f"{found.num_params / 1e6:.2f} M",
             }
         ),
-    ]
-    if lines:
-        parts += [
-            "<h2>Curves</h2>",
-            page.plot_svg(lambda p: plots.plot_curves(lines, p), "Curves"),
-        ]
-    parts += ["<h2>Confusion</h2>"]
-    if len(names) <= MAX_MATRIX:
-        parts += [
-            "<p>Rows are labels, columns are predictions.</p>",
-            page.matrix(confusion(predictions, len(names)), names),
-        ]
-    groups = []
-    for label, predicted, count in pairs:
-        of_pair = np.flatnonzero(
-            (predictions.label == label) & (predictions.predicted == predicted)
-        )
-        of_pair = of_pair[np.argsort(-predictions.confidence[of_pair], kind="stable")][:3]
-        heading = f"{names[label]} predicted as {names[predicted]}: {count} of "
-        heading += f"{int((predictions.label == label).sum())} images"
-        groups.append(f"<div><p>{page.text(heading)}</p>{page.images(map(shown, of_pair))}</div>")
-    parts += [
-        page.images(groups, "groups") if groups else "<p>No mistakes.</p>",
+        *curves,
+        *confusions(predictions, names, render),
         "<h2>Calibration</h2>",
         f"<p>Expected calibration error {summary['calibration_error']:.2%}, in 15 bins.</p>",
-        page.plot_svg(
-            lambda p: figures.plot_calibration(
-                calibration_sums(predictions.confidence, predictions.correct), p
-            ),
-            "Calibration",
-        ),
+        page.plot_svg(lambda p: figures.plot_calibration(sums, p), "Calibration"),
         "<h2>Largest losses</h2>",
         "<p>Images whose label has the lowest probability.</p>",
-        page.images(map(shown, hardest)),
+        page.images(map(render, hardest)),
         "<h2>Attention and features</h2>",
         "<p>Attention rollout (brighter patches have a larger share in the head's input) and the "
         "words after the last block (three principal components as colors), for the image with "
@@ -179,7 +148,43 @@ def make_page(folder, config, stored, found, source, predictions, lines, summary
         "<h2>Config</h2>",
         f"<details><summary>all keys</summary>{page.table(flat(stored))}</details>",
     ]
-    return page.page(f"{title}, {size} pixels", parts)
+    return page.page(f"{title}, {config.data.image_size} pixels", parts)
+
+
+def render_image(config, source, predictions, names, i: int) -> str:
+    """Renders image `i` with its predicted class, and its label if that differs."""
+    from tnt_flax.tools import page
+
+    prediction = f"{names[predictions.predicted[i]]} {predictions.confidence[i]:.0%}"
+    if predictions.correct[i]:
+        caption = f'<span class="right">{page.text(prediction)}</span>'
+    else:
+        caption = f'<span class="wrong">{page.text(prediction)}</span><br>label: '
+        caption += page.text(names[predictions.label[i]])
+    pixels = image_of(config, source, int(predictions.record[i]))
+    return page.image(pixels, caption, source.name_of(int(predictions.record[i])))
+
+
+def confusions(predictions, names, render) -> list[str]:
+    """Renders the confusion matrix, and images of the most confused pairs of classes."""
+    from tnt_flax.tools import page
+
+    parts = ["<h2>Confusion</h2>"]
+    if len(names) <= MAX_MATRIX:
+        parts += [
+            "<p>Rows are labels, columns are predictions.</p>",
+            page.matrix(confusion(predictions, len(names)), names),
+        ]
+    groups = []
+    for label, predicted, count in most_confused(predictions, 8):
+        of_pair = np.flatnonzero(
+            (predictions.label == label) & (predictions.predicted == predicted)
+        )
+        of_pair = of_pair[np.argsort(-predictions.confidence[of_pair], kind="stable")][:3]
+        heading = f"{names[label]} predicted as {names[predicted]}: {count} of "
+        heading += f"{int((predictions.label == label).sum())} images"
+        groups.append(f"<div><p>{page.text(heading)}</p>{page.images(map(render, of_pair))}</div>")
+    return [*parts, page.images(groups, "groups") if groups else "<p>No mistakes.</p>"]
 
 
 def attention(found, config, source, predictions, hardest, names) -> list[str]:
