@@ -172,7 +172,7 @@ def test_onnx_without_its_packages(tmp_path, capsys, monkeypatch):
 def test_the_folder_for_timm(tmp_path, capsys):
     path, out = small_network.save(tmp_path, "tnt_s_legacy_patch16_224"), tmp_path / "folder"
     result = run(capsys, path, out)
-    assert result["form"] == "timm" and result["max_abs_difference"] < 1e-4
+    assert result["format"] == "timm" and result["max_abs_difference"] < 1e-4
     assert sorted(p.name for p in out.iterdir()) == [
         "README.md",
         "config.json",

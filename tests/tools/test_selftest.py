@@ -61,6 +61,7 @@ def test_every_implementation_passes_and_is_timed(capsys, monkeypatch):
         assert result[key]
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_is_found(capsys, monkeypatch, only):
     """Logits are equal; one gradient is 1 % too large."""
     only("inner=wrong", {"inner_impl": "reference", "outer_impl": "reference"})
@@ -95,6 +96,7 @@ def test_wrong_logits_are_found(capsys, monkeypatch, only):
     assert code == 1 and found["float32"]["logits"] > selftest.TOLERANCES["logits"]
 
 
+@pytest.mark.slow
 def test_nan_and_exceptions_are_failures(capsys, monkeypatch, only):
     only("inner=cpu", selftest.IMPLEMENTATIONS["inner=cpu"])
     original = selftest.logits_and_gradients

@@ -22,6 +22,7 @@ def setting(smoke_config):
     return experiment, variables
 
 
+@pytest.mark.slow
 def test_metrics_are_equal_for_any_batch_size(setting):
     experiment, variables = setting
     config, model = experiment.config, experiment.model
