@@ -32,10 +32,7 @@ def make_batch(count=8):
 
 
 def loss_of(params, statistics, images, masks):
-    backbone = {
-        "params": params["backbone"],
-        "batch_stats": statistics,
-    }  # mutable below, so not frozen
+    backbone = {"params": params["backbone"], "batch_stats": statistics}
     maps, new = tnt_flax.feature_maps(model, backbone, images, train=True, mutable=["batch_stats"])
     logits = jnp.zeros((*masks.shape, CLASSES))
     for each, head in zip(maps, params["heads"], strict=True):
