@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains PyramidTNT for segmentation: `python examples/segmentation.py masks.png 300`.
 
-Writes a figure with images, true masks and predicted masks after 300 steps. For pretrained weights
-use `tnt_flax.load(FILE)` instead of `create_model`.
+Writes images, true masks and predictions. With pretrained weights, call `tnt_flax.load(FILE)`.
 """
 
 import sys
