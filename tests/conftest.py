@@ -5,6 +5,7 @@ With TNT_FLAX_NO_SKIPS=1, as in CI, a skipped test is a failure.
 """
 
 import atexit
+import json
 import logging
 import os
 import pathlib
@@ -73,6 +74,13 @@ def smoke_config():
 def smoke_flags():
     """Command-line flags of the shrunk digits config."""
     return [f"--config.{key}={value}" for key, value in SMOKE.items()]
+
+
+@pytest.fixture
+def record_property(record_property):
+    """Records NumPy's numbers as Python's, because pytest-xdist cannot send them."""
+    plain = lambda value: json.loads(json.dumps(value, default=lambda x: x.item()))
+    return lambda name, value: record_property(name, plain(value))
 
 
 @pytest.fixture

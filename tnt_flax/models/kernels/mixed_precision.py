@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from tnt_flax.models.kernels.platform import platform
+
 
 def einsum(subscripts: str, x: Array, weight: Array) -> Array:
     """Returns `jnp.einsum(subscripts, x, weight)`, computed in the dtype of `x`.
@@ -37,6 +39,8 @@ def _einsum_backward(subscripts, operands, d_out):
     x, weight = operands
     left, right, out = subscripts.replace("->", ",").split(",")
     d_x = jnp.einsum(f"{out},{right}->{left}", d_out, weight.astype(x.dtype))
+    if platform() == "cpu":  # XLA's CPU backend lacks some bfloat16 products with float32 results
+        x, d_out = x.astype(weight.dtype), d_out.astype(weight.dtype)
     product = functools.partial(jnp.einsum, preferred_element_type=weight.dtype)
     return d_x, product(f"{left},{out}->{right}", x, d_out)
 
