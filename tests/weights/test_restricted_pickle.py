@@ -119,7 +119,7 @@ GETATTR = global_name("__builtin__", "getattr")
         (["posix.system"], pickle.dumps([Call(*TOUCH)], 2)),
         (["posix.system"], pickle.dumps([{"a": [Call(*TOUCH)]}], 4)),  # STACK_GLOBAL
         ([], program(b"]", SYSTEM, b"0Na")),  # POP
-        (["io.open"], pickle.dumps([Call(open, ("marker", "w"))], 3)),
+        ([f"{open.__module__}.open"], pickle.dumps([Call(open, ("marker", "w"))], 3)),
         (["__builtin__.eval"], pickle.dumps([Call(eval, ("open('marker', 'w')",))], 2)),
         (["builtins.getattr"], pickle.dumps([Call(getattr, ("a", "b"))], 4)),
         (["__builtin__.setattr"], pickle.dumps([Call(setattr, ("a", "b", 1))], 2)),
