@@ -39,8 +39,6 @@ CHOICES = {
     "eval.weights": ("ema", "raw"),
     "mesh.gradient_dtype": ("float32", "bfloat16"),
 }
-# Fields of a model that few file formats store: a config may set them to identify the network.
-UNSTORED_FIELDS = ("inner_heads", "outer_heads", "patch_size")
 
 
 def check_config(config: ConfigDict) -> None:
@@ -98,7 +96,7 @@ def resolve_model_config(config: ConfigDict, path: str = "", checkpoint: str = "
     path = path or config.init_from
     if config.model.name or not path:
         return config
-    known = {name: config.model[name] for name in UNSTORED_FIELDS}
+    known = {name: config.model[name] for name in identify.UNSTORED_FIELDS}
     known = {name: value for name, value in known.items() if value is not None}
     found = read_checkpoint(path, checkpoint=checkpoint, put=lambda name, x: None, **known)
     config = config.copy_and_resolve_references()

@@ -56,10 +56,14 @@ def function_fields(model: Network) -> dict[str, Any]:
     return {name: getattr(model, name) for name in names if name not in FREE_FIELDS}
 
 
+# Architecture fields that few file formats store.
+UNSTORED_FIELDS = ("outer_heads", "inner_heads", "patch_size")
+
+
 def unstored_fields(model: Network) -> dict[str, Any]:
     """Returns the architecture fields that cannot be inferred from foreign checkpoints."""
     known = function_fields(model)
-    return {k: known[k] for k in ("outer_heads", "inner_heads", "patch_size") if k in known}
+    return {k: known[k] for k in UNSTORED_FIELDS if k in known}
 
 
 @dataclasses.dataclass(frozen=True)
