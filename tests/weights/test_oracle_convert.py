@@ -131,11 +131,7 @@ def test_the_command_compares(legacy, torch, timm, tmp_path):
         *(f"--{key.replace('_', '-')}={value}" for key, value in HEADS.items()),
     ]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    differences = json.loads(out.splitlines()[-1])["against_timm"]
-    places = ["stem words", "stem sentences"]
-    places += [f"block {i} {what}" for i in range(3) for what in ("words", "sentences")]
-    assert list(differences) == [*places, "head"]
-    assert 0 < max(differences.values()) < 5e-5
+    assert 0 < json.loads(out.splitlines()[-1])["against_timm"] < 5e-5
 
 
 def test_mmpretrains_attention_is_torchs_own(torch):
