@@ -17,7 +17,6 @@ from tnt_flax.runtime.checkpoints import (
     MANIFEST,
     NOT_IN_MANIFEST,
     Checkpoints,
-    abstract_state,
     find_checkpoint,
     integrity_error,
     read_info,
@@ -43,7 +42,7 @@ def make_state(step):
 
 def abstract():
     shapes = jax.eval_shape(lambda: make_state(0))
-    return abstract_state(shapes, shardings(shapes, make_mesh()))
+    return jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings(shapes, make_mesh()))
 
 
 @pytest.fixture

@@ -69,18 +69,15 @@ def test_only_the_second_ctrl_c_exits_at_once(root):
     assert code == 130 and err.startswith("interrupted: ")
 
 
-def test_progress_reports_a_signal_and_exit_restores_the_handlers():
+def test_progress_raises_after_a_signal_and_exit_restores_the_handlers():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     descriptors = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc") else 0
     with Watchdog(0) as watchdog:
-        assert not watchdog.progress("step 1") and watchdog.next_batch(iter([7])) == 7
-        watchdog.raise_if_stopping()
+        watchdog.progress("step 1")
         os.kill(os.getpid(), signal.SIGTERM)
-        assert not watchdog.stopping  # until the next progress
-        assert watchdog.progress("step 2") and watchdog.progress("step 3") and watchdog.stopping
-        assert watchdog.next_batch(iter([7])) is None
+        assert watchdog.next_batch(iter([7])) == 7
         with pytest.raises(Stopped, match="nothing to save yet"):
-            watchdog.raise_if_stopping()
+            watchdog.progress("step 2")
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert "watchdog" not in [thread.name for thread in threading.enumerate()]
     assert not descriptors or len(os.listdir("/proc/self/fd")) == descriptors
@@ -99,22 +96,24 @@ def test_a_signal_interrupts_the_wait_for_a_batch():
 
     with Watchdog(0) as watchdog:
         watchdog.progress("step 1")
-        assert watchdog.next_batch(batches()) is None
-    assert watchdog.stopping and closed
+        with pytest.raises(Stopped):
+            watchdog.next_batch(batches())
+    assert closed
 
 
 def test_no_handler_is_installed_outside_the_main_thread():
-    stopping = []
+    reached = []
 
     def train():
         with Watchdog(0) as watchdog:
-            stopping.append(watchdog.progress("step 1"))
+            watchdog.progress("step 1")
+            reached.append(True)
 
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=train)
     thread.start()
     thread.join()
-    assert stopping == [False] and signal.getsignal(signal.SIGTERM) == before
+    assert reached and signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("error", [InputError("bad"), Stopped("saved"), ZeroDivisionError()])

@@ -4,7 +4,12 @@ import sys
 
 import pytest
 
-from tnt_flax.training.metrics import MetricWriter, Progress, StepMeter, read_metrics_file
+from tnt_flax.training.metrics import (
+    MetricWriter,
+    StepMeter,
+    format_averages,
+    read_metrics_file,
+)
 
 
 def test_a_resumed_run_drops_the_lines_logged_after_its_checkpoint(tmp_path):
@@ -33,7 +38,7 @@ def test_event_files_hold_the_scalars(tmp_path):
     assert event.tensor_proto.float_val[0] == 0.25
 
 
-def test_the_meter_averages_the_steps_since_the_last_report(monkeypatch):
+def test_the_meter_averages_the_steps_since_the_last_call(monkeypatch):
     clock = iter([0.0, 2.0, 5.0, 7.0, 7.0, 8.0, 8.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     meter = StepMeter(batch_size=32, steps_per_epoch=10, total_steps=100)
@@ -41,9 +46,8 @@ def test_the_meter_averages_the_steps_since_the_last_report(monkeypatch):
         meter.add(0, {"loss": loss, "grad_norm": 2 * loss, "learning_rate": 0.1})
     with meter.pause():  # from 2 to 5: an evaluation
         pass
-    meter.fetch_pending_metrics()
-    meter.waited, meter.replaced = 1.0, 5
-    values = meter.report(step=20)
+    meter.waited, meter.replaced_images = 1.0, 5
+    values = meter.averages(step=20)
     assert values == {
         "train/loss": 2.0,
         "train/grad_norm": 4.0,
@@ -55,23 +59,30 @@ def test_the_meter_averages_the_steps_since_the_last_report(monkeypatch):
         "train/seconds_left": 160.0,
     }
     meter.add(2, {"loss": 7.0, "grad_norm": 0.0, "learning_rate": 0.1})
-    meter.fetch_pending_metrics()
-    values = meter.report(step=21)
+    values = meter.averages(step=21)
     assert (values["train/loss"], values["train/replaced_images"]) == (7.0, 0)
 
 
 @pytest.mark.parametrize("left, eta", [(59.6, "0:01:00"), (200_000, "2 days, 7:33:20")])
-def test_progress_is_plain_lines_if_stderr_is_no_terminal(capsys, left, eta):
-    progress = Progress(start_step=0, total_steps=50)
+def test_averages_are_logged_in_one_line(left, eta):
     values = dict.fromkeys(("epoch", "loss", "learning_rate", "images_per_second"), 1.0)
     values |= {"data_wait": 0.031, "seconds_left": left}
-    progress.advance()
-    progress.report(5, {f"train/{name}": value for name, value in values.items()})
-    progress.close()
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("step 5/50  epoch 1.00  loss 1.0000  lr 1")
-    assert err.rstrip().endswith(f"data wait 3.1%  ETA {eta}")
+    line = format_averages(5, 50, {f"train/{name}": value for name, value in values.items()})
+    assert line.startswith("step 5/50  epoch 1.00  loss 1.0000  lr 1")
+    assert line.endswith(f"data wait 3.1%  ETA {eta}")
+
+
+def test_metrics_are_fetched_one_step_late(monkeypatch):
+    """The device always has its next step, except where the averages need the last metrics."""
+    fetched = []
+    monkeypatch.setattr("jax.device_get", lambda metrics: fetched.append(metrics) or metrics)
+    meter = StepMeter(batch_size=32, steps_per_epoch=10, total_steps=100)
+    steps = [{"loss": i, "grad_norm": 0.0, "learning_rate": 0.1} for i in range(3)]
+    for i, metrics in enumerate(steps):
+        meter.add(i, metrics)
+        assert fetched == steps[:i]
+    meter.averages(3)
+    assert fetched == steps
 
 
 def test_a_full_disk_loses_lines_and_raises_nothing(tmp_path, monkeypatch, capsys):

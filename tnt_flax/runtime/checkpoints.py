@@ -135,7 +135,7 @@ class Checkpoints:
         self.wait_for_save()  # one save at a time: `_add_manifest` must know the step
         self._saving_step, started = step, True
         try:
-            started = self._manager.save(step, args=args, metrics=metrics)
+            started = self._manager.save(step, args=args, metrics=metrics or None)
         except Exception as error:  # Orbax passes on what its storage raises
             self._save_error = error  # handled in `wait_for_save`, on all processes alike
         if not started:
@@ -290,12 +290,6 @@ def read_weights(step_folder: pathlib.Path, kind: str, abstract: dict[str, Any])
         except Exception as error:
             raise InputError(f"cannot read {step_folder}: {one_line(error)}") from error
     return found["ema"] if kind == "ema" else found
-
-
-def abstract_state(shapes: Any, shardings: Any) -> Any:
-    """Combines shapes, dtypes and shardings into `jax.ShapeDtypeStruct`s."""
-    combine = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    return jax.tree.map(combine, shapes, shardings)
 
 
 def _state_shapes(step_folder: pathlib.Path) -> Any:

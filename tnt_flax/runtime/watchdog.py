@@ -33,6 +33,7 @@ EXIT_DELAY = 3.0
 CONNECTION_ERRORS = re.compile(
     r"gloo|nccl|connection|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED", re.IGNORECASE
 )
+NOTHING_TO_SAVE = "nothing to save yet; run the same command to start again"
 FAILURE_KEY = "tnt_flax/failure"  # in the coordinator's store: the first failure of any process
 
 logger = logging.getLogger("tnt_flax")
@@ -50,21 +51,22 @@ class Watchdog:
     an evaluation. If it does not for `stall_minutes`, the watchdog prints the stacks of all threads
     and exits with code 75. 0 disables this.
 
-    *Signal*: SIGTERM or Ctrl-C to any process stops the run. During the set-up there is nothing to
-    save: a single process exits at once, several exit after the current part of the set-up. Later
-    `progress` returns True, in all processes after the same step.
+    *Signal*: SIGTERM or Ctrl-C to any process stops the run: `progress` raises Stopped, in all
+    processes at the same call. During the set-up there is nothing to save, and a single process
+    exits at once.
 
     *Failure*: if one of several processes fails, all exit with its cause and exit code.
     """
 
     def __init__(self, stall_minutes: float):
         self.stall_seconds = 60 * stall_minutes
-        self.stopping = False  # as last returned by `progress`
         self._distributed = jax.process_count() > 1
         self._counter = 0  # calls of `progress`, equal on all processes
-        self._last, self._idle = "start", 0.0  # last progress, and seconds since then
+        self._last = "start"  # the last progress
+        self._idle = 0.0  # seconds since then
         self._signal_received = False
-        self._in_setup, self._waiting = True, False
+        self._in_setup = True
+        self._waiting = False  # for a batch, where a signal may interrupt
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -82,8 +84,7 @@ class Watchdog:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if error is not None:
-            self.abort(error)
+        self.abort(error)
         self._done.set()
         if self._handlers:
             signal.set_wakeup_fd(self._old_wakeup)
@@ -95,52 +96,45 @@ class Watchdog:
 
     # --------------------------------------------------------------------- called by the run
 
-    def progress(self, what: str, *, setup: bool = False) -> bool:
-        """Records that the run has reached `what` and checks for signals.
+    def progress(self, what: str, *, setup: bool = False) -> None:
+        """Records that the run has reached `what`: a step, a batch or a part of the set-up.
 
-        Args:
-            what: a step, a batch or a part of the set-up, for messages.
-            setup: nothing can be saved yet.
+        `setup` means that there is nothing to save yet.
 
-        Returns:
-            True if the run should stop, alike in all processes; also kept in `stopping`.
+        Raises:
+            Stopped: a process has received a signal. All processes raise at the same call.
         """
         self._in_setup = self._in_setup and setup
         self._last, self._idle = what, 0.0
         self._counter += 1
-        if not self.stopping:
-            if self._distributed:
-                self.stopping = multihost_utils.reached_preemption_sync_point(self._counter)
-            else:
-                self.stopping = self._signal_received
-        return self.stopping
+        if self._distributed:
+            stop = multihost_utils.reached_preemption_sync_point(self._counter)
+        else:
+            stop = self._signal_received
+        if stop:
+            raise Stopped(NOTHING_TO_SAVE)
 
-    def raise_if_stopping(self) -> None:
-        """Raises Stopped if the last `progress` found a signal; for use while nothing is saved."""
-        if self.stopping:
-            raise Stopped("nothing to save yet; run the same command to start again")
+    def next_batch(self, batches: Iterator[T]) -> T:
+        """Returns the next of `batches`.
 
-    def next_batch(self, batches: Iterator[T]) -> T | None:
-        """Returns the next of `batches`; None if the run should stop.
-
-        In a single process a signal interrupts the wait. With several processes it does not, as the
-        others may already be in the next step.
+        Raises:
+            Stopped: a signal interrupted the wait, in a single process. With several processes it
+                does not, as the others may already be in the next step.
         """
+        self._waiting = not self._distributed
         try:
-            self._waiting = not self._distributed
-            return None if self.stopping else next(batches)
+            return next(batches)
         except _SignalWhileWaiting:
-            self.stopping = True
-            return None
+            raise Stopped(NOTHING_TO_SAVE) from None
         finally:
             self._waiting = False
 
-    def abort(self, error: BaseException) -> None:
-        """Ends all processes of the run; returns if there is only one, or if `error` is Stopped.
+    def abort(self, error: BaseException | None) -> None:
+        """Ends all processes of the run; returns if there is only one, or on None or Stopped.
 
         Must be called before anything that waits for the other processes.
         """
-        if not self._distributed or isinstance(error, Stopped):
+        if not self._distributed or error is None or isinstance(error, Stopped):
             return
         if isinstance(error, jax.errors.JaxRuntimeError) and CONNECTION_ERRORS.search(str(error)):
             self._check_other_processes()  # a failed process reports before it exits

@@ -93,7 +93,7 @@ def compile_check(config: ConfigDict, topology: str | None, classes: int = 1000)
     batch_size, size, _, _ = batch["image"].shape
     images = batch_size / len(chips)
     logger.info(
-        f"{experiment.name}, {size} pixels, batch size {batch_size}, "
+        f"{experiment.config.model.name}, {size} pixels, batch size {batch_size}, "
         f"{len(chips)} chips of {topology}: {images:g} images per chip"
     )
     compiled = compile_for_tpu(experiment.train_step, experiment.step_shapes, memory)

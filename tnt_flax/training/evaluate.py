@@ -32,7 +32,6 @@ from tnt_flax.training.step import CALIBRATION_BINS, calibration_bin
 
 logger = logging.getLogger(__name__)
 
-Stop = Callable[[str], bool | None]  # called with the progress after every batch; True stops
 PER_CLASS_COLUMNS = {"class": str, "name": str, "images": int, "top1": float, "top5": float}
 
 
@@ -41,7 +40,7 @@ def evaluate(
     variables: Any,
     batches: Batches,
     mesh: Mesh,
-    stop: Stop = lambda progress: False,
+    progress: Callable[[str], None] = lambda what: None,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Evaluates `variables` on all `batches`.
 
@@ -50,7 +49,7 @@ def evaluate(
         variables: parameters and statistics on `mesh`.
         batches: this process's rows of each batch.
         mesh: see `runtime.sharding`.
-        stop: called after every batch. If it returns True, both results are empty.
+        progress: called with "batch 1 of an evaluation" and so on; may raise.
 
     Returns:
         The metrics: top1 and top5 (fractions), loss (mean), images, skipped (unreadable images).
@@ -74,8 +73,7 @@ def evaluate(
             sums = eval_step(variables, sharding.to_global(batch, mesh))
             add(pending)
             pending = sums
-            if stop(f"batch {number} of an evaluation"):
-                return {}, {}
+            progress(f"batch {number} of an evaluation")
     add(pending)
     images = int(totals.get("images", 0))
     if not images:
@@ -152,7 +150,6 @@ def evaluate_checkpoint(
         # `setup`: there is nothing to save, so a signal may end the process at once.
         progress = functools.partial(watchdog.progress, setup=True)
         metrics, sums = evaluate(eval_step, variables, batches, mesh, progress)
-        watchdog.raise_if_stopping()
         metrics["ece"] = calibration_error(sums["calibration"])
         if not multi_label:
             metrics["mean_per_class"] = mean_per_class(sums["per_class"])

@@ -6,7 +6,7 @@ Training, evaluation, the tools and the benchmarks all set up through this class
 
 import functools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,6 @@ from tnt_flax.data.plan import TrainPlan
 from tnt_flax.models import Network, create_model
 from tnt_flax.runtime import processes, sharding
 from tnt_flax.runtime.checkpoints import Checkpoints
-from tnt_flax.runtime.watchdog import Watchdog
 from tnt_flax.runtime.workdir import check_space, config_to_json
 from tnt_flax.training import mixup, step
 from tnt_flax.training.config import check_config, resolve_model_config, steps_of
@@ -41,10 +40,11 @@ Batches = Iterator[dict[str, np.ndarray]]
 
 
 class Experiment:
-    """Everything that a config describes, built on first use and then kept.
+    """Everything that a config describes, in three parts: data, network, state and steps.
 
-    Methods named `make_*` return functions or modules that are not compiled. `train_step` and
-    `eval_step` are compiled for `mesh`.
+    Each property is built on first use and then kept. Methods named `make_*` return functions or
+    modules that are not compiled. `train_step` and `eval_step` are compiled for `mesh`. The first
+    use of a property may raise InputError: see the function that builds it.
 
     Args:
         config: see `configs/default.py`. If it names no network, the network is that of `weights`.
@@ -89,24 +89,6 @@ class Experiment:
             shapes = jax.eval_shape(init_variables, jax.random.key(0))
             check_freeze(shapes, self.config.optimizer.freeze)
 
-    @property
-    def name(self) -> str:
-        return self.config.model.name
-
-    # ---------------------------------------------------------------------------- devices
-
-    def watchdog(self) -> Watchdog:
-        """Returns a new watchdog, with the timeout of the config."""
-        return Watchdog(self.config.stall_minutes)
-
-    @functools.cached_property
-    def mesh(self) -> jax.sharding.Mesh:
-        axes = {axis: self.config.mesh[axis] for axis in sharding.AXES}
-        mesh = sharding.make_mesh(self._devices, **axes)
-        sharding.check_batch_size("batch_size", self.config.batch_size, mesh)
-        sharding.check_batch_size("eval.batch_size", self.config.eval.batch_size, mesh)
-        return mesh
-
     # ---------------------------------------------------------------------------- data
 
     def open_source(self, split: str, *, multi_label: bool = False) -> sources.Source:
@@ -128,6 +110,7 @@ class Experiment:
 
     @property
     def class_names(self) -> tuple[str, ...]:
+        """The classes of the training data, in the order of the labels."""
         return tuple(self.train_source.class_names)
 
     @functools.cached_property
@@ -155,7 +138,15 @@ class Experiment:
         return randaugment.parse(text, self.config.data.mean) if text else None
 
     def train_batches(self, start_step: int, num_steps: int) -> Batches:
-        """Yields this process's rows of the batches of `num_steps` steps from `start_step` on."""
+        """Yields this process's rows of the batches of `num_steps` steps from `start_step` on.
+
+        A batch of b rows has `image` uint8 [b, H, W, 3], `label` int32 [b] and `replaced` bool [b],
+        True for neighbors of unreadable images.
+
+        Raises:
+            InputError: an image cannot be read (with data.corrupt="error").
+            StorageUnavailable: the storage failed for `data.retry_seconds`.
+        """
         options = self.config.augment
         transform = functools.partial(
             transforms.train_transform,
@@ -179,7 +170,8 @@ class Experiment:
     def eval_batches(self, source: sources.Source | None = None) -> Batches:
         """Yields this process's rows of the evaluation batches: every image once, then padding.
 
-        `source` defaults to `eval_source`.
+        Like `train_batches`, with `mask` bool [b], False in padding, and `corrupt` bool [b] for
+        unreadable images. `source` defaults to `eval_source`.
         """
         transform = functools.partial(
             transforms.eval_transform,
@@ -203,15 +195,19 @@ class Experiment:
     # ---------------------------------------------------------------------------- network
 
     def make_model(self, num_classes: int) -> Network:
-        """Returns the network that `config.model` describes."""
+        """Returns the network that `config.model` describes.
+
+        Raises:
+            InputError: no network is named, or it does not fit `data.image_size` or `mesh.tensor`.
+        """
         config = self.config
-        if not self.name:
+        if not config.model.name:
             raise InputError(
                 "model.name is empty, which means the network of the weights: set init_from=FILE, "
                 "or name one of tnt_flax.list_models()"
             )
         fields = {k: v for k, v in config.model.items() if k != "name" and v is not None}
-        model = create_model(self.name, num_classes=num_classes, **fields)
+        model = create_model(config.model.name, num_classes=num_classes, **fields)
         size = config.data.image_size
         if size < 1 or size % model.patch_size:
             raise InputError(
@@ -221,23 +217,24 @@ class Experiment:
         if model.outer_heads % config.mesh.tensor:
             raise InputError(
                 f"mesh.tensor={config.mesh.tensor} does not divide the {model.outer_heads} heads "
-                f"of the outer transformer of {self.name}"
+                f"of the outer transformer of {config.model.name}"
             )
         return model
 
     @functools.cached_property
     def model(self) -> Network:
+        """The network, for the classes of the training data."""
         known = self._num_classes
         return self.make_model(len(self.class_names) if known is None else known)
 
-    def init_variables(self, key: jax.Array) -> Any:
+    def init_variables(self, key: jax.Array) -> step.Variables:
         """Returns initial parameters and statistics; to jit or to `jax.eval_shape`."""
         size = self.config.data.image_size
         return self.model.init(key, jnp.zeros((1, size, size, 3)), train=False)
 
     def load_variables(
         self, path: str, class_names: Sequence[str] | None = None, *, checkpoint: str = "best"
-    ) -> tuple[Any, LoadedWeights]:
+    ) -> tuple[step.Variables, LoadedWeights]:
         """Loads weights of any framework for the network of the config.
 
         Positions are resampled to `data.image_size`. To fine-tune, pass `class_names`: other
@@ -251,7 +248,7 @@ class Experiment:
                 another network.
         """
         model, image_size = self.make_model(num_classes=0), self.config.data.image_size
-        weights = "ema" if class_names else self.eval_weights
+        weights = "ema" if class_names else self.config.eval.weights
         known = unstored_fields(model)
         found = read_checkpoint(path, weights=weights, checkpoint=checkpoint, **known)
         for key, given in self._normalization.items():
@@ -264,12 +261,21 @@ class Experiment:
             new_head = renamed or len(class_names) != num_classes
             num_classes = len(class_names)
         adapted = adapt(found, num_classes, image_size, 3, new_head=new_head)
-        description = f"the {self.name} that the config describes"
+        description = f"the {self.config.model.name} that the config describes"
         check_same(found.path, adapted, model.clone(num_classes=num_classes), description)
         found.log_notes(summary)
         return found.variables, found
 
-    # ---------------------------------------------------------------------------- state
+    # ---------------------------------------------------------------------------- state and steps
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The mesh of all devices, which divides both batch sizes."""
+        axes = {axis: self.config.mesh[axis] for axis in sharding.AXES}
+        mesh = sharding.make_mesh(self._devices, **axes)
+        sharding.check_batch_size("batch_size", self.config.batch_size, mesh)
+        sharding.check_batch_size("eval.batch_size", self.config.eval.batch_size, mesh)
+        return mesh
 
     @functools.cached_property
     def optimizer(self) -> Optimizer:
@@ -293,38 +299,40 @@ class Experiment:
 
     @functools.cached_property
     def state_shapes(self) -> TrainState:
+        """Shapes and dtypes of the state, as `jax.ShapeDtypeStruct`s."""
         return jax.eval_shape(self.init_state, jax.random.key(0))
 
-    @functools.cached_property
-    def state_shardings(self) -> TrainState:
-        return sharding.shardings(self.state_shapes, self.mesh)
+    @property
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state, as `jax.ShapeDtypeStruct`s."""
+        shardings = sharding.shardings(self.state_shapes, self.mesh)
+        return jax.tree.map(lambda x, s: x.update(sharding=s), self.state_shapes, shardings)
 
     def initial_state(self) -> TrainState:
         """Returns the sharded state of step 0, with new weights or those of `init_from`."""
-        jit = functools.partial(jax.jit, out_shardings=self.state_shardings)
+        shardings = sharding.shardings(self.state_shapes, self.mesh)
         if not self.config.init_from:
-            return jit(self.init_state)(self.keys[0])
+            return jax.jit(self.init_state, out_shardings=shardings)(self.keys[0])
         variables, _ = self.load_variables(self.config.init_from, self.class_names)
         variables = sharding.put_global(variables, sharding.shardings(variables, self.mesh))
-        return jit(lambda variables: TrainState.create(variables, self.optimizer.tx))(variables)
+        create = lambda variables: TrainState.create(variables, self.optimizer.tx)
+        return jax.jit(create, out_shardings=shardings)(variables)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The config and the class names, as every checkpoint and weights file stores them."""
+        return {"config": config_to_json(self.config), "class_names": list(self.class_names)}
 
     def open_checkpoints(self, workdir: pathlib.Path) -> Checkpoints:
         """Opens the checkpoints in `workdir`, after a check that they fit on the disk."""
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.state_shapes))
         processes.run_on_main("space", lambda: check_space(workdir, size))
-        info = {"config": config_to_json(self.config), "class_names": list(self.class_names)}
-        return Checkpoints(workdir / "checkpoints", keep=self.config.checkpoint.keep, info=info)
+        keep = self.config.checkpoint.keep
+        return Checkpoints(workdir / "checkpoints", keep=keep, info=self.info)
 
-    @property
-    def eval_weights(self) -> str:
-        """The weights that are evaluated: "ema" or "raw"."""
-        return self.config.eval.weights
-
-    def eval_variables(self, state: TrainState) -> Any:
-        """Returns the variables of `state` that are evaluated."""
-        return state.ema if self.eval_weights == "ema" else state.variables
-
-    # ---------------------------------------------------------------------------- steps
+    def eval_variables(self, state: TrainState) -> step.Variables:
+        """Returns the variables of `state` that are evaluated, see `eval.weights`."""
+        return state.ema if self.config.eval.weights == "ema" else state.variables
 
     @property
     def _normalization(self) -> dict[str, tuple[float, ...]]:
@@ -352,7 +360,7 @@ class Experiment:
             **self._normalization,
         )
 
-    def make_train_step(self):
+    def make_train_step(self) -> Callable:
         """Returns `train_step(state, batch, key)`; see `step.make_train_step`."""
         return step.make_train_step(
             self.model,
@@ -362,17 +370,21 @@ class Experiment:
             gradient_dtype=self.config.mesh.gradient_dtype,
         )
 
-    def make_eval_step(self, model: Network, classes: tuple[int, ...] | None = None):
+    def make_eval_step(self, model: Network, classes: tuple[int, ...] | None = None) -> Callable:
         """Returns `eval_step(variables, batch)`; see `step.make_eval_step`."""
         return step.make_eval_step(model, classes=classes, **self._normalization)
 
-    def make_predict_step(self, model: Network):
+    def make_predict_step(self, model: Network) -> Callable:
         """Returns `predict_step(variables, images)`; see `step.make_predict_step`."""
         return step.make_predict_step(model, **self._normalization)
 
     @functools.cached_property
-    def train_step(self):
+    def train_step(self) -> Callable:
         return sharding.jit_train_step(self.make_train_step(), self.mesh, self.state_shapes)
+
+    @functools.cached_property
+    def eval_step(self) -> Callable:
+        return sharding.jit_eval_step(self.make_eval_step(self.model), self.mesh)
 
     @property
     def step_shapes(self) -> tuple[TrainState, step.Batch, jax.Array]:
@@ -382,7 +394,3 @@ class Experiment:
         labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
         _, key = jax.eval_shape(self.make_keys)
         return self.state_shapes, {"image": images, "label": labels}, key
-
-    @functools.cached_property
-    def eval_step(self):
-        return sharding.jit_eval_step(self.make_eval_step(self.model), self.mesh)

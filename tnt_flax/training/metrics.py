@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics of a run: metrics.jsonl, TensorBoard events, progress on stderr, averages of steps."""
+"""Metrics of a run: averages of steps, metrics.jsonl, TensorBoard events."""
 
 import contextlib
 import datetime
 import json
 import logging
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from tnt_flax.core.files import write_atomic
+from tnt_flax.runtime import processes
 
 logger = logging.getLogger(__name__)
 
@@ -22,14 +21,16 @@ logger = logging.getLogger(__name__)
 class MetricWriter:
     """Appends scalars to `metrics.jsonl` and to TensorBoard event files, without TensorFlow.
 
-    A resumed run first drops the lines that a killed run wrote after `start_step`. If the disk is
-    full, lines are lost and training continues.
+    Does nothing in processes other than 0. A resumed run first drops the lines that a killed run
+    wrote after `start_step`. If the disk is full, lines are lost and training continues.
     """
 
     def __init__(self, workdir: pathlib.Path, start_step: int):
+        self.path = workdir / "metrics.jsonl"
+        if not processes.is_main_process():
+            return
         from tensorboard.summary import Writer  # slow to import; evaluation does not need it
 
-        self.path = workdir / "metrics.jsonl"
         kept = [m for m in read_metrics_file(self.path) if m["step"] <= start_step]
         write_atomic(self.path, "".join(json.dumps(m) + "\n" for m in kept))
         self._file = open(self.path, "a")
@@ -38,42 +39,40 @@ class MetricWriter:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Writes values by name, such as "train/loss"; TensorBoard gets the numbers only."""
+        if not processes.is_main_process():
+            return
         try:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
         except OSError as error:
-            logger.error("error: cannot write %s: %s", self.path, error.strerror)
+            logger.error(f"error: cannot write {self.path}: {error.strerror}")
         try:
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self._events.add_scalar(name, value, step)
             self._events.flush()
         except OSError as error:  # TensorBoard's writer would raise it again at every call
-            logger.error("error: cannot write TensorBoard's events: %s", error.strerror)
+            logger.error(f"error: cannot write TensorBoard's events: {error.strerror}")
             self._events = self._open_events()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._file.close()
-        with contextlib.suppress(OSError):
-            self._events.close()
+        if processes.is_main_process():
+            for file in (self._file, self._events):
+                with contextlib.suppress(OSError):
+                    file.close()
 
 
 def read_metrics_file(path: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the lines of a metrics.jsonl, without a last line that a kill truncated."""
-    if not path.exists():
-        return []
     metrics = []
-    for line in path.read_text().splitlines():
-        try:
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        for line in path.read_text().splitlines():
             metrics.append(json.loads(line))
-        except ValueError:
-            break
     return metrics
 
 
 class StepMeter:
-    """Averages the metrics of the steps since the last report, and measures their speed.
+    """Averages the metrics of the steps since the last call of `averages`; measures their speed.
 
     Args:
         batch_size, steps_per_epoch, total_steps: of the run.
@@ -87,13 +86,15 @@ class StepMeter:
         total_steps: int,
         check: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None,
     ):
-        self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
-        self.total_steps, self._check = total_steps, check
+        self.batch_size = batch_size
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
+        self._check = check
         self._pending = None  # (step, metrics) of the step that the device may still be computing
         self._restart()
 
     def _restart(self) -> None:
-        self.losses, self.grad_norms, self.replaced = [], [], 0
+        self.losses, self.grad_norms = [], []
+        self.replaced_images = 0
         self.waited, self.began = 0.0, time.perf_counter()
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
@@ -116,8 +117,9 @@ class StepMeter:
         self.grad_norms.append(float(metrics["grad_norm"]))
         self.learning_rate = float(metrics["learning_rate"])
 
-    def report(self, step: int) -> dict[str, float]:
-        """Returns the averages since the last report, after `step` updates."""
+    def averages(self, step: int) -> dict[str, float]:
+        """Returns the averages since the last call, after `step` updates. Sums over processes."""
+        self.fetch_pending_metrics()
         elapsed = max(time.perf_counter() - self.began, 1e-9)
         steps = len(self.losses)
         values = {
@@ -127,7 +129,7 @@ class StepMeter:
             "train/epoch": step / self.steps_per_epoch,
             "train/images_per_second": steps * self.batch_size / elapsed,
             "train/data_wait": self.waited / elapsed,
-            "train/replaced_images": self.replaced,
+            "train/replaced_images": processes.sum_over_processes(self.replaced_images),
             "train/seconds_left": (self.total_steps - step) * elapsed / steps,
         }
         self._restart()
@@ -136,47 +138,24 @@ class StepMeter:
     @contextlib.contextmanager
     def wait_for_data(self) -> Iterator[None]:
         """Counts the time inside as time that the loop waits for data."""
-        asked = time.perf_counter()
+        started = time.perf_counter()
         yield
-        self.waited += time.perf_counter() - asked
+        self.waited += time.perf_counter() - started
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Excludes the time inside, of an evaluation or a checkpoint, from the training time."""
-        paused = time.perf_counter()
+        started = time.perf_counter()
         yield
-        self.began += time.perf_counter() - paused
+        self.began += time.perf_counter() - started
 
 
-class Progress:
-    """Shows progress on stderr: a bar on a terminal, plain lines otherwise."""
-
-    def __init__(self, start_step: int, total_steps: int):
-        self.total_steps = total_steps
-        # `disable=None` shows a bar on terminals only.
-        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=None)
-
-    def advance(self) -> None:
-        self._bar.update()
-
-    def log(self, text: str) -> None:
-        self._bar.write(text, file=sys.stderr)
-
-    def report(self, step: int, values: dict[str, float]) -> None:
-        self.log(
-            f"step {step}/{self.total_steps}  epoch {values['train/epoch']:.2f}  "
-            f"loss {values['train/loss']:.4f}  lr {values['train/learning_rate']:.3g}  "
-            f"{values['train/images_per_second']:.0f} images/s  "
-            f"data wait {values['train/data_wait']:.1%}  "
-            f"ETA {datetime.timedelta(seconds=round(values['train/seconds_left']))}"
-        )
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-class NullWriter:
-    """Stands for a MetricWriter or Progress on all processes but process 0: does nothing."""
-
-    def __getattr__(self, name: str):
-        return lambda *args: None
+def format_averages(step: int, total_steps: int, averages: dict[str, float]) -> str:
+    """Returns the result of `StepMeter.averages` as one line for the log."""
+    return (
+        f"step {step}/{total_steps}  epoch {averages['train/epoch']:.2f}  "
+        f"loss {averages['train/loss']:.4f}  lr {averages['train/learning_rate']:.3g}  "
+        f"{averages['train/images_per_second']:.0f} images/s  "
+        f"data wait {averages['train/data_wait']:.1%}  "
+        f"ETA {datetime.timedelta(seconds=round(averages['train/seconds_left']))}"
+    )

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training run in its workdir: opening it, saving, evaluation, logs and final files."""
+"""What a training run does besides its steps: checks, logs, evaluations and final files."""
 
 import contextlib
-import functools
 import logging
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -12,9 +11,9 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from tnt_flax.core.errors import InputError, RunError
-from tnt_flax.core.trees import fingerprint, named_leaves
-from tnt_flax.data.sources.storage import StorageUnavailable
+from tnt_flax.core.errors import RunError
+from tnt_flax.core.trees import fingerprint
+from tnt_flax.data.sources import check_same_classes
 from tnt_flax.runtime import processes, sharding
 from tnt_flax.runtime.checkpoints import Checkpoints
 from tnt_flax.runtime.watchdog import Watchdog
@@ -27,20 +26,20 @@ from tnt_flax.runtime.workdir import (
 from tnt_flax.training import plots
 from tnt_flax.training.evaluate import evaluate
 from tnt_flax.training.experiment import Experiment
-from tnt_flax.training.metrics import (
-    MetricWriter,
-    NullWriter,
-    Progress,
-    StepMeter,
-    read_metrics_file,
-)
+from tnt_flax.training.metrics import MetricWriter, read_metrics_file
 from tnt_flax.training.step import TrainState
 from tnt_flax.weights import write
 from tnt_flax.weights.names import join_collections
 
+ONE_HOUR = 3600  # seconds
+
 logger = logging.getLogger(__name__)
 
-Metrics = dict[str, float]
+
+def log(text: str) -> None:
+    """Logs a line, in process 0 only."""
+    if processes.is_main_process():
+        logger.info(text)
 
 
 @contextlib.contextmanager
@@ -54,13 +53,30 @@ def open_run(workdir: pathlib.Path, experiment: Experiment) -> Iterator[Watchdog
         RunError: a process does not respond.
     """
     config = config_to_json(experiment.config)
-    with experiment.watchdog() as watchdog, contextlib.ExitStack() as stack:
+    stall_minutes = experiment.config.stall_minutes
+    with Watchdog(stall_minutes) as watchdog, contextlib.ExitStack() as stack:
         lock = open_workdir(workdir, config)
         processes.run_on_main("workdir", lambda: stack.enter_context(lock))
         processes.check_same_program()
         processes.check_same_on_all_processes("config", config)
         processes.check_shared_workdir(workdir)
         yield watchdog
+
+
+def check_data(experiment: Experiment) -> None:
+    """Opens the data; checks that both splits have the same classes, and all hosts the same data.
+
+    Raises:
+        InputError: they differ, or the data cannot be read.
+    """
+    check_same_classes(experiment.train_source, experiment.eval_source)
+    data = {
+        "train_images": len(experiment.train_source),
+        "eval_images": len(experiment.eval_source),
+        "classes": dict(enumerate(experiment.class_names)),
+    }
+    # One host may have an index of the images ready while another has to build it.
+    processes.check_same_on_all_processes("data", data, timeout=ONE_HOUR)
 
 
 def log_start(experiment: Experiment, workdir: pathlib.Path, start_step: int) -> None:
@@ -71,117 +87,50 @@ def log_start(experiment: Experiment, workdir: pathlib.Path, start_step: int) ->
         params = experiment.state_shapes.params
         table = parameter_overview.get_parameter_overview(params, include_stats=False)
         (workdir / "parameters.txt").write_text(table + "\n")
-        logger.info(
-            f"{experiment.name}: {len(experiment.train_source)} training and "
-            f"{len(experiment.eval_source)} evaluation images, "
-            f"{len(experiment.class_names)} classes, {sharding.describe(experiment.mesh)}, "
-            f"{experiment.steps_per_epoch} steps per epoch; from step {start_step} to "
-            f"{experiment.total_steps}; logs and checkpoints in {workdir}"
-        )
+    log(
+        f"{experiment.config.model.name}: {len(experiment.train_source)} training and "
+        f"{len(experiment.eval_source)} evaluation images, {len(experiment.class_names)} classes, "
+        f"{sharding.describe(experiment.mesh)}, {experiment.steps_per_epoch} steps per epoch; "
+        f"from step {start_step} to {experiment.total_steps}; logs and checkpoints in {workdir}"
+    )
 
 
-class Run:
-    """Data, metrics, checkpoints and watchdog of a training loop.
+def evaluate_state(
+    experiment: Experiment, writer: MetricWriter, watchdog: Watchdog, state: TrainState, step: int
+) -> dict[str, float]:
+    """Evaluates the state after `step` updates; logs and returns the metrics of `evaluate`.
 
-    A context manager around the loop: at its end, the save in flight is committed and all files are
-    closed.
+    Raises:
+        Stopped: a signal came before all images were evaluated.
     """
+    variables, batches = experiment.eval_variables(state), experiment.eval_batches()
+    metrics, _ = evaluate(
+        experiment.eval_step, variables, batches, experiment.mesh, watchdog.progress
+    )
+    writer.write(step, {f"eval/{name}": value for name, value in metrics.items()})
+    log(
+        f"step {step}: {experiment.config.eval.weights} weights on {metrics['images']} images: "
+        f"top-1 {metrics['top1']:.2%}  top-5 {metrics['top5']:.2%}  loss {metrics['loss']:.4f}"
+    )
+    return metrics
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        workdir: pathlib.Path,
-        watchdog: Watchdog,
-        checkpoints: Checkpoints,
-        start_step: int,
-    ):
-        self.experiment, self.workdir = experiment, workdir
-        self.watchdog, self.checkpoints = watchdog, checkpoints
-        self.is_main_process = processes.is_main_process()
-        total = experiment.total_steps
-        self.writer = MetricWriter(workdir, start_step) if self.is_main_process else NullWriter()
-        self.progress = Progress(start_step, total) if self.is_main_process else NullWriter()
-        names = list(named_leaves(experiment.state_shapes.variables))
-        check = functools.partial(check_finite, names=names, checkpoints=checkpoints)
-        batch_size, steps_per_epoch = experiment.plan.batch_size, experiment.steps_per_epoch
-        self.meter = StepMeter(batch_size, steps_per_epoch, total, check)
-        self.batches = experiment.train_batches(start_step, total - start_step)
 
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        if error is not None:
-            self.watchdog.abort(error)  # first: closing checkpoints waits for the other processes
-        with contextlib.ExitStack() as stack:  # closes all, in reverse order
-            stack.callback(self.writer.close)
-            stack.callback(self.checkpoints.close)  # commits the save in flight
-            stack.callback(self.progress.close)
-            stack.callback(self.batches.close)
-
-    def evaluate(self, state: TrainState, step: int) -> Metrics:
-        """Evaluates and logs the state after `step` updates.
-
-        Returns an empty dictionary if a signal stops the run before all images are evaluated.
-        """
-        experiment = self.experiment
-        metrics, _ = evaluate(
-            experiment.eval_step,
-            experiment.eval_variables(state),
-            experiment.eval_batches(),
-            experiment.mesh,
-            self.watchdog.progress,
-        )
-        if self.watchdog.stopping:  # the next start repeats this evaluation
-            return {}
-        self.writer.write(step, {f"eval/{name}": value for name, value in metrics.items()})
-        self.progress.log(
-            f"step {step}: {experiment.eval_weights} weights on {metrics['images']} images: "
-            f"top-1 {metrics['top1']:.2%}  top-5 {metrics['top5']:.2%}  loss {metrics['loss']:.4f}"
-        )
-        return metrics
-
-    def log_metrics(self, step: int) -> None:
-        """Logs the averages of the steps since the last call, after `step` updates."""
-        self.meter.fetch_pending_metrics()
-        self.meter.replaced = processes.sum_over_processes(self.meter.replaced)
-        values = self.meter.report(step)
-        values["checkpoint/failed"] = self.checkpoints.failed_saves
-        self.writer.write(step, values)
-        self.progress.report(step, values)
-
-    def save_now(self, state: TrainState, step: int) -> None:
-        """Saves the state after `step` updates, unless it is saved; returns when it is safe."""
-        self.meter.fetch_pending_metrics()  # a NaN must not reach a checkpoint
-        if step:  # the state of step 0 comes from the seed
-            self.checkpoints.save_blocking(state, step)
-
-    @contextlib.contextmanager
-    def save_on_data_error(self, state: TrainState, step: int) -> Iterator[None]:
-        """Saves the state after `step` updates before an error of the data ends the run."""
-        try:
-            yield
-        except (InputError, StorageUnavailable) as error:
-            self.watchdog.abort(error)
-            self.save_now(state, step)
-            raise
-
-    def write_final_artifacts(self, state: TrainState) -> str:
-        """Writes weights and plots of a finished run; returns the fingerprint of its parameters."""
-        experiment, workdir = self.experiment, self.workdir
-        digest = fingerprint(join_collections(state.variables), sharding.fetch)
-        self.writer.write(experiment.total_steps, {"fingerprint": digest})
-        ema = sharding.fetch_on_main(state.ema)  # a collective: on all processes
-        evaluated = ema
-        if experiment.eval_variables(state) is not state.ema:
-            evaluated = sharding.fetch_on_main(state.variables)
-        if self.is_main_process:
-            logger.info("SHA-256 of the final parameters: %s", digest)
-            path = workdir / "weights.safetensors"
-            write.save_weights(path, join_collections(ema), self.checkpoints.info)
-            plots.plot_curves(read_metrics_file(self.writer.path), workdir / "curves.png")
-            plot_first_predictions(experiment, evaluated, workdir / "predictions.png")
-        return digest
+def write_final_artifacts(
+    experiment: Experiment, state: TrainState, workdir: pathlib.Path, writer: MetricWriter
+) -> str:
+    """Writes weights and plots of a finished run; returns the fingerprint of its parameters."""
+    digest = fingerprint(join_collections(state.variables), sharding.fetch)
+    writer.write(experiment.total_steps, {"fingerprint": digest})
+    log(f"SHA-256 of the final parameters: {digest}")
+    # Collectives: on all processes.
+    ema = sharding.fetch_on_main(state.ema)
+    evaluated = sharding.fetch_on_main(experiment.eval_variables(state))
+    if processes.is_main_process():
+        path = workdir / "weights.safetensors"
+        write.save_weights(path, join_collections(ema), experiment.info)
+        plots.plot_curves(read_metrics_file(writer.path), workdir / "curves.png")
+        plot_first_predictions(experiment, evaluated, workdir / "predictions.png")
+    return digest
 
 
 def plot_first_predictions(experiment: Experiment, variables: Any, path: pathlib.Path) -> None:
@@ -210,18 +159,12 @@ def check_finite(
     if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
         return
     checkpoints.wait_for_save()
-
-    def labels(params: str, statistics: str) -> list[str]:
-        kinds = {"params": params, "batch_stats": statistics}
-        return [f"{kinds[c]} {name}" for c, _, name in (n.partition("/") for n in names)]
-
-    computed, variables = np.split(metrics["finite"], 2)
-    tensors = labels("parameter", "statistics") + labels("gradient of", "new statistics")
-    finite = [*variables, *computed]
-    bad = [tensor for tensor, ok in zip(tensors, finite, strict=True) if not ok]
-    if not bad:
-        overflow = np.isfinite(metrics["loss"])  # of the sum of squared gradients
-        bad = ["the gradient norm (overflow)" if overflow else "the loss itself"]
+    computed = [f"{'gradient of' if n.startswith('params/') else 'new'} {n}" for n in names]
+    computed_finite, variables_finite = np.split(metrics["finite"], 2)
+    finite = zip([*names, *computed], [*variables_finite, *computed_finite], strict=True)
+    bad = [tensor for tensor, ok in finite if not ok]
+    # Finite gradients can have an infinite norm.
+    bad += ["the gradient norm" if np.isfinite(metrics["loss"]) else "the loss itself"]
     raise RunError(
         f"the loss of step {step} is {metrics['loss']} at learning rate "
         f"{metrics['learning_rate']:.3g}; first bad tensor: {bad[0]}; "

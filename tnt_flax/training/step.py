@@ -158,18 +158,17 @@ def make_train_step(
         optimizer: see `optimizer.make_optimizer`. Its `freeze` also applies to statistics.
         augment: see `make_augment`.
         ema_decay: decay of the exponential moving average; 0 copies the weights.
-        gradient_dtype: "float32" sums gradients over devices in float32. "bfloat16" differentiates
-            with respect to bfloat16 kernels. That halves the traffic only if the model computes
-            in bfloat16; with another model it is ignored.
+        gradient_dtype: "float32" sums gradients over devices in float32. "bfloat16" rounds the
+            kernels to bfloat16 and differentiates with respect to them. That halves the traffic
+            if the model computes in bfloat16, as `config.check_config` requires.
     """
     freeze = optimizer.freeze
-    cast = gradient_dtype == "bfloat16" and jnp.dtype(model.dtype) == gradient_dtype
     loss_and_grads = jax.value_and_grad(make_loss(model, freeze), has_aux=True)
 
     def train_step(state, batch, key):
         dropout_key, mix_key, erase_key = step_keys(key, state.step)
         images, targets = augment(batch, mix_key, erase_key)
-        params = cast_kernels(state.params, gradient_dtype) if cast else state.params
+        params = cast_kernels(state.params, gradient_dtype)
         (loss, batch_stats), grads = loss_and_grads(
             params, state.batch_stats, images, targets, dropout_key
         )

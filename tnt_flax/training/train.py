@@ -1,22 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a network: set-up from top to bottom, then one loop."""
 
+import contextlib
+import functools
+import logging
 import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from tnt_flax.core.errors import Stopped
-from tnt_flax.data.sources import check_same_classes
+from tnt_flax.core.errors import InputError, Stopped
+from tnt_flax.core.trees import named_leaves
+from tnt_flax.data.sources.storage import StorageUnavailable
 from tnt_flax.runtime import processes
-from tnt_flax.runtime.checkpoints import abstract_state
+from tnt_flax.runtime.checkpoints import Checkpoints
 from tnt_flax.runtime.sharding import to_global
 from tnt_flax.runtime.watchdog import Watchdog
+from tnt_flax.training import run
 from tnt_flax.training.experiment import Experiment
-from tnt_flax.training.run import Run, log_start, open_run
+from tnt_flax.training.metrics import MetricWriter, StepMeter, format_averages
 from tnt_flax.training.step import TrainState
 
-ONE_HOUR = 3600  # seconds
+logger = logging.getLogger(__name__)
 
 
 def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -34,92 +39,92 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
     """
     experiment = Experiment(config)
     experiment.check_training()
-    with open_run(workdir, experiment) as watchdog:
-        return _train(experiment, workdir, watchdog)
+    with run.open_run(workdir, experiment) as watchdog, contextlib.ExitStack() as stack:
+        # ---------------------------------------------------------------- data
+        run.check_data(experiment)
+        watchdog.progress("data opened", setup=True)
 
+        # ---------------------------------------------------------------- state, new or restored
+        checkpoints = experiment.open_checkpoints(workdir)
+        stack.callback(checkpoints.close)  # commits the save in flight
+        # An error first ends all processes: closing the checkpoints waits for the others.
+        stack.push(lambda kind, error, trace: watchdog.abort(error))
+        state = checkpoints.restore_latest(experiment.abstract_state)
+        if state is None:
+            state = experiment.initial_state()
+        start_step, total_steps = int(state.step), experiment.total_steps
+        run.log_start(experiment, workdir, start_step)
+        watchdog.progress("state ready", setup=True)
 
-def due(step: int, every: int, total: int) -> bool:
-    """Returns True every `every` steps and at the last step."""
-    return step % every == 0 or step == total
+        # ---------------------------------------------------------------- loop
+        writer = stack.enter_context(contextlib.closing(MetricWriter(workdir, start_step)))
+        state, metrics = train(experiment, state, checkpoints, writer, watchdog)
 
-
-def _train(experiment: Experiment, workdir: pathlib.Path, watchdog: Watchdog) -> dict[str, Any]:
-    # ---------------------------------------------------------------- data
-    check_same_classes(experiment.train_source, experiment.eval_source)
-    data = {
-        "train_images": len(experiment.train_source),
-        "eval_images": len(experiment.eval_source),
-        "classes": dict(enumerate(experiment.class_names)),
-    }
-    # One host may have an index of the images ready while another has to build it.
-    processes.check_same_on_all_processes("data", data, timeout=ONE_HOUR)
-    total_steps = experiment.total_steps
-    every = {group: experiment.interval(group) for group in ("eval", "checkpoint", "log")}
-    watchdog.progress("data opened", setup=True)
-    watchdog.raise_if_stopping()
-
-    # ---------------------------------------------------------------- state, new or restored
-    checkpoints = experiment.open_checkpoints(workdir)
-    layout = abstract_state(experiment.state_shapes, experiment.state_shardings)
-    state = checkpoints.restore_latest(layout)
-    if state is None:
-        state = experiment.initial_state()
-    log_start(experiment, workdir, int(state.step))
-    watchdog.progress("state ready", setup=True)
-    watchdog.raise_if_stopping()
-
-    # ---------------------------------------------------------------- loop
-    with Run(experiment, workdir, watchdog, checkpoints, int(state.step)) as run:
-        state, last_eval = _loop(run, state, every)
-        checkpoints.save_blocking(state, total_steps, last_eval or None)
-        if not last_eval and not watchdog.stopping:  # the run was complete already
-            last_eval = run.evaluate(state, total_steps)
-        if watchdog.stopping:
-            raise Stopped("every step is saved; the same command evaluates and finishes")
-
-        # ------------------------------------------------------------ final artifacts
-        digest = run.write_final_artifacts(state)
+        # ---------------------------------------------------------------- final artifacts
+        checkpoints.save_blocking(state, total_steps, metrics)
+        digest = run.write_final_artifacts(experiment, state, workdir, writer)
         # A process that exits much earlier than the others would count as dead.
-        processes.barrier("end", ONE_HOUR)
-        return {**last_eval, "step": total_steps, "fingerprint": digest}
+        processes.barrier("end", run.ONE_HOUR)
+        return {**metrics, "step": total_steps, "fingerprint": digest}
 
 
-def _loop(
-    run: Run, state: TrainState, every: dict[str, int]
+def train(
+    experiment: Experiment,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    writer: MetricWriter,
+    watchdog: Watchdog,
 ) -> tuple[TrainState, dict[str, float]]:
-    """Runs all steps from `state` on; returns the final state and the last evaluation."""
-    experiment, watchdog, checkpoints = run.experiment, run.watchdog, run.checkpoints
-    train_step, mesh, (_, step_key) = experiment.train_step, experiment.mesh, experiment.keys
-    start_step, total_steps = int(state.step), experiment.total_steps
+    """Runs all steps from `state` on; returns the final state and the metrics of its evaluation.
 
-    last_eval = {}
-    missed_evaluation = start_step > 0 and due(start_step, every["eval"], total_steps)
-    if missed_evaluation and not checkpoints.metrics(start_step):
-        last_eval = run.evaluate(state, start_step)
-        if last_eval:
-            checkpoints.add_metrics(start_step, last_eval)
+    A signal makes `watchdog` raise Stopped: after a step or a batch of an evaluation, or while the
+    loop waits for data. The loop then saves the state, as it does if the data fail.
+    """
+    _, step_key = experiment.keys
+    step, total_steps = int(state.step), experiment.total_steps  # `step` updates are in `state`
+    due = functools.partial(is_due, experiment)
+    evaluate = functools.partial(run.evaluate_state, experiment, writer, watchdog)
+    batch_size, steps_per_epoch = experiment.plan.batch_size, experiment.steps_per_epoch
+    names = list(named_leaves(experiment.state_shapes.variables))
+    check = functools.partial(run.check_finite, names=names, checkpoints=checkpoints)
+    meter = StepMeter(batch_size, steps_per_epoch, total_steps, check)
+    batches = experiment.train_batches(step, total_steps - step)
+    try:
+        metrics = checkpoints.metrics(step)
+        if step and due("eval", step) and not metrics:  # a signal interrupted this evaluation
+            metrics = evaluate(state, step)
+            checkpoints.add_metrics(step, metrics)
+        while step < total_steps:
+            with meter.wait_for_data():
+                batch = watchdog.next_batch(batches)
+            meter.replaced_images += int(batch.pop("replaced").sum())
+            batch = to_global(batch, experiment.mesh)
+            state, step_metrics = experiment.train_step(state, batch, step_key)
+            step += 1
+            meter.add(step, step_metrics)  # fetches the previous step's: the device never waits
+            if due("log", step):
+                averages = meter.averages(step)
+                writer.write(step, averages | {"checkpoint/failed": checkpoints.failed_saves})
+                run.log(format_averages(step, total_steps, averages))
+            watchdog.progress(f"step {step} of {total_steps}")
+            if due("eval", step) or due("checkpoint", step):
+                meter.fetch_pending_metrics()  # a NaN must not reach a checkpoint
+                with meter.pause():
+                    metrics = evaluate(state, step) if due("eval", step) else {}
+                    checkpoints.save_async(state, step, metrics)
+    except (Stopped, InputError, StorageUnavailable) as error:
+        watchdog.abort(error)
+        meter.fetch_pending_metrics()
+        if step:  # the state of step 0 comes from the seed
+            checkpoints.save_blocking(state, step)
+        if isinstance(error, Stopped):
+            error = Stopped(f"step {step} is saved; the same command resumes from there")
+        raise error from None
+    finally:
+        batches.close()
+    return state, metrics
 
-    for step in range(start_step, total_steps):  # `step` updates have been applied so far
-        with run.meter.wait_for_data(), run.save_on_data_error(state, step):
-            batch = watchdog.next_batch(run.batches)
-        if batch is None:
-            run.save_now(state, step)
-            raise Stopped(f"step {step} is saved; the same command resumes from there")
-        run.meter.replaced += int(batch.pop("replaced").sum())
 
-        state, metrics = train_step(state, to_global(batch, mesh), step_key)
-        run.meter.add(step, metrics)  # fetches the previous step's: the device never waits
-        run.progress.advance()
-
-        done = step + 1
-        stopping = watchdog.progress(f"step {done} of {total_steps}")
-        if due(done, every["log"], total_steps):
-            run.log_metrics(done)
-        evaluating = due(done, every["eval"], total_steps) and not stopping
-        if evaluating or due(done, every["checkpoint"], total_steps):
-            run.meter.fetch_pending_metrics()  # a NaN must not reach a checkpoint
-            with run.meter.pause():
-                with run.save_on_data_error(state, done):
-                    last_eval = run.evaluate(state, done) if evaluating else {}
-                checkpoints.save_async(state, done, last_eval or None)
-    return state, last_eval
+def is_due(experiment: Experiment, group: str, step: int) -> bool:
+    """Returns True every `group.every` of the config, and at the last step."""
+    return step % experiment.interval(group) == 0 or step == experiment.total_steps
