@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kind of bad image is found and named; a check that was killed goes on where it was."""
+"""`check_data` finds every kind of unusual image, and resumes after an interruption."""
 
 import io
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 from tests.helpers.photos import all_photos, jpeg, png
 from tnt_flax.core.errors import InputError
 from tnt_flax.tools import check_data
-from tnt_flax.tools.check_data import FindingsFile, inspect_image
+from tnt_flax.tools.check_data import inspect_image, open_findings
 
 
 def encoded(image, format="PNG", **options):
@@ -20,10 +22,10 @@ def encoded(image, format="PNG", **options):
     return buffer.getvalue()
 
 
-def turned(orientation=6):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif
+def exif(orientation=6):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
 
 
 PLAIN, RED = Image.new("RGB", (40, 40)), Image.new("RGB", (40, 40), "red")
@@ -35,11 +37,11 @@ FILES = {
     "cat/empty.png": (b"", ["corrupt", "empty"]),
     "cat/bomb.png": (encoded(Image.new("1", (10000, 10000))), ["corrupt", "huge"]),
     "cat/cmyk.jpg": (encoded(Image.new("CMYK", (40, 40)), "JPEG"), ["cmyk"]),
-    "dog/upright.jpg": (encoded(PLAIN, "JPEG", exif=turned(1)), []),
-    "dog/turned.jpg": (encoded(PLAIN, "JPEG", exif=turned()), ["rotated"]),
-    "dog/turned.png": (encoded(PLAIN, exif=turned()), ["rotated"]),
-    "dog/turned.webp": (encoded(PLAIN, "WEBP", exif=turned()), ["rotated"]),
-    "dog/turned.tif": (encoded(PLAIN, "TIFF", exif=turned()), []),  # Pillow turns it
+    "dog/upright.jpg": (encoded(PLAIN, "JPEG", exif=exif(1)), []),
+    "dog/rotated.jpg": (encoded(PLAIN, "JPEG", exif=exif()), ["rotated"]),
+    "dog/rotated.png": (encoded(PLAIN, exif=exif()), ["rotated"]),
+    "dog/rotated.webp": (encoded(PLAIN, "WEBP", exif=exif()), ["rotated"]),
+    "dog/rotated.tif": (encoded(PLAIN, "TIFF", exif=exif()), []),  # Pillow rotates it
     "dog/moves.webp": (encoded(PLAIN, "WEBP", save_all=True, append_images=[RED]), ["animated"]),
     "dog/pages.tif": (encoded(PLAIN, "TIFF", save_all=True, append_images=[RED]), ["animated"]),
     "fox/deep.png": (png(DEEP), ["16-bit", "grey"]),
@@ -74,20 +76,17 @@ def findings(out):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_each_kind_is_found(name):
+def test_findings_of_files(name):
     image, expected = FILES[name]
     assert sorted(inspect_image(image)) == sorted(expected)
 
 
-def test_a_colour_image_of_sixteen_bits():
-    # Pillow writes none: the header of an 8-bit PNG says 16, and the pixels are twice as many.
-    import struct
-    import zlib
+def test_color_images_of_16_bits():
+    """Pillow writes none: the header of an 8-bit PNG is changed, and its pixels are doubled."""
 
     def chunk(kind, data):
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
 
     header = struct.pack(">IIBBBBB", 40, 40, 16, 2, 0, 0, 0)
     pixels = zlib.compress((b"\0" + bytes(40 * 3 * 2)) * 40)
@@ -105,11 +104,11 @@ def test_a_colour_image_of_sixteen_bits():
         ((0, 4, 3), ["corrupt", "empty"]),
     ],
 )
-def test_arrays(shape, expected):
+def test_findings_of_arrays(shape, expected):
     assert sorted(inspect_image(np.zeros(shape, np.uint8))) == expected
 
 
-def test_tables_and_lines(config, tmp_path, capsys):
+def test_table_and_findings_file(config, tmp_path, capsys):
     out = tmp_path / "findings.jsonl"
     result = check_data.check_data(config, "train", str(out))
     expected = [(name, kind) for name, (_, kinds) in FILES.items() for kind in kinds]
@@ -124,39 +123,35 @@ def test_tables_and_lines(config, tmp_path, capsys):
     assert table.startswith("train: 20 images, 3 classes\n")
     assert "corrupt           4  stops training" in table
     assert "cat/empty.png: the file is empty" in table
-    assert "least                cat 6, dog 7, fox 7" in table
+    assert "fewest images: cat 6, dog 7, fox 7" in table
 
 
-def test_both_splits_add_up(config, capsys):
+def test_both_splits(config, capsys):
     result = check_data.check_data(config, "both")
     assert result["images"] == len(FILES) + 1 and result["16-bit"] == 3
     assert "val: 1 images, 1 classes" in capsys.readouterr().out
 
 
-class Stops(Exception):
-    """Stands for a kill."""
-
-
-def test_a_killed_check_goes_on(config, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_check_resumes(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(check_data, "CHUNK", 4)
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     expected = check_data.check_data(config, "both", str(whole))
     tables = capsys.readouterr().out
-    original, read = check_data.check_record, []
+    original, read, stop = check_data.check_record, [], 10
 
-    def counted(source, index, stop=None):
-        if stop is not None and index >= stop:
-            raise Stops
+    def interrupted(source, index):
+        if index == stop:
+            raise KeyboardInterrupt
         read.append(index)
         return original(source, index)
 
-    monkeypatch.setattr(check_data, "check_record", lambda *a: counted(*a, stop=10))
-    with pytest.raises(Stops):
+    monkeypatch.setattr(check_data, "check_record", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         check_data.check_data(config, "both", str(out))
-    with open(out, "a") as file:  # what a kill in the middle of a chunk leaves
+    with open(out, "a") as file:  # as after a kill in the middle of a chunk
         file.write('{"split": "train", "index": 9, "finding": "grey"}\n{"split": "tra')
     read.clear()
-    monkeypatch.setattr(check_data, "check_record", counted)
+    stop = None
     capsys.readouterr()
     result = check_data.check_data(config, "both", str(out))
     assert sorted(read) == sorted([*range(8, len(FILES)), 0])
@@ -164,7 +159,7 @@ def test_a_killed_check_goes_on(config, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == tables
     assert out.read_bytes() == whole.read_bytes()
 
-    read.clear()  # and once it is complete, there is nothing left to read
+    read.clear()  # a complete check reads nothing again
     assert check_data.check_data(config, "both", str(out)) == result
     assert not read and out.read_bytes() == whole.read_bytes()
 
@@ -184,22 +179,22 @@ def test_a_changed_data_set_restarts(config, folder, tmp_path, caplog):
     assert "restarting" not in caplog.text
 
 
-def test_other_files_are_left_alone(tmp_path):
+def test_unusable_findings_files(tmp_path):
     other = tmp_path / "notes.txt"
     other.write_text("mine\n")
     with pytest.raises(InputError, match="notes.txt exists and has no findings"):
-        FindingsFile(str(other), {"records": 1})
+        open_findings(str(other), {"records": 1})
     assert other.read_text() == "mine\n"
     with pytest.raises(InputError, match="cannot write --out=.*No such file or directory"):
-        FindingsFile(str(tmp_path / "no" / "out.jsonl"), {})
-    whole = FindingsFile(str(tmp_path / "cut"), {"records": 1})
-    whole.close()
-    (tmp_path / "cut").write_bytes((tmp_path / "cut").read_bytes()[:9])  # killed in its first line
-    FindingsFile(str(tmp_path / "cut"), {"records": 1}).close()
-    assert json.loads((tmp_path / "cut").read_text()) == {"findings_of": {"records": 1}}
+        open_findings(str(tmp_path / "no" / "out.jsonl"), {})
+    cut = tmp_path / "cut"
+    cut.write_text('{"findings')  # interrupted in its first line
+    file, earlier = open_findings(str(cut), {"records": 1})
+    file.close()
+    assert not earlier and json.loads(cut.read_text()) == {"findings_of": {"records": 1}}
 
 
-def test_a_record_that_cannot_be_read(config, folder):
+def test_a_file_that_vanishes_is_corrupt(config, folder):
     from tnt_flax.training.experiment import Experiment
 
     source = Experiment(config).train_source
@@ -209,32 +204,20 @@ def test_a_record_that_cannot_be_read(config, folder):
     assert line["detail"] == "cannot be read: No such file or directory"
 
 
-class Sparse:
-    """Four records of the first two of three classes."""
-
+class Source(list):
     class_names = ("many", "one", "none")
-    storage_path = "."
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        return np.zeros((40, 40, 3), np.uint8), int(index == 3)
-
-    def name_of(self, index):
-        return f"record {index}"
 
 
-def test_classes_without_images(config, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "tnt_flax.training.experiment.Experiment.open_source", lambda self, split: Sparse()
-    )
-    monkeypatch.setattr(check_data, "FEW", 2)
-    result = check_data.check_data(config)
+def test_classes_with_few_images(capsys):
+    summary = check_data.Summary(Source(range(21)))
+    summary.add({"checked": 21, "labels": {"0": 20, "1": 1}})
+    result = summary.result()
     assert (result["classes_with_none"], result["classes_with_few"]) == (1, 1)
-    table = capsys.readouterr().out
-    assert "none              1  none 0\n" in table and "below 2           1  one 1\n" in table
-    assert "least                none 0, one 1, many 3\n" in table
+    summary.print("train")
+    assert capsys.readouterr().out.endswith(
+        "\nclasses without images: 1\nclasses with fewer than 10 images: 1\n"
+        "fewest images: none 0, one 1, many 20\nmost images: many 20, one 1, none 0\n\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -250,10 +233,3 @@ def test_exit_codes(folder, root, changes, code, capsys):
         assert err == "error: data.source='folder' needs the folder of the data: set data.root\n"
     else:
         assert json.loads(out.splitlines()[-1])["corrupt"] == (4 if code else 0)
-
-
-def test_bad_options_are_one_line(root, capsys):
-    assert check_data.main([f"--config={root}/configs/digits.py", "--split=test"]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1
-    assert err.startswith("error: argument --split: invalid choice: 'test'")

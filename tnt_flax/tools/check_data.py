@@ -13,13 +13,14 @@ Exit code 0 means that no image is corrupt, 1 that some are, 2 that the input wa
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import io
 import json
 import logging
 import pathlib
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -47,7 +48,7 @@ MEANING = {  # kinds of findings, in the order of the table
 }
 SMALL = 32  # pixels
 FEW = 10  # classes with fewer images are reported
-SHOWN = 3  # examples per finding; classes with the fewest and most images
+SHOWN = 3  # examples per finding, and classes with the fewest and most images
 CHUNK = 256  # records between two progress lines in the file
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 # Keys of config.data that do not affect the check.
@@ -85,34 +86,38 @@ def check_data(config: ConfigDict, split: str = "train", out: str | None = None)
     sources = {name: experiment.open_source(config.data[f"{name}_split"]) for name in splits}
     checked = {key: value for key, value in config.data.items() if key not in OTHER_KEYS}
     checked["records"] = {name: len(source) for name, source in sources.items()}
+    file, earlier = open_findings(out, checked) if out else (None, [])
     totals = collections.Counter({"images": 0, "classes": 0})
-    with contextlib.closing(FindingsFile(out, checked)) as file:
+    with file or contextlib.nullcontext():
         for name, source in sources.items():
             summary = Summary(source)
-            for line in file.read(name):
-                summary.add(line)
+            for line in earlier:
+                if line["split"] == name:
+                    summary.add(line)
             for lines in check_records(source, summary.checked, config.data.threads):
-                file.write(name, lines)
+                if file:
+                    append(file, [{"split": name} | line for line in lines])
                 for line in lines:
                     summary.add(line)
             summary.print(config.data[f"{name}_split"])
             totals["images"] += len(source)
             totals["classes"] = max(totals["classes"], len(source.class_names))
             totals.update(summary.result())
-    return dict(totals) | ({"out": str(file.path)} if out else {})
+    return dict(totals) | ({"out": str(file.name)} if file else {})
 
 
 class Summary:
-    """Counts of one split. Memory does not grow with the number of findings."""
+    """Counts of one split."""
 
     def __init__(self, source: Source):
         self.source = source
         self.checked = 0
         self.per_class = np.zeros(len(source.class_names), int)
         self.counts: collections.Counter[str] = collections.Counter()
-        self.first = collections.defaultdict(list)
+        self.examples = collections.defaultdict(list)
 
     def add(self, line: dict[str, Any]) -> None:
+        """Counts a finding, or notes the progress."""
         if "checked" in line:
             self.checked = line["checked"]
             for label, count in line["labels"].items():
@@ -120,8 +125,8 @@ class Summary:
             return
         finding = line["finding"]
         self.counts[finding] += 1
-        if len(self.first[finding]) < SHOWN:
-            self.first[finding].append(f"{line['name']}: {line['detail']}")
+        if len(self.examples[finding]) < SHOWN:
+            self.examples[finding].append(f"{line['name']}: {line['detail']}")
 
     def result(self) -> dict[str, int]:
         return {
@@ -131,37 +136,28 @@ class Summary:
         }
 
     def print(self, split: str) -> None:
-        names, per_class = self.source.class_names, self.per_class
+        names, result = self.source.class_names, self.result()
         print(f"{split}: {len(self.source):,} images, {len(names):,} classes\n")
         print(f"{'finding':<10}{'images':>9}  meaning")
         for finding, meaning in MEANING.items():
             print(f"{finding:<10}{self.counts[finding]:>9,}  {meaning}")
-            for example in self.first[finding]:
+            for example in self.examples[finding]:
                 print(f"    {example}")
             if self.counts[finding] > SHOWN:
                 print("    ...")
-        order = np.argsort(per_class, kind="stable")
-        few = self.result()
-        print(f"\n{'classes':<10}{'number':>9}  classes and number of images")
-        for title, which, count in (
-            ("none", order, few["classes_with_none"]),
-            (f"below {FEW}", order[few["classes_with_none"] :], few["classes_with_few"]),
-            ("least", order, None),
-            ("most", order[::-1], None),
-        ):
-            listed = which[: SHOWN if count is None else min(count, SHOWN)]
-            text = ", ".join(f"{names[label]} {per_class[label]:,}" for label in listed)
-            text += ", ..." if (len(names) if count is None else count) > len(listed) else ""
-            print(f"{title:<10}{'' if count is None else f'{count:,}':>9}  {text}".rstrip())
-        print()
+        order = np.argsort(self.per_class, kind="stable")
+        fewest, most = (
+            ", ".join(f"{names[label]} {self.per_class[label]:,}" for label in labels[:SHOWN])
+            for labels in (order, order[::-1])
+        )
+        print(f"\nclasses without images: {result['classes_with_none']:,}")
+        print(f"classes with fewer than {FEW} images: {result['classes_with_few']:,}")
+        print(f"fewest images: {fewest}\nmost images: {most}\n")
 
 
 def check_records(source: Source, start: int, threads: int) -> Iterator[list[dict[str, Any]]]:
-    """The findings of the records from `start` on, chunk by chunk; each ends with how far it is."""
-
-    def check(index):
-        return check_record(source, index)
-
+    """Yields the findings of the records from `start` on, in chunks that end with the progress."""
+    check = functools.partial(check_record, source)
     bar = tqdm(total=len(source), initial=start, unit="image", disable=None, file=sys.stderr)
     with bar, concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for begin in range(start, len(source), CHUNK):
@@ -245,84 +241,54 @@ def _of_file(encoded):
 KEY = "findings_of"  # in the first line
 
 
-class FindingsFile:
-    """Findings and progress as lines of JSON, so that an interrupted check can resume.
+def open_findings(out: str, data: dict[str, Any]) -> tuple[BinaryIO, list[dict[str, Any]]]:
+    """Opens a file of findings and progress for appending, so that an interrupted check resumes.
 
     The first line describes the data. Lines after the last progress line ("checked") are from an
     interrupted chunk: they are dropped and the chunk is checked again.
 
     Args:
-        path: the file; None writes nothing.
-        data: description of the data. The check resumes if the file has the same, else restarts.
+        out: the file.
+        data: description of the data. If the file has another one, the check restarts.
+
+    Returns:
+        The file, and its lines up to the last progress line.
 
     Raises:
-        InputError: the file cannot be written, or it exists and is of another kind.
+        InputError: the file cannot be written, or it exists and has no findings.
     """
-
-    def __init__(self, path: str | None, data: dict[str, Any]):
-        self.path = pathlib.Path(path).expanduser() if path else None
-        self._file, self._end = None, 0
-        if self.path is None:
-            return
-        try:
-            self._file = open(self.path, "a+b")
-        except OSError as error:
-            raise InputError(f"cannot write --out={path}: {error.strerror}") from None
-        first = _encode({KEY: data})
-        self._file.seek(0)
-        found = self._file.readline()
-        if found == first:
-            self._end = self._last_checked()
-        elif not first.startswith(found):  # else new or interrupted
-            if not found.startswith(first[: first.index(b":")]):
-                self.close()
-                raise InputError(f"--out={path} exists and has no findings: choose another file")
-            logger.info(f"{self.path} is of another data set or config: restarting")
-        self._file.truncate(self._end)
-        if not self._end:
-            self._append(first)
-
-    def read(self, split: str) -> Iterator[dict[str, Any]]:
-        """Yields the lines of `split` from before the check resumed."""
-        if not self._end:
-            return
-        self._file.seek(0)
-        self._file.readline()
-        while self._file.tell() < self._end:
-            line = json.loads(self._file.readline())
-            if line.pop("split") == split:
-                yield line
-
-    def write(self, split: str, lines: list[dict[str, Any]]) -> None:
-        """Appends findings; the last line is the progress.
-
-        Raises:
-            RunError: the file cannot be written.
-        """
-        if self._file is not None:
-            self._append(b"".join(_encode({"split": split} | line) for line in lines))
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def _append(self, text):
-        try:
-            self._file.write(text)
-            self._file.flush()
-        except OSError as error:
-            raise RunError(f"cannot write {self.path}: {one_line(error)}") from None
-
-    def _last_checked(self):
-        """Returns the end of the last progress line, or of the first line."""
-        end = self._file.tell()
-        while (line := self._file.readline()).endswith(b"\n"):
-            if b'"checked": ' in line and "checked" in json.loads(line):
-                end = self._file.tell()
-        return end
+    path = pathlib.Path(out).expanduser()
+    try:
+        file = open(path, "a+b")
+    except OSError as error:
+        raise InputError(f"cannot write --out={out}: {error.strerror}") from None
+    file.seek(0)
+    lines, first, kept = file.readlines(), _encode({KEY: data}), []
+    if lines[:1] == [first]:
+        whole = (i for i, line in enumerate(lines) if line.endswith(b"\n"))
+        progress = [i for i in whole if b'"checked": ' in lines[i]]
+        kept = lines[: max(progress, default=0) + 1]
+    elif lines and not first.startswith(lines[0]):  # else interrupted in the first line
+        if KEY.encode() not in lines[0]:
+            file.close()
+            raise InputError(f"--out={out} exists and has no findings: choose another file")
+        logger.info(f"{path} is of another data set or config: restarting")
+    file.truncate(sum(map(len, kept)))
+    if not kept:
+        append(file, [{KEY: data}])
+    return file, [json.loads(line) for line in kept[1:]]
 
 
-def _encode(line):
+def append(file: BinaryIO, lines: list[dict[str, Any]]) -> None:
+    """Appends lines of JSON. Raises RunError if the file cannot be written."""
+    try:
+        file.write(b"".join(map(_encode, lines)))
+        file.flush()
+    except OSError as error:
+        raise RunError(f"cannot write {file.name}: {one_line(error)}") from None
+
+
+def _encode(line: dict[str, Any]) -> bytes:
     return (json.dumps(line, ensure_ascii=False) + "\n").encode()
 
 
