@@ -117,7 +117,10 @@ def test_all_label_files_give_the_same_labels(tmp_path):
         ("n01440764\n" * 5, "has 5 labels for 4 images"),
         ("", "has 0 labels for 4 images"),
         ("n01440764\ntench\n", "label 2 is 'tench', not a synset"),
-        ("1\n2\n3\n4\n", "has numbers, and only the devkit defines their order"),
+        (
+            "1\n2\n3\n4\n",
+            "label 1 is '1', not a synset such as n01440764; for numbers, set ",
+        ),
         ("a.JPEG,n01440764\n", "no label for i1, i2 and 2 more"),
         ("i1,n01440764\ni2\n", "label 2 is 'i2', not a synset"),
         (b"\xff\xfe", "cannot read the labels"),
@@ -261,14 +264,11 @@ def test_labels_are_numbers_or_names_in_cls_or_json(tmp_path):
         (sample("a", 1, json="[1]"), "sample 'a' has no label"),
         (sample("a", 1, json='{"class": 1}'), "sample 'a' has no label"),
         (sample("a", 1, json="{"), "sample 'a' has no label"),
-        (sample("a", 1, cls="0" * 2**21), "has a .cls of 2097152 bytes"),
         ({"a.cls": b"1"}, "sample 'a' has no image"),
-        ({"a.cls": b"1", "a.txt": b"x"}, "sample 'a' has no image"),
         (sample("a", 1, cls="0", jpg="x"), "sample 'a' has two images"),
         # Files of a sample that are not consecutive are two incomplete samples.
         ({"a.png": b"1", "b.png": b"2", "a.cls": b"0"}, "sample 'a' has no label"),
         ({"README": b"x"}, "x.tar has no samples"),
-        ({}, "x.tar has no samples"),
     ],
 )
 def test_incomplete_samples_are_refused(tmp_path, files, expected):
@@ -279,8 +279,7 @@ def test_incomplete_samples_are_refused(tmp_path, files, expected):
 
 def test_shards_are_found_by_split_and_pattern(tmp_path):
     assert expand_braces("a-{08..11}.tar") == [f"a-{k}.tar" for k in ("08", "09", "10", "11")]
-    assert expand_braces("{a,b}{1..2}") == ["a1", "a2", "b1", "b2"]
-    assert expand_braces("a{b}c") == ["a{b}c"]
+    assert expand_braces("{1..2}/{0..1}") == ["1/0", "1/1", "2/0", "2/1"]
 
     for name in ("in-train-9.tar", "in-train-10.tar", "constrained.tar", "trained-1.tar", "x.txt"):
         (tmp_path / name).write_bytes(b"")
@@ -288,7 +287,6 @@ def test_shards_are_found_by_split_and_pattern(tmp_path):
     found = lambda split: [os.path.relpath(p, tmp_path) for p in find_shards(str(tmp_path), split)]
     assert found("train") == ["in-train-9.tar", "in-train-10.tar"]  # natural order, no "trained"
     assert found("in-train-*") == ["in-train-9.tar", "in-train-10.tar"]
-    assert found("{in-train-10,constrained}.tar") == ["in-train-10.tar", "constrained.tar"]
     (tmp_path / "train").mkdir()
     assert found("train") == ["in-train-9.tar", "in-train-10.tar"]  # empty folders are ignored
     (tmp_path / "train/b.tar").write_bytes(b"")

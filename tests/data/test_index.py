@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Indexes of records: built once, continued after a kill, verified, and rebuilt when needed."""
 
+import glob
 import os
 import pathlib
 import pickle
@@ -10,12 +11,11 @@ import sys
 import threading
 
 import fsspec
-import numpy as np
 import pytest
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.data.sources import index, storage
-from tnt_flax.data.sources.index import Index, open_index
+from tnt_flax.data.sources.index import open_index
 
 LINES = [b"aa", b"b", b"accc", b"b", b"dd", b"a"]
 TEXTS = ["a", "b", "a", "b", "d", "a"]
@@ -39,8 +39,15 @@ def files(tmp_path):
 
 
 @pytest.fixture
-def one_thread(monkeypatch):
+def partial(files, monkeypatch):
+    """The path of a partial index of the first two files: the scan of the third was interrupted."""
     monkeypatch.setattr(index, "THREADS", 1)
+    monkeypatch.setattr(index, "SAVE_EVERY", 0)
+    with pytest.raises(KeyboardInterrupt):
+        build(files, Lines(2))
+    (path,) = glob.glob(f"{os.path.dirname(files[0])}/*.index*")
+    assert path.endswith(".partial")
+    return pathlib.Path(path)
 
 
 class Lines:
@@ -49,12 +56,12 @@ class Lines:
     def __init__(self, fail_at=None, error=KeyboardInterrupt):
         self.seen, self.fail_at, self.error = [], fail_at, error
 
-    def __call__(self, read, part, path):
+    def __call__(self, file, part, path):
         self.seen.append(part.file)
         if part.file == self.fail_at:
             raise self.error
         position = 0
-        for line in read(0, part.end).splitlines(keepends=True):
+        for line in file:
             yield position, len(line) - 1, line[:1].decode()
             position += len(line)
 
@@ -70,32 +77,22 @@ def scanned(files, kind="lines"):
     return scan.seen
 
 
-def index_files(folder):
-    return sorted(name for name in os.listdir(folder) if "index" in name)
-
-
 def assert_complete(opened):
     assert [opened.read(i) for i in (5, 0, 3, 2, 4, 1)] == [LINES[i] for i in (5, 0, 3, 2, 4, 1)]
-    assert [opened.texts()[k] for k in opened.text] == TEXTS
-    assert [list(opened.rows_of(k)) for k in range(3)] == ROWS
+    assert [opened.texts[k] for k in opened.text] == TEXTS
+    assert [list(rows) for rows in opened.rows_per_file()] == ROWS
 
 
 def test_records_are_read_in_any_order(files, tmp_path):
     built = build(files)
     assert_complete(built)
     assert built.locate(4) == (files[2], 0, 2) and len(built) == 6
-    assert len(index_files(tmp_path)) == 1 and built.path.startswith(f"{files[0]}.")
-    assert isinstance(built.text.base.base, np.memmap) or not built.text.flags.owndata
+    assert list(map(str, tmp_path.glob("*index*"))) == [built.path]
 
 
-def test_an_index_is_built_once_per_kind_and_files(files):
+def test_an_index_is_built_once_per_kind_and_files(files, tmp_path):
     assert sorted(scanned(files)) == [0, 1, 2] and not scanned(files)
-    assert_complete(build(files))
     assert len(scanned(files, kind="other lines")) == 3 and len(scanned(files[:2])) == 2
-
-
-def test_a_moved_folder_keeps_its_index(files, tmp_path):
-    build(files)
     moved = tmp_path.rename(tmp_path.with_name(tmp_path.name + "_moved"))
     files = [str(moved / os.path.basename(file)) for file in files]
     assert not scanned(files) and build(files).read(2) == b"accc"
@@ -118,62 +115,36 @@ def test_a_damaged_index_is_rebuilt(files, caplog):
     whole = path.read_bytes()
     assert len(whole) < 1200
 
-    def is_rebuilt(content):
+    def rebuild(content):
         path.write_bytes(content)
-        rebuilt = bool(scanned(files))
+        caplog.clear()
         assert_complete(build(files))
-        assert not rebuilt or path.read_bytes() == whole
-        return rebuilt
+        assert f"the index {path} is damaged" in caplog.text and path.read_bytes() == whole
 
-    rebuilt = 0
-    for position in (*range(0, 8), *range(8, len(whole), 7), len(whole) - 1):
+    for position in (*range(0, len(whole), 5), len(whole) - 1):
         damaged = bytearray(whole)
         damaged[position] ^= 4
-        rebuilt += is_rebuilt(bytes(damaged))  # false for bits in a shape or dtype: they are unused
-    assert rebuilt > 100
-    for size in (0, 5, 8, 100, len(whole) - 1):
-        caplog.clear()
-        assert is_rebuilt(whole[:size])
-        assert f"the index {path} is damaged" in caplog.text
+        rebuild(bytes(damaged))
+    for size in (0, 5, 100, len(whole) - 1):
+        rebuild(whole[:size])
 
 
 # ----------------------------------------------------------------------------------- partial work
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), InputError("bad")])
-def test_a_partial_index_is_continued(files, tmp_path, one_thread, error):
-    with pytest.raises(type(error)):
-        build(files, Lines(2, error))
-    assert [name.endswith(".partial") for name in index_files(tmp_path)] == [True]
+def test_a_partial_index_is_continued(files, partial):
     scan = Lines()
-    continued = build(files, scan)
-    assert scan.seen == [2]
-    assert_complete(continued)
-    assert index_files(tmp_path) == [os.path.basename(continued.path)]
+    assert_complete(build(files, scan))
+    assert scan.seen == [2] and not partial.exists()
 
 
-def test_a_partial_index_of_changed_files_is_discarded(files, one_thread, caplog):
-    with pytest.raises(KeyboardInterrupt):
-        build(files, Lines(2))
+def test_a_changed_or_damaged_partial_index_is_discarded(files, partial, caplog):
+    whole = partial.read_bytes()
     os.utime(files[0], ns=(1, 1))
     assert scanned(files) == [0, 1, 2] and "x.txt has changed" in caplog.text
-
-
-def test_a_damaged_partial_index_is_discarded(files, tmp_path, one_thread, caplog):
-    with pytest.raises(KeyboardInterrupt):
-        build(files, Lines(2))
-    partial = tmp_path / index_files(tmp_path)[0]
-    damaged = partial.read_bytes().replace(b'done\\": 2', b'done\\": 1')
-    assert damaged != partial.read_bytes()
-    partial.write_bytes(damaged)
-    assert scanned(files) == [0, 1, 2]
-    assert "the checksum of its metadata differs" in caplog.text
-
-
-def test_a_failure_in_the_first_part_leaves_no_files(files, tmp_path):
-    with pytest.raises(InputError):
-        build(files, Lines(0, InputError("bad")))
-    assert not index_files(tmp_path)
+    partial.write_bytes(whole.replace(b'done": 2', b'done": 1'))
+    os.utime(files[0], ns=(2, 2))
+    assert scanned(files) == [0, 1, 2] and f"{partial} is damaged" in caplog.text
 
 
 def test_a_killed_process_leaves_its_work(files, tmp_path, root):
@@ -182,31 +153,30 @@ def test_a_killed_process_leaves_its_work(files, tmp_path, root):
         from tests.data import test_index as t
         t.index.THREADS, t.index.SAVE_EVERY = 1, 0
         class Killed(t.Lines):
-            def __call__(self, read, part, path):
+            def __call__(self, file, part, path):
                 if part.file == 2:
                     while not glob.glob({str(tmp_path / "*.index.partial")!r}):
                         pass
                     os.kill(os.getpid(), signal.SIGKILL)
-                yield from super().__call__(read, part, path)
+                yield from super().__call__(file, part, path)
         t.build({files!r}, Killed())
     """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=root)
     assert run.returncode == -signal.SIGKILL, run.stderr
     scan = Lines()
-    continued = build(files, scan)
+    assert_complete(build(files, scan))
     assert 0 not in scan.seen and 2 in scan.seen
-    assert [continued.read(i) for i in range(6)] == LINES
 
 
 def test_parts_keep_their_order_if_a_later_one_is_faster(files):
     last = threading.Event()
 
     class Backwards(Lines):
-        def __call__(self, read, part, path):
+        def __call__(self, file, part, path):
             if part.file == 2:
                 last.set()
             assert last.wait(10)
-            yield from super().__call__(read, part, path)
+            yield from super().__call__(file, part, path)
 
     assert_complete(build(files, Backwards()))
 
@@ -225,7 +195,7 @@ def test_a_folder_that_is_not_writable(files, tmp_path, cache, monkeypatch):
     monkeypatch.setattr(index.tempfile, "TemporaryFile", refuse)
     forbidden = {str(tmp_path)}
     built = build(files)
-    assert built.path.startswith(str(cache)) and not index_files(tmp_path)
+    assert built.path.startswith(str(cache)) and not list(tmp_path.glob("*index*"))
     assert not scanned(files)
     forbidden.add(os.path.dirname(built.path))
     os.utime(files[0], ns=(1, 1))
@@ -237,9 +207,6 @@ def test_an_index_pickles_as_its_path(files):
     built = build(files)
     data = pickle.dumps(built)
     assert len(data) < 500 and pickle.loads(data).read(5) == b"a"
-    os.utime(files[0], ns=(1, 1))
-    build(files)  # with the same contents
-    assert pickle.loads(data).read(5) == b"a"
     pathlib.Path(files[0]).write_text("more\n")
     build(files)
     with pytest.raises(InputError, match="was replaced while it was in use"):
@@ -262,8 +229,7 @@ def test_missing_truncated_and_empty_files(files, tmp_path):
         build([str(empty)])
     with pytest.raises(InputError, match="cannot index .*: broken disk"):
         build(files[:2], Lines(1, OSError("broken disk")))
-    with pytest.raises(InputError, match="a record of 4294967296 bytes is too large"):
-        build(files[:2], lambda *_: iter([(0, 2**32, "")]))
+    assert build(files[:2], lambda *_: iter([(2**40, 2**33, "")])).locate(0)[1:] == (2**40, 2**33)
 
 
 def test_remote_files_are_indexed_in_the_cache_folder(files, cache):
@@ -284,12 +250,3 @@ def test_remote_files_are_indexed_in_the_cache_folder(files, cache):
     memory.rm(urls[0])
     with pytest.raises(InputError, match="cannot read memory://bucket/x.txt"):
         build(urls)
-
-
-def test_an_index_is_a_safetensors_file(files):
-    from safetensors import safe_open
-
-    with safe_open(build(files).path, "np") as file:
-        assert sorted(file.keys()) == ["file", "size", "start", "text", "texts"]
-        assert file.get_tensor("size").tolist() == [2, 1, 4, 1, 2, 1]
-    assert Index(build(files).path, tuple(files)).read(0) == b"aa"

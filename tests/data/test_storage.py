@@ -67,7 +67,6 @@ def test_paths_and_urls_are_joined():
     assert storage.join("/data", "gs://b/x.tar") == "gs://b/x.tar"
     assert storage.join("/data", "/x.tar") == "/x.tar"
     assert storage.join("~", "x.tar") == os.path.expanduser("~/x.tar")
-    assert (storage.dirname("gs://b/c/x"), storage.basename("gs://b/c/x")) == ("gs://b/c", "x")
 
 
 # ---------------------------------------------------------------------------------------- retries

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tar headers: equality with the standard library, and detection of damage."""
+"""Members of tar files: their positions, and detection of damage."""
 
 import gzip
 import io
@@ -23,8 +23,9 @@ FILES = {
 
 
 def scan(data, start=0, end=None):
-    read = lambda position, size: data[position : position + size]
-    return list(members(read, start, len(data) if end is None else end, "x.tar"))
+    end = len(data) if end is None else end
+    found = members(io.BytesIO(data), start, end, "x.tar")
+    return [(member.name, member.offset_data, member.size) for member in found]
 
 
 def refused(data):
@@ -34,19 +35,20 @@ def refused(data):
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_members_are_those_of_tarfile(file_format):
-    names = dict(FILES)
+def test_members_are_found_also_inside_another_file(file_format):
+    files = dict(FILES)
     if file_format != tarfile.USTAR_FORMAT:
-        names["ü" * 90 + ".jpg"] = b"f"
-    data = tar(names, file_format)
+        files["ü" * 90 + ".jpg"] = b"f"
+    data = tar(files, file_format)
     found = scan(data)
-    with tarfile.open(fileobj=io.BytesIO(data)) as reader:
-        expected = [(m.name, m.offset_data, m.size) for m in reader]
-    assert found == expected and len(found) == len(names)
-    assert [data[m.start : m.start + m.size] for m in found] == list(names.values())
-    # The same tar inside another file.
+    assert [name for name, _, _ in found] == list(files)
+    assert [data[start : start + size] for _, start, size in found] == list(files.values())
     inner = scan(b"x" * 1024 + data + b"y" * 512, 1024, 1024 + len(data))
-    assert inner == [m._replace(start=m.start + 1024) for m in found]
+    assert inner == [(name, start + 1024, size) for name, start, size in found]
+    # Before another tar, a missing end mark is not mistaken for more members.
+    end = found[-1][1] + 512
+    message = message_of(lambda: scan(data[:end] + data, 0, end))
+    assert "x.tar is truncated or damaged" in message
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
@@ -57,41 +59,27 @@ def test_only_regular_files_count(file_format):
         for kind in kinds:
             member = tarfile.TarInfo(f"member{kind.decode()}")
             member.type, member.linkname = kind, "y" * (1 if file_format == FORMATS[0] else 150)
-            member.size = 0 if kind == tarfile.CONTTYPE else 700  # without contents
             writer.addfile(member)
         member = tarfile.TarInfo("last.jpg")
         member.size = 3
         writer.addfile(member, io.BytesIO(b"abc"))
-    assert [m.name for m in scan(buffer.getvalue())] == ["member7", "last.jpg"]
-
-
-@pytest.mark.parametrize("file_format", FORMATS[1:])
-def test_sizes_above_8_gib(file_format):
-    header = tarfile.TarInfo("big.jpg")
-    header.size, header.pax_headers = 9 * 2**30, {"comment": "x" * 600}
-    data = header.tobuf(file_format)
-    zeros = lambda position, size: data[position : position + size] or bytes(size)
-    found = list(members(zeros, 0, 10 * 2**30, "x.tar"))
-    assert found == [("big.jpg", len(data), 9 * 2**30)]
+    assert [name for name, _, _ in scan(buffer.getvalue())] == ["member7", "last.jpg"]
 
 
 def test_every_truncation_is_detected():
     data = tar(FILES, tarfile.GNU_FORMAT)
-    end = scan(data)[-1].start + 512
+    end = scan(data)[-1][1] + 512
     for size in {0, 1, 511, 512, 513, 1024, 1536, end - 513, end - 512, end - 1, end}:
-        assert "is truncated" in refused(data[:size]), size
-    longest = scan(data)[3]
-    message = refused(data[: longest.start + 100])
-    assert f"{LONG} should end at byte {longest.start + 513}, but the tar ends" in message
+        assert "is truncated or damaged near byte " in refused(data[:size]), size
     assert scan(data[: end + 512]) == scan(data)  # an end mark of one block is accepted
 
 
 def test_damaged_compressed_and_sparse_tars_are_refused():
     data = bytearray(tar(FILES))
-    start = scan(bytes(data))[2].start
+    start = scan(bytes(data))[2][1]
     data[start - 500] ^= 1
-    assert refused(bytes(data)) == f"x.tar is damaged at byte {start - 512}: there is no tar header"
-    assert refused(b"no tar at all" * 100) == "x.tar is not a tar file: there is no tar header"
+    assert f"is truncated or damaged near byte {start - 512}: copy" in refused(bytes(data))
+    assert "is truncated or damaged" in refused(b"no tar at all" * 100)
     zipped = gzip.compress(tar({str(k): bytes([k] * k) * 99 for k in range(250)}), 1)
     assert len(zipped) > 512 and "is compressed (gzip)" in refused(zipped)
     sparse = bytearray(tarfile.TarInfo("s.jpg").tobuf(tarfile.GNU_FORMAT))
@@ -100,7 +88,5 @@ def test_damaged_compressed_and_sparse_tars_are_refused():
     sparse[148:155] = b"%06o\0" % sum(sparse)
     assert "s.jpg is sparse" in refused(bytes(sparse) + bytes(1024))
     pax = tarfile.TarInfo("s.jpg")
-    pax.pax_headers = {"GNU.sparse.major": "1"}
+    pax.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": "9"}
     assert "s.jpg is sparse" in refused(pax.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
-    broken = tar({"ü.jpg": b"1"}, tarfile.PAX_FORMAT).replace(b"path=", b"path:")
-    assert "no pax header at byte 0" in refused(broken)

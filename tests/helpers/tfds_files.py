@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes small data sets in the layout of tfds, without TensorFlow and without a builder."""
 
-import functools
 import json
 import pathlib
 
+import google_crc32c
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -79,23 +79,5 @@ def tfrecord(data: bytes) -> bytes:
 
 
 def _masked(data):
-    crc = crc32c(data)
+    crc = google_crc32c.value(data)
     return (((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32).to_bytes(4, "little")
-
-
-def crc32c(data: bytes) -> int:
-    """Computes the checksum of RFC 3720, appendix B.4."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = crc >> 8 ^ _table()[(crc ^ byte) & 0xFF]
-    return crc ^ 0xFFFFFFFF
-
-
-@functools.cache
-def _table():
-    table = []
-    for crc in range(256):
-        for _ in range(8):
-            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
-        table.append(crc)
-    return table

@@ -11,9 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from tnt_flax.core.errors import InputError, did_you_mean
-from tnt_flax.data.sources.archives import imagenet_tars, webdataset
 from tnt_flax.data.sources.folder import Holdout, ImageFolder
-from tnt_flax.data.sources.tfds import TfdsSource
 
 KINDS = ("folder", "imagenet_tars", "webdataset", "tfds", "digits")
 NUM_DIGITS_TEST = 360  # a fifth of the 1,797 digits
@@ -79,15 +77,19 @@ def open_source(
         raise InputError(f"data.eval_labels is for kind 'imagenet_tars', not {kind!r}: unset it")
     if not root and kind not in ("tfds", "digits"):
         raise InputError(f"data.source={kind!r} needs the folder of the data: set data.root")
+    if kind == "digits":
+        return Digits(split)
     if kind == "folder":
         return ImageFolder(root, split, class_list, holdout)
-    if kind == "imagenet_tars":
-        return imagenet_tars(root, split, eval_labels, class_list)
-    if kind == "webdataset":
-        return webdataset(root, split, class_list)
     if kind == "tfds":
+        from tnt_flax.data.sources.tfds import TfdsSource
+
         return TfdsSource(name, split, root, multi_label=multi_label)
-    return Digits(split)
+    from tnt_flax.data.sources import archives
+
+    if kind == "imagenet_tars":
+        return archives.imagenet_tars(root, split, eval_labels, class_list)
+    return archives.webdataset(root, split, class_list)
 
 
 def check_same_classes(train: Source, evaluation: Source) -> None:
@@ -108,18 +110,17 @@ class Digits:
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; no download.
 
     The values 0..16 are scaled to uint8 0..255. A fixed random permutation, not stratified by
-    class, assigns 360 images to "test" (or "validation") and 1,437 to "train"; `seed` selects
-    another permutation.
+    class, assigns 360 images to "test" (or "validation") and 1,437 to "train".
     """
 
-    def __init__(self, split: str, seed: int = 0):
+    def __init__(self, split: str):
         from sklearn.datasets import load_digits
 
         split = "test" if split == "validation" else split
         if split not in ("train", "test"):
             raise InputError(f"the digits have no split {split!r}: choose train or test")
         digits = load_digits()
-        order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(digits.target))
+        order = np.random.Generator(np.random.Philox(key=0)).permutation(len(digits.target))
         rows = order[:NUM_DIGITS_TEST] if split == "test" else order[NUM_DIGITS_TEST:]
         self._images = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8)
         self._labels = digits.target[rows]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images in uncompressed tar files, read in place: ImageNet's original tars and webdataset shards.
 
-The tar reader understands POSIX.1-1988 (ustar), GNU tar (long names) and POSIX.1-2001 (pax).
 Compressed tars and sparse members cannot be read in place and are refused.
 """
 
@@ -9,10 +8,11 @@ import fnmatch
 import io
 import itertools
 import json
+import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
@@ -28,101 +28,42 @@ from tnt_flax.data.sources.names import (
     split_names,
 )
 
-# ------------------------------------------------------------------------------------ tar members
-
-BLOCK = 512  # bytes; headers and contents are aligned to it
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_REGULAR = b"0\x007"  # "7" is a contiguous file
-_WITHOUT_CONTENTS = b"123456"  # links, devices, folders: their headers may state a size anyway
-_MAX_EXTENDED_HEADER = 2**20  # bytes
 
 
-class Member(NamedTuple):
-    name: str
-    start: int  # of the contents, in bytes
-    size: int
-
-
-def members(read: storage.Read, start: int, end: int, what: str) -> Iterator[Member]:
-    """Yields the regular files of the tar in bytes [start, end) from their headers alone.
+def members(file: BinaryIO, start: int, end: int, what: str) -> Iterator[tarfile.TarInfo]:
+    """Yields the regular files of the tar in bytes [start, end) of a file, from their headers.
 
     Raises InputError, with `what` as the tar's name, if it is truncated, damaged, compressed or
     sparse.
     """
-    position, override = start, {}  # override: fields from extended headers for the next member
-    while True:
-        header = read(position, BLOCK)
-        if len(header) < BLOCK or position + BLOCK > end:
-            raise InputError(f"{what} is truncated: it ends at byte {end} without an end mark")
-        if not header[0] and not any(header):
-            return
-        name, size, kind = _fields(header, position, start, what)
-        contents = position + BLOCK
-        if kind in b"LKxXg":
-            if size > _MAX_EXTENDED_HEADER:
-                raise InputError(f"{what} is damaged: a name of {size} bytes at byte {position}")
-            if kind == b"L":
-                override["path"] = read(contents, size).split(b"\0")[0]
-            elif kind in b"xX":
-                override |= _pax(read(contents, size), position, what)
-        else:
-            size = int(override.get("size", size))
-            name = override.get("path", name).decode("utf-8", "surrogateescape")
-            if kind == b"S" or override.get("sparse"):
-                raise InputError(f"{what}: {name} is sparse: pack the tar without --sparse")
-            override = {}
-            if kind in _WITHOUT_CONTENTS:
-                size = 0
-            if contents + size > end:
-                raise InputError(
-                    f"{what} is truncated: {name} should end at byte {contents + size}, but the "
-                    f"tar ends at byte {end}: copy or download it again"
-                )
-            if kind in _REGULAR and not name.endswith("/"):
-                yield Member(name, contents, size)
-        position = contents + -(-size // BLOCK) * BLOCK
-
-
-def _fields(header, position, start, what):
-    """Returns name (bytes), size and type of a header after verifying its checksum."""
+    file.seek(start)
+    magic = file.read(6)
+    for prefix, compression in _COMPRESSED.items():
+        if magic.startswith(prefix):
+            raise InputError(
+                f"{what} is compressed ({compression}) and has no random access: decompress it"
+            )
+    file.seek(start)
     try:
-        checksum = int(header[148:156].strip(b" \0"), 8)
-        size = header[124:136]
-        if size[0] & 0x80:  # GNU: binary, for more than 8 GiB
-            size = int.from_bytes(size[1:], "big")
-        else:
-            size = int(size.strip(b" \0") or b"0", 8)
-    except ValueError:
-        checksum = -1
-    if checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
-        for magic, compression in _COMPRESSED.items():
-            if position == start and header.startswith(magic):
-                raise InputError(
-                    f"{what} is compressed ({compression}) and has no random access: decompress it"
-                )
-        problem = "is not a tar file" if position == start else f"is damaged at byte {position}"
-        raise InputError(f"{what} {problem}: there is no tar header")
-    name = header[:100].split(b"\0")[0]
-    prefix = header[345:500].split(b"\0")[0]
-    if prefix and header[257:263] == b"ustar\0":
-        name = prefix + b"/" + name
-    return name, size, header[156:157]
-
-
-def _pax(data, position, what):
-    """Parses pax records "LENGTH KEY=VALUE\\n"; keeps path, size and sparseness of the member."""
-    found = {}
-    while data := data.lstrip(b"\0"):
-        length, _, rest = data.partition(b" ")
-        key, equals, value = rest[: int(length or b"0") - len(length) - 1].partition(b"=")
-        if not equals or not length.isdigit():
-            raise InputError(f"{what} is damaged: no pax header at byte {position}")
-        if key in (b"path", b"size"):
-            found[key.decode()] = value.removesuffix(b"\n")
-        elif key.startswith(b"GNU.sparse"):
-            found["sparse"] = True
-        data = data[int(length) :]
-    return found
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in iter(tar.next, None):
+                if member.issparse():
+                    raise InputError(f"{what}: {member.name} is sparse: pack it without --sparse")
+                if tar.offset > end:
+                    break
+                if member.isfile():
+                    yield member
+                tar.members.clear()  # or tarfile would keep all of them
+            file.seek(tar.offset)
+            if tar.offset + tarfile.BLOCKSIZE <= end and not any(file.read(tarfile.BLOCKSIZE)):
+                return  # the end mark
+            position = tar.offset
+    except tarfile.TarError:
+        position = file.tell()
+    raise InputError(
+        f"{what} is truncated or damaged near byte {position}: copy or download it again"
+    )
 
 
 class TarImages:
@@ -143,7 +84,7 @@ class TarImages:
     def name_of(self, index: int) -> str:
         path, start, _ = self.index.locate(index)
         try:  # the index stores no names; the header before the contents has the (short) name
-            header = storage.read(path, start - BLOCK, BLOCK)
+            header = storage.read(path, start - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
             name = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
         except (OSError, tarfile.HeaderError):
             name = "?"
@@ -184,32 +125,33 @@ def imagenet_tars(root: str, split: str, eval_labels: str = "", class_list: str 
 
 def _train(path, class_list):
     index = open_index("imagenet train", [path], _scan_images, _cut_classes)
-    texts = index.texts()
-    return TarImages(index, order_classes(sorted(texts), class_list, path, "tar"), texts)
+    names = order_classes(sorted(index.texts), class_list, path, "tar")
+    return TarImages(index, names, index.texts)
 
 
 def _cut_classes(files, sizes):
     """Returns one part per inner tar."""
     path, parts = files[0], []
-    with storage.open_sequential(path) as read:
-        for name, start, length in members(read, 0, sizes[0], path):
-            stem = re.fullmatch(r"(?:.*/)?([^/.][^/]*)\.tar", name)
+    with storage.open_sequential(path) as file:
+        for member in members(file, 0, sizes[0], path):
+            start, end = member.offset_data, member.offset_data + member.size
+            stem = re.fullmatch(r"(?:.*/)?([^/.][^/]*)\.tar", member.name)
             if stem:
-                parts.append(Part(0, start, start + length, stem[1]))
-            elif re.search(r"\.(tgz|tar\.\w+)$", name):
-                raise InputError(f"{path}: {name} is compressed: pack plain tars")
+                parts.append(Part(0, start, end, stem[1]))
+            elif re.search(r"\.(tgz|tar\.\w+)$", member.name):
+                raise InputError(f"{path}: {member.name} is compressed: pack plain tars")
     if not parts:
         raise InputError(f"{path} holds no tars: expected one per class, such as n01440764.tar")
     return parts
 
 
-def _scan_images(read, part, path):
+def _scan_images(file, part, path):
     """Yields start and size of each image, and the name of its inner tar or else its own."""
     what, found = f"{part.text}.tar in {path}" if part.text else path, False
-    for name, start, size in members(read, part.start, part.end, what):
-        if is_image(name):
+    for member in members(file, part.start, part.end, what):
+        if is_image(member.name):
             found = True
-            yield start, size, part.text or _stem(name)
+            yield member.offset_data, member.size, part.text or _stem(member.name)
     if not found:
         raise InputError(f"{what} has no images: download the tar again")
 
@@ -217,10 +159,9 @@ def _scan_images(read, part, path):
 def _validation(root, path, eval_labels, class_list):
     index = open_index("imagenet val", [path], _scan_images)
     labels_file = storage.join(root, eval_labels) if eval_labels else _find_labels(root)
-    images = index.texts()
-    synsets = read_labels(labels_file, sorted(images, key=natural_key))
+    synsets = read_labels(labels_file, sorted(index.texts, key=natural_key))
     names = order_classes(sorted(set(synsets.values())), class_list, labels_file, "synset")
-    return TarImages(index, names, [synsets[image] for image in images])
+    return TarImages(index, names, [synsets[image] for image in index.texts])
 
 
 def _stem(name):
@@ -249,18 +190,14 @@ def read_labels(path: str, images: list[str]) -> dict[str, str]:
         data = storage.read_file(path)
         lines = _devkit_lines(path, data) if data[:2] == b"\x1f\x8b" else data.decode().splitlines()
     rows = [re.split(r"[,\s]+", line.strip()) for line in lines if line.strip()]
-    if rows and not any(map(_SYNSET.fullmatch, rows[0])):
-        if all(len(row) == 1 and row[0].isdigit() for row in rows):
-            raise InputError(
-                f"{path} has numbers, and only the devkit defines their order: set "
-                f"data.eval_labels to {LABEL_FILES[0]}"
-            )
+    if rows and len(rows[0]) > 1 and not any(map(_SYNSET.fullmatch, rows[0])):
         rows = rows[1:]  # a header line
     column = 1 if rows and not _SYNSET.fullmatch(rows[0][0]) else 0
     for number, row in enumerate(rows):
         if len(row) <= column or not _SYNSET.fullmatch(row[column]):
             raise InputError(
-                f"{path}: label {number + 1} is {' '.join(row)!r}, not a synset such as n01440764"
+                f"{path}: label {number + 1} is {' '.join(row)!r}, not a synset such as n01440764; "
+                f"for numbers, set data.eval_labels to {LABEL_FILES[0]}"
             )
     if column:
         synsets = {_stem(row[0]): row[1] for row in rows}
@@ -294,7 +231,6 @@ def _devkit_lines(path, data):
 _EXTENSIONS = {suffix[1:] for suffix in IMAGE_SUFFIXES}
 # Compressed shards are matched too, so that they are refused instead of overlooked.
 _SHARD = re.compile(r"[^.].*\.(tar|tar\.(gz|bz2|xz|zst)|tgz)")
-_MAX_LABEL_FILE = 2**20  # bytes of a .cls or .json
 
 
 def webdataset(root: str, split: str, class_list: str = "") -> TarImages:
@@ -312,7 +248,7 @@ def webdataset(root: str, split: str, class_list: str = "") -> TarImages:
     Raises InputError if shards, images or labels are missing or damaged.
     """
     index = open_index("webdataset", find_shards(root, split), _scan_shard)
-    return TarImages(index, *_classes(index.texts(), class_list, f"{root} ({split})"))
+    return TarImages(index, *_classes(index.texts, class_list, f"{root} ({split})"))
 
 
 def find_shards(root: str, split: str) -> list[str]:
@@ -329,7 +265,7 @@ def find_shards(root: str, split: str) -> list[str]:
                 return shards
             word = re.compile(rf"(?<![a-z0-9]){re.escape(name)}(?![a-z])", re.IGNORECASE)
             shards = _glob(storage.join(root, "*"))
-            if shards := [path for path in shards if word.search(storage.basename(path))]:
+            if shards := [path for path in shards if word.search(os.path.basename(path))]:
                 return shards
         problem = (
             f"no shards of the split {split!r} in {root}: expected {split}/*.tar, or "
@@ -339,42 +275,38 @@ def find_shards(root: str, split: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expands braces as a shell does: "{08..11}" counts with leading zeros, "{a,b}" lists."""
-    found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    """Expands number ranges as a shell does: "{08..11}" counts with leading zeros."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not found:
         return [pattern]
-    first, last, names = found.groups()
-    if names:
-        middle = names.split(",")
-    else:
-        middle = [f"{k:0{len(first)}d}" for k in range(int(first), int(last) + 1)]
+    first, last = found.groups()
+    numbers = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
     before, after = pattern[: found.start()], pattern[found.end() :]
-    return [path for one in middle for path in expand_braces(f"{before}{one}{after}")]
+    return [path for number in numbers for path in expand_braces(f"{before}{number}{after}")]
 
 
 def _glob(pattern):
     """Expands a glob in the last part of a path; a path without one is returned unchanged."""
-    folder, name = storage.dirname(pattern), storage.basename(pattern)
+    folder, name = os.path.split(pattern)
     if not re.search(r"[*?\[]", name):
         return [pattern]
     found = filter(_SHARD.fullmatch, fnmatch.filter(storage.list_folder(folder), name))
     return [storage.join(folder, n) for n in sorted(found, key=natural_key)]
 
 
-def _scan_shard(read, part, shard):
+def _scan_shard(file, part, shard):
     """Yields start and size of each sample's image, and the sample's label as written."""
     seen = False
-    found = ((*_key(member.name), member) for member in members(read, 0, part.end, shard))
+    found = ((*_key(member.name), member) for member in members(file, 0, part.end, shard))
     for key, files in itertools.groupby((f for f in found if f[0]), key=lambda f: f[0]):
         seen, what = True, f"{shard}: sample {key!r}"
-        files = [(extension, member) for _, extension, member in files]
-        text = _label(read, dict(files), what)
-        images = [member for extension, member in files if extension in _EXTENSIONS]
-        if not images:
-            raise InputError(f"{what} has no image ({', '.join(sorted(_EXTENSIONS))})")
-        if len(images) > 1:
-            raise InputError(f"{what} has two images")
-        yield images[0].start, images[0].size, text
+        files = {extension: member for _, extension, member in files}
+        text = _label(file, files, what)
+        images = [member for extension, member in files.items() if extension in _EXTENSIONS]
+        if len(images) != 1:
+            problem = "two images" if images else f"no image ({', '.join(sorted(_EXTENSIONS))})"
+            raise InputError(f"{what} has {problem}")
+        yield images[0].offset_data, images[0].size, text
     if not seen:
         raise InputError(f"{shard} has no samples")
 
@@ -388,17 +320,16 @@ def _key(name):
     return folder + slash + stem, extension.lower()
 
 
-def _label(read, files, what):
-    labels = [(extension, files[extension]) for extension in ("cls", "json") if extension in files]
-    for extension, member in labels:
-        if member.size > _MAX_LABEL_FILE:
-            raise InputError(f"{what} has a .{extension} of {member.size} bytes: not a label")
+def _label(file, files, what):
+    for extension in ("cls", "json"):
         try:
-            text = read(member.start, member.size).decode()
+            member = files[extension]
+            file.seek(member.offset_data)
+            text = file.read(member.size).decode()
             if extension == "json":
                 text = json.loads(text)["label"]
                 text = text if isinstance(text, str) else json.dumps(text)
-        except (ValueError, KeyError, TypeError):  # not UTF-8, not JSON, no "label", not an object
+        except (ValueError, KeyError, TypeError):  # no file, not UTF-8, not JSON, no "label"
             continue
         if text.strip():
             return text.strip()

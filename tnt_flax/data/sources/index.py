@@ -2,20 +2,14 @@
 """Random access to the records of large files by an index of their positions.
 
 An index is built once and stored next to the data, or in a cache folder if that is not writable.
-It is a safetensors file with 20 bytes per record:
-
-* `file` uint32 [n], the number of the record's file, in ascending order;
-* `start` int64 [n] and `size` uint32 [n], in bytes;
-* `text` uint32 [n], an index into `texts` (JSON as uint8), the labels as the records spell them.
-
-Its metadata holds name, size and modification time of every file. If one of them changes, the index
-is rebuilt.
+It is a line of JSON, after its checksum, followed by an array of RECORD. The JSON has name, size
+and modification time of every file. If one of them changes, the index is rebuilt.
 """
 
-import array
 import concurrent.futures
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -25,11 +19,9 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import safetensors.numpy
-import tqdm
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.files import cache_folder, write_atomic
@@ -37,8 +29,15 @@ from tnt_flax.data.sources import storage
 
 logger = logging.getLogger("tnt_flax")
 
-VERSION = "tnt_flax index 2"
-COLUMNS = {"file": "I", "start": "q", "size": "I", "text": "I"}  # type codes of `array` and numpy
+VERSION = "tnt_flax index 3"
+RECORD = np.dtype(
+    [
+        ("start", "<i8"),  # in bytes
+        ("size", "<i8"),
+        ("file", "<u4"),  # number of the record's file, in ascending order
+        ("text", "<u4"),  # number of its label in "texts" of the JSON
+    ]
+)
 SAVE_EVERY = 10  # seconds between two saves of a partial index
 THREADS = 8  # parts that are scanned concurrently
 TICK = 256  # records between two updates of the progress bar
@@ -53,48 +52,42 @@ class Part(NamedTuple):
     text: str = ""  # label shared by all its records, if the scan needs one
 
 
-Record = tuple[int, int, str]  # start, size, text
-
-
 class Index:
     """Random access to the records of some files.
 
-    The columns are memory-mapped, so processes share the memory. Pickles as its path; unpickling
+    The records are memory-mapped, so processes share the memory. Pickles as its path; unpickling
     raises InputError if the index was replaced in the meantime.
     """
 
-    def __init__(self, path: str, files: tuple[str, ...], identity: dict[str, int] | None = None):
-        header, columns = _read(path)
-        if identity and identity != header["checksums"]:
+    def __init__(self, path: str, files: tuple[str, ...], checksum: int | None = None):
+        header, self._records = _read(path)
+        self.path, self.files, self.checksum = path, files, header["checksum"]
+        self.texts: list[str] = header["texts"]  # the labels as spelled
+        self.text = self._records["text"]  # index into `texts` of each record
+        if checksum not in (None, self.checksum):
             raise InputError(
                 f"the index {path} was replaced while it was in use: start the run again"
             )
-        self.path, self.files, self.identity = path, files, header["checksums"]
-        self.text, self._columns = columns["text"], columns
 
     def __reduce__(self):
-        return Index, (self.path, self.files, self.identity)
+        return Index, (self.path, self.files, self.checksum)
 
     def __len__(self) -> int:
-        return len(self.text)
-
-    def texts(self) -> list[str]:
-        """Returns the labels as spelled; `text` holds indices into this list."""
-        return json.loads(self._columns["texts"].tobytes())
+        return len(self._records)
 
     def locate(self, record: int) -> tuple[str, int, int]:
         """Returns the path of a record's file and the record's start and size in bytes."""
-        file, start, size = (int(self._columns[name][record]) for name in ("file", "start", "size"))
+        start, size, file, _ = self._records[record].item()
         return self.files[file], start, size
 
     def read(self, record: int) -> bytes:
         """Returns the bytes of a record. Raises OSError if its file is missing or truncated."""
         return storage.read(*self.locate(record))
 
-    def rows_of(self, file: int) -> range:
-        """Returns the indices of the records in a file."""
-        # In the column's dtype, or searchsorted would convert the whole column.
-        return range(*np.searchsorted(self._columns["file"], np.uint32([file, file + 1])))
+    def rows_per_file(self) -> list[range]:
+        """Returns the indices of the records in each file."""
+        ends = np.bincount(self._records["file"], minlength=len(self.files)).cumsum().tolist()
+        return [range(*pair) for pair in itertools.pairwise([0, *ends])]
 
 
 def _whole_files(files: Sequence[str], sizes: Sequence[int]) -> list[Part]:
@@ -104,7 +97,7 @@ def _whole_files(files: Sequence[str], sizes: Sequence[int]) -> list[Part]:
 def open_index(
     kind: str,
     files: Iterable[str],
-    scan: Callable[[storage.Read, Part, str], Iterator[Record]],
+    scan: Callable[[BinaryIO, Part, str], Iterator[tuple[int, int, str]]],
     cut: Callable[[Sequence[str], Sequence[int]], list[Part]] = _whole_files,
 ) -> Index:
     """Opens the index of `files`, and builds it if there is none or a file has changed.
@@ -115,7 +108,8 @@ def open_index(
     Args:
         kind: name of the scan; files scanned in two ways have two indexes.
         files: paths or URLs.
-        scan: called with (read, part, path of its file); yields (start, size, text) of its records.
+        scan: called with (open file, part, path of the file); yields (start, size, text) of each
+            record of the part.
         cut: turns files and their sizes into parts, in the order of the records; by default a file
             is a part.
 
@@ -124,80 +118,63 @@ def open_index(
     """
     files = tuple(files)
     versions = storage.file_versions(files)
-    wanted = {
-        "format": f"{VERSION} {kind}",
-        "files": [[storage.basename(f), *v] for f, v in zip(files, versions, strict=True)],
-    }
+    described = [
+        [os.path.basename(file), *version] for file, version in zip(files, versions, strict=True)
+    ]
     candidates = _candidate_paths(files, kind)
     for path in candidates:
-        if _usable(path, wanted):
+        if _usable(path, described):
             return Index(path, files)
     path = _first_writable(candidates, files[0])
-    partial = f"{path}.partial"
-    parts = cut(files, [size for size, _ in versions])
-    work = _Columns(wanted)
-    if _usable(partial, wanted):
-        work.load(partial)
-    try:
-        _scan_all(files, parts, scan, work, partial)
-    except BaseException:
-        if work.done:
-            with contextlib.suppress(OSError):  # report the first error, not this one
-                work.save(partial)
-        raise
-    if not work.columns["start"]:
+    work = _Work(described, f"{path}.partial")
+    _scan_all(files, cut(files, [size for size, _ in versions]), scan, work)
+    if not sum(map(len, work.records)):
         raise InputError(f"{files[0]}{' ...' * (len(files) > 1)}: no records found")
     with storage.as_input_error(f"cannot write the index {path}"):
         work.save(path)
         with contextlib.suppress(FileNotFoundError):
-            os.remove(partial)
+            os.remove(work.partial)
     return Index(path, files)
 
 
 # -------------------------------------------------------------------------------------- building
 
 
-class _Columns:
-    """The columns of an index of the first `done` parts."""
+class _Work:
+    """The records of the first `done` parts, continued from the index at `partial` if possible."""
 
-    def __init__(self, wanted):
-        self.wanted, self.done = wanted, 0
-        self.columns = {name: array.array(code) for name, code in COLUMNS.items()}
-        self.numbers = {}  # text -> its number
-
-    def add(self, part, starts, sizes, texts):
-        self.columns["file"].extend([part.file] * len(starts))
-        self.columns["start"] += starts
-        self.columns["size"] += sizes
-        numbers = (self.numbers.setdefault(text, len(self.numbers)) for text in texts)
-        self.columns["text"].extend(numbers)
-        self.done += 1
-
-    def load(self, path):
-        header, columns = _read(path)
-        for name, column in self.columns.items():
-            column.frombytes(columns[name].tobytes())
-        texts = json.loads(columns["texts"].tobytes())
+    def __init__(self, files, partial):
+        self.files, self.partial = files, partial
+        self.done, texts, self.records = 0, [], []
+        if _usable(partial, files):
+            header, records = _read(partial)
+            self.done, texts, self.records = header["done"], header["texts"], [records]
         self.numbers = {text: number for number, text in enumerate(texts)}
-        self.done = header["done"]
+
+    def add(self, part, rows):
+        number = lambda text: self.numbers.setdefault(text, len(self.numbers))
+        records = [(start, size, part.file, number(text)) for start, size, text in rows]
+        self.records.append(np.array(records, RECORD))
+        self.done += 1
 
     def save(self, path):
         """Writes an index atomically, also if other processes write it at the same time."""
-        tensors = {name: np.frombuffer(self.columns[name], code) for name, code in COLUMNS.items()}
-        tensors["texts"] = np.frombuffer(json.dumps(list(self.numbers)).encode(), np.uint8)
-        checksums = {name: zlib.crc32(tensor) for name, tensor in tensors.items()}
-        about = json.dumps({"wanted": self.wanted, "done": self.done, "checksums": checksums})
-        metadata = {"about": f"{zlib.crc32(about.encode())} {about}"}
-        write_atomic(path, safetensors.numpy.save(tensors, metadata), fsync=True)
+        header = {"files": self.files, "done": self.done, "texts": list(self.numbers)}
+        about, records = json.dumps(header).encode(), np.concatenate(self.records).tobytes()
+        checksum = zlib.crc32(records, zlib.crc32(about))
+        write_atomic(path, b"%d %b\n%b" % (checksum, about, records), fsync=True)
 
 
-def _scan_all(files, parts, scan, work, partial):
+def _scan_all(files, parts, scan, work):
+    """Scans the parts that `work` lacks, in order, and saves it from time to time."""
+    import tqdm
+
     lock, stop = threading.Lock(), threading.Event()
     size_of = lambda some_parts: sum(part.end - part.start for part in some_parts)
     bar = tqdm.tqdm(
         total=size_of(parts),
         initial=size_of(parts[: work.done]),
-        desc=f"indexing {storage.basename(files[0])}{' ...' * (len(files) > 1)}, once",
+        desc=f"indexing {os.path.basename(files[0])}{' ...' * (len(files) > 1)}, once",
         unit="B",
         unit_scale=True,
         mininterval=1,
@@ -205,24 +182,19 @@ def _scan_all(files, parts, scan, work, partial):
     )
 
     def scan_one(part):
-        starts, sizes, texts, seen = array.array("q"), array.array("I"), [], part.start
-        path = files[part.file]
-        with storage.open_sequential(path) as read:
-            for start, size, text in scan(read, part, path):
-                if size >= 2**32:
-                    raise InputError(f"{path}: a record of {size} bytes is too large")
-                starts.append(start)
-                sizes.append(size)
-                texts.append(text)
-                if len(starts) % TICK == 0:
+        rows, seen = [], part.start
+        with storage.open_sequential(files[part.file]) as file:
+            for row in scan(file, part, files[part.file]):
+                rows.append(row)
+                if len(rows) % TICK == 0:
                     if stop.is_set():
                         break
                     with lock:
-                        bar.update(start - seen)
-                    seen = start
+                        bar.update(row[0] - seen)
+                    seen = row[0]
         with lock:
             bar.update(part.end - seen)
-        return part, starts, sizes, texts
+        return part, rows
 
     saved = time.monotonic()
     pool = concurrent.futures.ThreadPoolExecutor(THREADS)
@@ -230,7 +202,7 @@ def _scan_all(files, parts, scan, work, partial):
         for result in pool.map(scan_one, parts[work.done :]):
             work.add(*result)
             if time.monotonic() - saved > SAVE_EVERY:
-                work.save(partial)
+                work.save(work.partial)
                 saved = time.monotonic()
     except OSError as error:
         raise InputError(f"cannot index {files[0]}: {error.strerror or error}") from error
@@ -245,14 +217,15 @@ def _scan_all(files, parts, scan, work, partial):
 
 def _candidate_paths(files, kind):
     """Returns the paths at which the index may be stored, in order of preference."""
-    names = "\n".join([kind, *map(storage.basename, files)])  # without folders, which may move
-    name = f"{storage.basename(files[0])}.{hashlib.sha256(names.encode()).hexdigest()[:8]}.index"
-    folder = storage.dirname(files[0])
-    remote = storage.is_remote(folder)
-    folder = folder if remote else os.path.abspath(folder)
-    owner = hashlib.sha256(folder.encode()).hexdigest()[:16]
-    cached = str(cache_folder() / owner / name)
-    return [cached] if remote else [os.path.join(folder, name), cached]
+    digest = lambda text: hashlib.sha256(text.encode()).hexdigest()
+    # Without folders, which may move.
+    names = "\n".join([VERSION, kind, *map(os.path.basename, files)])
+    name = f"{os.path.basename(files[0])}.{digest(names)[:8]}.index"
+    folder = os.path.dirname(files[0])
+    if storage.is_remote(folder):
+        return [str(cache_folder() / digest(folder)[:16] / name)]
+    folder = os.path.abspath(folder)
+    return [os.path.join(folder, name), str(cache_folder() / digest(folder)[:16] / name)]
 
 
 def _first_writable(paths, file):
@@ -269,45 +242,26 @@ def _first_writable(paths, file):
     )
 
 
-def _read(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Returns metadata and memory-mapped columns.
-
-    Raises OSError, ValueError or KeyError for a damaged file.
-    """
+def _read(path: str) -> tuple[dict[str, Any], np.ndarray]:
+    """Returns the JSON and the memory-mapped records; raises OSError or ValueError if damaged."""
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > 2**30:
-            raise ValueError("its header is too long")
-        header = json.loads(file.read(length))
-    data = np.memmap(path, np.uint8, "r", offset=8 + length)
-    columns = {}
-    for name, dtype in {**COLUMNS, "texts": "B"}.items():
-        begin, end = header[name]["data_offsets"]
-        if not 0 <= begin <= end <= len(data):
-            raise ValueError("it is truncated")
-        columns[name] = np.asarray(data[begin:end]).view(dtype)
-    checksum, _, about = header["__metadata__"]["about"].partition(" ")
-    if int(checksum) != zlib.crc32(about.encode()):
-        raise ValueError("the checksum of its metadata differs")
-    return json.loads(about), columns
+        checksum, _, about = file.readline().rstrip(b"\n").partition(b" ")
+        records = np.asarray(np.memmap(file, RECORD, "r", offset=file.tell()))
+    if int(checksum) != zlib.crc32(records, zlib.crc32(about)):
+        raise ValueError("its checksum differs")
+    return json.loads(about) | {"checksum": int(checksum)}, records
 
 
-def _usable(path: str, wanted: dict[str, Any]) -> bool:
+def _usable(path: str, files: list[list[Any]]) -> bool:
     """True if the index at `path` is intact and matches the files; logs the reason otherwise."""
     try:
-        header, columns = _read(path)
-        if {name: zlib.crc32(column) for name, column in columns.items()} != header["checksums"]:
-            raise ValueError("its checksums differ")
-        stored = header["wanted"]
-        if stored["format"] != wanted["format"]:
-            raise ValueError(f"its format is {stored['format']}")
-        changed = [n for n, o in zip(wanted["files"], stored["files"], strict=True) if n != o]
+        stored = _read(path)[0]["files"]
     except FileNotFoundError:
         return False
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        logger.warning("the index %s is damaged (%s): indexing again", path, reason)
+    except (OSError, ValueError) as error:
+        logger.warning("the index %s is damaged (%s): indexing again", path, error)
         return False
+    changed = [new for new, old in zip(files, stored, strict=True) if new != old]
     if changed:
         logger.warning("%s has changed since %s: indexing again", changed[0][0], path)
     return not changed

@@ -11,8 +11,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -23,8 +23,6 @@ logger = logging.getLogger("tnt_flax")
 REMOTE_BLOCK = 2**23  # bytes per request during a sequential read of a remote file
 VERSION_KEYS = ("etag", "ETag", "generation", "mtime", "updated", "LastModified", "created")
 MAX_PAUSE = 15.0  # seconds between two attempts; the first pause is half a second
-
-Read = Callable[[int, int], bytes]  # (start, size) -> bytes, fewer at the end of the file
 
 
 class DamagedError(OSError):
@@ -59,17 +57,7 @@ def join(root: str, name: str) -> str:
     """Joins two paths and expands ~. An absolute `name`, or one that is a URL, replaces `root`."""
     if is_remote(name):
         return name
-    if is_remote(root):
-        return f"{root.rstrip('/')}/{name}"
     return os.path.join(os.path.expanduser(root), os.path.expanduser(name))
-
-
-def dirname(path: str) -> str:
-    return path.rpartition("/")[0] if is_remote(path) else os.path.dirname(path)
-
-
-def basename(path: str) -> str:
-    return path.rpartition("/")[2] if is_remote(path) else os.path.basename(path)
 
 
 # --------------------------------------------------------------------------------------- reading
@@ -99,24 +87,20 @@ def read_file(path: str) -> bytes:
 
 
 @contextlib.contextmanager
-def open_sequential(path: str) -> Iterator[Read]:
+def open_sequential(path: str) -> Iterator[BinaryIO]:
     """Opens a file for many small reads from front to back.
 
     A remote file is fetched in blocks of 8 MiB, because a request costs as much time as
     transferring megabytes.
     """
-    if not is_remote(path):
-        with open(path, "rb", buffering=0) as file:
-            yield lambda start, size: os.pread(file.fileno(), size, start)
-        return
-    with _remote(path) as (filesystem, name):
-        with filesystem.open(name, "rb", block_size=REMOTE_BLOCK, cache_type="readahead") as stream:
-
-            def read_at(start: int, size: int) -> bytes:
-                stream.seek(start)
-                return stream.read(size)
-
-            yield read_at
+    if is_remote(path):
+        with _remote(path) as (filesystem, name):
+            options = dict(block_size=REMOTE_BLOCK, cache_type="readahead")
+            with filesystem.open(name, "rb", **options) as file:
+                yield file
+    else:
+        with open(path, "rb") as file:
+            yield file
 
 
 def list_folder(folder: str) -> list[str]:
@@ -125,10 +109,9 @@ def list_folder(folder: str) -> list[str]:
         if not is_remote(folder):
             return sorted(os.listdir(os.path.expanduser(folder)))
         with _remote(folder) as (filesystem, name):
-            name = name.rstrip("/")
             entries = {entry.rstrip("/") for entry in filesystem.ls(name, detail=False)}
             # Some object stores list the folder itself.
-            return sorted(basename(entry) for entry in entries - {name})
+            return sorted(os.path.basename(entry) for entry in entries - {name.rstrip("/")})
 
 
 def file_versions(paths: Iterable[str]) -> list[tuple[int, str]]:
@@ -144,11 +127,12 @@ def file_versions(paths: Iterable[str]) -> list[tuple[int, str]]:
                 found.append((status.st_size, str(status.st_mtime_ns)))
                 continue
             with _remote(path) as (filesystem, name):
-                if dirname(path) not in listed:  # one request per folder, not one per file
-                    listed.add(dirname(path))
-                    filesystem.ls(dirname(name), detail=True)
+                folder = os.path.dirname(name)
+                if folder not in listed:  # one request per folder, not one per file
+                    listed.add(folder)
+                    filesystem.ls(folder, detail=True)
                 info = filesystem.info(name)
-            version = next((info[key] for key in VERSION_KEYS if info.get(key)), "")
+            version = next(filter(None, map(info.get, VERSION_KEYS)), "")
             found.append((int(info["size"]), str(version)))
     return found
 

@@ -6,14 +6,13 @@ ArrayRecord files have an index of their own; TFRecord files, the default of tfd
 """
 
 import bisect
-import functools
 import itertools
 import os
-from typing import Any
 
 import google_crc32c
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
+from google.protobuf.message import DecodeError
+from tensorflow_datasets.proto import tf_example_pb2
 
 from tnt_flax.core.errors import InputError, did_you_mean, listed, one_line
 from tnt_flax.data.sources import storage
@@ -51,47 +50,22 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
         try:
-            example = _example_class().FromString(self._records[index])
-            values = {feature.key: feature.value for feature in example.features.feature}
-            image = values[self._image_key].bytes_list.value[0]
-            labels = values[self._label_key].int64_list.value
+            example = tf_example_pb2.Example.FromString(self._records[index])
+            image = example.features.feature[self._image_key].bytes_list.value[0]
+            labels = example.features.feature[self._label_key].int64_list.value
             if self.max_labels is None:
                 return image, labels[0]
             padded = np.full(self.max_labels, -1, np.int32)
             padded[: len(labels)] = labels
             return image, padded
         # array_record and protobuf report damaged files by these errors; OSError is ours.
-        except (RuntimeError, ValueError, LookupError, message.DecodeError) as error:
+        except (RuntimeError, ValueError, LookupError, DecodeError) as error:
             what = " ".join(str(error).split())
             kind = storage.DamagedError if os.path.exists(self.storage_path) else OSError
             raise kind(what) from None
 
     def name_of(self, index: int) -> str:
         return f"{self._name} record {index}"
-
-
-@functools.cache
-def _example_class() -> Any:
-    """Returns a protobuf class for the parts of tf.train.Example (tensorflow/core/example) in use.
-
-    The map of features is declared as a list of pairs, which is its encoding.
-    """
-    one = lambda number, name, **kind: dict(name=name, number=number, label="LABEL_OPTIONAL") | kind
-    many = lambda *args, **kind: one(*args, **kind) | {"label": "LABEL_REPEATED"}
-    messages = {
-        "BytesList": [many(1, "value", type="TYPE_BYTES")],
-        "Int64List": [many(1, "value", type="TYPE_INT64")],
-        "Feature": [one(1, "bytes_list", type_name="BytesList")]
-        + [one(3, "int64_list", type_name="Int64List")],
-        "Entry": [one(1, "key", type="TYPE_STRING"), one(2, "value", type_name="Feature")],
-        "Features": [many(1, "feature", type_name="Entry")],
-        "Example": [one(1, "features", type_name="Features")],
-    }
-    file = dict(name="example.proto", package="e", syntax="proto3")
-    file["message_type"] = [dict(name=name, field=fields) for name, fields in messages.items()]
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(descriptor_pb2.FileDescriptorProto(**file))
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("e.Example"))
 
 
 # --------------------------------------------------------------------------------- tfds metadata
@@ -167,22 +141,23 @@ def _open_split(builder, split):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         return ArrayRecordDataSource(instructions)
-    # All slices of a split share one index.
-    shards = {name: [os.fspath(p) for p in splits[name].filepaths] for name in splits}
-    split_of = {path: (name, k) for name, paths in shards.items() for k, path in enumerate(paths)}
-    indexes, ranges = {}, []
+    paths_of = {name: [os.fspath(path) for path in splits[name].filepaths] for name in splits}
+    split_of = {path: name for name, paths in paths_of.items() for path in paths}
+    rows_of = {}  # path -> index and its rows; all slices of a split share one index
+    for name in {split_of[os.fspath(instruction.filename)] for instruction in instructions}:
+        index = open_index("tfrecord", paths_of[name], _scan_tfrecord)
+        for path, rows in zip(paths_of[name], index.rows_per_file(), strict=True):
+            rows_of[path] = index, rows
+    ranges = []
     for instruction in instructions:
-        name, shard = split_of[os.fspath(instruction.filename)]
-        if name not in indexes:
-            indexes[name] = open_index("tfrecord", shards[name], _scan_tfrecord)
-        rows = indexes[name].rows_of(shard)
+        index, rows = rows_of[os.fspath(instruction.filename)]
         if len(rows) != instruction.examples_in_shard:
             raise InputError(
                 f"{instruction.filename} has {len(rows)} records, but dataset_info.json says "
                 f"{instruction.examples_in_shard}: copy the data set again"
             )
-        ranges.append((name, rows[instruction.skip : instruction.skip + instruction.take]))
-    return _TfRecords(indexes, ranges)
+        ranges.append((index, rows[instruction.skip : instruction.skip + instruction.take]))
+    return _TfRecords(ranges)
 
 
 # -------------------------------------------------------------------------------- TFRecord files
@@ -191,8 +166,8 @@ def _open_split(builder, split):
 class _TfRecords:
     """Records of TFRecord files: ranges of rows of one or more indexes."""
 
-    def __init__(self, indexes: dict[str, Index], ranges: list[tuple[str, range]]):
-        self._indexes, self._ranges = indexes, ranges
+    def __init__(self, ranges: list[tuple[Index, range]]):
+        self._ranges = ranges
         self._ends = list(itertools.accumulate(len(rows) for _, rows in ranges))
 
     def __len__(self):
@@ -200,19 +175,20 @@ class _TfRecords:
 
     def __getitem__(self, record):
         k = bisect.bisect_right(self._ends, record)
-        name, rows = self._ranges[k]
-        data = self._indexes[name].read(rows[record - self._ends[k]])  # from the end of its range
+        index, rows = self._ranges[k]
+        data = index.read(rows[record - self._ends[k]])  # from the end of its range
         data, crc = data[:-_CRC], data[-_CRC:]
         if crc != _masked_crc(data):
             raise storage.DamagedError("its checksum is wrong")
         return data
 
 
-def _scan_tfrecord(read, part, path):
+def _scan_tfrecord(file, part, path):
     """Yields start and size of each record, including its checksum (tensorflow/core/lib/io)."""
     position = 0
     while position < part.end:
-        header = read(position, _LENGTH + _CRC)
+        file.seek(position)
+        header = file.read(_LENGTH + _CRC)
         start, length = position + len(header), header[:_LENGTH]
         if header[_LENGTH:] != _masked_crc(length):
             raise InputError(f"{path} is damaged: no TFRecord begins at byte {position}")
