@@ -4,7 +4,7 @@
     python -m benchmarks compile --topology=v5e:2x2
     python -m benchmarks compile --implementations pallas --images-per-chip=512
 
-Runs `tnt_flax.tools.compile_check` once per implementation: memory, FLOPs and collectives according
+Runs `tnt-flax compile-check` once per implementation: memory, FLOPs and collectives according
 to the TPU compiler, which takes some minutes per step. Results depend on the libtpu version.
 """
 

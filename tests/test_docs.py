@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """README.md and docs/: the Python runs, commands parse, files and names exist."""
 
-import importlib
 import pathlib
 import re
 import shlex
@@ -10,20 +9,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import main
 import tnt_flax
+from benchmarks import __main__ as benchmarks
+from tnt_flax.__main__ import COMMANDS as COMMAND_TABLE
+from tnt_flax.__main__ import load_command
 from tnt_flax.weights import names
 from tnt_flax.weights.formats import torch
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
 EVERYTHING = "\n".join(PAGES.values())
-COMMAND = re.compile(
-    r"^(?:.*\| )?(?:\.venv/bin/)?python (?:-m ([\w.]+)|(main)\.py)(.*)$", re.MULTILINE
-)
-OTHERS = ("venv", "pip", "pytest", "mkdocs")
-COMMANDS = sorted(
-    {(m[1] or m[2], m[3]) for m in COMMAND.finditer(EVERYTHING) if m[1] not in OTHERS}
-)
+PROGRAMS = ("tnt-flax", "python -m tnt_flax", "python main.py", "python -m benchmarks")
+COMMAND = re.compile(rf"^(?:.*\| )?(?:\.venv/bin/)?({'|'.join(PROGRAMS)}) (\S.*)$", re.MULTILINE)
+COMMANDS = sorted(set(COMMAND.findall(EVERYTHING.replace("\\\n", " "))))
 SHAPE = re.compile(r"^((?:\w+ = )?(\S.*?))  # \[([\d, ]+)\]$", re.MULTILINE)
 
 
@@ -47,19 +46,24 @@ def test_python_runs_and_gives_the_shapes_in_its_comments(page, checkpoint):
         exec(SHAPE.sub(r"\1; check_shape(\2, [\3])", code), variables)
 
 
-@pytest.mark.parametrize("module, options", COMMANDS)
-def test_commands_parse(module, options, monkeypatch):
+@pytest.mark.parametrize("program, options", COMMANDS)
+def test_commands_parse(program, options, monkeypatch):
     monkeypatch.chdir(ROOT)
     arguments = shlex.split(options)
-    if module == "tnt_flax":
-        module = f"tnt_flax.tools.{arguments.pop(0)}"
-    module = {"benchmarks": "benchmarks.__main__"}.get(module, module)
-    importlib.import_module(module).make_parser().parse_args(arguments)
+    if program == "python -m benchmarks":
+        benchmarks.make_parser().parse_args(arguments)
+    elif options not in ("--help", "--version"):
+        name, *rest = main.to_command(arguments) if program == "python main.py" else arguments
+        _, parser = load_command(name)
+        parser.parse_args([option for option in rest if option != "--help"])
 
 
 def test_commands_are_found():
-    modules = {module for module, _ in COMMANDS}
-    assert {"main", "benchmarks", "tnt_flax.tools.convert", "tnt_flax.tools.predict"} <= modules
+    assert {program for program, _ in COMMANDS} >= set(PROGRAMS) - {"python -m tnt_flax"}
+
+
+def test_old_commands_are_gone():
+    assert not re.findall(r"-m tnt_flax\.tools\.\w+", EVERYTHING)
 
 
 def test_make_targets_exist():
@@ -85,9 +89,9 @@ def test_selected_tests_exist():
 def test_reference_lists_every_public_name_and_command():
     documented = re.findall(r"^::: (\S+)$", EVERYTHING, re.MULTILINE)
     assert set(tnt_flax.__all__) <= {name.rpartition(".")[2] for name in documented}
-    files = (ROOT / "tnt_flax/tools").glob("*.py")
-    commands = {file.stem for file in files if "__main__" in file.read_text()}
-    assert {f"tnt_flax.tools.{command}" for command in commands} <= set(documented)
+    assert {f"tnt_flax.tools.{command.module}" for command in COMMAND_TABLE.values()} <= set(
+        documented
+    )
 
 
 def test_table_of_models():

@@ -1,23 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m tnt_flax COMMAND`: the commands that need neither a config nor weights."""
+"""`tnt-flax COMMAND`, or `python -m tnt_flax COMMAND`: the table of commands and its dispatch."""
 
 import importlib
 import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
 
-from tnt_flax.core.errors import BAD_INPUT
+import tnt_flax
+from tnt_flax.core.errors import BAD_INPUT, did_you_mean
+from tnt_flax.tools import command_line
 
-COMMANDS = {"selftest": "compare and time all implementations on this machine's device"}
+
+class Command(NamedTuple):
+    """A command. Its module in `tnt_flax.tools` has `add_arguments` and `run`, see `main`."""
+
+    module: str
+    help: str
+    extra: str = ""  # the optional dependencies that it needs, see pyproject.toml
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in COMMANDS:
-        return importlib.import_module(f"tnt_flax.tools.{argv[0]}").main(argv[1:])
-    lines = [f"  {name:<12} {text}" for name, text in COMMANDS.items()]
-    wants_help = argv[:1] in (["-h"], ["--help"])
-    usage = "\n".join(["usage: python -m tnt_flax COMMAND [OPTIONS]", "", *lines])
-    print(usage, file=sys.stdout if wants_help else sys.stderr)
-    return 0 if wants_help else BAD_INPUT
+COMMANDS = {
+    "train": Command("train", "train a network, or resume a run", "train"),
+    "eval": Command("evaluate", "evaluate weights on a data set", "train"),
+    "predict": Command("predict", "classify images"),
+    "convert": Command("convert", "convert weights between frameworks, or describe them"),
+    "export": Command("export", "write StableHLO, ONNX, or a folder for timm", "train"),
+    "visualize": Command("visualize", "plot attention and features of an image", "train"),
+    "report": Command("report", "write a run as one HTML page", "train"),
+    "describe": Command("describe", "list layers: parameters, multiply-adds, bytes"),
+    "check-data": Command("check_data", "find corrupt and unusual images", "train"),
+    "preview": Command("preview", "plot augmented training images", "train"),
+    "compile-check": Command("compile_check", "compile a config's step for TPUs", "tpu"),
+    "selftest": Command("selftest", "compare and time implementations on this device"),
+}
+USAGE = """usage: tnt-flax COMMAND [OPTIONS]
+
+Transformer in Transformer (TNT) in JAX. Commands:
+
+{commands}
+
+Options and examples: tnt-flax COMMAND --help. Version: tnt-flax --version."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code, see `core.errors`.
+
+    A command's module has `add_arguments(parser)` and `run(args)`, which returns the JSON object of
+    the last line on stdout. It may have `failed(result)`, true for exit code 1, and `ON_INTERRUPT`,
+    the message after Ctrl-C. Its docstring is the text of --help.
+    """
+    name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in COMMANDS:
+        return run_command(name, arguments)
+    if name == "--version":
+        print(f"tnt_flax {tnt_flax.__version__}")
+    elif name in ("-h", "--help"):
+        rows = [f"  {key:<14}{command.help}" for key, command in COMMANDS.items()]
+        print(USAGE.format(commands="\n".join(rows)))
+    else:
+        hint = did_you_mean(name, COMMANDS) or ": tnt-flax --help lists all commands"
+        print(f"error: there is no command {name!r}{hint}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+def run_command(name: str, arguments: Sequence[str]) -> int:
+    module, parser = load_command(name)
+    return command_line.run(
+        parser,
+        module.run,
+        arguments,
+        on_interrupt=getattr(module, "ON_INTERRUPT", "nothing was written"),
+        failed=getattr(module, "failed", lambda result: False),
+    )
+
+
+def load_command(name: str) -> tuple[ModuleType, command_line.Parser]:
+    """Imports the module of a command; returns it with its parser."""
+    module = importlib.import_module(f"tnt_flax.tools.{COMMANDS[name].module}")
+    parser = command_line.Parser(f"tnt-flax {name}", module.__doc__)
+    module.add_arguments(parser)
+    return module, parser
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import safetensors.numpy
 
 from tests.goldens.scripts.weights import FIELDS, GOLDEN
 from tests.weights.test_names import random_params
-from tnt_flax.tools.convert import main
+from tnt_flax.__main__ import main
 from tnt_flax.weights import names
 from tnt_flax.weights.formats import mindspore, torch
 
@@ -44,7 +44,7 @@ def run(*arguments, code=0):
     """Returns the converter's JSON line, or its stderr for an exit code other than 0."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        found = main([str(x) for x in arguments])
+        found = main(["convert", *map(str, arguments)])
     assert found == code, err.getvalue()
     return json.loads(out.getvalue().splitlines()[-1]) if code == 0 else err.getvalue()
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.photos import all_photos, jpeg, png
+from tnt_flax.__main__ import main
 from tnt_flax.core.errors import InputError
 from tnt_flax.tools import check_data
 from tnt_flax.tools.check_data import inspect_image, open_findings
@@ -226,7 +227,7 @@ def test_classes_with_few_images(capsys):
 def test_exit_codes(folder, root, changes, code, capsys):
     settings = {"data.source": "folder", "data.root": str(folder), "data.eval_split": "val"}
     flags = [f"--config.{key}={value}" for key, value in (settings | changes).items()]
-    assert check_data.main([f"--config={root}/configs/digits.py", *flags]) == code
+    assert main(["check-data", f"--config={root}/configs/digits.py", *flags]) == code
     out, err = capsys.readouterr()
     if code == 2:
         assert out == ""

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tnt_flax.__main__ import main
 from tnt_flax.core.errors import InputError
 from tnt_flax.tools import compile_check
 from tnt_flax.tools.compile_check import CHIP_MEMORY, collectives, tpu_devices
@@ -104,7 +105,7 @@ def test_the_command_compiles_a_training_step(root, smoke_flags, tiny_config, fs
     """Four chips exchange at least the gradients, in bfloat16."""
     flags = [f"--config.{key}={value}" for key, value in (TINY | {"mesh.fsdp": fsdp}).items()]
     arguments = [f"--config={root}/configs/digits.py", *smoke_flags, *flags]
-    assert compile_check.main([*arguments, "--topology=v5e:2x2", "--classes=10"]) == 0
+    assert main(["compile-check", *arguments, "--topology=v5e:2x2", "--classes=10"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     shapes = Experiment(tiny_config, num_classes=10, steps_per_epoch=1).state_shapes
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes.params))

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import pytest
 
 from tests.models.test_models import COUNTS, TNTS
+from tnt_flax.__main__ import main
 from tnt_flax.models import create_model
 from tnt_flax.tools import describe
 
 
 def run(capsys, *arguments):
-    assert describe.main([*arguments]) == 0
+    assert main(["describe", *arguments]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     return table, json.loads(last)
 
@@ -133,10 +134,10 @@ def test_matmuls_in_nested_loops():
         (["tnt_s_patch16_224", "--set", "depht=3"], "TNT has no field 'depht' (did you mean"),
         (["tnt_s_patch16_224", "--set", "depth"], "--set depth: write NAME=VALUE"),
         (["tnt_s_patch16_224", "--set", "dtype=int99"], "dtype='int99' is not a valid type"),
-        ([], "the following arguments are required: model"),
+        ([], "the following arguments are required: MODEL"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, capsys):
-    assert describe.main(arguments) == 2
+    assert main(["describe", *arguments]) == 2
     out, err = capsys.readouterr()
     assert not out and err.startswith("error: ") and message in err and err.count("\n") == 1

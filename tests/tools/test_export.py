@@ -13,6 +13,7 @@ import pytest
 
 import tnt_flax
 from tests.helpers import small_network
+from tnt_flax.__main__ import main
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.inference import stablehlo
 from tnt_flax.tools import export
@@ -20,7 +21,7 @@ from tnt_flax.weights.read import read_checkpoint
 
 
 def run(capsys, *arguments):
-    assert export.main([*map(str, arguments)]) == 0
+    assert main(["export", *map(str, arguments)]) == 0
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -79,7 +80,7 @@ def test_a_pyramid(tmp_path, capsys):
     assert run(capsys, path, out)["max_abs_difference"] < 1e-4
     info = tnt_flax.load_exported(out).info
     assert info["image_size"] == 32 and info["variant"] == "pyramid"
-    code = export.main([str(path), str(tmp_path / "folder")])
+    code = main(["export", str(path), str(tmp_path / "folder")])
     message = capsys.readouterr().err.splitlines()[-1]
     assert code == 2 and "is a PyramidTNT, which timm does not have" in message
 
@@ -123,7 +124,9 @@ def test_a_wrong_export_is_not_written(tmp_path, monkeypatch, capsys):
         return jax.jit(lambda images: model.apply(variables, 1.01 * images))
 
     monkeypatch.setitem(export.FORMATS, "stablehlo", wrong)
-    code = export.main([str(small_network.save(tmp_path, depth=1)), str(tmp_path / "x.stablehlo")])
+    code = main(
+        ["export", str(small_network.save(tmp_path, depth=1)), str(tmp_path / "x.stablehlo")]
+    )
     assert code == 1
     assert "x.stablehlo differs from its source by" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["small.safetensors"]
@@ -164,7 +167,7 @@ def test_onnx(name, size, tmp_path, capsys):
 def test_onnx_without_its_packages(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    code = export.main([str(small_network.save(tmp_path, depth=1)), str(tmp_path / "x.onnx")])
+    code = main(["export", str(small_network.save(tmp_path, depth=1)), str(tmp_path / "x.onnx")])
     assert code == 2
     assert "pip install --no-deps jax2onnx" in capsys.readouterr().err.splitlines()[-1]
 
@@ -250,7 +253,7 @@ def test_timm_takes_a_published_size(tmp_path, capsys):
 def test_bad_input_is_one_line(arguments, message, tmp_path, capsys, monkeypatch):
     path = small_network.save(tmp_path, depth=1)
     monkeypatch.chdir(tmp_path)
-    code = export.main([a.replace("CHECKPOINT", str(path)) for a in arguments])
+    code = main(["export", *(a.replace("CHECKPOINT", str(path)) for a in arguments)])
     out, err = capsys.readouterr()
     assert code == 2 and not out
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
@@ -258,7 +261,7 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, capsys, monkeypatch
 
 def test_what_timm_has_not_is_refused(tmp_path, capsys):
     path = small_network.save(tmp_path, depth=2, vanilla_blocks=(1,))
-    code = export.main([str(path), str(tmp_path / "folder")])
+    code = main(["export", str(path), str(tmp_path / "folder")])
     assert code == 2
     assert "timm cannot build blocks without words" in capsys.readouterr().err
     assert not (tmp_path / "folder").exists()

@@ -23,6 +23,7 @@ from tests.helpers import small_network
 from tests.helpers.photos import all_photos, png
 from tests.helpers.random_weights import random_params
 from tests.helpers.smoke import SMOKE
+from tnt_flax.__main__ import load_command
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.files import open_table
 from tnt_flax.data.labels import IMAGENET_SUBSETS, imagenet_synsets, readable_names
@@ -200,7 +201,7 @@ def test_the_bundled_subsets_are_those_of_timm():
 
 
 def run(*arguments):
-    return predict.predict(predict.make_parser().parse_args(list(map(str, arguments))))
+    return predict.run(load_command("predict")[1].parse_args(list(map(str, arguments))))
 
 
 def test_answers_are_printed_and_what_is_corrupt_is_left_out(weights, folder, capsys):
@@ -316,7 +317,7 @@ def test_nothing_readable_leaves_no_table(weights, folder, tmp_path):
 @pytest.mark.slow
 def test_the_command(weights, folder, root):
     listed = "\n".join([f"{folder}/sub/img9.jpg", f"{folder}/china.png"])
-    command = [sys.executable, "-m", "tnt_flax.tools.predict", str(weights), "-"]
+    command = [sys.executable, "-m", "tnt_flax", "predict", str(weights), "-"]
     done = subprocess.run(command, cwd=root, input=listed, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, last = done.stdout.splitlines()

@@ -11,6 +11,7 @@ import optax
 import pytest
 from PIL import Image
 
+from tnt_flax.__main__ import main
 from tnt_flax.core.errors import InputError
 from tnt_flax.tools import preview
 from tnt_flax.training.experiment import Experiment
@@ -134,7 +135,7 @@ def test_the_sheet(smoke_config, smoke_flags, root, tmp_path, monkeypatch, capsy
     config = smoke_config(batch_size=320)  # nothing is mixed
     out = tmp_path / "sheet.png"
     flags = ["--config.batch_size=320", f"--out={out}", "--rows=2", "--columns=5"]
-    assert preview.main([f"--config={root}/configs/digits.py", *smoke_flags, *flags]) == 0
+    assert main(["preview", f"--config={root}/configs/digits.py", *smoke_flags, *flags]) == 0
     said = capsys.readouterr()
     assert said.err.startswith("batch size 10 instead of 320: same distribution")
     assert json.loads(said.out.splitlines()[-1]) == {
@@ -173,5 +174,5 @@ def test_a_write_that_fails_ends_with_one(smoke_flags, root, tmp_path, monkeypat
 
     monkeypatch.setattr("tnt_flax.tools.figures.plot_samples", full)
     flags = [f"--out={tmp_path / 'a.png'}", "--rows=1", "--columns=1"]
-    assert preview.main([f"--config={root}/configs/digits.py", *smoke_flags, *flags]) == 1
+    assert main(["preview", f"--config={root}/configs/digits.py", *smoke_flags, *flags]) == 1
     assert capsys.readouterr().err.endswith("a.png: No space left on device\n")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tnt_flax.__main__ import load_command, main
 from tnt_flax.runtime.workdir import (
     config_from_json,
     config_to_json,
@@ -44,7 +45,7 @@ def made(tmp_path_factory):
     config.update_from_flattened_dict(SMOKE)
     evaluated = train_and_evaluate(config, workdir)
     evaluated["ece"] = evaluate_checkpoint(config, workdir, "best")["ece"]
-    result = report.report(report.make_parser().parse_args([str(workdir)]))
+    result = report.run(load_command("report")[1].parse_args([str(workdir)]))
     return workdir / "report.html", result, evaluated
 
 
@@ -176,7 +177,7 @@ def test_a_config_survives_its_file(smoke_config):
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, capsys, smoke_config):
     (tmp_path / "config.json").write_text(json.dumps(config_to_json(smoke_config())))
-    code = report.main([a.replace("RUN", str(tmp_path)) for a in arguments])
+    code = main(["report", *(a.replace("RUN", str(tmp_path)) for a in arguments)])
     out, err = capsys.readouterr()
     assert code == 2 and not out
     assert err.startswith("error: ") and message in err and err.count("\n") == 1

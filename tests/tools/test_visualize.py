@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers import small_network
+from tnt_flax.__main__ import main
 from tnt_flax.models.network import BlockLayout
 from tnt_flax.tools import attention as tracing
 from tnt_flax.tools import figures, visualize
@@ -177,7 +178,7 @@ def test_looking_with_a_pyramid(tmp_path):
 def test_every_picture_is_drawn(name, size, patches, tmp_path, capsys):
     path, image = small_network.save(tmp_path, name, size), small_network.photo(tmp_path)
     out = tmp_path / "new" / "figures"
-    assert visualize.main([str(path), str(image), f"--out={out}", *patches]) == 0
+    assert main(["visualize", str(path), str(image), f"--out={out}", *patches]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["class"].startswith("class ") and 0.1 <= result["probability"] <= 1
     assert sorted(result["figures"]) == sorted(path.name for path in out.iterdir())
@@ -201,7 +202,14 @@ def test_without_words_or_head(tmp_path, capsys):
     """Blocks without words have no inner attention to draw; features are no answer."""
     path = small_network.save(tmp_path, depth=2, vanilla_blocks=(0, 1), num_classes=0)
     assert (
-        visualize.main([str(path), str(small_network.photo(tmp_path)), f"--out={tmp_path / 'out'}"])
+        main(
+            [
+                "visualize",
+                str(path),
+                str(small_network.photo(tmp_path)),
+                f"--out={tmp_path / 'out'}",
+            ]
+        )
         == 0
     )
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -229,7 +237,7 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
     arguments = [f"--out={tmp_path / 'out'}", *arguments]
     for word, path in known.items():
         arguments = [argument.replace(word, str(path)) for argument in arguments]
-    code = visualize.main(arguments)
+    code = main(["visualize", *arguments])
     out, err = capsys.readouterr()
     assert code == 2 and not out
     assert err.startswith("error: ") and message in err and err.count("\n") == 1

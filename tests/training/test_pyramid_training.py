@@ -11,10 +11,10 @@ import pytest
 
 import tnt_flax
 from tests.helpers.smoke import SMOKE
+from tnt_flax.__main__ import load_command, main
 from tnt_flax.core.trees import fingerprint, named_leaves
 from tnt_flax.runtime import checkpoints
 from tnt_flax.tools import report
-from tnt_flax.tools.convert import main as convert
 from tnt_flax.training.evaluate import evaluate_checkpoint
 from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.train import train_and_evaluate
@@ -84,14 +84,14 @@ def test_its_weights_are_evaluated_loaded_and_converted(finished, tmp_path):
     flags = ["--to=huawei", "--checkpoint=last", "--weights=raw"]
     params, _ = Experiment(config).load_variables(str(workdir), DIGITS, checkpoint="last")
     assert fingerprint(params) == fingerprint(stored(workdir, STEPS, "ema", config))
-    assert convert([str(workdir), str(path), *flags]) == 0
+    assert main(["convert", str(workdir), str(path), *flags]) == 0
     _, again = tnt_flax.load(path, inner_heads=1)
     assert fingerprint(join_collections(again)) == result["fingerprint"]
 
 
 def test_its_report(finished):
     _, workdir, result = finished
-    found = report.report(report.make_parser().parse_args([str(workdir)]))
+    found = report.run(load_command("report")[1].parse_args([str(workdir)]))
     assert found["top1"] == pytest.approx(result["top1"])
     page = (workdir / "report.html").read_text()
     assert "Attention rollout (brighter patches have a larger share" in page

@@ -8,8 +8,8 @@ import pytest
 
 from tests.helpers.foreign_weights import FILES, HEADS, golden, raw_tensors, run
 from tests.weights.test_names import random_params
+from tnt_flax.__main__ import main
 from tnt_flax.core.trees import fingerprint
-from tnt_flax.tools.convert import main
 from tnt_flax.weights import identify, write
 from tnt_flax.weights import names as mapping
 from tnt_flax.weights.formats import torch
@@ -127,17 +127,8 @@ def test_invalid_commands_are_refused(arguments, message, tmp_path):
 
 def test_names_lists_every_tensor(capsys):
     path, heads = golden("huawei")
-    assert (
-        main(
-            [
-                "--check",
-                str(path),
-                "--names",
-                *(f"--{k.replace('_', '-')}={v}" for k, v in heads.items()),
-            ]
-        )
-        == 0
-    )
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in heads.items()]
+    assert main(["convert", "--check", str(path), "--names", *options]) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:-1]]
     printed = {line[0]: line[1] for line in lines}
     assert set(raw_tensors(path)) <= set(printed)
@@ -156,7 +147,7 @@ def test_against_timm_requires_torch_and_timm(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     path, heads = golden("timm")
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in heads.items()]
-    assert main(["--check", str(path), "--against=timm", *flags]) == 2
+    assert main(["convert", "--check", str(path), "--against=timm", *flags]) == 2
     assert "--against=timm needs torch and timm" in capsys.readouterr().err
 
 

@@ -195,7 +195,7 @@ def test_weights_are_loaded_from_the_hub(tmp_path):
     heads = [
         f"--{key.replace('_', '-')}={FIELDS['timm'][key]}" for key in ("inner_heads", "outer_heads")
     ]
-    command = ["-m", "tnt_flax.tools.convert", "--check", *heads]
+    command = ["-m", "tnt_flax", "convert", "--check", *heads]
     with serving() as server:
         out = Client(tmp_path, server).run(*command, "hf://lab/tnt")
     here, fetched = (

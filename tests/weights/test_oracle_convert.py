@@ -69,7 +69,7 @@ def test_timm_loads_what_we_write(suffix, legacy, torch, timm, tmp_path):
     network = small(timm, legacy=legacy)
     fill(torch, network)
     source, path = save(network, tmp_path), tmp_path / f"x{suffix}"
-    command = [sys.executable, "-m", "tnt_flax.tools.convert", source, path, "--to=timm"]
+    command = [sys.executable, "-m", "tnt_flax", "convert", source, path, "--to=timm"]
     command += [f"--{key.replace('_', '-')}={value}" for key, value in HEADS.items()]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert json.loads(out.splitlines()[-1])["same_function"]
@@ -125,7 +125,7 @@ def test_stems_are_adapted_as_timms(channels, torch, timm, tmp_path):
 def test_the_command_compares(legacy, torch, timm, tmp_path):
     network = small(timm, legacy=legacy)
     fill(torch, network)
-    command = [sys.executable, "-m", "tnt_flax.tools.convert", "--check", save(network, tmp_path)]
+    command = [sys.executable, "-m", "tnt_flax", "convert", "--check", save(network, tmp_path)]
     command += [
         "--against=timm",
         *(f"--{key.replace('_', '-')}={value}" for key, value in HEADS.items()),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks as StableHLO: `load_exported` reads the files of `tools.export`.
+"""Networks as StableHLO: `load_exported` reads the files of `tnt-flax export`.
 
 A file is a zip archive of `program`, serialized by `jax.export`, and `export.json`, its metadata.
 JAX guarantees compatibility for six months, so the metadata contain the dates of creation and
@@ -36,7 +36,7 @@ class Exported:
 
 
 def load_exported(path: str | pathlib.Path) -> Exported:
-    """Loads a network written by `python -m tnt_flax.tools.export CHECKPOINT OUT.stablehlo`.
+    """Loads a network written by `tnt-flax export CHECKPOINT OUT.stablehlo`.
 
     Raises:
         InputError: the file is missing, damaged, expired, for other platforms, or written by an
@@ -50,7 +50,7 @@ def load_exported(path: str | pathlib.Path) -> Exported:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
         raise InputError(
-            f"{path} is damaged or was not written by tnt_flax.tools.export ({one_line(error)})"
+            f"{path} is damaged or was not written by tnt-flax export ({one_line(error)})"
         ) from None
     if datetime.date.today() > expires:
         raise InputError(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks every image of a data set: corrupt files, and images that training converts silently.
 
-    python -m tnt_flax.tools.check_data --config=configs/tnt_s.py --config.data.root=IMAGENET
-    python -m tnt_flax.tools.check_data --config=configs/tnt_s.py --config.data.root=IMAGENET \\
+    tnt-flax check-data --config=configs/tnt_s.py --config.data.root=IMAGENET
+    tnt-flax check-data --config=configs/tnt_s.py --config.data.root=IMAGENET \\
         --split=both --out=findings.jsonl
 
 With --out, every finding is a line of JSON in that file, and an interrupted check resumes with the
@@ -10,6 +10,7 @@ same command. The last line on stdout is one JSON object with the number of find
 Exit code 0 means that no image is corrupt, 1 that some are, 2 that the input was wrong.
 """
 
+import argparse
 import collections
 import concurrent.futures
 import contextlib
@@ -30,9 +31,10 @@ from tqdm import tqdm
 from tnt_flax.core.errors import InputError, RunError, one_line
 from tnt_flax.data.sources import Source
 from tnt_flax.data.transforms import CorruptImageError, decode
-from tnt_flax.tools.command_line import Parser, run
+from tnt_flax.tools.command_line import Parser
 
 logger = logging.getLogger(__name__)
+ON_INTERRUPT = "with --out, the same command resumes"
 MEANING = {  # kinds of findings, in the order of the table
     "corrupt": 'stops training; with data.corrupt="skip", replaced by the next image',
     "empty": "zero bytes; also counted as corrupt",
@@ -55,22 +57,19 @@ ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 OTHER_KEYS = ("image_size", "crop_fraction", "mean", "std", "corrupt", "threads", "workers")
 
 
-def make_parser() -> Parser:
-    parser = Parser("python -m tnt_flax.tools.check_data", __doc__, takes_config=True)
+def add_arguments(parser: Parser) -> None:
+    parser.add_config()
     choices = ["train", "eval", "both"]
     parser.add_argument("--split", choices=choices, default="train", help="records to read")
     parser.add_argument("--out", metavar="FILE", help="file for all findings, as lines of JSON")
-    return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run(
-        make_parser(),
-        lambda args: check_data(args.config, args.split, args.out),
-        argv,
-        on_interrupt="with --out, the same command resumes",
-        failed=lambda result: bool(result["corrupt"]),
-    )
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return check_data(args.config, args.split, args.out)
+
+
+def failed(result: dict[str, Any]) -> bool:
+    return result["corrupt"] > 0
 
 
 def check_data(config: ConfigDict, split: str = "train", out: str | None = None) -> dict[str, Any]:
@@ -290,7 +289,3 @@ def append(file: BinaryIO, lines: list[dict[str, Any]]) -> None:
 
 def _encode(line: dict[str, Any]) -> bytes:
     return (json.dumps(line, ensure_ascii=False) + "\n").encode()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frame of every command: options, `--config`, logging, one-line errors, exit codes.
-
-A command has a `make_parser()`, a function of the parsed arguments that returns the JSON object of
-the last line on stdout, and `main(argv)`, which hands both to `run` and returns the exit code.
-"""
+"""The frame of every command: options, `--config`, logging, one-line errors, exit codes."""
 
 import argparse
 import ast
@@ -29,20 +25,30 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are `InputError`s of one line.
 
     Args:
-        prog: the command, such as "python -m tnt_flax.tools.predict".
+        prog: the command, such as "tnt-flax predict".
         doc: the text of --help.
-        takes_config: adds `--config=FILE` and `--config.KEY=VALUE`; `args.config` is a ConfigDict.
         **options: of `argparse.ArgumentParser`.
     """
 
-    def __init__(self, prog: str, doc: str, *, takes_config: bool = False, **options: Any):
+    def __init__(self, prog: str, doc: str, **options: Any):
         options = {"formatter_class": argparse.RawDescriptionHelpFormatter} | options
         super().__init__(prog=prog, description=doc, allow_abbrev=False, **options)
-        self._takes_config = takes_config
-        if takes_config:
-            text = "a file with get_config(), such as configs/tnt_s.py"
-            self.add_argument("--config", metavar="FILE", help=text)
-            self.epilog = "Any key of the config can be set: --config.batch_size=96."
+        self._takes_config = False
+
+    def add_config(self) -> None:
+        """Adds `--config=FILE` and `--config.KEY=VALUE`; `args.config` is a ConfigDict."""
+        self._takes_config = True
+        text = "a file with get_config(), such as configs/tnt_s.py"
+        self.add_argument("--config", metavar="FILE", help=text)
+        self.epilog = "Any key of the config can be set: --config.batch_size=96."
+
+    def format_help(self) -> str:
+        """Returns the text of --help, whose first line does not repeat the options."""
+        ends = {"?": "[{}]", "+": "{}...", None: "{}"}
+        actions = self._get_positional_actions()
+        positional = [ends[action.nargs].format(action.metavar) for action in actions]
+        self.usage = " ".join(["%(prog)s", *positional, "[OPTIONS]"])
+        return super().format_help()
 
     def parse_args(self, args=None, namespace=None):
         parsed, rest = self.parse_known_args(args, namespace)

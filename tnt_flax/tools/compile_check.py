@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles a config's training step for TPUs on any machine: memory, FLOPs, collectives.
 
-    python -m tnt_flax.tools.compile_check --config=configs/tnt_b.py --topology=v5e:16x16
-    python -m tnt_flax.tools.compile_check --config=configs/tnt_s.py --topology=v5p:2x2x1 \\
+    tnt-flax compile-check --config=configs/tnt_b.py --topology=v5e:16x16
+    tnt-flax compile-check --config=configs/tnt_s.py --topology=v5p:2x2x1 \\
         --config.batch_size=512
 
 Needs `pip install "tnt_flax[tpu]"` but no TPU, reads no data, and takes one or two minutes. The
@@ -11,11 +11,11 @@ on stdout is one JSON object. Exit code 1 means that the step does not fit into 
 input was wrong.
 """
 
+import argparse
 import importlib.util
 import logging
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError, one_line
-from tnt_flax.tools.command_line import Parser, positive, run
+from tnt_flax.tools.command_line import Parser, positive
 from tnt_flax.tools.describe import count_macs
 from tnt_flax.training.experiment import Experiment
 
@@ -58,21 +58,21 @@ class Collectives(NamedTuple):
     bytes: int  # size of the results of all executions
 
 
-def make_parser() -> Parser:
-    parser = Parser("python -m tnt_flax.tools.compile_check", __doc__, takes_config=True)
+def add_arguments(parser: Parser) -> None:
+    parser.add_config()
     parser.add_argument("--topology", help="kind of TPU and chips along each axis, such as v5e:4x4")
     parser.add_argument(
         "--classes", type=positive, default=1000, metavar="N", help="number of classes"
     )
-    return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    def command(args):
-        jax.config.update("jax_platforms", "cpu")  # do not occupy the TPUs of this machine
-        return compile_check(args.config, args.topology, args.classes)
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    jax.config.update("jax_platforms", "cpu")  # do not occupy the TPUs of this machine
+    return compile_check(args.config, args.topology, args.classes)
 
-    return run(make_parser(), command, argv, failed=lambda result: not result["fits"])
+
+def failed(result: dict[str, Any]) -> bool:
+    return not result["fits"]
 
 
 def compile_check(config: ConfigDict, topology: str | None, classes: int = 1000) -> dict[str, Any]:
@@ -255,7 +255,3 @@ def _array_bytes(dtype: str, dimensions: str) -> int:
     for dimension in filter(None, dimensions.split(",")):
         size *= int(dimension)
     return round(size)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

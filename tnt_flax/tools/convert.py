@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Converts TNT weights between frameworks, or describes a weights file.
 
-    python -m tnt_flax.tools.convert tnt_s_81.5.pth.tar tnt_s.safetensors
-    python -m tnt_flax.tools.convert runs/tnt_s tnt_s.pth --to=timm --checkpoint=last --weights=raw
-    python -m tnt_flax.tools.convert --check tnt_b_pets.ckpt --names
-    python -m tnt_flax.tools.convert --check tnt_s_81.5.pth.tar --against=timm
+    tnt-flax convert tnt_s_81.5.pth.tar tnt_s.safetensors
+    tnt-flax convert runs/tnt_s tnt_s.pth --to=timm --checkpoint=last --weights=raw
+    tnt-flax convert --check tnt_b_pets.ckpt --names
+    tnt-flax convert --check tnt_s_81.5.pth.tar --against=timm
 
 The last line on stdout is one JSON object. Exit code 1 means that the file could not be written or,
 with --against, that the outputs differ by more than rounding; 2 that the input was wrong.
@@ -12,7 +12,6 @@ with --against, that the outputs differ by more than rounding; 2 that the input 
 
 import argparse
 import pathlib
-import sys
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ import numpy as np
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import fingerprint
-from tnt_flax.tools.command_line import Parser, add_weights_options, read_weights, run
+from tnt_flax.tools.command_line import Parser, add_weights_options, read_weights
 from tnt_flax.weights import names, write
 from tnt_flax.weights.identify import variant_of
 from tnt_flax.weights.names import join_collections
@@ -29,11 +28,10 @@ from tnt_flax.weights.read import LoadedWeights
 TOLERANCE = 5e-5  # for float32 logits with a standard deviation around 1
 
 
-def make_parser() -> Parser:
-    parser = Parser("python -m tnt_flax.tools.convert", __doc__)
+def add_arguments(parser: Parser) -> None:
     add_weights_options(parser)
     add = parser.add_argument
-    add("destination", nargs="?", type=pathlib.Path, help="file to write")
+    add("destination", nargs="?", metavar="DESTINATION", type=pathlib.Path, help="file to write")
     add(
         "--to",
         choices=list(write.SUFFIXES),
@@ -42,17 +40,9 @@ def make_parser() -> Parser:
     add("--check", action="store_true", help="describe CHECKPOINT and convert nothing")
     add("--against", choices=["timm"], help="compare logits with timm's (needs torch)")
     add("--names", action="store_true", help="list the source and target name of every tensor")
-    return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    def differs(result):
-        return not result.get("against_timm", 0) <= TOLERANCE
-
-    return run(make_parser(), convert, argv, failed=differs)
-
-
-def convert(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Converts or checks weights; returns the JSON object of the last line.
 
     Raises:
@@ -116,6 +106,10 @@ def compare_with_timm(found: LoadedWeights) -> float:
     return float(np.abs(np.asarray(ours) - theirs).max())
 
 
+def failed(result: dict[str, Any]) -> bool:
+    return not result.get("against_timm", 0) <= TOLERANCE  # NaN fails
+
+
 def print_facts(found: LoadedWeights, *, list_names: bool) -> dict[str, Any]:
     """Prints a table about the weights; returns it for the JSON object."""
     model = found.network.model
@@ -145,7 +139,3 @@ def print_facts(found: LoadedWeights, *, list_names: bool) -> dict[str, Any]:
 
 def print_row(key: str, value: Any) -> None:
     print(f"{key:<14} {value}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lists the parts of a network: parameters, FLOPs, bytes moved.
 
-    python -m tnt_flax.tools.describe tnt_s_patch16_224
-    python -m tnt_flax.tools.describe tnt_b_patch16_224 --image-size=384 --batch-size=128 \\
+    tnt-flax describe tnt_s_patch16_224
+    tnt-flax describe tnt_b_patch16_224 --image-size=384 --batch-size=128 \\
         --set dtype=bfloat16 vanilla_blocks=1,2,3
 
 FLOPs are those of matmuls and convolutions: two for each multiply-add (MAC). The paper counts MACs
@@ -19,9 +19,9 @@ so fewer multiply-adds are computed: `computed_macs` in the JSON object.
 The last line on stdout is one JSON object. Exit code 2 means that the input was wrong.
 """
 
+import argparse
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import named_leaves
 from tnt_flax.models import Network, create_model
 from tnt_flax.models.tnt_blocks import WORD_KERNEL
-from tnt_flax.tools.command_line import Parser, parse_settings, run
+from tnt_flax.tools.command_line import Parser, parse_settings
 
 # A parameter or matmul belongs to the first part whose pattern is found in its path.
 PARTS = {
@@ -61,21 +61,16 @@ class Contraction(NamedTuple):
     bytes: int  # of operands and result
 
 
-def make_parser() -> Parser:
-    parser = Parser("python -m tnt_flax.tools.describe", __doc__)
+def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
-    add("model", help="one of tnt_flax.list_models()")
+    add("model", metavar="MODEL", help="one of tnt_flax.list_models()")
     add("--image-size", type=int, help="pixels per side; default: from the name")
     add("--batch-size", type=int, default=1, help="images, for activation bytes")
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of the network")
-    return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    def command(args):
-        return describe(args.model, args.image_size, args.batch_size, parse_fields(args.set))
-
-    return run(make_parser(), command, argv)
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return describe(args.model, args.image_size, args.batch_size, parse_fields(args.set))
 
 
 def parse_fields(settings: list[str]) -> dict[str, Any]:
@@ -202,7 +197,3 @@ def _macs(equation) -> int:
     else:
         return 0
     return math.prod(equation.outvars[0].aval.shape) * math.prod(per_result)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exports a network with its weights, for use without tnt_flax.
 
-    python -m tnt_flax.tools.export tnt_s_81.5.pth.tar tnt_s.stablehlo
-    python -m tnt_flax.tools.export runs/digits digits.onnx
-    python -m tnt_flax.tools.export tnt_s_81.5.pth.tar tnt_s_timm
+    tnt-flax export tnt_s_81.5.pth.tar tnt_s.stablehlo
+    tnt-flax export runs/digits digits.onnx
+    tnt-flax export tnt_s_81.5.pth.tar tnt_s_timm
 
 OUT.stablehlo is for JAX on CPUs, GPUs and TPUs (`tnt_flax.load_exported`; expires after 180 days),
 OUT.onnx for ONNX Runtime, a folder for timm and the Hugging Face hub. Both files take normalized
@@ -12,10 +12,10 @@ with the source's. The last line on stdout is one JSON object. Exit code 1 means
 could not be written or differs from its source, 2 that the input was wrong.
 """
 
+import argparse
 import json
 import logging
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +28,7 @@ from tnt_flax.core.files import atomic_path
 from tnt_flax.inference.stablehlo import load_exported, save_exported, trace
 from tnt_flax.runtime import host
 from tnt_flax.tools import attention
-from tnt_flax.tools.command_line import Parser, add_weights_options, read_weights, run
+from tnt_flax.tools.command_line import Parser, add_weights_options, read_weights
 from tnt_flax.training.mixup import normalize
 from tnt_flax.weights import write
 from tnt_flax.weights.read import LoadedWeights, read_checkpoint
@@ -44,19 +44,13 @@ ONNX_PACKAGES = (
 Run = Callable[[np.ndarray], np.ndarray]
 
 
-def make_parser() -> Parser:
-    parser = Parser("python -m tnt_flax.tools.export", __doc__)
+def add_arguments(parser: Parser) -> None:
     add_weights_options(parser)
     add = parser.add_argument
     add("out", metavar="OUT", type=pathlib.Path, help="FILE.stablehlo, FILE.onnx, or a folder")
-    return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run(make_parser(), export, argv)
-
-
-def export(args: Any) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Writes and verifies the export; returns the JSON object of the last line.
 
     Raises:
@@ -184,7 +178,3 @@ def verify(found: LoadedWeights, run: Run, images: np.ndarray, out: str) -> floa
             "not written"
         )
     return max(different)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

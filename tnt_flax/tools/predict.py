@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Classifies images with weights of any framework: class names and probabilities.
 
-    python -m tnt_flax.tools.predict tnt_s_81.5.pth.tar cat.jpg holiday/ 'more/*.png'
-    find photos -name '*.jpg' | python -m tnt_flax.tools.predict runs/pets - --out=predictions.csv
+    tnt-flax predict tnt_s_81.5.pth.tar cat.jpg holiday/ 'more/*.png'
+    find photos -name '*.jpg' | tnt-flax predict runs/pets - --out=predictions.csv
 
 A path is a file, a folder (with all images below it), a pattern, or - for a list of files on stdin.
 Images are preprocessed as in the evaluation of the weights. Unreadable images are reported and
@@ -10,6 +10,7 @@ left out. The last line on stdout is one JSON object. Exit code 1 means that no 
 2 that the input was wrong.
 """
 
+import argparse
 import contextlib
 import glob
 import os
@@ -24,13 +25,13 @@ from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.files import open_table
 from tnt_flax.data.sources.names import is_image, natural_key
 from tnt_flax.runtime import host
-from tnt_flax.tools.command_line import Parser, add_weights_options, run, weights_arguments
+from tnt_flax.tools.command_line import Parser, add_weights_options, weights_arguments
 
 STDIN = "-"
+ON_INTERRUPT = "no table was written"
 
 
-def make_parser() -> Parser:
-    parser = Parser("python -m tnt_flax.tools.predict", __doc__)
+def add_arguments(parser: Parser) -> None:
     add_weights_options(parser)
     add = parser.add_argument
     add("paths", metavar="PATH", nargs="+", help="a file, a folder, a pattern, or - for stdin")
@@ -39,20 +40,9 @@ def make_parser() -> Parser:
     add("--batch-size", type=int, default=64, help="images per batch")
     add("--threads", type=int, default=8, help="threads that decode images")
     add("--class-list", help="file with one class name per line")
-    return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run(
-        make_parser(),
-        predict,
-        argv,
-        on_interrupt="no table was written",
-        failed=lambda result: not result["images"],
-    )
-
-
-def predict(args: Any) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prints or writes the predictions; returns the numbers of images and of unreadable ones.
 
     Raises:
@@ -82,6 +72,10 @@ def predict(args: Any) -> dict[str, Any]:
         if not counts["images"] and table:
             raise RunError("no image could be read: no table was written")
     return counts | ({"out": str(args.out)} if args.out else {})
+
+
+def failed(result: dict[str, Any]) -> bool:
+    return not result["images"]
 
 
 def as_text(file: str) -> str:
@@ -136,7 +130,3 @@ def _below(folder: str) -> list[str]:
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         found += [os.path.join(directory, name) for name in names if is_image(name)]
     return sorted(found, key=natural_key)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

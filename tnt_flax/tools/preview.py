@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plots training samples as the network sees them: cropped, augmented, mixed, erased.
 
-    python -m tnt_flax.tools.preview --config=configs/digits.py --out=samples.png
-    python -m tnt_flax.tools.preview --config=configs/tnt_s.py --config.data.root=IMAGENET \\
+    tnt-flax preview --config=configs/digits.py --out=samples.png
+    tnt-flax preview --config=configs/tnt_s.py --config.data.root=IMAGENET \\
         --out=samples.png --rows=4 --columns=8
 
 The samples are those of the first training step; a batch much larger than the sheet is reduced. The
@@ -10,17 +10,17 @@ last line on stdout is one JSON object. Exit code 1 means that the file could no
 the input was wrong.
 """
 
+import argparse
 import contextlib
 import logging
 import pathlib
-import sys
 from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError, RunError
-from tnt_flax.tools.command_line import Parser, positive, run
+from tnt_flax.tools.command_line import Parser, positive
 
 logger = logging.getLogger(__name__)
 MAX_BATCH = 256  # a larger batch is reduced to what the sheet needs
@@ -36,21 +36,17 @@ class Samples(NamedTuple):
     config: ConfigDict  # with the reduced batch size
 
 
-def make_parser() -> Parser:
-    parser = Parser("python -m tnt_flax.tools.preview", __doc__, takes_config=True)
+def add_arguments(parser: Parser) -> None:
+    parser.add_config()
     parser.add_argument("--out", metavar="FILE", help="PNG file to write")
     parser.add_argument("--rows", type=positive, default=4, metavar="N", help="rows of images")
     parser.add_argument(
         "--columns", type=positive, default=8, metavar="N", help="columns of images"
     )
-    return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    def command(args):
-        return preview(args.config, args.out, args.rows, args.columns)
-
-    return run(make_parser(), command, argv)
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return preview(args.config, args.out, args.rows, args.columns)
 
 
 def preview(config: ConfigDict, out: str | None, rows: int, columns: int) -> dict[str, Any]:
@@ -173,7 +169,3 @@ def caption(weights: np.ndarray, class_names: tuple[str, ...]) -> str:
 
 def shorten(name: str, letters: int) -> str:
     return name if len(name) <= letters else f"{name[: letters - 1]}…"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

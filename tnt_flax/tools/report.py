@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes an HTML report of a training run: one file that opens from disk.
 
-    python -m tnt_flax.tools.report runs/digits
-    python -m tnt_flax.tools.report runs/tnt_s --data-root=IMAGENET --out=tnt_s.html
+    tnt-flax report runs/digits
+    tnt-flax report runs/tnt_s --data-root=IMAGENET --out=tnt_s.html
 
 It shows training curves, and for the evaluation split the confusion matrix, the most frequent
 mistakes, calibration, the images with the largest loss, and the attention on some images; then the
@@ -11,12 +11,12 @@ environment and the config. Predictions are those of the best checkpoint, with t
 report could not be made, 2 that the input was wrong.
 """
 
+import argparse
 import datetime
 import functools
 import json
 import logging
 import pathlib
-import sys
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,29 +26,24 @@ from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.files import write_atomic
 from tnt_flax.data.labels import readable_names
 from tnt_flax.runtime import host
-from tnt_flax.tools.command_line import Parser, run
+from tnt_flax.tools.command_line import Parser
 
 logger = logging.getLogger(__name__)
+ON_INTERRUPT = "no report was written"
 SHOWN = 16  # images with the largest loss
 TRACED = 4  # images whose attention is shown
 MAX_MATRIX = 20  # classes in a confusion matrix
 
 
-def make_parser() -> Parser:
-    parser = Parser("python -m tnt_flax.tools.report", __doc__)
+def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("workdir", metavar="WORKDIR", type=pathlib.Path, help="folder of a run")
     add("--out", type=pathlib.Path, help="default: WORKDIR/report.html")
     add("--checkpoint", choices=["best", "last"], default="best", help="which one predictions")
     add("--data-root", help="overrides data.root of the config")
-    return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run(make_parser(), report, argv, on_interrupt="no report was written")
-
-
-def report(args: Any) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Writes the report; returns the JSON object of the last line.
 
     Raises:
@@ -319,7 +314,3 @@ def flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         elif value is not None:
             rows.append((prefix + key, json.dumps(value)))
     return rows
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares and times the implementations of TNT's transformers on this machine's first device.
 
-    python -m tnt_flax selftest
-    python -m tnt_flax selftest --model=tnt_b_patch16_224 --batch-size=256 --seconds=300
+    tnt-flax selftest
+    tnt-flax selftest --model=tnt_b_patch16_224 --batch-size=256 --seconds=300
 
 Each implementation of the inner and of the outer transformer that can run here is compared with
 "reference": logits and gradients of a network of two blocks, in float32 and in bfloat16. Then the
@@ -35,7 +35,7 @@ import optax
 from tnt_flax.core.errors import InputError, one_line
 from tnt_flax.models import create_model
 from tnt_flax.runtime import sharding
-from tnt_flax.tools.command_line import Parser, positive, run
+from tnt_flax.tools.command_line import Parser, positive
 
 logger = logging.getLogger(__name__)
 IMPLEMENTATIONS = {  # fields of the network
@@ -56,8 +56,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu", "jax-cuda12-plu
 PACKAGES += ("jax-cuda13-plugin", "jax-rocm7-plugin")
 
 
-def make_parser() -> Parser:
-    parser = Parser("python -m tnt_flax selftest", __doc__)
+def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("--model", default="tnt_s_patch16_224", help="one of tnt_flax.list_models()")
     add("--batch-size", type=positive, metavar="N", help=f"{CPU_BATCH} on CPUs, else {BATCH}")
@@ -65,14 +64,9 @@ def make_parser() -> Parser:
     add("--depth", type=positive, metavar="N", help=f"{CPU_DEPTH} on CPUs, else the model's")
     add("--dtype", choices=DTYPES, help="of what is timed: float32 on CPUs, else bfloat16")
     add("--seconds", type=positive, default=100, metavar="N", help="budget; comparisons always run")
-    return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run(make_parser(), selftest, argv, failed=lambda result: not result["passed"])
-
-
-def selftest(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the comparisons and the timings; returns the JSON object of the last line.
 
     Raises:
@@ -108,6 +102,10 @@ def selftest(args: argparse.Namespace) -> dict[str, Any]:
         "unavailable": unavailable,
         "versions": versions(),
     }
+
+
+def failed(result: dict[str, Any]) -> bool:
+    return not result["passed"]
 
 
 def versions() -> dict[str, str]:
@@ -304,7 +302,3 @@ def make_step(model: Any, batch_size: int, size: int) -> tuple[Callable[[], Any]
 def temporary_bytes(compiled: Any) -> int:
     memory = compiled.memory_analysis()
     return memory.temp_size_in_bytes if memory else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

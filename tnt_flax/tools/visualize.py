@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plots a network's attention and features on an image.
 
-    python -m tnt_flax.tools.visualize tnt_s_81.5.pth.tar cat.jpg --out=figures
-    python -m tnt_flax.tools.visualize runs/digits three.png --out=figures --patches 0,1 1,1
+    tnt-flax visualize tnt_s_81.5.pth.tar cat.jpg --out=figures
+    tnt-flax visualize runs/digits three.png --out=figures --patches 0,1 1,1
 
 Writes into the folder: outer_attention.png (of the class token, by block and head), rollout.png,
 inner_attention.png (within some patches; by default those with the largest rollout), positions.png
@@ -12,10 +12,10 @@ line on stdout is one JSON object. Exit code 1 means that a figure could not be 
 input was wrong.
 """
 
+import argparse
 import logging
 import pathlib
 import re
-import sys
 from typing import Any
 
 import numpy as np
@@ -23,15 +23,15 @@ import numpy as np
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.data.labels import display_names
 from tnt_flax.runtime import host
-from tnt_flax.tools.command_line import Parser, add_weights_options, read_weights, run
+from tnt_flax.tools.command_line import Parser, add_weights_options, read_weights
 from tnt_flax.weights.read import LoadedWeights
 
 logger = logging.getLogger(__name__)
+ON_INTERRUPT = "some figures may be missing"
 PATCHES = 3  # default number of patches in inner_attention.png
 
 
-def make_parser() -> Parser:
-    parser = Parser("python -m tnt_flax.tools.visualize", __doc__)
+def add_arguments(parser: Parser) -> None:
     add_weights_options(parser)
     add = parser.add_argument
     add("image", metavar="IMAGE", help="an image file")
@@ -42,14 +42,9 @@ def make_parser() -> Parser:
         metavar="ROW,COLUMN",
         help="of inner_attention.png",
     )
-    return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run(make_parser(), visualize, argv, on_interrupt="some figures may be missing")
-
-
-def visualize(args: Any) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Writes the figures; returns the JSON object of the last line.
 
     Raises:
@@ -109,7 +104,3 @@ def parse_patch(text: str, grid: tuple[int, int]) -> int:
             f"--patches {text}: write ROW,COLUMN, from 0,0 to {grid[0] - 1},{grid[1] - 1}"
         )
     return row * grid[1] + column
-
-
-if __name__ == "__main__":
-    sys.exit(main())
