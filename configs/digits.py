@@ -7,7 +7,7 @@ The 8x8 digits are enlarged to 32x32: a word (4x4 pixels) is one original pixel,
 pixels) is a quarter of the digit.
 """
 
-from configs import default
+from tnt_flax.configs import default
 
 
 def get_config():

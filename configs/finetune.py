@@ -16,7 +16,7 @@ The values are our own, after BEiT's and those of timm's fine-tuned models, for 
 With very few images, set more epochs.
 """
 
-from configs import default
+from tnt_flax.configs import default
 
 MODES = ("all", "probe")
 

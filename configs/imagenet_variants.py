@@ -18,7 +18,7 @@ With the suffix _tfds (v2_tfds, real_tfds), FOLDER is the data_dir of tfds. Imag
 and std are those of the published weights; a warning is logged for weights with other values.
 """
 
-from configs import default
+from tnt_flax.configs import default
 
 # Folder; tfds data set and its split; classes that predictions are restricted to.
 SETS = {

@@ -11,7 +11,7 @@ AdamW with bias correction, a cosine that ends at `min_learning_rate`, and crops
 bilinear or bicubic filters at random, not always bicubic.
 """
 
-from configs import default
+from tnt_flax.configs import default
 
 
 def get_config():

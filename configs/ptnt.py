@@ -14,7 +14,7 @@ as in the README of the authors' code. From there, not measured by us:
     b      256      157.0 M      16.0 G          84.1 %
 """
 
-from configs import default
+from tnt_flax.configs import default
 
 IMAGE_SIZES = {"ti": 192, "s": 256, "m": 256, "b": 256}
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyramidTNT-S on ImageNet-1k: see `configs/ptnt.py`."""
 
-from configs import ptnt
+from tnt_flax.configs import ptnt
 
 
 def get_config():

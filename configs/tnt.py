@@ -13,7 +13,7 @@ not measured by us:
     b      65.6 M       14.1 G          82.9 %   96.3 %
 """
 
-from configs import default
+from tnt_flax.configs import default
 
 SIZES = ("ti", "s", "b")
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """TNT-Ti on ImageNet-1k: see `configs/tnt.py`."""
 
-from configs import tnt
+from tnt_flax.configs import tnt
 
 
 def get_config():

@@ -19,7 +19,7 @@ no number), 30 epochs for ImageNet, and an EMA decay that forgets the initial we
 run, which the published 0.99996 does not.
 """
 
-from configs import default
+from tnt_flax.configs import default
 
 # tfds data set ("" is an image folder), train and test split, epochs, EMA decay.
 DATA = {

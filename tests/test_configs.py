@@ -14,6 +14,7 @@ from tnt_flax import TNT, PyramidTNT
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import randaugment
 from tnt_flax.data.plan import TrainPlan
+from tnt_flax.tools.command_line import read_config
 from tnt_flax.training import experiment, mixup
 from tnt_flax.training.config import check_config, steps_of
 from tnt_flax.training.evaluate import evaluate_checkpoint
@@ -253,3 +254,22 @@ def test_a_step_mixes_and_erases_as_configured(monkeypatch):
     assert options["gradient_dtype"] == "float32"
     options = Experiment(digits.get_config(), **sizes).make_train_step()
     assert options["mix"] is None and options["erase"] is None
+
+
+@pytest.mark.parametrize("argument", ["", ":b"])
+def test_configs_by_name_and_by_path_are_the_same(argument, root, tmp_path, monkeypatch):
+    by_path = read_config(f"{root}/configs/tnt.py{argument}")
+    monkeypatch.chdir(tmp_path)  # a name does not depend on the working directory
+    assert read_config(f"tnt{argument}", ["--config.seed=7"]).seed == 7
+    assert read_config(f"tnt{argument}").to_dict() == by_path.to_dict()
+
+
+def test_own_config_files_may_import_ours(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from tnt_flax.configs import digits\n"
+        "def get_config():\n"
+        "    config = digits.get_config()\n"
+        "    config.epochs = 3\n"
+        "    return config\n"
+    )
+    assert read_config(str(tmp_path / "mine.py")).epochs == 3

@@ -25,8 +25,10 @@ DIGITS = "--config=configs/digits.py"
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ([], "--config=FILE is missing, for instance --config=configs/digits.py"),
+        ([], "--config=FILE is missing, for instance --config=digits"),
         (["--config=configs/none.py"], "there is no config file configs/none.py"),
+        (["--config=digitz"], "there is no config file digitz (did you mean 'digits'?)"),
+        (["--config=transfer:mnist"], "transfer.py:mnist: the argument after the colon"),
         ([DIGITS, "--config.batch_sise=3"], "no key 'batch_sise': did you mean 'batch_size'?"),
         ([DIGITS, "--config.modl.depth=3"], "no key 'modl': did you mean 'model'?"),
         ([DIGITS, "--config.zzz=3"], "no key 'zzz': configs/default.py lists all keys"),

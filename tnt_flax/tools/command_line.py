@@ -14,8 +14,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tnt_flax.core.errors import FAILED, INTERRUPTED, InputError, RunError, Stopped, print_error
+from tnt_flax.core.errors import (
+    FAILED,
+    INTERRUPTED,
+    InputError,
+    RunError,
+    Stopped,
+    did_you_mean,
+    print_error,
+)
 
+PACKAGE = pathlib.Path(__file__).parents[1]
 # Fields of a network that weights of an unpublished size do not determine.
 ARCHITECTURE_FIELDS = ("inner_heads", "outer_heads", "patch_size")
 EXPECTED = (InputError, RunError, Stopped, KeyboardInterrupt)  # errors that end a command
@@ -38,7 +47,7 @@ class Parser(argparse.ArgumentParser):
     def add_config(self) -> None:
         """Adds `--config=FILE` and `--config.KEY=VALUE`; `args.config` is a ConfigDict."""
         self._takes_config = True
-        text = "a file with get_config(), such as configs/tnt_s.py"
+        text = "a name, such as tnt_s, or a file with get_config(), such as configs/tnt_s.py"
         self.add_argument("--config", metavar="FILE", help=text)
         self.epilog = "Any key of the config can be set: --config.batch_size=96."
 
@@ -57,9 +66,7 @@ class Parser(argparse.ArgumentParser):
             self._refuse(rest[0])
         if self._takes_config:
             if parsed.config is None:
-                raise InputError(
-                    "--config=FILE is missing, for instance --config=configs/digits.py"
-                )
+                raise InputError("--config=FILE is missing, for instance --config=digits")
             parsed.config = read_config(parsed.config, overrides)
         return parsed
 
@@ -88,10 +95,11 @@ def _take_overrides(rest: list[str]) -> list[str]:
 
 
 def read_config(file: str, overrides: Sequence[str] = ()):
-    """Returns the ConfigDict of `file`, "FILE.py" or "FILE.py:ARGUMENT".
+    """Returns the ConfigDict of `file`, such as "configs/tnt.py:s" or "tnt:s".
 
     Args:
-        file: a Python file with `get_config()`, which gets what follows a colon.
+        file: a Python file with `get_config()`, which gets what follows a colon; or the name of a
+            config that ships with the package.
         overrides: such as "--config.batch_size=96".
 
     Raises:
@@ -101,10 +109,7 @@ def read_config(file: str, overrides: Sequence[str] = ()):
     from absl import flags
     from ml_collections import config_flags
 
-    path = file.partition(":")[0]
-    if not pathlib.Path(path).is_file():
-        raise InputError(f"there is no config file {path}")
-    argv = ["config", f"--config={file}", *overrides]
+    argv = ["config", f"--config={_find_config(file)}", *overrides]
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file(
         "config", flag_values=values, lock_config=True, sys_argv=argv
@@ -123,6 +128,18 @@ def read_config(file: str, overrides: Sequence[str] = ()):
         ImportError,
     ) as error:
         raise InputError(_explain_config_error(error)) from None
+
+
+def _find_config(file: str) -> str:
+    """Returns `file` with the path of its config, which may be given by name."""
+    path, colon, argument = file.partition(":")
+    if not pathlib.Path(path).is_file():
+        shipped = {each.stem: each for each in (PACKAGE / "configs").glob("*.py")}
+        if path not in shipped:
+            hint = did_you_mean(path, shipped)
+            raise InputError(f"there is no config file {path}{hint}")
+        path = str(shipped[path])
+    return path + colon + argument
 
 
 def _explain_config_error(error: Exception) -> str:
