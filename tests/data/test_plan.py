@@ -2,11 +2,8 @@
 """The order of records: complete, different in every epoch and for every seed, and unchanged."""
 
 import collections
-import concurrent.futures
 import functools
 import pickle
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -66,24 +63,6 @@ def test_a_plan_is_a_pure_function():
     calls = [(step, row) for step in range(40) for row in range(8)]
     expected = [plan.lookup(*call) for call in calls]
     assert [copy.lookup(*call) for call in calls[::-1]][::-1] == expected
-
-
-def test_a_value_that_many_threads_need_is_computed_once():
-    calls, start = collections.Counter(), threading.Barrier(8)
-
-    @plan_module.cache_once(maxsize=3)
-    def slow(n):
-        calls[n] += 1
-        time.sleep(0.05)
-        return 10 * n
-
-    def work(_):
-        start.wait(10)
-        return [slow(n) for n in range(3)]
-
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(work, range(8))) == [[0, 10, 20]] * 8
-    assert calls == {0: 1, 1: 1, 2: 1}
 
 
 def test_the_permutation_is_read_only():

@@ -173,21 +173,11 @@ def test_distributions_of_the_options():
     assert set(magnitudes("rand-m12", 50)) == {10}
 
 
-@pytest.mark.parametrize("name", ["weights", "3aw"])
-def test_weighted_sets_are_sampled_without_replacement(name):
-    images, weights = 6000, randaugment.NAMED_SETS[name]
-    sampled = samples(f"rand-n2-p1-t{name}", images)
-    assert all(len({call.name for call in calls}) == 2 for calls in sampled)
-    first = collections.Counter(calls[0].name for calls in sampled)
-    for op, weight in weights.items():
-        assert near(first[op], images, weight / sum(weights.values())), op
-
-
 # ---------------------------------------------------------------------------------- config strings
 
 
 def test_the_published_recipe():
-    arguments = dict(weights=None, num_ops=2, probability=0.5, fill=FILL)
+    arguments = dict(num_ops=2, probability=0.5, fill=FILL)
     arguments |= dict(magnitude=9, magnitude_std=0.5, max_magnitude=10)
     expected = randaugment.RandAugment(tuple(randaugment.INCREASING_OPS), **arguments)
     assert parse(PUBLISHED) == expected
@@ -196,28 +186,14 @@ def test_the_published_recipe():
 
 def test_defaults_and_every_section():
     plain = parse("rand")
-    assert plain == parse("rand-m10-n2-p0.5-mstd0-mmax10-inc0")
-    assert plain.ops == tuple(randaugment.PLAIN_OPS)
-    assert parse("rand-inc0").ops == plain.ops  # unlike in timm 0.3.2
-    full = parse("rand-m7-n3-p0.25-mstd1.5-mmax30-t3aw-inc1")
-    assert full.ops == tuple(randaugment.NAMED_SETS["3aw"])
-    assert sum(full.weights) == pytest.approx(1)
+    assert plain == parse("rand-m10-n2-p0.5-mstd0-mmax10-inc0")  # `inc0` unlike in timm 0.3.2
+    assert plain.ops == tuple(GOLDEN["sets"]["inc0"])
+    full = parse("rand-m7-n3-p0.25-mstd1.5-mmax30-inc1")
+    assert full.ops == tuple(GOLDEN["sets"]["inc1"])
     assert (full.magnitude, full.num_ops, full.probability) == (7, 3, 0.25)
     assert (full.magnitude_std, full.max_magnitude) == (1.5, 30)
     assert parse("rand-mstd100").magnitude_std == 100
     assert parse("rand-mstd101").magnitude_std == math.inf
-    assert parse("rand-t3a-inc1").weights is None
-
-
-def test_named_sets_equal_timm():
-    for name, timms in GOLDEN["sets"].items():
-        augment = parse(f"rand-{name}" if name.startswith("inc") else f"rand-t{name}")
-        assert augment.ops == tuple(timms)
-        if isinstance(timms, dict):
-            total = sum(timms.values())
-            assert augment.weights == pytest.approx([w / total for w in timms.values()])
-        else:
-            assert augment.weights is None
 
 
 def test_fill_is_the_mean_color():
@@ -235,8 +211,7 @@ def test_fill_is_the_mean_color():
         ("rand-w0", "no section 'w0': sections begin with"),
         ("rand-m9-", "no section '': sections"),
         ("rand-9", "no section '9': sections"),
-        ("rand-tweight", "no set 'weight' (did you mean 'weights'?): choose one of weights, 3a, 3"),
-        ("rand-t", "no set '': choose one of"),
+        ("rand-t3a", "no section 't3a': sections begin with"),
         ("rand-m9.5", "'m' takes a whole number, not '9.5'"),
         ("rand-inc", "'inc' takes a whole number, not ''"),
         ("rand-mstd0.5x", "'mstd' takes a number, not '0.5x'"),
@@ -245,7 +220,6 @@ def test_fill_is_the_mean_color():
         ("rand-n0", "'n0' is out of range: n is 1 to inf"),
         ("rand-mmax0", "'mmax0' is out of range"),
         ("rand-m9-inc1-m8", "'m' occurs twice"),
-        ("rand-n15-t3aw", "n15 is more than the 14 operations"),
         ("rand-m9 -inc1", "'m' takes a whole number, not '9 '"),
         ("rand-m9\n", "'m' takes a whole number"),
     ],
@@ -284,9 +258,7 @@ CONFIGS = (
     PUBLISHED,
     "rand-m9-mstd0.5",
     "rand-m7-mstd1-inc0",
-    "rand-m5-n3-mstd101-tweights-p0.9",
-    "rand-mstd3-t3aw-p0.8",
-    "rand-m3-n4-mstd2-t3a",
+    "rand-m5-n3-mstd101-p0.9",
     "rand-m17-mmax30-mstd4-inc1-n4-p0.7",
 )
 

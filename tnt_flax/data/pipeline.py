@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.data.plan import SampleKey, TrainPlan, cache_once, sample_generator
+from tnt_flax.data.plan import SampleKey, TrainPlan, sample_generator
 from tnt_flax.data.sources import Source
 from tnt_flax.data.sources.storage import RetryingReader, StorageUnavailable
 from tnt_flax.data.transforms import CorruptImageError, Encoded, decode
@@ -226,7 +226,7 @@ class _EvalView(_View):
             return self.blank | {"corrupt": np.True_}
 
 
-@cache_once(maxsize=16)  # at least the number of unfinished batches
+@functools.lru_cache(maxsize=16)  # at least the number of unfinished batches
 def _records_of(plan, step, rows) -> tuple[tuple[int, list[tuple[int, SampleKey]]], ...]:
     """Returns the records in these rows of the batch of `step` with their (row, key) pairs."""
     return tuple(plan.views(step, rows).items())

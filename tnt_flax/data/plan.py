@@ -8,30 +8,12 @@ number of hosts, with the batches that it would have seen without the interrupti
 
 import dataclasses
 import functools
-import threading
-from collections.abc import Callable
 
 import numpy as np
 
 from tnt_flax.core.errors import InputError
 
 SampleKey = tuple[int, int, int]  # (seed, epoch, position within the epoch)
-
-
-def cache_once(maxsize: int) -> Callable:
-    """Like `functools.lru_cache`, but computes a value once if many threads need it at a time."""
-
-    def decorate(function):
-        cached, lock = functools.lru_cache(maxsize)(function), threading.Lock()
-
-        @functools.wraps(function)
-        def call(*arguments):
-            with lock:
-                return cached(*arguments)
-
-        return call
-
-    return decorate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +99,7 @@ def sample_generator(sample_key: SampleKey) -> np.random.Generator:
 
 
 # Prefetching threads read the next epoch while rows of the current one are still pending.
-@cache_once(maxsize=3)
+@functools.lru_cache(maxsize=3)
 def epoch_permutation(num_records: int, seed: int, epoch: int) -> np.ndarray:
     """Returns the order of one epoch, read-only int64 [num_records]; caches the latest three."""
     generator = np.random.Generator(np.random.Philox(key=_words(seed, epoch)))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 
 from tnt_flax.core.errors import InputError, did_you_mean
 
@@ -57,14 +57,6 @@ def _enhance_increasing(enhancer, image, level):
     return enhancer(image).enhance(max(0.1, 1.0 + level / 10 * 0.9))
 
 
-def _desaturate(image, level):
-    return ImageEnhance.Color(image).enhance(1.0 - min(1.0, 0.5 + 0.5 * (level / 10)))
-
-
-def _gaussian_blur(image, level):
-    return image.filter(ImageFilter.GaussianBlur(min(2.0, 0.1 + (2.0 - 0.1) * (level / 10))))
-
-
 _ENHANCERS = ("Color", "Contrast", "Brightness", "Sharpness")
 # Called with (image, level). Operations without an argument ignore the level.
 PLAIN = {
@@ -78,8 +70,6 @@ PLAIN = {
         image, 256 - _solarize_threshold(level)
     ),
     "SolarizeAdd": _solarize_add,
-    "Desaturate": _desaturate,
-    "GaussianBlur": _gaussian_blur,
 } | {name: functools.partial(_enhance, getattr(ImageEnhance, name)) for name in _ENHANCERS}
 # Called with (image, level); the level has a random sign.
 SIGNED = {
@@ -142,19 +132,6 @@ PLAIN_OPS = (
 INCREASING_OPS = [
     f"{op}Increasing" if f"{op}Increasing" in (*PLAIN, *SIGNED) else op for op in PLAIN_OPS
 ]
-# The sets selected by `t`: operations, or operations with weights.
-NAMED_SETS = {
-    "weights": {"Rotate": 3, "ShearX": 2, "ShearY": 2, "TranslateXRel": 1, "TranslateYRel": 1}
-    | dict.fromkeys(["ColorIncreasing", "SharpnessIncreasing", "AutoContrast"], 0.25)
-    | dict.fromkeys(["SolarizeIncreasing", "SolarizeAdd", "ContrastIncreasing"], 0.05)
-    | dict.fromkeys(["BrightnessIncreasing", "Equalize", "PosterizeIncreasing", "Invert"], 0.05),
-    "3a": ["SolarizeIncreasing", "Desaturate", "GaussianBlur"],  # DeiT III's "3-Augment"
-    "3aw": {"SolarizeIncreasing": 6, "Desaturate": 6, "GaussianBlur": 6}
-    | {"Rotate": 3, "ShearX": 2, "ShearY": 2}
-    | dict.fromkeys(["PosterizeIncreasing", "AutoContrast", "ColorIncreasing"], 1)
-    | dict.fromkeys(["SharpnessIncreasing", "ContrastIncreasing", "BrightnessIncreasing"], 1)
-    | dict.fromkeys(["Equalize", "Invert"], 1),
-}
 
 
 class OpCall(NamedTuple):
@@ -169,8 +146,7 @@ class OpCall(NamedTuple):
 class RandAugment:
     """Applies randomly sampled operations one after the other. Created by `parse`."""
 
-    ops: tuple[str, ...]  # operations to sample from
-    weights: tuple[float, ...] | None  # for sampling without replacement; None: uniform, with
+    ops: tuple[str, ...]  # to sample from, uniformly and with replacement
     num_ops: int  # per image
     probability: float  # of applying a sampled operation
     magnitude: float  # mean of the normally distributed magnitude
@@ -186,10 +162,8 @@ class RandAugment:
 
     def sample(self, generator: np.random.Generator) -> list[OpCall]:
         """Samples the operations for one image, in the order of timm."""
-        replace = self.weights is None
-        chosen = generator.choice(len(self.ops), self.num_ops, replace, self.weights)
         calls = []
-        for name in (self.ops[i] for i in chosen):
+        for name in (self.ops[i] for i in generator.choice(len(self.ops), self.num_ops)):
             if generator.random() >= self.probability:
                 continue
             level, resample = self._sample_magnitude(generator), RESAMPLE[0]
@@ -228,11 +202,11 @@ def parse(config: str, mean: Sequence[float]) -> RandAugment:
     The string is "rand" followed by sections in any order, here with their defaults: `m10` the
     magnitude; `mstd0` its standard deviation (above 100: uniform from 0 to m); `mmax10` its upper
     bound; `n2` operations per image; `p0.5` the probability of each; `inc0` or `inc1` the list of
-    operations, or a named set `tweights`, `t3a`, `t3aw`.
+    operations.
 
-    Sections that timm silently ignores are refused: those without a number, unknown sets,
-    repetitions. `inc0` is the plain list, as in current timm; in timm 0.3.2, which trained the
-    published TNT, it meant `inc1`.
+    Sections that timm silently ignores are refused: those without a number, and repetitions. The
+    named sets of timm (`t3a`, ...) are not supported. `inc0` is the plain list, as in current timm;
+    in timm 0.3.2, which trained the published TNT, it meant `inc1`.
 
     `mean`, per channel in 0..1, is the color of pixels from outside the image.
     Raises InputError for an invalid string.
@@ -243,20 +217,13 @@ def parse(config: str, mean: Sequence[float]) -> RandAugment:
         raise InputError(problem + f'{kind!r} is not known: the string must begin with "rand-"')
     values = {}
     for section in sections:
-        key, text = re.fullmatch(r"(t|\D*)(.*)", section, re.DOTALL).groups()
+        key, text = re.fullmatch(r"(\D*)(.*)", section, re.DOTALL).groups()
         if key in values:
             raise InputError(problem + f"{key!r} occurs twice")
         values[key] = _value(problem, section, key, text)
     values = {key: default for key, (default, _, _) in _SECTIONS.items()} | values
-    ops = values.get("t", INCREASING_OPS if values["inc"] else PLAIN_OPS)
-    weights = None
-    if isinstance(ops, dict):
-        if values["n"] > len(ops):
-            raise InputError(problem + f"n{values['n']} is more than the {len(ops)} operations")
-        weights = tuple(weight / sum(ops.values()) for weight in ops.values())
     return RandAugment(
-        ops=tuple(ops),
-        weights=weights,
+        ops=tuple(INCREASING_OPS if values["inc"] else PLAIN_OPS),
         num_ops=values["n"],
         probability=values["p"],
         magnitude=values["m"],
@@ -267,15 +234,9 @@ def parse(config: str, mean: Sequence[float]) -> RandAugment:
 
 
 def _value(problem, section, key, text):
-    known = [*_SECTIONS, "t"]
-    if key not in known:
-        problem += f"no section {section!r}{did_you_mean(key, known)}: "
-        raise InputError(f"{problem}sections begin with {', '.join(known)}")
-    if key == "t":
-        if text not in NAMED_SETS:
-            problem += f"no set {text!r}{did_you_mean(text, NAMED_SETS)}: "
-            raise InputError(f"{problem}choose one of {', '.join(NAMED_SETS)}")
-        return NAMED_SETS[text]
+    if key not in _SECTIONS:
+        problem += f"no section {section!r}{did_you_mean(key, _SECTIONS)}: "
+        raise InputError(f"{problem}sections begin with {', '.join(_SECTIONS)}")
     default, least, largest = _SECTIONS[key]
     whole = isinstance(default, int)
     if not re.fullmatch("[0-9]+" if whole else r"[0-9]+(\.[0-9]*)?", text):

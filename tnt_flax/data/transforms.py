@@ -62,10 +62,7 @@ def decode(image: Encoded) -> Image.Image:
 def _from_file(encoded):
     if not encoded:
         raise CorruptImageError("the file is empty")
-    image = Image.open(io.BytesIO(encoded))
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # if warning filters were changed
-        raise CorruptImageError(f"{image.width} x {image.height} pixels are too many")
-    return image
+    return Image.open(io.BytesIO(encoded))
 
 
 def _in_rgb(image):
@@ -153,32 +150,6 @@ def random_crop_box(
     return left, top, left + crop_width, top + crop_height
 
 
-def random_resized_crop(
-    image: Image.Image,
-    generator: np.random.Generator,
-    size: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    resampler: Resampler = PILLOW,
-) -> Pixels:
-    """Resizes a random box of the image to `size` x `size`, bilinear or bicubic with equal odds.
-
-    The random filter is the training interpolation "random" of timm. The box is cropped before it
-    is resized so that the filter does not reach beyond it: `resize(box=...)` differs by up to 7
-    levels at the border. `scale` and `ratio` are those of `random_crop_box`.
-    """
-    box = random_crop_box(*image.size, generator, scale, ratio)
-    resample = BICUBIC if generator.random() < 0.5 else BILINEAR
-    return resampler.resize(image.crop(box), size, resample)
-
-
-def random_flip(
-    image: Pixels, generator: np.random.Generator, probability: float, resampler: Resampler = PILLOW
-) -> Pixels:
-    """Mirrors the image left to right with this probability."""
-    return resampler.flip(image) if generator.random() < probability else image
-
-
 def color_jitter(image: Pixels, generator: np.random.Generator, strength: float) -> Image.Image:
     """Scales brightness, contrast and saturation by random factors, in random order.
 
@@ -207,14 +178,15 @@ def train_transform(
 ) -> np.ndarray:
     """Returns one augmented training sample, uint8 [size, size, 3], possibly read-only.
 
-    The image is cropped, resized, flipped, and augmented, in the order of timm. Random numbers do
-    not depend on the resampler.
+    The image is cropped, resized (bilinear or bicubic with equal odds, the interpolation "random"
+    of timm), flipped left to right, and augmented, in the order of timm. Random numbers do not
+    depend on the resampler.
 
     Args:
         image, generator: the record's image, and the sample's source of random numbers.
         size: height and width of the result.
         scale, ratio: ranges of area and aspect ratio, see `random_crop_box`.
-        flip: probability of mirroring left to right.
+        flip: probability of the flip.
         jitter: strength of `color_jitter`, which is used if there is no `randaugment`, as in timm.
         randaugment: a `RandAugment`, called with (image, generator, resampler.warp).
         resampler: implementation of the geometric operations.
@@ -223,8 +195,12 @@ def train_transform(
         CorruptImageError: the image cannot be decoded.
     """
     image = decode(image)
-    image = random_resized_crop(image, generator, size, scale, ratio, resampler)
-    image = random_flip(image, generator, flip, resampler)
+    box = random_crop_box(*image.size, generator, scale, ratio)
+    interpolation = BICUBIC if generator.random() < 0.5 else BILINEAR
+    # `resize(box=...)` would filter beyond the box: up to 7 levels of difference at its border.
+    image = resampler.resize(image.crop(box), size, interpolation)
+    if generator.random() < flip:
+        image = resampler.flip(image)
     if randaugment is not None:
         image = randaugment(image, generator, resampler.warp)
     elif jitter:
