@@ -24,15 +24,15 @@ OUT = pathlib.Path(__file__).with_suffix(".png")
 def main(argv: list[str]) -> None:
     parser = Parser("python docs/what_tnt_sees.py", __doc__)
     parser.add_argument("checkpoint", help="workdir of a run on the digits")
-    with exit_on_error("nothing was drawn"):
+    with exit_on_error("nothing was plotted"):
         found = read_checkpoint(parser.parse_args(argv).checkpoint)
         size = found.network.image_size
         images = [Digits("test")[i][0] for i in DIGITS]
         images = np.stack([eval_transform(x, size=size, crop_fraction=1.0) for x in images])
-        draw(attention.trace_attention(found, images), OUT)
+        plot(attention.trace_attention(found, images), OUT)
 
 
-def draw(seen: list[attention.Trace], path: pathlib.Path) -> None:
+def plot(seen: list[attention.Trace], path: pathlib.Path) -> None:
     """Columns are images; rows are the image, both attentions, and the words' features."""
     plt = plots.pyplot()
     rows = (
@@ -49,9 +49,7 @@ def draw(seen: list[attention.Trace], path: pathlib.Path) -> None:
     )
     last = max(seen[0].words)
     words = np.concatenate([one.words[last].reshape(-1, one.words[last].shape[-1]) for one in seen])
-    (colors,) = attention.principal_colors(
-        [words]
-    )  # of all images: a colour means the same in each
+    (colors,) = attention.principal_colors([words])  # of all images: colors are comparable
     for column, (one, own) in enumerate(zip(seen, np.split(colors, len(seen)), strict=True)):
         read = one.inner_attention[0].mean(axis=(1, 2))  # by the mean of all heads and words
         axes[0, column].imshow(one.pixels)

@@ -55,7 +55,7 @@ def test_shapes_equal_the_documented_table(height, width, tnt, pyramid, root):
     as_text = lambda grid, width: f"{grid[0]}x{grid[1]}x{width}"
     stages = ", ".join(map(as_text, pyramid, (128, 256, 512, 512)))
     row = f"| {height}x{width} | {as_text(tnt, 384)} | {stages} |"
-    assert (row in (root / "docs/models.md").read_text()) == (height != 8)
+    assert (row in (root / "docs/feature_maps.md").read_text()) == (height != 8)
 
 
 def small_tnt():
