@@ -50,7 +50,7 @@ $(VENV)/run.stamp: $(SOURCES)
 	@echo "Making the environment $(VENV) with $(CONSTRAINTS)" >&2
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --editable .
+	$(PIP) --editable ".[train,tfds]"
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/run.stamp
@@ -59,9 +59,9 @@ $(VENV)/test.stamp: $(VENV)/run.stamp
 	@touch $@
 
 $(VENV)/docs.stamp: $(VENV)/run.stamp
-	$(PIP) --editable ".[docs]"
+	$(PIP) --editable ".[train,tfds,docs]"
 	@touch $@
 
 $(VENV)/test-all.stamp: $(VENV)/test.stamp
-	$(PIP) --editable ".[test,oracle,tpu]"
+	$(PIP) --editable ".[test,oracle]"
 	@touch $@

@@ -7,7 +7,7 @@
 #       --version=tpu-ubuntu2204-base
 # Prepare every host once: the checkout in ~/tnt_flax, a shared folder (Filestore over NFS) mounted at
 # /mnt/shared, and in the checkout
-#   python3 -m venv .venv && .venv/bin/pip install --editable ".[tpu]"
+#   python3 -m venv .venv && .venv/bin/pip install --editable ".[train,tfds,tpu]"
 set -eu
 command=". .venv/bin/activate && exec python main.py"
 for argument in "$@"; do

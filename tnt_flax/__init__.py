@@ -3,7 +3,7 @@
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public name -> module. Imported on first use to keep `import tnt_flax` cheap.
 _PUBLIC = {

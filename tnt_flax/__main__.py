@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import tnt_flax
-from tnt_flax.core.errors import BAD_INPUT, did_you_mean
+from tnt_flax.core.errors import BAD_INPUT, InputError, did_you_mean, print_error, require_extras
 from tnt_flax.tools import command_line
 
 
@@ -17,21 +17,22 @@ class Command(NamedTuple):
 
     module: str
     help: str
-    extra: str = ""  # the optional dependencies that it needs, see pyproject.toml
+    extras: tuple[str, ...] = ()  # the optional dependencies that it needs, see pyproject.toml
 
 
+TRAIN = ("train",)
 COMMANDS = {
-    "train": Command("train", "train a network, or resume a run", "train"),
-    "eval": Command("evaluate", "evaluate weights on a data set", "train"),
+    "train": Command("train", "train a network, or resume a run", TRAIN),
+    "eval": Command("evaluate", "evaluate weights on a data set", TRAIN),
     "predict": Command("predict", "classify images"),
     "convert": Command("convert", "convert weights between frameworks, or describe them"),
-    "export": Command("export", "write StableHLO, ONNX, or a folder for timm", "train"),
-    "visualize": Command("visualize", "plot attention and features of an image", "train"),
-    "report": Command("report", "write a run as one HTML page", "train"),
+    "export": Command("export", "write StableHLO, ONNX, or a folder for timm", TRAIN),
+    "visualize": Command("visualize", "plot attention and features of an image", TRAIN),
+    "report": Command("report", "write a run as one HTML page", TRAIN),
     "describe": Command("describe", "list layers: parameters, multiply-adds, bytes"),
-    "check-data": Command("check_data", "find corrupt and unusual images", "train"),
-    "preview": Command("preview", "plot augmented training images", "train"),
-    "compile-check": Command("compile_check", "compile a config's step for TPUs", "tpu"),
+    "check-data": Command("check_data", "find corrupt and unusual images", TRAIN),
+    "preview": Command("preview", "plot augmented training images", TRAIN),
+    "compile-check": Command("compile_check", "compile a config's step for TPUs", TRAIN + ("tpu",)),
     "selftest": Command("selftest", "compare and time implementations on this device"),
 }
 USAGE = """usage: tnt-flax COMMAND [OPTIONS]
@@ -66,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, arguments: Sequence[str]) -> int:
+    try:
+        require_extras(f"tnt-flax {name}", *COMMANDS[name].extras)
+    except InputError as error:
+        return print_error(error)
     module, parser = load_command(name)
     return command_line.run(
         parser,

@@ -2,6 +2,7 @@
 """Exceptions, their exit codes, and helpers for messages: one line with what, where, what to do."""
 
 import difflib
+import importlib.util
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -51,6 +52,29 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     by_lower_case = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
     return f" (did you mean {by_lower_case[close[0]]!r}?)" if close else ""
+
+
+# Optional dependencies: the extras of pyproject.toml and the modules of their packages.
+EXTRAS = {
+    "train": "absl clu fsspec grain matplotlib ml_collections optax orbax pyarrow scipy sklearn "
+    "tensorboard tqdm",
+    "tfds": "array_record google_crc32c tensorflow_datasets",
+    "hub": "huggingface_hub",
+    "gcs": "gcsfs",
+    "opencv": "cv2",
+    "onnx": "onnx onnx_ir onnxruntime",
+    "tpu": "libtpu",
+}
+
+
+def require_extras(purpose: str, *extras: str) -> None:
+    """Raises InputError with what to install unless all packages of `extras` are installed."""
+    modules = " ".join(EXTRAS[extra] for extra in extras).split()
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f'{purpose} needs {listed(missing)}: pip install "tnt_flax[{",".join(extras)}]"'
+        )
 
 
 def print_error(error: BaseException) -> int:

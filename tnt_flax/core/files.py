@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
-from tnt_flax.core.errors import InputError, RunError
+from tnt_flax.core.errors import InputError, RunError, require_extras
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 ROW_GROUP = 10_000  # rows per row group of a Parquet file
@@ -135,6 +135,7 @@ class _JsonLines:
 
 class _Parquet:
     def __init__(self, file, columns):
+        require_extras("a .parquet file", "train")
         import pyarrow.parquet  # a slow import that only this format needs
 
         self._arrow = pyarrow

@@ -4,6 +4,7 @@
 import argparse
 import ast
 import difflib
+import importlib.util
 import json
 import logging
 import os
@@ -287,9 +288,10 @@ class _StderrHandler(logging.StreamHandler):
 
 def setup_logging() -> None:
     """Prints the package's log messages to stderr, bare. Orbax and Grain log errors only."""
-    from absl import logging as absl_logging
+    if importlib.util.find_spec("absl"):
+        from absl import logging as absl_logging
 
-    absl_logging.set_verbosity(absl_logging.ERROR)  # their warnings are for their developers
+        absl_logging.set_verbosity(absl_logging.ERROR)  # their warnings are for their developers
     logger = logging.getLogger("tnt_flax")
     if not logger.handlers:
         logger.addHandler(_StderrHandler())

@@ -12,7 +12,6 @@ input was wrong.
 """
 
 import argparse
-import importlib.util
 import logging
 import os
 import re
@@ -24,7 +23,7 @@ import jax
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from tnt_flax.core.errors import InputError, one_line
+from tnt_flax.core.errors import InputError, one_line, require_extras
 from tnt_flax.tools.command_line import Parser, positive
 from tnt_flax.tools.describe import count_macs
 from tnt_flax.training.experiment import Experiment
@@ -131,8 +130,7 @@ def tpu_devices(topology: str) -> list[jax.Device]:
     Raises:
         InputError: libtpu is not installed, or it knows no such topology.
     """
-    if not importlib.util.find_spec("libtpu"):
-        raise InputError('compiling for TPUs needs libtpu: pip install "tnt_flax[tpu]"')
+    require_extras("compiling for TPUs", "tpu")
     kind = topology.partition(":")[0]
     if kind not in CHIP_MEMORY:
         kinds = ", ".join(CHIP_MEMORY)

@@ -13,13 +13,12 @@ left out. The last line on stdout is one JSON object. Exit code 1 means that no 
 import argparse
 import contextlib
 import glob
+import importlib.util
 import os
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
-
-from tqdm import tqdm
 
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.files import open_table
@@ -57,21 +56,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         classifier = load_classifier(**weights_arguments(args), class_list=args.class_list)
         counts = {"images": 0, "unreadable": 0}
         outcomes = classifier.outcomes(files, args.top, args.batch_size, args.threads)
-        bar = tqdm(total=len(files), unit="image", disable=None, file=sys.stderr)
-        with bar:
-            for file, (predictions, error) in zip(map(as_text, files), outcomes, strict=True):
-                counts["unreadable" if error else "images"] += 1
-                if error:
-                    bar.write(f"left out: {error}", file=sys.stderr)
-                if table:
-                    table.write(row(file, predictions, error))
-                elif not error:
-                    text = "  ".join(f"{a.label} {a.probability:.1%}" for a in predictions)
-                    bar.write(f"{file}: {text}", file=sys.stdout)
-                bar.update()
+        outcomes, write = with_progress(outcomes, len(files))
+        for file, (predictions, error) in zip(map(as_text, files), outcomes, strict=True):
+            counts["unreadable" if error else "images"] += 1
+            if error:
+                write(f"left out: {error}", file=sys.stderr)
+            if table:
+                table.write(row(file, predictions, error))
+            elif not error:
+                text = "  ".join(f"{a.label} {a.probability:.1%}" for a in predictions)
+                write(f"{file}: {text}", file=sys.stdout)
         if not counts["images"] and table:
             raise RunError("no image could be read: no table was written")
     return counts | ({"out": str(args.out)} if args.out else {})
+
+
+def with_progress(items: Iterable[Any], total: int) -> tuple[Iterable[Any], Callable[..., None]]:
+    """Returns `items` with a progress bar, if tqdm is installed, and what prints beside the bar."""
+    if importlib.util.find_spec("tqdm") is None:
+        return items, print
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, unit="image", disable=None, file=sys.stderr), tqdm.write
 
 
 def failed(result: dict[str, Any]) -> bool:

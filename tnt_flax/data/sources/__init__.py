@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tnt_flax.core.errors import InputError, did_you_mean
+from tnt_flax.core.errors import InputError, did_you_mean, require_extras
 from tnt_flax.data.sources.folder import Holdout, ImageFolder
 
 KINDS = ("folder", "imagenet_tars", "webdataset", "tfds", "digits")
@@ -82,6 +82,7 @@ def open_source(
     if kind == "folder":
         return ImageFolder(root, split, class_list, holdout)
     if kind == "tfds":
+        require_extras('data.source="tfds"', "tfds")
         from tnt_flax.data.sources.tfds import TfdsSource
 
         return TfdsSource(name, split, root, multi_label=multi_label)
