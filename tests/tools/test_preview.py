@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sheet shows what the network gets: pixel for pixel, with the weights of its targets."""
+"""`preview` shows the network's input pixel for pixel, with the weights of its targets."""
 
 import json
 
 import jax
 import jax.numpy as jnp
-import matplotlib.axes
 import numpy as np
 import optax
 import pytest
@@ -27,7 +26,7 @@ MIXING = {
 
 
 class Recorder:
-    """A network that keeps what it gets. Its logits are such that the loss shows the targets."""
+    """A network that records its input and returns its logits from the variables."""
 
     num_classes = 10
 
@@ -39,12 +38,12 @@ class Recorder:
         return variables["params"]["logits"], {}
 
 
-def test_the_images_are_those_that_a_training_step_gives_the_network(smoke_config, monkeypatch):
+def test_samples_equal_the_input_of_a_training_step(smoke_config, monkeypatch):
     # Compiling its sampler takes longer than all the rest.
     monkeypatch.setattr(jax.random, "beta", lambda key, a, b, shape: jax.random.uniform(key, shape))
     config = smoke_config(**MIXING)
-    samples = preview.first_samples(config, 32)
-    assert samples.config.batch_size == 48 == len(samples.images)
+    images, weights, _ = preview.first_samples(config)
+    assert len(images) == 48
 
     experiment, tx, model = Experiment(config), optax.sgd(1.0), Recorder()
     batch = next(experiment.train_batches(0, 1))
@@ -55,19 +54,19 @@ def test_the_images_are_those_that_a_training_step_gives_the_network(smoke_confi
     after, _ = step(state, inputs, experiment.make_keys()[1])
     jax.effects_barrier()
     (seen,) = model.images
-    np.testing.assert_allclose(samples.images, seen, atol=1e-6)
+    np.testing.assert_allclose(images, seen, atol=1e-6)
 
     # The gradient of the loss is (softmax - targets) / 48, and the softmax of zeros is 1 / 10.
     targets = 0.1 + 48 * np.asarray(after.params["logits"])
-    np.testing.assert_allclose(samples.weights * 0.9 + 0.01, targets, atol=1e-5)
-    np.testing.assert_allclose(samples.weights.sum(axis=1), 1, atol=1e-6)
-    assert ((samples.weights > 0).sum(axis=1) <= 2).all()
-    assert 0 < (samples.weights.max(axis=1) < 1).sum()  # some are mixed
-    assert (samples.images.max(axis=(1, 2, 3)) > 1.01).any()  # and some erased, by noise
-    assert config.augment.label_smoothing == 0.1  # the caller's config stays as it was
+    np.testing.assert_allclose(weights * 0.9 + 0.01, targets, atol=1e-5)
+    np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-6)
+    assert ((weights > 0).sum(axis=1) <= 2).all()
+    assert 0 < (weights.max(axis=1) < 1).sum()  # some are mixed
+    assert (images.max(axis=(1, 2, 3)) > 1.01).any()  # and some erased, by noise
+    assert config.augment.label_smoothing == 0.1  # the caller's config is unchanged
 
 
-def test_pixels_come_back():
+def test_to_pixels_inverts_normalization():
     pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.5)
     normalized = (pixels / np.float32(255) - np.float32(mean)) / np.float32(std)
@@ -93,7 +92,7 @@ def test_captions(weights, text):
     assert all(len(line) <= preview.MAX_LETTERS for line in text.splitlines())
 
 
-def test_the_numbers_of_a_caption_sum_to_one():
+def test_caption_weights_sum_to_one():
     for share in np.linspace(0.5, 0.994, 300, dtype=np.float32):
         text = preview.caption(np.float32([share, 1 - share]), ("a", "b"))
         first, second = (float(part.split()[1]) for part in text.split(" + "))
@@ -101,58 +100,38 @@ def test_the_numbers_of_a_caption_sum_to_one():
     assert preview.caption(np.float32([1]), ("only",)) == "only"
 
 
-def test_every_group_is_on_the_sheet():
+def test_spread_takes_rows_of_every_group():
     assert preview.spread(12, 3, 5).tolist() == [0, 4, 8, 1, 5]
     assert preview.spread(4, 1, 9).tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    "batch_size, wanted, records, size",
-    [
-        (48, 32, 1000, 48),  # the run's own
-        (256, 32, 1000, 256),
-        (1024, 32, 5000, 32),
-        (1024, 40, 5000, 48),  # whole groups of pairs
-        (1024, 1, 5000, 16),
-        (1024, 2000, 5000, 1024),
-        (1024, 32, 30, 16),  # no more than there are
-        (1024, 32, 9, 1024),  # too few for any: the plan will say so
-    ],
-)
-def test_a_large_batch_becomes_smaller(smoke_config, batch_size, wanted, records, size):
-    config = smoke_config(batch_size=batch_size, **MIXING)
-    assert preview.smaller_batch(config, wanted, records) == size
-
-
-def test_the_sheet(smoke_config, smoke_flags, root, tmp_path, monkeypatch, capsys):
+def test_the_sheet_shows_every_pixel(
+    smoke_config, smoke_flags, root, tmp_path, monkeypatch, capsys
+):
     captions = []
-    original = matplotlib.axes.Axes.text
+    original = preview.caption
     monkeypatch.setattr(
-        matplotlib.axes.Axes,
-        "text",
-        lambda self, x, y, s, **kw: captions.append(s) or original(self, x, y, s, **kw),
+        preview, "caption", lambda *a: captions.append(original(*a)) or captions[-1]
     )
-    config = smoke_config(batch_size=320)  # nothing is mixed
     out = tmp_path / "sheet.png"
-    flags = ["--config.batch_size=320", f"--out={out}", "--rows=2", "--columns=5"]
+    flags = ["--config.batch_size=12", f"--out={out}", "--rows=2", "--columns=5"]
     assert main(["preview", f"--config={root}/configs/digits.py", *smoke_flags, *flags]) == 0
-    said = capsys.readouterr()
-    assert said.err.startswith("batch size 10 instead of 320: same distribution")
-    assert json.loads(said.out.splitlines()[-1]) == {
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
         "out": str(out),
         "images": 10,
         "of_two_classes": 0,
-        "batch_size": 10,
+        "batch_size": 12,
         "classes": 10,
     }
     assert len(captions) == 10 and set(captions) <= set("0123456789")
-    config.batch_size = 10
-    samples = preview.first_samples(config, 10)
-    first = preview.to_pixels(samples.images, config.data.mean, config.data.std)[0]
+    config = smoke_config(batch_size=12)
+    images, _, _ = preview.first_samples(config)
+    first = preview.to_pixels(images, config.data.mean, config.data.std)[0]
     with Image.open(out) as file:
-        sheet = np.asarray(file.convert("RGB"))
+        sheet = np.asarray(file)
     assert sheet.shape[1] == 12 + 5 * (160 + 12)
-    np.testing.assert_array_equal(sheet[44:204:5, 12:172:5], first)  # each pixel is 5 x 5 of these
+    np.testing.assert_array_equal(sheet[44:204:5, 12:172:5], first)  # 5 x 5 pixels for each
+    assert sheet[:40].min() < 100 > sheet[208:230, 12:172].min()  # title and caption
 
 
 @pytest.mark.parametrize(
@@ -163,16 +142,16 @@ def test_the_sheet(smoke_config, smoke_flags, root, tmp_path, monkeypatch, capsy
         ("/nowhere/a.png", "there is no folder /nowhere for --out=/nowhere/a.png"),
     ],
 )
-def test_where_nothing_can_be_written(smoke_config, out, message):
+def test_invalid_out(smoke_config, out, message):
     with pytest.raises(InputError, match=message):
         preview.preview(smoke_config(), out, 1, 1)
 
 
-def test_a_write_that_fails_ends_with_one(smoke_flags, root, tmp_path, monkeypatch, capsys):
+def test_a_failed_write_exits_with_one(smoke_flags, root, tmp_path, monkeypatch, capsys):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tnt_flax.tools.figures.plot_samples", full)
+    monkeypatch.setattr(Image.Image, "save", full)
     flags = [f"--out={tmp_path / 'a.png'}", "--rows=1", "--columns=1"]
     assert main(["preview", f"--config={root}/configs/digits.py", *smoke_flags, *flags]) == 1
     assert capsys.readouterr().err.endswith("a.png: No space left on device\n")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of attention, position embeddings and features; of calibration and training samples."""
+"""Figures of attention, position embeddings and features, and of calibration."""
 
 import pathlib
 
@@ -12,7 +12,6 @@ from tnt_flax.training import plots
 COLORS = "viridis"
 MAX_TILES = 7  # per side of the plot of positions: more would be too small
 ORDINALS = {2: "2nd", 3: "3rd"}
-MIN_SAMPLE_WIDTH = 160  # pixels: narrower training samples are enlarged
 MIN_SCALE = 2  # smallest upper end of a color scale on which uniform attention is 1
 
 
@@ -224,34 +223,6 @@ def plot_calibration(sums: np.ndarray, path: pathlib.Path) -> None:
     histogram.bar(centers, counts, width=80 / len(counts))
     histogram.set(title="Images by confidence", ylabel="images")
     plots.style_axes(figure, xlabel="confidence, %", xlim=(-3, 103))
-    plots.save(figure, path)
-
-
-def plot_samples(
-    images: np.ndarray, captions: list[str], title: str, path: pathlib.Path, *, columns: int
-) -> None:
-    """Plots images uint8 [B, H, W, 3] with captions, enlarged by an integer factor if small.
-
-    Captions have one or two lines of at most 24 characters.
-    """
-    plt = plots.pyplot()
-    zoom = -(-MIN_SAMPLE_WIDTH // images.shape[2])
-    height, width = images.shape[1] * zoom, images.shape[2] * zoom
-    size = min(10, width / 20)  # font size: 24 characters fit
-    gap, below, head = 12, 12 + 3 * round(size), 44  # pixels: between images, captions, title
-    rows = -(-len(images) // columns)
-    across = max(gap + columns * (width + gap), 760)  # the width of the title
-    down = head + rows * (height + below + gap)
-    figure = plt.figure(figsize=(across / plots.DPI, down / plots.DPI), dpi=plots.DPI)
-    figure.text(gap / across, 1 - head / 2 / down, title, fontsize=10, va="center")
-    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        row, column = divmod(i, columns)
-        left, top = gap + column * (width + gap), head + row * (height + below + gap)
-        box = (left / across, 1 - (top + height) / down, width / across, height / down)
-        axes = figure.add_axes(box)
-        axes.imshow(image, interpolation="nearest")
-        axes.axis("off")
-        axes.text(0, -4 / height, caption, transform=axes.transAxes, fontsize=size, va="top")
     plots.save(figure, path)
 
 

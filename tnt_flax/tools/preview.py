@@ -5,35 +5,26 @@
     tnt-flax preview --config=configs/tnt_s.py --config.data.root=IMAGENET \\
         --out=samples.png --rows=4 --columns=8
 
-The samples are those of the first training step; a batch much larger than the sheet is reduced. The
-last line on stdout is one JSON object. Exit code 1 means that the file could not be written, 2 that
-the input was wrong.
+The samples are those of the first training step. With a smaller --config.batch_size the command is
+faster and takes other samples. The last line on stdout is one JSON object. Exit code 1 means that
+the file could not be written, 2 that the input was wrong.
 """
 
 import argparse
 import contextlib
-import logging
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image, ImageDraw, ImageFont
 
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.tools.command_line import Parser, positive
 
-logger = logging.getLogger(__name__)
-MAX_BATCH = 256  # a larger batch is reduced to what the sheet needs
 MAX_LETTERS = 24  # per line of a caption
-
-
-class Samples(NamedTuple):
-    """A batch after augmentation."""
-
-    images: np.ndarray  # float32 [B, H, W, 3], normalized
-    weights: np.ndarray  # float32 [B, classes], targets without label smoothing
-    class_names: tuple[str, ...]
-    config: ConfigDict  # with the reduced batch size
+MIN_WIDTH = 160  # pixels: narrower samples are enlarged
+GAP, HEAD = 12, 44  # pixels: between images, and for the title
 
 
 def add_arguments(parser: Parser) -> None:
@@ -56,42 +47,45 @@ def preview(config: ConfigDict, out: str | None, rows: int, columns: int) -> dic
         InputError: the config, the data or `out` is wrong.
         RunError: the file cannot be written.
     """
-    from tnt_flax.tools import figures
-
     if not out or pathlib.Path(out).suffix.lower() != ".png":
         raise InputError(f"--out={out or ''} is not a PNG file: use --out=FILE.png")
     path = pathlib.Path(out).expanduser()
     if not path.parent.is_dir():
         raise InputError(f"there is no folder {path.parent} for --out={out}")
-    samples = first_samples(config, rows * columns)
-    shown = spread(len(samples.images), groups_of(samples.config), rows * columns)
-    weights = samples.weights[shown]
+    images, weights, class_names = first_samples(config)
+    batch_size, classes = weights.shape
+    shown = spread(batch_size, groups_of(config), rows * columns)
+    weights = weights[shown]
     of_two_classes = int((weights.max(axis=1) < 1).sum())
     title = (
-        f"{config.model.name}: {len(shown)} of the {len(samples.images)} images of a step, "
+        f"{config.model.name}: {len(shown)} of the {batch_size} images of a step, "
         f"{of_two_classes} of two classes (before label smoothing)"
     )
+    sheet = draw_sheet(
+        to_pixels(images[shown], config.data.mean, config.data.std),
+        [caption(row, class_names) for row in weights],
+        title,
+        columns=min(columns, len(shown)),
+    )
     try:
-        figures.plot_samples(
-            to_pixels(samples.images[shown], config.data.mean, config.data.std),
-            [caption(row, samples.class_names) for row in weights],
-            title,
-            path,
-            columns=min(columns, len(shown)),
-        )
+        sheet.save(path)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from None
     return {
         "out": str(path),
         "images": len(shown),
         "of_two_classes": of_two_classes,
-        "batch_size": len(samples.images),
-        "classes": len(samples.class_names),
+        "batch_size": batch_size,
+        "classes": classes,
     }
 
 
-def first_samples(config: ConfigDict, wanted: int) -> Samples:
-    """Returns the first training batch, perhaps of a reduced size, after the step's augmentation.
+def first_samples(config: ConfigDict) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Returns the first training batch after the step's augmentation.
+
+    Returns:
+        Normalized images, float32 [B, H, W, 3]; targets without label smoothing, float32
+        [B, classes]; class names.
 
     Raises:
         InputError: the config or the data is wrong.
@@ -102,37 +96,17 @@ def first_samples(config: ConfigDict, wanted: int) -> Samples:
     from tnt_flax.training.experiment import Experiment
 
     config = config.copy_and_resolve_references()
-    source = Experiment(config).train_source
-    batch_size = smaller_batch(config, wanted, len(source))
-    if batch_size < config.batch_size:
-        logger.info(
-            f"batch size {batch_size} instead of {config.batch_size}: same distribution, but not "
-            "the images of the first training step"
-        )
-        config.batch_size = batch_size
     config.augment.label_smoothing = 0.0  # the pixels do not depend on it
     experiment = Experiment(config)
-    experiment.train_source = source  # opened once
     with contextlib.closing(experiment.train_batches(0, 1)) as batches:
         batch = next(batches)
     _, step_key = experiment.make_keys()
     _, mix_key, erase_key = step.step_keys(step_key, 0)
-    augment = jax.jit(experiment.make_augment(len(source.class_names)))
+    class_names = tuple(experiment.train_source.class_names)
+    augment = jax.jit(experiment.make_augment(len(class_names)))
     inputs = {name: batch[name] for name in ("image", "label")}
     images, weights = jax.device_get(augment(inputs, mix_key, erase_key))
-    return Samples(images, weights, tuple(source.class_names), config)
-
-
-def smaller_batch(config: ConfigDict, wanted: int, num_records: int) -> int:
-    """Returns the batch size of the run, or if that is large, `wanted` rounded up to whole groups.
-
-    With fewer records than that, the largest possible number of whole groups.
-    """
-    unit = 2 * groups_of(config)
-    most = num_records // unit * unit
-    if config.batch_size <= min(num_records, max(MAX_BATCH, wanted)) or not most:
-        return config.batch_size
-    return min(-(-wanted // unit) * unit, most, config.batch_size)
+    return images, weights, class_names
 
 
 def groups_of(config: ConfigDict) -> int:
@@ -145,6 +119,32 @@ def groups_of(config: ConfigDict) -> int:
 def spread(batch_size: int, groups: int, wanted: int) -> np.ndarray:
     """Returns `wanted` rows, one of each group in turn, so that repeats are adjacent."""
     return np.arange(batch_size).reshape(groups, -1).T.ravel()[:wanted]
+
+
+def draw_sheet(images: np.ndarray, captions: list[str], title: str, columns: int) -> Image.Image:
+    """Returns a sheet of images uint8 [B, H, W, 3], enlarged by an integer factor if small.
+
+    Captions have one or two lines of at most MAX_LETTERS characters.
+    """
+    import matplotlib
+
+    font_file = pathlib.Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+    zoom = -(-MIN_WIDTH // images.shape[2])
+    images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    height, width = images.shape[1:3]
+    size = min(15, 3 * width // (2 * MAX_LETTERS))  # pixels: a caption is as wide as its image
+    font = ImageFont.truetype(font_file, size)
+    row_height = height + 3 * size + GAP
+    rows = -(-len(images) // columns)
+    across = max(GAP + columns * (width + GAP), 760)  # the width of the title
+    sheet = Image.new("RGB", (across, HEAD + rows * row_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, HEAD // 2), title, "black", ImageFont.truetype(font_file, 15), anchor="lm")
+    for i, (image, text) in enumerate(zip(images, captions, strict=True)):
+        left, top = GAP + i % columns * (width + GAP), HEAD + i // columns * row_height
+        sheet.paste(Image.fromarray(image), (left, top))
+        draw.text((left, top + height + 4), text, "black", font)
+    return sheet
 
 
 def to_pixels(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
