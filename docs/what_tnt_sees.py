@@ -52,14 +52,14 @@ def plot(seen: list[attention.Trace], path: pathlib.Path) -> None:
     (colors,) = attention.principal_colors([words])  # of all images: colors are comparable
     for column, (one, own) in enumerate(zip(seen, np.split(colors, len(seen)), strict=True)):
         read = one.inner_attention[0].mean(axis=(1, 2))  # by the mean of all heads and words
-        axes[0, column].imshow(one.pixels)
-        axes[1, column].imshow(figures.overlay_heatmap(one.pixels, one.rollout_maps()[-1]))
-        axes[2, column].imshow(attention.words_in_place(read, one.grid), cmap=figures.COLORS)
-        axes[3, column].imshow(attention.words_in_place(own.reshape(*read.shape, 3), one.grid))
+        figures.show(axes[0, column], one.pixels)
+        figures.show(axes[1, column], figures.overlay_heatmap(one.pixels, one.rollout_maps()[-1]))
+        figures.show(axes[2, column], attention.words_in_place(read, one.grid), cmap=figures.COLORS)
+        figures.show(
+            axes[3, column], attention.words_in_place(own.reshape(*read.shape, 3), one.grid)
+        )
     for row, name in enumerate(rows):
         axes[row, 0].set_ylabel(name, fontsize=8.5, rotation=0, ha="right", va="center")
-    for axis in axes.flat:
-        figures.hide_axes(axis)
     plots.save(figure, path)
 
 

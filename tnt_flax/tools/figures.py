@@ -10,6 +10,8 @@ from tnt_flax.tools.attention import Trace
 from tnt_flax.training import plots
 
 COLORS = "viridis"
+ATTENTION = "attention relative to uniform"  # label of color bars
+SMALL = 9  # font size
 MAX_TILES = 7  # per side of the plot of positions: more would be too small
 ORDINALS = {2: "2nd", 3: "3rd"}
 MIN_SCALE = 2  # smallest upper end of a color scale on which uniform attention is 1
@@ -20,63 +22,36 @@ def plot_outer_attention(trace: Trace, path: pathlib.Path) -> None:
 
     The last column is the mean. Early stages of PyramidTNT have fewer heads than columns.
     """
-    plt = plots.pyplot()
     weights = trace.attention_maps()
-    rows, columns = len(weights), 1 + max(map(len, weights))
-    figure, axes = plt.subplots(
-        rows,
-        columns + 1,
-        figsize=(1.0 * (columns + 1) + 0.9, 0.98 * rows + 0.9),
-        layout="constrained",
-        squeeze=False,
-    )
+    columns = 1 + max(map(len, weights))
+    title = f"Outer attention of {trace.readout_name}"
+    figure, axes = make_grid(len(weights), columns + 1, 1.0, title)
     top = max(np.percentile(np.concatenate([maps.ravel() for maps in weights]), 99.5), MIN_SCALE)
-    for axis in axes.flat:
-        hide_axes(axis)
-    for block, maps in enumerate(weights):
-        for axis in axes[block, len(maps) + 1 : -1]:
-            axis.axis("off")
-            axis.set_box_aspect(1)  # the titles of all columns at one height
-        shown = [*zip(axes[block, 1:], maps, strict=False), (axes[block, -1], maps.mean(axis=0))]
-        for axis, values in shown:
-            drawn = axis.imshow(values, cmap=COLORS, vmin=0, vmax=top)
-        axes[block, 1].set_ylabel(f"block {block + 1}", fontsize=9)
+    scale = dict(cmap=COLORS, vmin=0, vmax=top)
+    for row, maps in zip(axes, weights, strict=True):
+        for axis, values in zip(row[1:], maps, strict=False):
+            show(axis, values, **scale)
+        show(row[-1], maps.mean(axis=0), **scale)
+    for block, row in enumerate(axes, start=1):
+        row[1].set_ylabel(f"block {block}", fontsize=SMALL)
     for column, axis in enumerate(axes[0, 1:], start=1):
-        axis.set_title("mean" if column == columns else f"head {column}", fontsize=9)
-    axes[0, 0].imshow(trace.pixels)
-    axes[0, 0].set_title("image", fontsize=9)
-    for axis in axes[1:, 0]:
-        axis.axis("off")
-    bar = figure.colorbar(drawn, ax=axes, shrink=min(1, 3 / rows), pad=0.02, extend="max")
-    bar.set_label("attention relative to uniform", fontsize=9)
-    figure.suptitle(f"Outer attention of {trace.readout_name}", fontsize=11)
+        axis.set_box_aspect(1)  # the titles of all columns at one height
+        axis.set_title("mean" if column == columns else f"head {column}", fontsize=SMALL)
+    show(axes[0, 0], trace.pixels, "image")
+    add_colorbar(figure, axes, ATTENTION, extend="max")
     plots.save(figure, path)
 
 
 def plot_rollout(trace: Trace, path: pathlib.Path) -> None:
     """Plots the share of each patch in the head's input after each block, over the image."""
-    plt = plots.pyplot()
     reached = trace.rollout_maps()
-    panels = len(reached) + 1
-    columns = min(panels, 7)
-    rows = -(-panels // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.7 * columns, 1.85 * rows + 0.5), layout="constrained"
-    )
-    axes = np.atleast_1d(axes).ravel()
-    axes[0].imshow(trace.pixels)
-    axes[0].set_title("image", fontsize=9)
-    for i, (axis, weights) in enumerate(zip(axes[1:], reached, strict=False)):
-        axis.imshow(overlay_heatmap(trace.pixels, weights))
-        axis.set_title(f"after block {i + 1}", fontsize=9)
-    for axis in axes:
-        hide_axes(axis)
-    for axis in axes[panels:]:
-        axis.axis("off")
-    figure.suptitle(
-        f"Attention rollout: share of each patch in {trace.readout_name} (brighter is more)",
-        fontsize=11,
-    )
+    columns = min(len(reached) + 1, 7)
+    title = f"Attention rollout: share of each patch in {trace.readout_name} (brighter is more)"
+    figure, axes = make_grid(-(-(len(reached) + 1) // columns), columns, 1.7, title)
+    first, *others = axes.flat
+    show(first, trace.pixels, "image")
+    for block, (axis, weights) in enumerate(zip(others, reached, strict=False), start=1):
+        show(axis, overlay_heatmap(trace.pixels, weights), f"after block {block}")
     plots.save(figure, path)
 
 
@@ -85,18 +60,22 @@ def plot_inner_attention(trace: Trace, patches: list[int], path: pathlib.Path) -
 
     Later stages of PyramidTNT show the larger sentence that contains the patch.
     """
-    plt = plots.pyplot()
     known = sorted(trace.inner_attention)
     blocks = sorted({known[0], known[(len(known) - 1) // 2], known[-1]})
-    figure, axes = plt.subplots(
-        len(patches),
-        2 + len(blocks),
-        figsize=(2.0 * (2 + len(blocks)) + 0.9, 2.0 * len(patches) + 0.8),
-        layout="constrained",
-        squeeze=False,
-    )
-    columns = trace.grid[1]
-    side = trace.pixels.shape[1] // columns  # pixels of a patch
+    title = "Inner attention: each tile is the attention of one word"
+    figure, axes = make_grid(len(patches), 2 + len(blocks), 2.0, title)
+    side = trace.pixels.shape[1] // trace.grid[1]  # pixels of a patch
+    for row, patch in zip(axes, patches, strict=True):
+        y, x = divmod(patch, trace.grid[1])
+        show(row[0], trace.pixels)
+        row[0].set_ylabel(f"patch {y},{x}", fontsize=SMALL)
+        corner = (x * side - 0.5, y * side - 0.5)
+        frame = plots.pyplot().Rectangle(corner, side, side, fill=False, color=plots.WRONG, lw=1.5)
+        row[0].add_patch(frame)
+        show(row[1], trace.pixels[y * side : (y + 1) * side, x * side : (x + 1) * side])
+    axes[0, 0].set_title("image", fontsize=SMALL)
+    axes[0, 1].set_title("pixels of the patch", fontsize=SMALL)
+
     shown = {  # mean of the heads, of each patch
         block: trace.inner_attention[block][
             [trace.enclosing_sentence(block, patch) for patch in patches]
@@ -104,35 +83,16 @@ def plot_inner_attention(trace: Trace, patches: list[int], path: pathlib.Path) -
         for block in blocks
     }
     top = max(MIN_SCALE, *(maps.max() * maps.shape[-1] for maps in shown.values()))
-    for row, patch in enumerate(patches):
-        y, x = divmod(patch, columns)
-        corner = (slice(y * side, (y + 1) * side), slice(x * side, (x + 1) * side))
-        axes[row, 0].imshow(trace.pixels)
-        frame = plt.Rectangle(
-            (x * side - 0.5, y * side - 0.5), side, side, fill=False, color=plots.WRONG, lw=1.5
-        )
-        axes[row, 0].add_patch(frame)
-        axes[row, 0].set_ylabel(f"patch {y},{x}", fontsize=9)
-        axes[row, 1].imshow(trace.pixels[corner])
-        for column, block in enumerate(blocks):
-            maps = shown[block][row]
-            words = round(len(maps) ** 0.5)
-            tiles = attention.tile(len(maps) * maps.reshape((words,) * 4))
-            drawn = axes[row, 2 + column].imshow(tiles, cmap=COLORS, vmin=0, vmax=top)
-        if row == 0:
-            axes[row, 0].set_title("image", fontsize=9)
-            axes[row, 1].set_title("pixels of the patch", fontsize=9)
-            for column, block in enumerate(blocks):
-                name = f"block {block + 1}, mean of heads"
-                if trace.grid_of(block) != trace.grid:
-                    pixels = trace.pixels.shape[1] // trace.grid_of(block)[1]
-                    name += f"\nenclosing {pixels} pixels"
-                axes[row, 2 + column].set_title(name, fontsize=9)
-    for axis in axes.flat:
-        hide_axes(axis)
-    bar = figure.colorbar(drawn, ax=axes, shrink=0.6, pad=0.02)
-    bar.set_label("attention relative to uniform", fontsize=9)
-    figure.suptitle("Inner attention: each tile is the attention of one word", fontsize=11)
+    for column, (block, maps) in zip(axes.T[2:], shown.items(), strict=True):
+        words = round(maps.shape[-1] ** 0.5)
+        for axis, weights in zip(column, maps, strict=True):
+            tiles = attention.tile(len(weights) * weights.reshape((words,) * 4))
+            show(axis, tiles, cmap=COLORS, vmin=0, vmax=top)
+        name = f"block {block + 1}, mean of heads"
+        if trace.grid_of(block) != trace.grid:
+            name += f"\nenclosing {trace.pixels.shape[1] // trace.grid_of(block)[1]} pixels"
+        column[0].set_title(name, fontsize=SMALL)
+    add_colorbar(figure, axes, ATTENTION)
     plots.save(figure, path)
 
 
@@ -140,71 +100,42 @@ def plot_positions(
     sentences: np.ndarray, words: np.ndarray, grid: tuple[int, int], path: pathlib.Path
 ) -> None:
     """Plots cosine similarities of the position embeddings: sentences [N, D], words [M, C]."""
-    plt = plots.pyplot()
     every = -(-max(grid) // MAX_TILES)
     rows, columns = (slice(every // 2, None, every),) * 2
     maps = attention.similarity(sentences).reshape(*grid, *grid)[rows, columns]
     side = round(len(words) ** 0.5)
-    of_words = attention.tile(attention.similarity(words).reshape((side,) * 4))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 5.2), layout="constrained")
+    of_words = attention.similarity(words).reshape((side,) * 4)
     nth = ORDINALS.get(every, f"{every}th")
     chosen = f", every {nth} row and column" if every > 1 else ""
-    for axis, image, title in (
-        (axes[0], attention.tile(maps), f"{grid[0]} x {grid[1]} sentences{chosen}"),
-        (axes[1], of_words, f"{side} x {side} words"),
-    ):
-        drawn = axis.imshow(image, cmap="RdBu_r", vmin=-1, vmax=1)
-        axis.set_title(title, fontsize=10)
-        hide_axes(axis)
-    bar = figure.colorbar(drawn, ax=axes, shrink=0.7, pad=0.02)
-    bar.set_label("cosine similarity (mean subtracted)", fontsize=9)
-    figure.suptitle(
-        "Position embeddings: each tile compares one position with all others",
-        fontsize=11,
-    )
+    title = "Position embeddings: each tile compares one position with all others"
+    figure, axes = make_grid(1, 2, 4.8, title)
+    scale = dict(cmap="RdBu_r", vmin=-1, vmax=1)
+    show(axes[0, 0], attention.tile(maps), f"{grid[0]} x {grid[1]} sentences{chosen}", **scale)
+    show(axes[0, 1], attention.tile(of_words), f"{side} x {side} words", **scale)
+    add_colorbar(figure, axes, "cosine similarity (mean subtracted)")
     plots.save(figure, path)
 
 
 def plot_features(trace: Trace, path: pathlib.Path) -> None:
     """Plots three principal components of sentences and words as colors, for each block."""
-    plt = plots.pyplot()
     depth = len(trace.sentences)
     sentences = attention.principal_colors(trace.sentence_maps())
     read = sorted(trace.words)
     in_place = [attention.words_in_place(trace.words[i], trace.grid_of(i)) for i in read]
     words = dict(zip(read, attention.principal_colors(in_place), strict=True))
-    strips = -(-depth // 6)  # of at most six blocks each
     columns = min(depth, 6)
-    figure, axes = plt.subplots(
-        2 * strips,
-        columns + 1,
-        figsize=(1.5 * (columns + 1), 1.6 * 2 * strips + 0.5),
-        layout="constrained",
-        squeeze=False,
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    axes[0, 0].imshow(trace.pixels)
-    axes[0, 0].set_title("image", fontsize=9)
+    title = "Features: three principal components as red, green and blue, aligned between blocks"
+    figure, axes = make_grid(2 * -(-depth // columns), columns + 1, 1.5, title)
+    show(axes[0, 0], trace.pixels, "image")
     for block in range(depth):
         strip, column = divmod(block, columns)
-        upper, lower = axes[2 * strip, column + 1], axes[2 * strip + 1, column + 1]
-        upper.imshow(sentences[block])
-        upper.set_title(f"block {block + 1}", fontsize=9)
-        shown = [upper]
+        upper, lower = axes[2 * strip : 2 * strip + 2, column + 1]
+        show(upper, sentences[block], f"block {block + 1}")
         if block in words:
-            lower.imshow(words[block])
-            shown.append(lower)
-        for axis in shown:
-            axis.axis("on")
-            hide_axes(axis)
+            show(lower, words[block])
         if column == 0:
-            for axis, name in zip(shown, ("sentences", "words"), strict=False):
-                axis.set_ylabel(name, fontsize=9)
-    figure.suptitle(
-        "Features: three principal components as red, green and blue, aligned between blocks",
-        fontsize=11,
-    )
+            upper.set_ylabel("sentences", fontsize=SMALL)
+            lower.set_ylabel("words", fontsize=SMALL)
     plots.save(figure, path)
 
 
@@ -237,8 +168,33 @@ def overlay_heatmap(pixels: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.rint(pixels * light).astype(np.uint8)
 
 
-def hide_axes(axis) -> None:
-    """Removes ticks and thins the frame; titles and labels stay."""
+def make_grid(rows: int, columns: int, size: float, title: str):
+    """Returns a figure of rows x columns hidden axes of `size` inches; `show` fills them."""
+    figure, axes = plots.pyplot().subplots(
+        rows,
+        columns,
+        figsize=(size * columns + 0.9, size * rows + 0.9),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    figure.suptitle(title, fontsize=11)
+    return figure, axes
+
+
+def show(axis, image: np.ndarray, title: str = "", **options) -> None:
+    """Shows an image in a thin frame without ticks; `options` are those of `imshow`."""
+    axis.axis("on")
+    axis.imshow(image, **options)
+    axis.set_title(title, fontsize=SMALL)
     axis.set(xticks=[], yticks=[])
-    for spine in axis.spines.values():
-        spine.set(linewidth=0.4, color="0.6")
+    axis.spines[:].set(linewidth=0.4, color="0.6")
+
+
+def add_colorbar(figure, axes, label: str, **options) -> None:
+    """Adds a color bar for the scale of the last axis."""
+    mappable = axes[-1, -1].images[0]
+    shrink = min(1, 3 / len(axes))
+    bar = figure.colorbar(mappable, ax=axes, shrink=shrink, pad=0.02, **options)
+    bar.set_label(label, fontsize=SMALL)
