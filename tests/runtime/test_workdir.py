@@ -9,7 +9,7 @@ from collections import namedtuple
 import pytest
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.runtime.workdir import check_space, config_to_json, open_workdir
+from tnt_flax.runtime.workdir import check_space, config_from_json, config_to_json, open_workdir
 
 CONFIG = {"batch_size": 4, "data": {"root": "a", "threads": 1}, "log": {"every": "1 steps"}}
 
@@ -64,9 +64,11 @@ def test_a_resumed_run_may_change_keys_without_effect_on_results(tmp_path):
 
 
 def test_config_to_json_equals_a_round_trip(smoke_config):
-    config = config_to_json(smoke_config())
-    assert json.loads(json.dumps(config)) == config
-    assert config["augment"]["scale"] == [0.5, 1.0]
+    config = smoke_config()
+    stored = config_to_json(config)
+    assert json.loads(json.dumps(stored)) == stored
+    assert stored["augment"]["scale"] == [0.5, 1.0]
+    assert config_from_json(stored).to_dict() == config.to_dict()
 
 
 def test_an_unwritable_workdir(tmp_path, monkeypatch):

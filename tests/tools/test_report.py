@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a run: its numbers are those of the evaluation, and it opens in a real browser."""
+"""The report of a run has the numbers of the evaluation and opens in a browser."""
 
 import html.parser
-import json
 import re
 import shutil
 import subprocess
@@ -11,10 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tnt_flax.__main__ import load_command, main
+from tnt_flax.__main__ import load_command
 from tnt_flax.runtime.workdir import (
-    config_from_json,
-    config_to_json,
     current_environment,
     read_environments,
     record_environment,
@@ -31,7 +28,7 @@ from tnt_flax.training.train import train_and_evaluate
 CHROMIUM = shutil.which("chromium")
 QUIET = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
 QUIET += "--disable-background-networking --disable-component-update --disable-sync"
-DARK, LIGHT = 0, 1  # Blink's numbers of the preferred colour scheme
+DARK, LIGHT = 0, 1  # Blink's numbers of the preferred color scheme
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +57,7 @@ class Links(html.parser.HTMLParser):
 
 
 @pytest.mark.slow
-def test_the_page_says_what_evaluation_says(made):
+def test_page_states_the_results_of_evaluation(made):
     path, result, evaluated = made
     for name in ("top1", "top5", "loss", "images"):
         assert result[name] == pytest.approx(evaluated[name], rel=1e-5), name
@@ -80,7 +77,7 @@ def test_the_page_says_what_evaluation_says(made):
 
 
 @pytest.mark.slow
-def test_the_page_asks_for_nothing(made):
+def test_page_has_no_external_resources(made):
     path, _, _ = made
     text, links = path.read_text(), Links()
     links.feed(text)
@@ -92,49 +89,49 @@ def test_the_page_asks_for_nothing(made):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-def test_the_page_in_a_browser(made, tmp_path):
+def test_page_in_a_browser(made, tmp_path):
     path, _, _ = made
-    grounds = {}
+    backgrounds = {}
     for scheme in (LIGHT, DARK):
-        picture = tmp_path / f"{scheme}.png"
+        screenshot = tmp_path / f"{scheme}.png"
         options = [
             *QUIET.split(),
             f"--user-data-dir={tmp_path / f'profile{scheme}'}",
             f"--blink-settings=preferredColorScheme={scheme}",
             "--window-size=1120,2400",
-            f"--screenshot={picture}",
+            f"--screenshot={screenshot}",
         ]
         subprocess.run(
             [CHROMIUM, *options, path.as_uri()], check=True, timeout=120, capture_output=True
         )
-        pixels = np.asarray(Image.open(picture).convert("L"), np.int16)
-        ground = int(np.median(pixels))
-        grounds[scheme] = ground
-        # Ink and pictures, all the way down, with contrast to the ground.
-        marked = np.abs(pixels - ground) > 100
+        pixels = np.asarray(Image.open(screenshot).convert("L"), np.int16)
+        background = int(np.median(pixels))
+        backgrounds[scheme] = background
+        # Text and images in every part of the page, with contrast to the background.
+        marked = np.abs(pixels - background) > 100
         assert marked.mean() > 0.005
         assert all(part.any() for part in np.array_split(marked, 8))
-        # The curves, in the page's own ink: axes and text left of the middle, below the facts.
+        # The axes and text of the curves, below the facts.
         assert marked[200:560, 40:380].mean() > 0.002
-    assert grounds[LIGHT] > 240 and grounds[DARK] < 40
+    assert backgrounds[LIGHT] > 240 and backgrounds[DARK] < 40
 
 
-def test_the_environments_of_a_run(tmp_path):
+def test_environments_of_a_run(tmp_path):
     here = current_environment()
     assert here["python"] and here["numpy"] == np.__version__ and here["hosts"] == 1
-    unknown = ["<p>Unknown: the workdir has no environment.json.</p>"]
-    assert report.environments(tmp_path) == unknown
+    unknown = "<p>Unknown: the workdir has no environment.json.</p>"
+    assert report.render_environments(tmp_path) == unknown
     there = {"jax": "0.1", "devices": "4 TPU <v9>"}
     for step, seen in [(0, here), (20, here), (30, there), (40, here), (35, there), (35, there)]:
         record_environment(tmp_path, step, seen)
     starts = read_environments(tmp_path)
     assert [(s["step"], s["environment"]) for s in starts] == [(0, here), (30, there)]
-    page = "".join(report.environments(tmp_path))
+    page = report.render_environments(tmp_path)
     assert page.index("From step 0,") < page.index(here["machine"]) < page.index("From step 30")
     assert page.index("From step 30") < page.index("<td>devices</td><td>4 TPU &lt;v9&gt;</td>")
 
 
-def test_statistics_by_hand():
+def test_confusion_and_calibration_by_hand():
     predictions = Predictions(
         record=np.arange(6),
         label=np.array([0, 0, 1, 1, 1, 2]),
@@ -153,31 +150,6 @@ def test_statistics_by_hand():
     assert calibration_error(sums) == pytest.approx(expected)
 
 
-def test_names_are_text_and_not_markup():
+def test_names_are_escaped():
     matrix = page.matrix(np.eye(2, dtype=int), ["<b>", "a & b"])
     assert "&lt;b&gt;" in matrix and "a &amp; b" in matrix and "<b>" not in matrix
-
-
-def test_a_config_survives_its_file(smoke_config):
-    config = smoke_config()
-    stored = json.loads(json.dumps(config_to_json(config)))
-    assert config_from_json(stored).to_dict() == config.to_dict()
-    assert config_from_json(stored).data.mean == (0.5, 0.5, 0.5)
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["no/such"], "no/such is not a workdir: it has no config.json"),
-        (["RUN", "--out=x.txt"], "--out=x.txt: give a file that ends in .html"),
-        (["RUN", "--out=no/x.html"], "in a folder that exists"),
-        (["RUN"], "checkpoint"),
-        ([], "the following arguments are required: WORKDIR"),
-    ],
-)
-def test_bad_input_is_one_line(arguments, message, tmp_path, capsys, smoke_config):
-    (tmp_path / "config.json").write_text(json.dumps(config_to_json(smoke_config())))
-    code = main(["report", *(a.replace("RUN", str(tmp_path)) for a in arguments)])
-    out, err = capsys.readouterr()
-    assert code == 2 and not out
-    assert err.startswith("error: ") and message in err and err.count("\n") == 1

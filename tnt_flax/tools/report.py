@@ -13,20 +13,29 @@ report could not be made, 2 that the input was wrong.
 
 import argparse
 import datetime
-import functools
 import json
 import logging
 import pathlib
+import string
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.files import write_atomic
 from tnt_flax.data.labels import readable_names
-from tnt_flax.runtime import host
+from tnt_flax.data.sources import Source
+from tnt_flax.data.transforms import eval_transform
+from tnt_flax.runtime import host, workdir
+from tnt_flax.tools import attention, figures, page
 from tnt_flax.tools.command_line import Parser
+from tnt_flax.training import metrics, plots
+from tnt_flax.training.evaluate import calibration_error, calibration_sums
+from tnt_flax.training.experiment import Experiment
+from tnt_flax.weights.read import LoadedWeights, read_checkpoint
 
 logger = logging.getLogger(__name__)
 ON_INTERRUPT = "no report was written"
@@ -50,12 +59,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         InputError: WORKDIR is not a workdir, its data are missing, or `out` is wrong.
         RunError: no image could be evaluated, or the report cannot be written.
     """
-    from tnt_flax.runtime import workdir
-    from tnt_flax.training import metrics
-    from tnt_flax.training.evaluate import calibration_error, calibration_sums
-    from tnt_flax.training.experiment import Experiment
-    from tnt_flax.weights.read import read_checkpoint
-
     stored = workdir.read_config(args.workdir)
     if stored is None:
         raise InputError(f"{args.workdir} is not a workdir: it has no config.json")
@@ -75,138 +78,139 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     logger.info(f"evaluating {found.summary()} on {len(source)} images")
     predictions = collect_predictions(experiment, found.network.model, found.variables)
-    lines = metrics.read_metrics_file(args.workdir / "metrics.jsonl")
     summary = {
         "top1": float(predictions.correct.mean()),
         "top5": float((predictions.rank < 5).mean()),
         "loss": float(predictions.loss.mean()),
-        "calibration_error": calibration_error(
-            calibration_sums(predictions.confidence, predictions.correct)
-        ),
+        "calibration_error": calibration_error(predictions.calibration_sums()),
         "images": len(predictions.label),
     }
-    page = make_page(args.workdir, config, stored, found, source, predictions, lines, summary)
+    evaluated = Evaluated(args.workdir, config, found, source, predictions)
     try:
-        write_atomic(out, page)
+        write_atomic(out, make_page(evaluated, stored, summary))
     except OSError as error:
         raise RunError(f"cannot write {out}: {error.strerror or error}") from None
     return {"out": str(out), **summary, "checkpoint": found.path}
 
 
-def make_page(folder, config, stored, found, source, predictions, lines, summary) -> str:
-    from tnt_flax.tools import figures, page
-    from tnt_flax.training import plots
-    from tnt_flax.training.evaluate import calibration_sums
+class Evaluated(NamedTuple):
+    """A run with the predictions of one of its checkpoints on the evaluation split."""
 
-    names = readable_names(source.class_names)
-    today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    title = f"{config.model.name} on {config.data.name or config.data.source}"
-    kind = {"ema": "EMA", "raw": "raw"}[found.weights]
-    render = functools.partial(render_image, config, source, predictions, names)
-    hardest = np.argsort(-predictions.loss, kind="stable")[:SHOWN]
-    sums = calibration_sums(predictions.confidence, predictions.correct)
-    curves = []
+    folder: pathlib.Path  # of the run
+    config: ConfigDict
+    found: LoadedWeights
+    source: Source
+    predictions: "Predictions"
+
+    @property
+    def names(self) -> list[str]:
+        return readable_names(self.source.class_names)
+
+    def pixels(self, i: int) -> np.ndarray:
+        """Returns an image after the evaluation transform, uint8 [S, S, 3]."""
+        image, _ = self.source[int(self.predictions.record[i])]
+        data = self.config.data
+        return eval_transform(image, size=data.image_size, crop_fraction=data.crop_fraction)
+
+    def figure(self, i: int) -> str:
+        """Renders an image with its predicted class, and its label if that differs."""
+        predictions, names = self.predictions, self.names
+        prediction = f"{names[predictions.predicted[i]]} {predictions.confidence[i]:.0%}"
+        kind = "right" if predictions.correct[i] else "wrong"
+        caption = f'<span class="{kind}">{page.text(prediction)}</span>'
+        if not predictions.correct[i]:
+            caption += f"<br>label: {page.text(names[predictions.label[i]])}"
+        name = self.source.name_of(int(predictions.record[i]))
+        return page.image(self.pixels(i), caption, name)
+
+
+def make_page(evaluated: Evaluated, stored: dict[str, Any], summary: dict[str, Any]) -> str:
+    """Fills the template. `stored` is the config as the run stored it."""
+    folder, config, found, _, predictions = evaluated
+    lines = metrics.read_metrics_file(folder / "metrics.jsonl")
+    curves = "<p>The workdir has no metrics.jsonl.</p>"
     if lines:
-        curves = [
-            "<h2>Curves</h2>",
-            page.plot_svg(lambda p: plots.plot_curves(lines, p), "Curves"),
-        ]
-    parts = [
-        f"<h1>{page.text(title)}</h1>",
-        f'<p class="soft">{page.text(folder.resolve().name)}: {kind} weights of '
-        f"{page.text(found.file_format)}, reported {today}</p>",
-        page.facts(
-            {
-                "top-1": f"{summary['top1']:.2%}",
-                "top-5": f"{summary['top5']:.2%}",
-                "loss": f"{summary['loss']:.4f}",
-                "calibration error": f"{summary['calibration_error']:.2%}",
-                "evaluation images": f"{summary['images']:,}",
-                "parameters": f"{found.num_params / 1e6:.2f} M",
-            }
-        ),
-        *curves,
-        *confusions(predictions, names, render),
-        "<h2>Calibration</h2>",
-        f"<p>Expected calibration error {summary['calibration_error']:.2%}, in 15 bins.</p>",
-        page.plot_svg(lambda p: figures.plot_calibration(sums, p), "Calibration"),
-        "<h2>Largest losses</h2>",
-        "<p>Images whose label has the lowest probability.</p>",
-        page.images(map(render, hardest)),
-        "<h2>Attention and features</h2>",
-        "<p>Attention rollout (brighter patches have a larger share in the head's input) and the "
-        "words after the last block (three principal components as colors), for the image with "
-        "the largest loss and some others.</p>",
-        *attention(found, config, source, predictions, hardest, names),
-        "<h2>Environment</h2>",
-        *environments(folder),
-        "<h2>Config</h2>",
-        f"<details><summary>all keys</summary>{page.table(flat(stored))}</details>",
-    ]
-    return page.page(f"{title}, {config.data.image_size} pixels", parts)
+        curves = page.plot_svg(lambda path: plots.plot_curves(lines, path), "Curves")
+    sums = predictions.calibration_sums()
+    hardest = np.argsort(-predictions.loss, kind="stable")[:SHOWN]
+    today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    kind = {"ema": "EMA", "raw": "raw"}[found.weights]
+    origin = f"{folder.resolve().name}: {kind} weights of {found.file_format}, reported {today}"
+    flat = traverse_util.flatten_dict(stored, sep=".")
+    settings = [(key, json.dumps(value)) for key, value in flat.items() if value is not None]
+    template = string.Template(pathlib.Path(__file__).with_name("report.html").read_text())
+    return template.substitute(
+        title=page.text(f"{config.model.name} on {config.data.name or config.data.source}"),
+        size=config.data.image_size,
+        origin=page.text(origin),
+        top1=f"{summary['top1']:.2%}",
+        top5=f"{summary['top5']:.2%}",
+        loss=f"{summary['loss']:.4f}",
+        calibration_error=f"{summary['calibration_error']:.2%}",
+        images=f"{summary['images']:,}",
+        parameters=f"{found.num_params / 1e6:.2f} M",
+        curves=curves,
+        confusion=render_confusion(evaluated),
+        calibration=page.plot_svg(lambda path: figures.plot_calibration(sums, path), "Calibration"),
+        hardest=page.images(map(evaluated.figure, hardest)),
+        attention=render_attention(evaluated, int(hardest[0])),
+        environments=render_environments(folder),
+        config=page.table(settings),
+    )
 
 
-def render_image(config, source, predictions, names, i: int) -> str:
-    """Renders image `i` with its predicted class, and its label if that differs."""
-    from tnt_flax.tools import page
-
-    prediction = f"{names[predictions.predicted[i]]} {predictions.confidence[i]:.0%}"
-    if predictions.correct[i]:
-        caption = f'<span class="right">{page.text(prediction)}</span>'
-    else:
-        caption = f'<span class="wrong">{page.text(prediction)}</span><br>label: '
-        caption += page.text(names[predictions.label[i]])
-    pixels = image_of(config, source, int(predictions.record[i]))
-    return page.image(pixels, caption, source.name_of(int(predictions.record[i])))
-
-
-def confusions(predictions, names, render) -> list[str]:
+def render_confusion(evaluated: Evaluated) -> str:
     """Renders the confusion matrix, and images of the most confused pairs of classes."""
-    from tnt_flax.tools import page
-
-    parts = ["<h2>Confusion</h2>"]
+    predictions, names, matrix = evaluated.predictions, evaluated.names, ""
     if len(names) <= MAX_MATRIX:
-        parts += [
-            "<p>Rows are labels, columns are predictions.</p>",
-            page.matrix(confusion(predictions, len(names)), names),
-        ]
+        matrix = "<p>Rows are labels, columns are predictions.</p>"
+        matrix += page.matrix(confusion(predictions, len(names)), names)
     groups = []
     for label, predicted, count in most_confused(predictions, 8):
         of_pair = np.flatnonzero(
             (predictions.label == label) & (predictions.predicted == predicted)
         )
         of_pair = of_pair[np.argsort(-predictions.confidence[of_pair], kind="stable")][:3]
-        heading = f"{names[label]} predicted as {names[predicted]}: {count} of "
-        heading += f"{int((predictions.label == label).sum())} images"
-        groups.append(f"<div><p>{page.text(heading)}</p>{page.images(map(render, of_pair))}</div>")
-    return [*parts, page.images(groups, "groups") if groups else "<p>No mistakes.</p>"]
+        total = int((predictions.label == label).sum())
+        heading = f"{names[label]} predicted as {names[predicted]}: {count} of {total} images"
+        pair = page.images(map(evaluated.figure, of_pair))
+        groups.append(f"<div><p>{page.text(heading)}</p>{pair}</div>")
+    return matrix + (page.images(groups, "groups") if groups else "<p>No mistakes.</p>")
 
 
-def attention(found, config, source, predictions, hardest, names) -> list[str]:
-    """Renders a row of heatmaps for each of a few images."""
-    from tnt_flax.tools import attention as tracing
-    from tnt_flax.tools import figures, page
-
-    others = np.linspace(0, len(predictions.label) - 1, TRACED, dtype=int)[: TRACED - 1]
-    chosen = list(dict.fromkeys([int(hardest[0]), *others.tolist()]))
-    pixels = np.stack([image_of(config, source, int(predictions.record[i])) for i in chosen])
+def render_attention(evaluated: Evaluated, hardest: int) -> str:
+    """Renders a row of heatmaps for the image with the largest loss and for some others."""
+    labels = evaluated.predictions.label
+    others = np.linspace(0, len(labels) - 1, TRACED, dtype=int)[: TRACED - 1]
+    chosen = list(dict.fromkeys([hardest, *others.tolist()]))
+    pixels = np.stack([evaluated.pixels(i) for i in chosen])
     rows = []
-    for i, trace in zip(chosen, tracing.trace_attention(found, pixels), strict=True):
+    for i, trace in zip(chosen, attention.trace_attention(evaluated.found, pixels), strict=True):
         depth = len(trace.outer_attention)
         reached = trace.rollout_maps()
-        label = page.text(names[predictions.label[i]])
-        cells = [page.image(trace.pixels, f"label: {label}", f"image of class {label}")]
+        label = evaluated.names[labels[i]]
+        cells = [page.image(trace.pixels, f"label: {page.text(label)}", f"image of class {label}")]
         for block in sorted({0, (depth - 1) // 2, depth - 1}):
-            lit = figures.overlay_heatmap(trace.pixels, reached[block])
-            cells.append(page.image(lit, f"after block {block + 1}", "attention rollout"))
+            heatmap = figures.overlay_heatmap(trace.pixels, reached[block])
+            cells.append(page.image(heatmap, f"after block {block + 1}", "attention rollout"))
         if trace.words:
             last = max(trace.words)
-            words = tracing.words_in_place(trace.words[last], trace.grid_of(last))
-            (colors,) = tracing.principal_colors([words])
+            words = attention.words_in_place(trace.words[last], trace.grid_of(last))
+            (colors,) = attention.principal_colors([words])
             colors = np.rint(255 * colors).astype(np.uint8)
             cells.append(page.image(colors, f"words, block {last + 1}", "principal components"))
         rows.append(page.images(cells, "row"))
-    return rows
+    return "\n".join(rows)
+
+
+def render_environments(folder: pathlib.Path) -> str:
+    """Renders the environments of the run, in the order of its starts."""
+    parts = [
+        f"<p>From step {start['step']:,}, {page.text(start['time'])}</p>"
+        + page.table(start["environment"].items())
+        for start in workdir.read_environments(folder)
+    ]
+    return "\n".join(parts) or "<p>Unknown: the workdir has no environment.json.</p>"
 
 
 # ------------------------------------------------------------------------------------ predictions
@@ -226,6 +230,9 @@ class Predictions(NamedTuple):
     def correct(self) -> np.ndarray:
         return self.predicted == self.label
 
+    def calibration_sums(self) -> np.ndarray:
+        return calibration_sums(self.confidence, self.correct)
+
 
 def collect_predictions(experiment, model, variables) -> Predictions:
     """Returns the predictions of a network on the evaluation split of `experiment`.
@@ -233,8 +240,6 @@ def collect_predictions(experiment, model, variables) -> Predictions:
     Raises:
         RunError: no image can be read, or a prediction is not finite.
     """
-    import jax
-
     predict_step = jax.jit(experiment.make_predict_step(model))
     parts, begin = [], 0
     for batch in experiment.eval_batches():
@@ -274,43 +279,3 @@ def most_confused(predictions: Predictions, limit: int) -> list[tuple[int, int, 
     found, counts = np.unique(pairs, axis=0, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:limit]
     return [(int(found[i][0]), int(found[i][1]), int(counts[i])) for i in order]
-
-
-# -------------------------------------------------------------------------------------- the page
-
-
-def image_of(config: ConfigDict, source, record: int) -> np.ndarray:
-    """Returns the image of a record after the evaluation transform, uint8 [S, S, 3]."""
-    from tnt_flax.data.transforms import eval_transform
-
-    image, _ = source[record]
-    data = config.data
-    return eval_transform(image, size=data.image_size, crop_fraction=data.crop_fraction)
-
-
-def environments(folder: pathlib.Path) -> list[str]:
-    """Renders the environments of the run, in the order of its starts."""
-    from tnt_flax.runtime.workdir import read_environments
-    from tnt_flax.tools import page
-
-    starts = read_environments(folder)
-    if not starts:
-        return ["<p>Unknown: the workdir has no environment.json.</p>"]
-    parts = []
-    for start in starts:
-        parts += [
-            f"<p>From step {start['step']:,}, {page.text(start['time'])}</p>",
-            page.table(start["environment"].items()),
-        ]
-    return parts
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Returns (key, value) of every key that is set, such as ("data.image_size", "224")."""
-    rows = []
-    for key, value in config.items():
-        if isinstance(value, dict):
-            rows += flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            rows.append((prefix + key, json.dumps(value)))
-    return rows
