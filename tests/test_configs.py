@@ -179,7 +179,7 @@ def test_the_config_selects_randaugment(smoke_config):
     config.data.mean = (0.0, 0.5, 1.0)
     assert Experiment(config).randaugment.fill == (0, 128, 255)
     config.augment.randaugment = "rand-q3"
-    with pytest.raises(InputError, match="no section 'q3'"):
+    with pytest.raises(InputError, match="'q3' is not a number after one of"):
         check_config(config)
 
     first = {}

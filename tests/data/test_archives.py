@@ -5,7 +5,6 @@ import gzip
 import io
 import json
 import os
-import pathlib
 import pickle
 import tarfile
 
@@ -18,14 +17,8 @@ from tests.helpers.source_checks import message_of, records
 from tests.helpers.tars import SYNSETS, image, tar, write_imagenet
 from tnt_flax.data.sources import check_same_classes, open_source
 from tnt_flax.data.sources.archives import expand_braces, find_shards, read_labels
-from tnt_flax.training.experiment import Experiment
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 def imagenet(root, split, **options):
@@ -40,14 +33,19 @@ def refused(function, *args, **options):
     return message_of(lambda: function(*args, **options))
 
 
+@pytest.fixture
+def tars(tmp_path):
+    write_imagenet(tmp_path)
+    return tmp_path
+
+
 # ------------------------------------------------------------------------- ImageNet's original tars
 
 
-def test_training_images_are_those_that_tarfile_reads(tmp_path):
-    write_imagenet(tmp_path)
-    source = imagenet(tmp_path, "train")
+def test_training_images_are_those_that_tarfile_reads(tars):
+    source = imagenet(tars, "train")
     expected = []
-    with tarfile.open(tmp_path / TRAIN) as outer:
+    with tarfile.open(tars / TRAIN) as outer:
         for member in outer:
             label = sorted(SYNSETS).index(member.name.removesuffix(".tar"))
             with tarfile.open(fileobj=outer.extractfile(member)) as inner:
@@ -55,19 +53,21 @@ def test_training_images_are_those_that_tarfile_reads(tmp_path):
                 expected += [(inner.extractfile(m).read(), label) for m in images]
     assert source.class_names == SYNSETS[:3] and len(expected) == 6
     assert [source[i] for i in (5, 0, 3, 1, 4, 2)] == [expected[i] for i in (5, 0, 3, 1, 4, 2)]
-    assert source.name_of(2).startswith(f"{tmp_path / TRAIN}: n01443537_0.JPEG (at byte ")
+    assert source.name_of(2).startswith(f"{tars / TRAIN}: n01443537_0.JPEG (at byte ")
     assert records(pickle.loads(pickle.dumps(source))) == expected
+    (tars / TRAIN).write_bytes(b"short")
+    with pytest.raises(OSError, match="ends before byte"):
+        source[0]
+    assert f"{TRAIN}: ? (at byte" in source.name_of(0)
 
 
 @pytest.mark.parametrize("split", ["val", "validation"])
-def test_validation_labels_come_from_a_list(tmp_path, split):
-    write_imagenet(tmp_path)
-    source = imagenet(tmp_path, split)
-    assert source.class_names == SYNSETS[:3]
+def test_validation_labels_come_from_a_list(tars, split):
+    source = imagenet(tars, split)
     # The images of the tar have lines 3, 1, 2, 4 of the list.
     assert records(source) == [(image(103), 1), (image(101), 2), (image(102), 0), (image(104), 0)]
     assert "ILSVRC2012_val_00000003.JPEG" in source.name_of(0)
-    check_same_classes(imagenet(tmp_path, "train"), source)
+    check_same_classes(imagenet(tars, "train"), source)
 
 
 def devkit(synsets, truth):
@@ -83,31 +83,27 @@ def devkit(synsets, truth):
     return gzip.compress(tar({f"{folder}/{name}": data for name, data in files.items()}))
 
 
-def test_all_label_files_give_the_same_labels(tmp_path):
-    write_imagenet(tmp_path)
-    expected = records(imagenet(tmp_path, "val"))
-    listed = (tmp_path / "imagenet_2012_validation_synset_labels.txt").read_text().split()
-    name = "ILSVRC2012_val_{:08}"
-    rows = [(name.format(k + 1), synset) for k, synset in enumerate(listed)]
+def test_all_label_files_give_the_same_labels(tars):
+    expected = records(imagenet(tars, "val"))
+    synsets = (tars / "imagenet_2012_validation_synset_labels.txt").read_text().split()
+    rows = [(f"ILSVRC2012_val_{k:08}", synset) for k, synset in enumerate(synsets, 1)]
     order = (SYNSETS[1], SYNSETS[2], SYNSETS[0])
-    truth = "".join(f"{order.index(synset) + 1}\n" for synset in listed)
+    truth = "".join(f"{order.index(synset) + 1}\n" for synset in synsets)
     contents = {
         "names.csv": "".join(f"{n}.JPEG,{s}\n" for n, s in rows[::-1]),
         "columns.txt": "".join(f"val/{n}.JPEG {s}\n" for n, s in rows),
         "LOC_val_solution.csv": "ImageId,PredictionString\n"
         + "".join(f"{n},{s} 1 2 3 4 {s} 5 6 7 8\n" for n, s in rows[::-1]),
         "more.csv": "".join(f"{n}\t{s}\n" for n, s in [*rows, ("other", SYNSETS[0])]),
-        "devkit.tar.gz": devkit(order, truth.encode()),
+        "ILSVRC2012_devkit_t12.tar.gz": devkit(order, truth.encode()),
     }
     for file, content in contents.items():
-        data = content if isinstance(content, bytes) else content.encode()
-        (tmp_path / file).write_bytes(data)
-        assert records(imagenet(tmp_path, "val", eval_labels=file)) == expected, file
-    absolute = str(tmp_path / "names.csv")
-    assert records(imagenet(tmp_path, "val", eval_labels=absolute)) == expected
-    (tmp_path / "devkit.tar.gz").rename(tmp_path / "ILSVRC2012_devkit_t12.tar.gz")
-    (tmp_path / "imagenet_2012_validation_synset_labels.txt").write_text("not read")
-    assert records(imagenet(tmp_path, "val")) == expected  # the devkit takes precedence
+        (tars / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+        assert records(imagenet(tars, "val", eval_labels=file)) == expected, file
+    absolute = str(tars / "names.csv")
+    assert records(imagenet(tars, "val", eval_labels=absolute)) == expected
+    (tars / "imagenet_2012_validation_synset_labels.txt").write_text("not read")
+    assert records(imagenet(tars, "val")) == expected  # the devkit takes precedence
 
 
 @pytest.mark.parametrize(
@@ -136,60 +132,56 @@ def test_invalid_labels_are_refused(tmp_path, content, expected):
     assert expected in message and str(path) in message
 
 
-def test_class_list_orders_the_synsets(tmp_path):
-    write_imagenet(tmp_path)
-    classes = tmp_path / "classes.txt"
+def test_class_list_orders_the_synsets(tars):
+    classes = tars / "classes.txt"
     classes.write_text("\n".join(SYNSETS[2::-1]))
     for split in ("train", "val"):
-        source = imagenet(tmp_path, split, class_list=str(classes))
-        labels = [2 - label for _, label in records(imagenet(tmp_path, split))]
+        source = imagenet(tars, split, class_list=str(classes))
+        labels = [2 - label for _, label in records(imagenet(tars, split))]
         assert source.class_names == SYNSETS[2::-1]
         assert [label for _, label in records(source)] == labels
     classes.write_text("\n".join(SYNSETS[:2]))
-    message = refused(imagenet, tmp_path, "train", class_list=str(classes))
-    assert f"{TRAIN}/{SYNSETS[2]} is not in the class list" in message
+    message = refused(imagenet, tars, "train", class_list=str(classes))
+    assert f"{SYNSETS[2]!r} is only in {tars / TRAIN}: the class list" in message
     classes.write_text("\n".join(SYNSETS))
-    message = refused(imagenet, tmp_path, "train", class_list=str(classes))
-    assert f"names {SYNSETS[3]!r}" in message and "has no such tar" in message
+    message = refused(imagenet, tars, "train", class_list=str(classes))
+    assert f"{SYNSETS[3]!r} is only in {classes}" in message
 
 
-def test_missing_and_invalid_tars_are_refused(tmp_path):
-    assert "set data.root" in refused(imagenet, "", "train")
-    assert f"cannot read {tmp_path / TRAIN}: No such" in refused(imagenet, tmp_path, "train")
-    assert "no split 'test': choose" in refused(imagenet, tmp_path, "test")
-    write_imagenet(tmp_path)
-    whole = (tmp_path / TRAIN).read_bytes()
-    full = tar({"n01440764.tar": tar({"a.JPEG": b"1"})})
-    for content, expected in {
-        whole[: len(whole) // 2]: "is truncated",
-        tar({"n01440764.tar": tar({"notes.txt": b"1"})}): "n01440764.tar in",
-        tar({"n01440764.tar": tar({"a.JPEG": b"1"})[:1024]}): "n01440764.tar in",
-        tar({"n01440764.tar.gz": b"1"}): "n01440764.tar.gz is compressed",
-        tar({"a.JPEG": b"1"}): "holds no tars: expected one per class",
-        full.replace(b"a.JPEG", b"b.JPEG"): "n01440764.tar in",
-    }.items():
-        (tmp_path / TRAIN).write_bytes(content)
-        message = refused(imagenet, tmp_path, "train")
-        assert expected in message and TRAIN in message
-    (tmp_path / TRAIN).write_bytes(full)
+FULL = tar({"n01440764.tar": tar({"a.JPEG": b"1"})})
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (FULL[: len(FULL) // 2], "is truncated"),
+        (tar({"n01440764.tar": tar({"notes.txt": b"1"})}), "n01440764.tar in"),
+        (tar({"n01440764.tar": tar({"a.JPEG": b"1"})[:1024]}), "n01440764.tar in"),
+        (tar({"n01440764.tar.gz": b"1"}), "holds no tars: expected one per class"),
+        (FULL.replace(b"a.JPEG", b"b.JPEG"), "n01440764.tar in"),
+    ],
+)
+def test_damaged_tars_are_refused(tmp_path, content, expected):
+    (tmp_path / TRAIN).write_bytes(content)
+    message = refused(imagenet, tmp_path, "train")
+    assert expected in message and TRAIN in message
+    (tmp_path / TRAIN).write_bytes(FULL)
     assert len(imagenet(tmp_path, "train")) == 1
 
-    (tmp_path / "imagenet_2012_validation_synset_labels.txt").unlink()
-    assert "no labels for ILSVRC2012_img_val.tar in" in refused(imagenet, tmp_path, "val")
-    message = refused(imagenet, tmp_path, "val", eval_labels="nowhere.txt")
-    assert f"cannot read the labels {tmp_path}/nowhere.txt: No such file" in message
-    (tmp_path / VALIDATION).write_bytes(tar({}))
-    message = refused(imagenet, tmp_path, "val", eval_labels="x")
-    assert message == f"{tmp_path / VALIDATION} has no images: download the tar again"
 
-
-def test_reading_from_a_truncated_tar_raises_oserror(tmp_path):
-    write_imagenet(tmp_path)
-    source = imagenet(tmp_path, "train")
-    (tmp_path / TRAIN).write_bytes(b"short")
-    with pytest.raises(OSError, match="ends before byte"):
-        source[0]
-    assert f"{TRAIN}: ? (at byte" in source.name_of(0)
+def test_missing_tars_and_labels_are_refused(tars):
+    assert "set data.root" in refused(imagenet, "", "train")
+    assert "cannot read /nowhere/ILSVRC2012_img_train.tar: No" in refused(
+        imagenet, "/nowhere", "train"
+    )
+    assert "no split 'test': choose" in refused(imagenet, tars, "test")
+    (tars / "imagenet_2012_validation_synset_labels.txt").unlink()
+    assert "no labels for ILSVRC2012_img_val.tar in" in refused(imagenet, tars, "val")
+    message = refused(imagenet, tars, "val", eval_labels="nowhere.txt")
+    assert f"cannot read the labels {tars}/nowhere.txt: No such file" in message
+    (tars / VALIDATION).write_bytes(tar({}))
+    message = refused(imagenet, tars, "val", eval_labels="x")
+    assert message == f"{tars / VALIDATION} has no images: download the tar again"
 
 
 # ------------------------------------------------------------------------------ webdataset shards
@@ -268,7 +260,7 @@ def test_labels_are_numbers_or_names_in_cls_or_json(tmp_path):
         (sample("a", 1, cls="0", jpg="x"), "sample 'a' has two images"),
         # Files of a sample that are not consecutive are two incomplete samples.
         ({"a.png": b"1", "b.png": b"2", "a.cls": b"0"}, "sample 'a' has no label"),
-        ({"README": b"x"}, "x.tar has no samples"),
+        ({"README": b"x"}, "x.tar: no records found"),
     ],
 )
 def test_incomplete_samples_are_refused(tmp_path, files, expected):
@@ -294,27 +286,29 @@ def test_shards_are_found_by_split_and_pattern(tmp_path):
     assert found("train") == ["train/b.tar"]
     for split in ("validation", "nothing*"):
         message = refused(find_shards, str(tmp_path), split)
-        assert split in message and "it holds constrained.tar, in-train-10.tar, " in message
+        assert split in message and "which holds constrained.tar, in-train-10.tar, " in message
     assert "set data.root" in refused(webdataset, "", "train")
     assert "cannot read /nowhere: No such" in refused(webdataset, "/nowhere", "train")
     assert "cannot read" in refused(webdataset, tmp_path, "x-{0..1}.tar")
 
 
 def test_compressed_shards_are_refused(tmp_path):
-    (tmp_path / "train-0.tar.gz").write_bytes(gzip.compress(os.urandom(5000)))
-    message = refused(webdataset, tmp_path, "train")
-    assert "train-0.tar.gz is compressed (gzip) and has no random access" in message
+    (tmp_path / "train-0.tar.gz").write_bytes(b"")
+    assert "train-0.tar.gz is compressed and has no random access" in refused(
+        webdataset, tmp_path, "train"
+    )
 
 
 # ------------------------------------------------------------------------------------------ common
 
 
-def test_archives_are_read_from_a_url(tmp_path):
+def test_archives_are_read_from_a_url(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "i").mkdir()
     write_imagenet(tmp_path / "i")
     write_shards(tmp_path / "w")
     memory = fsspec.filesystem("memory")
-    for path in pathlib.Path(tmp_path).glob("*/*"):
+    for path in tmp_path.glob("[iw]/*"):
         memory.pipe_file(f"memory://archives/{path.parent.name}/{path.name}", path.read_bytes())
     url = "memory://archives"
     for split in ("train", "val"):
@@ -324,12 +318,3 @@ def test_archives_are_read_from_a_url(tmp_path):
             assert records(remote) == records(local) and remote.class_names == local.class_names
             assert remote.name_of(0) == local.name_of(0).replace(str(tmp_path), url)
     assert len(webdataset(f"{url}/w", "data-train-{0..1}.tar")) == 7
-
-
-def test_config_sets_the_source(tmp_path, smoke_config):
-    write_imagenet(tmp_path)
-    (tmp_path / "imagenet_2012_validation_synset_labels.txt").rename(tmp_path / "labels.txt")
-    data = dict(data__source="imagenet_tars", data__root=str(tmp_path))
-    experiment = Experiment(smoke_config(**data, data__eval_labels="labels.txt"))
-    assert len(experiment.train_source) == 6
-    assert len(experiment.open_source("validation")) == 4

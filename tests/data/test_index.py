@@ -5,9 +5,6 @@ import glob
 import os
 import pathlib
 import pickle
-import signal
-import subprocess
-import sys
 import threading
 
 import fsspec
@@ -40,7 +37,7 @@ def files(tmp_path):
 
 @pytest.fixture
 def partial(files, monkeypatch):
-    """The path of a partial index of the first two files: the scan of the third was interrupted."""
+    """The path of a partial index of the first two files, as a killed process leaves it."""
     monkeypatch.setattr(index, "THREADS", 1)
     monkeypatch.setattr(index, "SAVE_EVERY", 0)
     with pytest.raises(KeyboardInterrupt):
@@ -147,27 +144,6 @@ def test_a_changed_or_damaged_partial_index_is_discarded(files, partial, caplog)
     assert scanned(files) == [0, 1, 2] and f"{partial} is damaged" in caplog.text
 
 
-def test_a_killed_process_leaves_its_work(files, tmp_path, root):
-    code = f"""if True:
-        import glob, os, signal
-        from tests.data import test_index as t
-        t.index.THREADS, t.index.SAVE_EVERY = 1, 0
-        class Killed(t.Lines):
-            def __call__(self, file, part, path):
-                if part.file == 2:
-                    while not glob.glob({str(tmp_path / "*.index.partial")!r}):
-                        pass
-                    os.kill(os.getpid(), signal.SIGKILL)
-                yield from super().__call__(file, part, path)
-        t.build({files!r}, Killed())
-    """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=root)
-    assert run.returncode == -signal.SIGKILL, run.stderr
-    scan = Lines()
-    assert_complete(build(files, scan))
-    assert 0 not in scan.seen and 2 in scan.seen
-
-
 def test_parts_keep_their_order_if_a_later_one_is_faster(files):
     last = threading.Event()
 
@@ -185,21 +161,14 @@ def test_parts_keep_their_order_if_a_later_one_is_faster(files):
 
 
 def test_a_folder_that_is_not_writable(files, tmp_path, cache, monkeypatch):
-    real = index.tempfile.TemporaryFile
-
-    def refuse(dir):
-        if dir in forbidden:
-            raise PermissionError(13, "Permission denied")
-        return real(dir=dir)
-
-    monkeypatch.setattr(index.tempfile, "TemporaryFile", refuse)
     forbidden = {str(tmp_path)}
+    monkeypatch.setattr(index.os, "access", lambda folder, _: folder not in forbidden)
     built = build(files)
     assert built.path.startswith(str(cache)) and not list(tmp_path.glob("*index*"))
     assert not scanned(files)
     forbidden.add(os.path.dirname(built.path))
     os.utime(files[0], ns=(1, 1))
-    with pytest.raises(InputError, match="Permission denied; set XDG_CACHE_HOME to a writable"):
+    with pytest.raises(InputError, match="cannot write an index to .*: set XDG_CACHE_HOME to a wr"):
         build(files)
 
 

@@ -96,25 +96,13 @@ def test_each_side_is_smoothed_by_its_own_scale():
 
 
 @pytest.mark.parametrize("name, mean, worst", [("china", 1.4, 2.4), ("flower", 0.7, 1.2)])
-def test_crops_and_flips_equal_pillow_and_pixels_are_close(name, mean, worst):
+def test_samples_are_close_to_those_of_pillow(name, mean, worst):
     image = PHOTOS[name]
     means = [differences(*both(image, (0, 0, i))).mean() for i in range(40)]
-    assert np.mean(means) < mean and max(means) < worst
-
-
-def test_train_transform_is_close_to_pillow():
-    means = [
-        differences(*both(PHOTOS[name], (1, 0, i), randaugment=PUBLISHED)).mean()
-        for name in ("china", "flower")
-        for i in range(60)
-    ]
+    assert np.mean(means) < mean and max(means) < worst  # crops and flips
+    means = [differences(*both(image, (1, 0, i), randaugment=PUBLISHED)).mean() for i in range(60)]
     assert np.mean(means) < 1.2 and np.median(means) < 1.0
-
-
-def test_color_jitter_without_randaugment():
-    plain, _ = both(PHOTOS["flower"], (2, 0, 0))
-    ours, theirs = both(PHOTOS["flower"], (2, 0, 0), jitter=0.4)
-    assert differences(ours, theirs).mean() < 1.0 < differences(ours, plain).mean()
+    assert differences(*both(image, (2, 0, 0), jitter=0.4)).mean() < worst
 
 
 @pytest.mark.parametrize("pixels", [(1, 1), (1, 300), (300, 1), (2, 3)])

@@ -76,27 +76,6 @@ def test_pixels_equal_timm(photo, name):
     assert PHOTOGRAPHS[photo].tobytes() == original  # the argument is not modified
 
 
-def test_arguments_at_magnitude_nine():
-    """Results worked out by hand for the magnitude of the published recipe, on a grey ramp."""
-    ramp = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, -1))
-
-    def values(name, level=9.0):
-        return np.asarray(apply_op(ramp, name, level, BILINEAR, FILL))[0, :, 0].astype(int)
-
-    grey = np.arange(256)
-    assert (values("Invert") == 255 - grey).all()
-    assert (values("PosterizeIncreasing") == grey // 128 * 128).all()  # one bit is kept
-    assert not values("PosterizeIncreasing", 10.0).any() and not values("Posterize", 2.4).any()
-    assert (values("SolarizeIncreasing") == np.where(grey < 26, grey, 255 - grey)).all()
-    assert (values("SolarizeAdd") == np.where(grey < 128, np.minimum(255, grey + 99), grey)).all()
-    assert abs(values("BrightnessIncreasing") - np.minimum(255, 1.81 * grey)).max() < 1
-    assert abs(values("BrightnessIncreasing", -9.0) - 0.19 * grey).max() < 1
-    # 0.45 * 0.9 * 256 = 103.68 pixels to the left (to the right if negative), grey beyond the edge.
-    assert abs(values("TranslateXRel")[:152] - (grey[:152] + 103.68)).max() < 1
-    assert (values("TranslateXRel")[153:] == 128).all()
-    assert (values("TranslateXRel", -9.0)[:103] == 128).all()
-
-
 # --------------------------------------------------------------------------------------- sampling
 
 
@@ -135,26 +114,23 @@ def test_distribution_of_the_published_recipe():
     same = sum(len(calls) == 2 and calls[0].name == calls[1].name for calls in sampled)
     assert near(same, images, 0.25 / 15)  # with replacement
     calls = [call for calls in sampled for call in calls]
-    names = collections.Counter(call.name for call in calls)
-    assert set(names) == set(randaugment.INCREASING_OPS) and len(names) == 15
-    assert all(near(count, 2 * images, 0.5 / 15) for count in names.values())
-    # Magnitudes of all operations are normal with mean 9 and deviation 0.5, clipped at 10.
-    for group in (set(names), {"AutoContrast", "Equalize", "Invert"}, set(GEOMETRIC)):
-        levels = np.abs([call.level for call in calls if call.name in group])
-        assert levels.min() > 6.5 and levels.max() == 10
-        for bound in (8.0, 8.5, 9.0, 9.5, 9.999):
-            below = (1 + math.erf((bound - 9) / 0.5 / math.sqrt(2))) / 2
-            assert near((levels < bound).sum(), len(levels), below), bound
-    # Signs and filters are uniform and independent.
-    for name in names:
-        here = [call for call in calls if call.name == name]
-        negative = sum(call.level < 0 for call in here)
-        assert negative == 0 if name in PLAIN else near(negative, len(here), 0.5)
-        bicubic = sum(call.resample == BICUBIC for call in here)
-        assert near(bicubic, len(here), 0.5) if name in GEOMETRIC else bicubic == 0
+    # Magnitudes are normal with mean 9 and deviation 0.5, clipped at 10.
+    levels = np.abs([call.level for call in calls])
+    assert levels.min() > 6.5 and levels.max() == 10
+    for bound in (8.0, 8.5, 9.0, 9.5, 9.999):
+        below = (1 + math.erf((bound - 9) / 0.5 / math.sqrt(2))) / 2
+        assert near((levels < bound).sum(), len(levels), below), bound
+    # Operations, signs and filters are uniform and independent.
+    for name in randaugment.INCREASING_OPS:
+        here = [(call.level < 0, call.resample == BICUBIC) for call in calls if call.name == name]
+        assert near(len(here), 2 * images, 0.5 / 15)
+        negative, bicubic = np.array(here).T
+        assert not negative.any() if name in PLAIN else near(negative.sum(), len(here), 0.5)
         if name in GEOMETRIC:
-            both = sum(call.level < 0 and call.resample == BICUBIC for call in here)
-            assert near(both, len(here), 0.25)
+            assert near(bicubic.sum(), len(here), 0.5)
+            assert near((negative & bicubic).sum(), len(here), 0.25)
+        else:
+            assert not bicubic.any()
 
 
 def test_distributions_of_the_options():
@@ -207,21 +183,19 @@ def test_fill_is_the_mean_color():
         ("augmix-m3-w3", "'augmix' is not known: the string must begin with \"rand-\""),
         ("", "'' is not known"),
         ("RAND-m9", "'RAND' is not known"),
-        ("rand-mst0.5", "no section 'mst0.5' (did you mean 'mstd'?): sections begin with m, n, p,"),
-        ("rand-w0", "no section 'w0': sections begin with"),
-        ("rand-m9-", "no section '': sections"),
-        ("rand-9", "no section '9': sections"),
-        ("rand-t3a", "no section 't3a': sections begin with"),
-        ("rand-m9.5", "'m' takes a whole number, not '9.5'"),
-        ("rand-inc", "'inc' takes a whole number, not ''"),
-        ("rand-mstd0.5x", "'mstd' takes a number, not '0.5x'"),
-        ("rand-inc2", "'inc2' is out of range: inc is 0 to 1"),
-        ("rand-p1.5", "'p1.5' is out of range: p is 0 to 1"),
-        ("rand-n0", "'n0' is out of range: n is 1 to inf"),
+        ("rand-mst0.5", "'mst0.5' is not a number after one of m, n, p, mstd, mmax, inc"),
+        ("rand-t3a", "'t3a' is not a number after one of"),
+        ("rand-m9-", "'' is not a number after"),
+        ("rand-9", "'9' is not a number after"),
+        ("rand-inc", "'inc' is not a number after"),
+        ("rand-mstd0.5x", "'mstd0.5x' is not a number after"),
+        ("rand-m9\n", "'m9\\n' is not a number after"),
+        ("rand-m9.5", "'m9.5' is out of range: m is a whole number from 0 to inf"),
+        ("rand-inc2", "'inc2' is out of range: inc is a whole number from 0 to 1"),
+        ("rand-p1.5", "'p1.5' is out of range: p is a number from 0 to 1"),
+        ("rand-n0", "'n0' is out of range"),
         ("rand-mmax0", "'mmax0' is out of range"),
         ("rand-m9-inc1-m8", "'m' occurs twice"),
-        ("rand-m9 -inc1", "'m' takes a whole number, not '9 '"),
-        ("rand-m9\n", "'m' takes a whole number"),
     ],
 )
 def test_invalid_strings_are_refused_in_one_line(config, message):
@@ -230,26 +204,6 @@ def test_invalid_strings_are_refused_in_one_line(config, message):
     assert str(caught.value).startswith(f"augment.randaugment={config!r}: ")
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert caught.value.__cause__ is None
-
-
-# ------------------------------------------------------------------------------- train transform
-
-
-def test_train_transform_augments_after_crop_and_flip():
-    seen = []
-
-    def invert(image, numbers, warp):
-        seen.append(image.size)
-        numbers.random()
-        return apply_op(image, "Invert", 0.0, BILINEAR, FILL)
-
-    encoded = all_photos()["china"]
-    transform = functools.partial(train_transform, encoded, size=32, flip=0.5, **CROP)
-    for seed in range(10):
-        plain = transform(generator(seed))
-        inverted = transform(generator(seed), randaugment=invert)
-        np.testing.assert_array_equal(inverted, 255 - plain)
-    assert set(seen) == {(32, 32)}
 
 
 # ----------------------------------------------------------------------------------------- oracle

@@ -31,7 +31,8 @@ def test_splits_must_have_the_same_classes():
         "label 1 is 'b' in training and 'c' in evaluation"
     )
     assert message_of(lambda: check_same_classes(named("a"), named("a", "b"))) == (
-        "training and evaluation splits differ (1 and 2 classes): 'b' is only in evaluation"
+        "training and evaluation splits differ (1 and 2 classes): "
+        "label 1 is 'no class' in training and 'b' in evaluation"
     )
 
 

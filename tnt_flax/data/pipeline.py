@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.data.plan import SampleKey, TrainPlan, sample_generator
+from tnt_flax.data.plan import TrainPlan, sample_generator, views_of_records
 from tnt_flax.data.sources import Source
 from tnt_flax.data.sources.storage import RetryingReader, StorageUnavailable
 from tnt_flax.data.transforms import CorruptImageError, Encoded, decode
@@ -38,26 +38,18 @@ MAX_REPLACEMENTS = 16  # unreadable records in a row before training gives up on
 
 @dataclasses.dataclass(frozen=True)
 class ReadOptions:
-    """How a host reads its rows of the global batches. Raises InputError for invalid values."""
+    """How a host reads its rows of the global batches."""
 
     corrupt: str = "error"  # "error" raises InputError; "skip" replaces or masks the record
-    host: int = 0  # index of this host
+    host: int = 0  # index of this host, from 0
     num_hosts: int = 1  # that share a batch
     threads: int = 4  # per process, for reading and decoding
     prefetch: int = 2  # batches to read ahead
     workers: int = 0  # processes, for which the program must guard its `__main__`; 0 uses none
     retry_seconds: float = 0  # for how long to retry while the storage is unavailable
 
-    def __post_init__(self):
-        if self.corrupt not in ("error", "skip"):
-            raise InputError(f"data.corrupt is {self.corrupt!r}: choose 'error' or 'skip'")
-        if not 0 <= self.host < self.num_hosts:
-            raise InputError(f"host {self.host} of {self.num_hosts}: hosts are numbered from 0")
-
     def rows(self, batch_size: int) -> range:
         """Returns this host's rows of a global batch. Raises InputError for an uneven split."""
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}: it must be at least 1")
         if batch_size % self.num_hosts:
             raise InputError(
                 f"a batch of {batch_size} cannot be split evenly over {self.num_hosts} hosts: "
@@ -92,7 +84,8 @@ def train_batches(
         options: see `ReadOptions`.
 
     Raises:
-        InputError: at once for invalid options, from `next()` for unreadable records.
+        InputError: at once if the hosts do not divide the batch, from `next()` for unreadable
+            records.
         StorageUnavailable: from `next()`, if the storage does not come back in time.
     """
     rows = options.rows(plan.batch_size)
@@ -159,14 +152,17 @@ class _TrainView(_View):
     @functools.cached_property
     def elements_per_batch(self) -> int:
         """The maximum over all batches; smaller batches are padded with empty elements."""
-        return -(-self.plan.max_records(self.rows) // RECORDS_PER_ELEMENT)
+        # The alignment of batches with the views of a record has a period of `repeats` steps.
+        steps = range(min(self.plan.repeats, self.plan.steps_per_epoch))
+        records = max(len(views_of_records(self.plan, step, self.rows)) for step in steps)
+        return -(-records // RECORDS_PER_ELEMENT)
 
     def __len__(self):
         return self.num_steps * self.elements_per_batch
 
     def __getitem__(self, index) -> Samples:
         step, i = divmod(index, self.elements_per_batch)
-        records = _records_of(self.plan, self.start_step + step, self.rows)
+        records = views_of_records(self.plan, self.start_step + step, self.rows)
         samples = []
         for record, views in records[i * RECORDS_PER_ELEMENT : (i + 1) * RECORDS_PER_ELEMENT]:
             images, label, replaced = self._read(record, [key for _, key in views])
@@ -224,12 +220,6 @@ class _EvalView(_View):
         except (CorruptImageError, OSError) as reason:
             self.refuse_or_log(record, reason)
             return self.blank | {"corrupt": np.True_}
-
-
-@functools.lru_cache(maxsize=16)  # at least the number of unfinished batches
-def _records_of(plan, step, rows) -> tuple[tuple[int, list[tuple[int, SampleKey]]], ...]:
-    """Returns the records in these rows of the batch of `step` with their (row, key) pairs."""
-    return tuple(plan.views(step, rows).items())
 
 
 # --------------------------------------------------------------------------------------- running

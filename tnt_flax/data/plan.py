@@ -30,8 +30,8 @@ class TrainPlan:
     one batch (except a few at its ends) and in different groups. Without repeats, row r of a batch
     has its r-th position.
 
-    Raises InputError if the batch size is below one or above the number of records, if the groups
-    do not divide it (with repeats > 1), and if seed or repeats are out of range.
+    Raises InputError if the batch is larger than the data set, or if the groups do not divide it
+    (with repeats > 1).
     """
 
     num_records: int
@@ -41,17 +41,11 @@ class TrainPlan:
     groups: int = 8  # per batch; used if repeats > 1
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size}: it must be at least 1")
         if self.num_records < self.batch_size:
             raise InputError(
                 f"the training split has {self.num_records} records, fewer than one batch of "
                 f"{self.batch_size}: choose batch_size <= {self.num_records}"
             )
-        if not 0 <= self.seed < 2**64:
-            raise InputError(f"seed {self.seed} is out of range: choose one from 0 to 2**64 - 1")
-        if self.repeats < 1:
-            raise InputError(f"augment.repeats={self.repeats} is less than 1, which disables it")
         if self.repeats > 1 and (self.groups < 1 or self.batch_size % self.groups):
             raise InputError(
                 f"a batch of {self.batch_size} cannot be split evenly into {self.groups} groups: "
@@ -72,19 +66,17 @@ class TrainPlan:
         record = epoch_permutation(self.num_records, self.seed, epoch)[position // self.repeats]
         return int(record), (self.seed, epoch, position)
 
-    def views(self, step: int, rows: range) -> dict[int, list[tuple[int, SampleKey]]]:
-        """Maps each record in `rows` of the batch of `step` to its (row, key) pairs."""
-        views = {}
-        for row in rows:
-            record, key = self.lookup(step, row)
-            views.setdefault(record, []).append((row, key))
-        return views
 
-    def max_records(self, rows: range) -> int:
-        """Returns the largest number of different records in `rows` of any step."""
-        # The alignment of batches with the repeats of a record has a period of `repeats` steps.
-        steps = range(min(self.repeats, self.steps_per_epoch))
-        return max(len(self.views(step, rows)) for step in steps)
+@functools.lru_cache(maxsize=16)  # at least the number of unfinished batches
+def views_of_records(
+    plan: TrainPlan, step: int, rows: range
+) -> tuple[tuple[int, list[tuple[int, SampleKey]]], ...]:
+    """Returns each record in `rows` of the batch of `step` with its (row, key) pairs."""
+    views = {}
+    for row in rows:
+        record, key = plan.lookup(step, row)
+        views.setdefault(record, []).append((row, key))
+    return tuple(views.items())
 
 
 def sample_generator(sample_key: SampleKey) -> np.random.Generator:

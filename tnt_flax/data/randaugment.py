@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from tnt_flax.core.errors import InputError, did_you_mean
+from tnt_flax.core.errors import InputError
 
 RESAMPLE = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)  # filters of geometric operations
 UNIFORM_ABOVE = 100  # with a larger `mstd` magnitudes are uniform from 0 to m
@@ -204,9 +204,9 @@ def parse(config: str, mean: Sequence[float]) -> RandAugment:
     bound; `n2` operations per image; `p0.5` the probability of each; `inc0` or `inc1` the list of
     operations.
 
-    Sections that timm silently ignores are refused: those without a number, and repetitions. The
-    named sets of timm (`t3a`, ...) are not supported. `inc0` is the plain list, as in current timm;
-    in timm 0.3.2, which trained the published TNT, it meant `inc1`.
+    Sections that timm silently ignores are refused, and its named sets (`t3a`, ...) are not
+    supported. `inc0` is the plain list, as in current timm; in timm 0.3.2, which trained the
+    published TNT, it meant `inc1`.
 
     `mean`, per channel in 0..1, is the color of pixels from outside the image.
     Raises InputError for an invalid string.
@@ -217,10 +217,21 @@ def parse(config: str, mean: Sequence[float]) -> RandAugment:
         raise InputError(problem + f'{kind!r} is not known: the string must begin with "rand-"')
     values = {}
     for section in sections:
-        key, text = re.fullmatch(r"(\D*)(.*)", section, re.DOTALL).groups()
+        found = re.fullmatch(rf"({'|'.join(_SECTIONS)})([0-9]+(?:\.[0-9]*)?)", section)
+        if not found:
+            known = ", ".join(_SECTIONS)
+            raise InputError(problem + f"{section!r} is not a number after one of {known}")
+        key, text = found.groups()
         if key in values:
             raise InputError(problem + f"{key!r} occurs twice")
-        values[key] = _value(problem, section, key, text)
+        default, least, largest = _SECTIONS[key]
+        whole = isinstance(default, int)
+        value = float(text)
+        if not least <= value <= largest or (whole and not text.isdigit()):
+            what = "a whole number" if whole else "a number"
+            problem += f"{section!r} is out of range: {key} is {what} from {least} to {largest}"
+            raise InputError(problem)
+        values[key] = int(value) if whole else value
     values = {key: default for key, (default, _, _) in _SECTIONS.items()} | values
     return RandAugment(
         ops=tuple(INCREASING_OPS if values["inc"] else PLAIN_OPS),
@@ -231,18 +242,3 @@ def parse(config: str, mean: Sequence[float]) -> RandAugment:
         max_magnitude=values["mmax"],
         fill=tuple(min(255, round(255 * channel)) for channel in mean),
     )
-
-
-def _value(problem, section, key, text):
-    if key not in _SECTIONS:
-        problem += f"no section {section!r}{did_you_mean(key, _SECTIONS)}: "
-        raise InputError(f"{problem}sections begin with {', '.join(_SECTIONS)}")
-    default, least, largest = _SECTIONS[key]
-    whole = isinstance(default, int)
-    if not re.fullmatch("[0-9]+" if whole else r"[0-9]+(\.[0-9]*)?", text):
-        kind = "a whole number" if whole else "a number"
-        raise InputError(problem + f"{key!r} takes {kind}, not {text!r}")
-    value = type(default)(text)
-    if not least <= value <= largest:
-        raise InputError(problem + f"{section!r} is out of range: {key} is {least} to {largest}")
-    return value

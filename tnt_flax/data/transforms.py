@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from tnt_flax.core.errors import InputError, one_line
+from tnt_flax.core.errors import one_line
 from tnt_flax.data.randaugment import Pixels, Warp, as_image, warp
 
 # Set once at import, because `warnings.catch_warnings()` in each call is not thread-safe. The error
@@ -69,9 +69,6 @@ def _in_rgb(image):
     if image.mode == "RGB":  # `convert` would copy it
         image.load()
         return image
-    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.copy()  # do not modify the argument
-        del image.info["transparency"]  # convert() would drop it with a warning
     return image.convert("RGB")
 
 
@@ -106,12 +103,10 @@ PILLOW = Resampler(resize=_resize, flip=ImageOps.mirror, warp=warp)
 def resampler(name: str) -> Resampler:
     """Returns the resampler "pillow" (pixels of timm) or "opencv" (faster, other pixels).
 
-    Raises InputError for another name and if OpenCV is not installed.
+    Raises InputError if OpenCV is not installed.
     """
     if name == "pillow":
         return PILLOW
-    if name != "opencv":
-        raise InputError(f"augment.resampling={name!r} is not known: choose 'pillow' or 'opencv'")
     from tnt_flax.data import opencv
 
     return Resampler(resize=opencv.resize, flip=opencv.flip, warp=opencv.warp)
@@ -223,29 +218,17 @@ def short_side_size(image: Image.Image, short: int) -> tuple[int, int]:
     return (short, long) if image.width <= image.height else (long, short)
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Crops the central `size` x `size` pixels; pads shorter sides with black.
-
-    Source: torchvision's `center_crop`, which pads by `(size - side) // 2` on the left, and whose
-    offset `int(round(x))` rounds halves to even.
-    """
-    left, top = (
-        round((side - size) / 2) if side > size else -((size - side) // 2) for side in image.size
-    )  # `crop` is black outside the image
-    return image.crop((left, top, left + size, top + size))
-
-
 def resized_center(image: Image.Image, resized: tuple[int, int], size: int) -> Image.Image:
     """Resizes (bicubic) to `resized` = (width, height) and crops the central `size` x `size`.
 
-    Like `center_crop(image.resize(resized, BICUBIC), size)`, but computes only the cropped pixels.
-    PIL's box has single precision, so about one value in a thousand differs, by one level.
+    Like `image.resize(resized, BICUBIC)` and torchvision's `center_crop`, but computes only the
+    cropped pixels. PIL's box has single precision, so about one value in a thousand differs, by one
+    level.
     """
     width, height = resized
-    # For taller images Pillow 13 filters the columns first, which rounds differently.
-    if min(resized) < size or image.height > 2 * image.width:
-        return center_crop(image.resize(resized, BICUBIC), size)
     left, top = round((width - size) / 2), round((height - size) / 2)
+    if image.height > 2 * image.width:  # Pillow 13 filters the columns first: other roundings
+        return image.resize(resized, BICUBIC).crop((left, top, left + size, top + size))
     x, x_end = (column * image.width / width for column in (left, left + size))
     y, y_end = (row * image.height / height for row in (top, top + size))
     # Rows of the image within reach of the filter.
@@ -263,7 +246,7 @@ def eval_transform(image: Encoded, *, size: int, crop_fraction: float) -> np.nda
     """Returns an evaluation sample, read-only uint8 [size, size, 3], preprocessed as in timm.
 
     Resizes the shorter side to `floor(size / crop_fraction)` (0.9: 224 -> 248) and crops the
-    center. Raises CorruptImageError.
+    center. `crop_fraction` is at most 1. Raises CorruptImageError.
     """
     image = decode(image)
     resized = short_side_size(image, math.floor(size / crop_fraction))

@@ -18,16 +18,17 @@ RULES = (
     (lambda x: x >= 0, "is less than 0", (
         "optimizer.warmup_epochs", "optimizer.cooldown_epochs", "data.workers",
         "data.retry_seconds", "stall_minutes", "augment.mixup_alpha", "augment.cutmix_alpha",
-        "augment.color_jitter",
+        "augment.color_jitter", "seed",
     )),
     (lambda x: x >= 1, "is less than 1", (
-        "epochs", "checkpoint.keep", "data.threads", "mesh.fsdp", "mesh.tensor",
+        "epochs", "batch_size", "checkpoint.keep", "data.threads", "augment.repeats", "mesh.fsdp",
+        "mesh.tensor",
     )),
     (lambda x: 0 <= x <= 1, "is outside [0, 1]", (
         "augment.mix_prob", "augment.mix_switch_prob", "augment.erase_prob",
     )),
     (lambda x: 0 <= x < 1, "is outside [0, 1)", ("data.holdout", "ema.decay")),
-    (lambda x: 0 < x <= 1, "is outside (0, 1]", ("optimizer.layer_decay",)),
+    (lambda x: 0 < x <= 1, "is outside (0, 1]", ("optimizer.layer_decay", "data.crop_fraction")),
     (lambda x: 0 < x[0] <= x[1], "is not a valid range: use (low, high), above 0", (
         "augment.erase_area", "augment.erase_ratio",
     )),

@@ -96,14 +96,11 @@ def open_source(
 def check_same_classes(train: Source, evaluation: Source) -> None:
     """Raises InputError unless every label means the same class in both splits."""
     ours, theirs = train.class_names, evaluation.class_names
-    for label, (a, b) in enumerate(itertools.zip_longest(ours, theirs)):
+    for label, (a, b) in enumerate(itertools.zip_longest(ours, theirs, fillvalue="no class")):
         if a != b:
-            difference = f"label {label} is {a!r} in training and {b!r} in evaluation"
-            if a is None or b is None:
-                difference = f"{a or b!r} is only in {'training' if a else 'evaluation'}"
             raise InputError(
                 f"training and evaluation splits differ ({len(ours)} and {len(theirs)} classes): "
-                f"{difference}"
+                f"label {label} is {a!r} in training and {b!r} in evaluation"
             )
 
 

@@ -28,22 +28,12 @@ from tnt_flax.data.sources.names import (
     split_names,
 )
 
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-
 
 def members(file: BinaryIO, start: int, end: int, what: str) -> Iterator[tarfile.TarInfo]:
     """Yields the regular files of the tar in bytes [start, end) of a file, from their headers.
 
-    Raises InputError, with `what` as the tar's name, if it is truncated, damaged, compressed or
-    sparse.
+    Raises InputError, with `what` as the tar's name, if it is truncated, damaged or sparse.
     """
-    file.seek(start)
-    magic = file.read(6)
-    for prefix, compression in _COMPRESSED.items():
-        if magic.startswith(prefix):
-            raise InputError(
-                f"{what} is compressed ({compression}) and has no random access: decompress it"
-            )
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -55,10 +45,10 @@ def members(file: BinaryIO, start: int, end: int, what: str) -> Iterator[tarfile
                 if member.isfile():
                     yield member
                 tar.members.clear()  # or tarfile would keep all of them
-            file.seek(tar.offset)
-            if tar.offset + tarfile.BLOCKSIZE <= end and not any(file.read(tarfile.BLOCKSIZE)):
-                return  # the end mark
             position = tar.offset
+            file.seek(position)
+            if position + tarfile.BLOCKSIZE <= end and not any(file.read(tarfile.BLOCKSIZE)):
+                return  # the end mark
     except tarfile.TarError:
         position = file.tell()
     raise InputError(
@@ -100,7 +90,7 @@ LABEL_FILES = (  # looked for next to the tars unless data.eval_labels is set
     "LOC_val_solution.csv",
 )
 _IN_DEVKIT = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt")
-_SYNSET = re.compile(r"n\d{8}")
+_LABEL = re.compile(r"\s*(?:([^,\s]+)[,\s]+)?(n\d{8})\b")  # a synset, perhaps after a name
 
 
 def imagenet_tars(root: str, split: str, eval_labels: str = "", class_list: str = "") -> TarImages:
@@ -117,16 +107,17 @@ def imagenet_tars(root: str, split: str, eval_labels: str = "", class_list: str 
     Raises InputError if a file is missing or damaged, or if labels do not match the images.
     """
     if split == "train":
-        return _train(storage.join(root, TRAIN), class_list)
-    if "val" in split_names(split):
-        return _validation(root, storage.join(root, VALIDATION), eval_labels, class_list)
-    raise InputError(f"ImageNet's tars have no split {split!r}: choose train or validation")
-
-
-def _train(path, class_list):
-    index = open_index("imagenet train", [path], _scan_images, _cut_classes)
-    names = order_classes(sorted(index.texts), class_list, path, "tar")
-    return TarImages(index, names, index.texts)
+        path = storage.join(root, TRAIN)
+        index = open_index("imagenet train", [path], _scan_images, _cut_classes)
+        names = order_classes(sorted(index.texts), class_list, path)
+        return TarImages(index, names, index.texts)
+    if "val" not in split_names(split):
+        raise InputError(f"ImageNet's tars have no split {split!r}: choose train or validation")
+    index = open_index("imagenet val", [storage.join(root, VALIDATION)], _scan_images)
+    labels_file = storage.join(root, eval_labels) if eval_labels else _find_labels(root)
+    synsets = read_labels(labels_file, sorted(index.texts, key=natural_key))
+    names = order_classes(sorted(set(synsets.values())), class_list, labels_file)
+    return TarImages(index, names, [synsets[image] for image in index.texts])
 
 
 def _cut_classes(files, sizes):
@@ -135,11 +126,8 @@ def _cut_classes(files, sizes):
     with storage.open_sequential(path) as file:
         for member in members(file, 0, sizes[0], path):
             start, end = member.offset_data, member.offset_data + member.size
-            stem = re.fullmatch(r"(?:.*/)?([^/.][^/]*)\.tar", member.name)
-            if stem:
+            if stem := re.fullmatch(r"(?:.*/)?([^/.][^/]*)\.tar", member.name):
                 parts.append(Part(0, start, end, stem[1]))
-            elif re.search(r"\.(tgz|tar\.\w+)$", member.name):
-                raise InputError(f"{path}: {member.name} is compressed: pack plain tars")
     if not parts:
         raise InputError(f"{path} holds no tars: expected one per class, such as n01440764.tar")
     return parts
@@ -154,14 +142,6 @@ def _scan_images(file, part, path):
             yield member.offset_data, member.size, part.text or _stem(member.name)
     if not found:
         raise InputError(f"{what} has no images: download the tar again")
-
-
-def _validation(root, path, eval_labels, class_list):
-    index = open_index("imagenet val", [path], _scan_images)
-    labels_file = storage.join(root, eval_labels) if eval_labels else _find_labels(root)
-    synsets = read_labels(labels_file, sorted(index.texts, key=natural_key))
-    names = order_classes(sorted(set(synsets.values())), class_list, labels_file, "synset")
-    return TarImages(index, names, [synsets[image] for image in index.texts])
 
 
 def _stem(name):
@@ -189,24 +169,25 @@ def read_labels(path: str, images: list[str]) -> dict[str, str]:
     with storage.as_input_error(f"cannot read the labels {path}"):
         data = storage.read_file(path)
         lines = _devkit_lines(path, data) if data[:2] == b"\x1f\x8b" else data.decode().splitlines()
-    rows = [re.split(r"[,\s]+", line.strip()) for line in lines if line.strip()]
-    if rows and len(rows[0]) > 1 and not any(map(_SYNSET.fullmatch, rows[0])):
-        rows = rows[1:]  # a header line
-    column = 1 if rows and not _SYNSET.fullmatch(rows[0][0]) else 0
-    for number, row in enumerate(rows):
-        if len(row) <= column or not _SYNSET.fullmatch(row[column]):
+    lines = [line for line in lines if line.strip()]
+    if lines and "," in lines[0] and not _LABEL.match(lines[0]):
+        lines = lines[1:]  # a header line
+    labels = []
+    for number, line in enumerate(lines, 1):
+        if not (found := _LABEL.match(line)):
             raise InputError(
-                f"{path}: label {number + 1} is {' '.join(row)!r}, not a synset such as n01440764; "
-                f"for numbers, set data.eval_labels to {LABEL_FILES[0]}"
+                f"{path}: label {number} is {line!r}, not a synset such as n01440764; for numbers, "
+                f"set data.eval_labels to {LABEL_FILES[0]}"
             )
-    if column:
-        synsets = {_stem(row[0]): row[1] for row in rows}
-        if unlabeled := [name for name in images if name not in synsets]:
+        labels.append(found.groups())
+    if labels and labels[0][0]:
+        labels = {_stem(name or ""): synset for name, synset in labels}
+        if unlabeled := [image for image in images if image not in labels]:
             raise InputError(f"{path} has no label for {listed(unlabeled, limit=2)}")
-        return {name: synsets[name] for name in images}
-    if len(rows) != len(images):
-        raise InputError(f"{path} has {len(rows)} labels for {len(images)} images")
-    return {name: row[0] for name, row in zip(images, rows, strict=True)}
+        return {image: labels[image] for image in images}
+    if len(labels) != len(images):
+        raise InputError(f"{path} has {len(labels)} labels for {len(images)} images")
+    return {image: synset for image, (_, synset) in zip(images, labels, strict=True)}
 
 
 def _devkit_lines(path, data):
@@ -254,24 +235,25 @@ def webdataset(root: str, split: str, class_list: str = "") -> TarImages:
 def find_shards(root: str, split: str) -> list[str]:
     """Returns the shards' paths in natural order; the braces of a pattern keep their order."""
     if re.search(r"[{*?\[]|\.tar$", split):
+        looked_for = [split]
         shards = [p for one in expand_braces(storage.join(root, split)) for p in _glob(one)]
-        if shards:
-            return shards
-        problem = f"no shards {split} in {root}: "
     else:
+        looked_for, shards = [f"{split}/*.tar", f"*{split}*.tar"], []
         names = storage.list_folder(root)
         for name in split_names(split):
-            if name in names and (shards := _glob(storage.join(root, f"{name}/*"))):
-                return shards
+            if name in names:
+                shards = shards or _glob(storage.join(root, f"{name}/*"))
             word = re.compile(rf"(?<![a-z0-9]){re.escape(name)}(?![a-z])", re.IGNORECASE)
-            shards = _glob(storage.join(root, "*"))
-            if shards := [path for path in shards if word.search(os.path.basename(path))]:
-                return shards
-        problem = (
-            f"no shards of the split {split!r} in {root}: expected {split}/*.tar, or "
-            f"*{split}*.tar, or a pattern as the name of the split; "
+            whole = lambda path, word=word: word.search(os.path.basename(path))
+            shards = shards or list(filter(whole, _glob(storage.join(root, "*"))))
+    if not shards:
+        raise InputError(
+            f"no shards {' or '.join(looked_for)} in {root}, which holds "
+            f"{listed(storage.list_folder(root)) or 'nothing'}: set the split to a pattern"
         )
-    raise InputError(f"{problem}it holds {listed(storage.list_folder(root)) or 'nothing'}")
+    if compressed := [path for path in shards if not path.endswith(".tar")]:
+        raise InputError(f"{compressed[0]} is compressed and has no random access: decompress it")
+    return shards
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -296,28 +278,25 @@ def _glob(pattern):
 
 def _scan_shard(file, part, shard):
     """Yields start and size of each sample's image, and the sample's label as written."""
-    seen = False
-    found = ((*_key(member.name), member) for member in members(file, 0, part.end, shard))
-    for key, files in itertools.groupby((f for f in found if f[0]), key=lambda f: f[0]):
-        seen, what = True, f"{shard}: sample {key!r}"
-        files = {extension: member for _, extension, member in files}
+    found = (member for member in members(file, 0, part.end, shard) if _key(member.name))
+    for key, group in itertools.groupby(found, lambda member: _key(member.name)):
+        what = f"{shard}: sample {key!r}"
+        files = {member.name[len(key) + 1 :].lower(): member for member in group}
         text = _label(file, files, what)
         images = [member for extension, member in files.items() if extension in _EXTENSIONS]
         if len(images) != 1:
             problem = "two images" if images else f"no image ({', '.join(sorted(_EXTENSIONS))})"
             raise InputError(f"{what} has {problem}")
         yield images[0].offset_data, images[0].size, text
-    if not seen:
-        raise InputError(f"{shard} has no samples")
 
 
 def _key(name):
-    """Returns key and lower-case extension; ("", "") for a file that belongs to no sample."""
+    """Returns the path up to the first dot of the file name; "" for a file of no sample."""
     folder, slash, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
+    stem, dot, _ = base.partition(".")
     if not stem or not dot or (not slash and re.fullmatch(r"__.*__", stem)):
-        return "", ""
-    return folder + slash + stem, extension.lower()
+        return ""
+    return folder + slash + stem
 
 
 def _label(file, files, what):
@@ -345,14 +324,13 @@ def _classes(texts, class_list, where):
         names = tuple(map(str, range(1 + max(map(int, texts)))))
     else:
         names = tuple(sorted(texts, key=natural_key))
-    if numeric and not set(texts) <= set(names):
-        class_of = {text: names[int(text)] for text in texts if int(text) < len(names)}
-    else:
-        class_of = {name: name for name in names}
+    by_number = numeric and not set(texts) <= set(names)
+    class_of = {str(i) if by_number else name: name for i, name in enumerate(names)}
+    key = (lambda text: str(int(text))) if by_number else str
     for text in texts:
-        if text not in class_of:
+        if key(text) not in class_of:
             raise InputError(
                 f"{where} has the label {text!r}, which is not in the class list {class_list} of "
                 f"{len(names)} classes"
             )
-    return names, [class_of[text] for text in texts]
+    return names, [class_of[key(text)] for text in texts]

@@ -41,11 +41,11 @@ class ImageFolder:
 
     def __init__(self, root: str, split: str, class_list: str = "", holdout: Holdout | None = None):
         folder, part = _find_split(root, split, holdout)
-        self.folder = self.storage_path = str(folder)
+        self.storage_path = str(folder)
         found = _folders_in(folder, "split folder")
         if not found:
             raise InputError(f"no class folders in {folder}: expected {folder}/CLASS/IMAGE")
-        self.class_names = order_classes(found, class_list, self.folder)
+        self.class_names = order_classes(found, class_list, self.storage_path)
         self._files = []  # relative paths as strings: ImageNet has 1.3 million
         self._labels = []
         for label, class_name in enumerate(self.class_names):
@@ -72,7 +72,7 @@ class ImageFolder:
             return file.read(), self._labels[index]
 
     def name_of(self, index: int) -> str:
-        return os.path.join(self.folder, self._files[index])
+        return os.path.join(self.storage_path, self._files[index])
 
 
 def _find_split(root, split, holdout):

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import sys
-import tempfile
 import threading
 import time
 import zlib
@@ -40,7 +39,6 @@ RECORD = np.dtype(
 )
 SAVE_EVERY = 10  # seconds between two saves of a partial index
 THREADS = 8  # parts that are scanned concurrently
-TICK = 256  # records between two updates of the progress bar
 
 
 class Part(NamedTuple):
@@ -125,7 +123,7 @@ def open_index(
     for path in candidates:
         if _usable(path, described):
             return Index(path, files)
-    path = _first_writable(candidates, files[0])
+    path = _first_writable(candidates)
     work = _Work(described, f"{path}.partial")
     _scan_all(files, cut(files, [size for size, _ in versions]), scan, work)
     if not sum(map(len, work.records)):
@@ -169,38 +167,25 @@ def _scan_all(files, parts, scan, work):
     """Scans the parts that `work` lacks, in order, and saves it from time to time."""
     import tqdm
 
-    lock, stop = threading.Lock(), threading.Event()
-    size_of = lambda some_parts: sum(part.end - part.start for part in some_parts)
-    bar = tqdm.tqdm(
-        total=size_of(parts),
-        initial=size_of(parts[: work.done]),
-        desc=f"indexing {os.path.basename(files[0])}{' ...' * (len(files) > 1)}, once",
-        unit="B",
-        unit_scale=True,
-        mininterval=1,
-        file=sys.stderr,
-    )
+    stop = threading.Event()
 
     def scan_one(part):
-        rows, seen = [], part.start
+        rows = []
         with storage.open_sequential(files[part.file]) as file:
             for row in scan(file, part, files[part.file]):
+                if stop.is_set():
+                    break
                 rows.append(row)
-                if len(rows) % TICK == 0:
-                    if stop.is_set():
-                        break
-                    with lock:
-                        bar.update(row[0] - seen)
-                    seen = row[0]
-        with lock:
-            bar.update(part.end - seen)
         return part, rows
 
     saved = time.monotonic()
     pool = concurrent.futures.ThreadPoolExecutor(THREADS)
+    what = f"indexing {os.path.basename(files[0])}{' ...' * (len(files) > 1)}, once"
+    bar = tqdm.tqdm(total=len(parts), initial=work.done, desc=what, unit="part", file=sys.stderr)
     try:
         for result in pool.map(scan_one, parts[work.done :]):
             work.add(*result)
+            bar.update()
             if time.monotonic() - saved > SAVE_EVERY:
                 work.save(work.partial)
                 saved = time.monotonic()
@@ -228,18 +213,14 @@ def _candidate_paths(files, kind):
     return [os.path.join(folder, name), str(cache_folder() / digest(folder)[:16] / name)]
 
 
-def _first_writable(paths, file):
+def _first_writable(paths):
     for path in paths:
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with tempfile.TemporaryFile(dir=os.path.dirname(path)):
-                return path
-        except OSError as error:
-            reason = error.strerror
-    raise InputError(
-        f"cannot write an index of {file} to {os.path.dirname(paths[-1])}: {reason}; set "
-        "XDG_CACHE_HOME to a writable folder"
-    )
+        folder = os.path.dirname(path)
+        with contextlib.suppress(OSError):
+            os.makedirs(folder, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return path
+    raise InputError(f"cannot write an index to {folder}: set XDG_CACHE_HOME to a writable folder")
 
 
 def _read(path: str) -> tuple[dict[str, Any], np.ndarray]:

@@ -41,20 +41,18 @@ def read_class_list(path: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def order_classes(
-    found: Sequence[str], class_list: str, where: str, kind: str = "folder"
-) -> tuple[str, ...]:
+def order_classes(found: Sequence[str], class_list: str, where: str) -> tuple[str, ...]:
     """Returns the classes `found` in the order of a class list, or unchanged if that is "".
 
-    Raises InputError unless the class list names exactly the classes found. `where`, the path of
-    the data, and `kind` ("folder", "tar"), what holds one class, are for its message.
+    Raises InputError unless the class list names exactly the classes found in `where`.
     """
     if not class_list:
         return tuple(found)
     names = read_class_list(class_list)
-    if absent := [name for name in names if name not in set(found)]:
-        raise InputError(f"class list {class_list} names {absent[0]!r}: {where} has no such {kind}")
-    if unlisted := [name for name in found if name not in set(names)]:
-        missing = storage.join(where, unlisted[0])
-        raise InputError(f"{missing} is not in the class list {class_list}: add it")
+    if different := sorted(set(names) ^ set(found)):
+        only = class_list if different[0] in names else where
+        raise InputError(
+            f"{different[0]!r} is only in {only}: the class list {class_list} must have all "
+            f"classes of {where} and no other"
+        )
     return names

@@ -40,8 +40,6 @@ def as_input_error(problem: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except UnicodeDecodeError:
-        raise InputError(f"{problem}: it is not UTF-8 text") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{problem}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -66,7 +64,7 @@ def join(root: str, name: str) -> str:
 def read(path: str, start: int, size: int) -> bytes:
     """Reads bytes [start, start + size) of a file; raises DamagedError if it is shorter."""
     if is_remote(path):
-        with _remote(path) as (filesystem, name):
+        with _filesystem(path) as (filesystem, name):
             data = filesystem.cat_file(name, start, start + size)
     else:
         with open(path, "rb") as file:
@@ -82,7 +80,7 @@ def read_file(path: str) -> bytes:
     if not is_remote(path):
         with open(os.path.expanduser(path), "rb") as file:
             return file.read()
-    with _remote(path) as (filesystem, name):
+    with _filesystem(path) as (filesystem, name):
         return filesystem.cat_file(name)
 
 
@@ -93,25 +91,18 @@ def open_sequential(path: str) -> Iterator[BinaryIO]:
     A remote file is fetched in blocks of 8 MiB, because a request costs as much time as
     transferring megabytes.
     """
-    if is_remote(path):
-        with _remote(path) as (filesystem, name):
-            options = dict(block_size=REMOTE_BLOCK, cache_type="readahead")
-            with filesystem.open(name, "rb", **options) as file:
-                yield file
-    else:
-        with open(path, "rb") as file:
+    with _filesystem(path) as (filesystem, name):
+        options = dict(block_size=REMOTE_BLOCK, cache_type="readahead")
+        with filesystem.open(name, "rb", **options) as file:
             yield file
 
 
 def list_folder(folder: str) -> list[str]:
     """Returns the sorted names in a folder. Raises InputError if it cannot be read."""
-    with as_input_error(f"cannot read {folder}"):
-        if not is_remote(folder):
-            return sorted(os.listdir(os.path.expanduser(folder)))
-        with _remote(folder) as (filesystem, name):
-            entries = {entry.rstrip("/") for entry in filesystem.ls(name, detail=False)}
-            # Some object stores list the folder itself.
-            return sorted(os.path.basename(entry) for entry in entries - {name.rstrip("/")})
+    with as_input_error(f"cannot read {folder}"), _filesystem(folder) as (filesystem, name):
+        entries = {entry.rstrip("/") for entry in filesystem.ls(name, detail=False)}
+        # Some object stores list the folder itself.
+        return sorted(os.path.basename(entry) for entry in entries - {name.rstrip("/")})
 
 
 def file_versions(paths: Iterable[str]) -> list[tuple[int, str]]:
@@ -121,24 +112,19 @@ def file_versions(paths: Iterable[str]) -> list[tuple[int, str]]:
     """
     found, listed = [], set()
     for path in paths:
-        with as_input_error(f"cannot read {path}"):
-            if not is_remote(path):
-                status = os.stat(path)
-                found.append((status.st_size, str(status.st_mtime_ns)))
-                continue
-            with _remote(path) as (filesystem, name):
-                folder = os.path.dirname(name)
-                if folder not in listed:  # one request per folder, not one per file
-                    listed.add(folder)
-                    filesystem.ls(folder, detail=True)
-                info = filesystem.info(name)
-            version = next(filter(None, map(info.get, VERSION_KEYS)), "")
-            found.append((int(info["size"]), str(version)))
+        with as_input_error(f"cannot read {path}"), _filesystem(path) as (filesystem, name):
+            folder = os.path.dirname(name)
+            if is_remote(path) and folder not in listed:  # one request per folder, not per file
+                listed.add(folder)
+                filesystem.ls(folder, detail=True)
+            info = filesystem.info(name)
+        version = next(filter(None, map(info.get, VERSION_KEYS)), "")
+        found.append((int(info["size"]), str(version)))
     return found
 
 
 @contextlib.contextmanager
-def _remote(url):
+def _filesystem(url):
     """Yields fsspec's file system and the path on it; turns the errors of both into OSError."""
     import fsspec
 

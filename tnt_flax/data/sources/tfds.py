@@ -11,6 +11,7 @@ import os
 
 import google_crc32c
 import numpy as np
+import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
@@ -72,8 +73,6 @@ class TfdsSource:
 
 
 def _prepared_builder(name, data_dir):
-    import tensorflow_datasets as tfds
-
     if not name:
         raise InputError("a tfds data set needs its name: set data.name, for example to cifar10")
     where = os.path.expanduser(data_dir) or tfds.core.constants.DATA_DIR
@@ -84,21 +83,19 @@ def _prepared_builder(name, data_dir):
     advice = f"prepare it with `tfds build {name} --file_format={readable[0]} --data_dir={where}`"
     try:
         builder = tfds.builder(name, data_dir=where)
-    except tfds.core.DatasetNotFoundError:
+    except Exception as error:  # an unknown name or config, damaged metadata, a missing package...
         guess = did_you_mean(name, tfds.list_builders(with_community_datasets=False))
         raise InputError(
-            f"tfds knows no data set {name!r}{guess} and finds none in {where}: {advice}"
-        ) from None
-    except Exception as error:  # an unknown config, damaged metadata, a missing package...
-        raise InputError(f"tfds cannot open {name!r} in {where}: {one_line(error)}") from error
-    if not builder.info.splits:
-        raise InputError(f"tfds data set {name!r} is not prepared in {where}: {advice}")
+            f"tfds cannot open {name!r}{guess} in {where}: {one_line(error)}; {advice}"
+        ) from error
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     chosen = next((file_format for file_format in readable if file_format in formats), None)
+    if not builder.info.splits:
+        raise InputError(f"tfds data set {name!r} is not prepared in {where}: {advice}")
     if not chosen:
         raise InputError(
-            f"tfds data set {name!r} in {where} is prepared as {', '.join(sorted(formats))}, which "
-            f"cannot be read there: {advice} (another data_dir, or remove the old files)"
+            f"tfds data set {name!r} is prepared as {', '.join(sorted(formats))}, which cannot be "
+            f"read in {where}: {advice}, after removing the old files"
         )
     if builder.info.file_format.value != chosen:
         builder.info.set_file_format(chosen, override=True, override_if_initialized=True)
@@ -107,15 +104,12 @@ def _prepared_builder(name, data_dir):
 
 def _supervised_pair(builder, multi_label):
     """Returns the keys of image and label, the ClassLabel, and whether labels are sequences."""
-    import tensorflow_datasets as tfds
-
     features, keys = builder.info.features, builder.info.supervised_keys or ()
     image, label = (features[key] for key in keys) if len(keys) == 2 else (None, None)
     several = isinstance(label, tfds.features.Sequence)
     label = label.feature if several else label
-    if not isinstance(image, tfds.features.Image) or not isinstance(
-        label, tfds.features.ClassLabel
-    ):
+    kinds = tfds.features.Image, tfds.features.ClassLabel
+    if not all(map(isinstance, (image, label), kinds)):
         raise InputError(
             f"tfds data set {builder.name!r} has no supervised (image, label) pair: its supervised "
             f"keys are {keys or 'not set'}; choose an image classification data set"
