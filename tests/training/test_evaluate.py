@@ -53,30 +53,21 @@ def test_metrics_are_equal_for_any_batch_size(setting):
 
 def test_a_weights_file_is_evaluated_if_its_network_and_classes_fit(setting, tmp_path):
     experiment, variables = setting
-    config = experiment.config
-    path = tmp_path / "w.safetensors"
-    names = [str(i) for i in range(10)]
-    save_weights(
-        path, variables["params"], {"config": config_to_json(config), "class_names": names}
-    )
-    result = evaluate_checkpoint(config, None, str(path))
-    assert result["images"] == 360
-    assert result["checkpoint"] == str(path)
-
+    config, path = experiment.config, tmp_path / "w.safetensors"
+    evaluated = lambda: evaluate_checkpoint(config, None, str(path))
+    info = {"config": config_to_json(config), "class_names": [*"0123456789"]}
+    save_weights(path, variables["params"], info)
+    result = evaluated()
+    assert (result["images"], result["checkpoint"]) == (360, str(path))
+    config.model.dtype = "bfloat16"  # not part of the architecture
+    assert evaluated()["images"] == 360
     config.model.depth = 2
     with pytest.raises(InputError, match="another network, not the tnt_ti_.*depth: 1 -> 2"):
-        evaluate_checkpoint(config, None, str(path))
+        evaluated()
     config.model.depth = 1
-    config.model.dtype = "bfloat16"  # not part of the architecture
-    assert evaluate_checkpoint(config, None, str(path))["images"] == 360
-
-    save_weights(
-        path,
-        variables["params"],
-        {"config": config_to_json(config), "class_names": [*"abcdefghi0"]},
-    )
+    save_weights(path, variables["params"], info | {"class_names": [*"abcdefghi0"]})
     with pytest.raises(InputError, match=r"10 classes \(a, b, c, d, e and 5 more\) and none is"):
-        evaluate_checkpoint(config, None, str(path))
+        evaluated()
 
 
 def test_missing_weights_or_images_are_errors(setting, tmp_path):

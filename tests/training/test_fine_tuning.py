@@ -100,17 +100,15 @@ def test_freezing_keeps_exactly_the_named_tensors(batch):
     for _ in range(2):
         after, _ = step(after, batch, jax.random.key(1))
     frozen = 0
-    for tree in (lambda state: state.params, lambda state: state.ema["params"]):
-        old, new = named_leaves(tree(before)), named_leaves(tree(after))
-        for name, leaf in new.items():
-            rows = names_per_block(name, leaf)
-            stacked = len(rows) > 1 or rows[0] != name
-            for i, row in enumerate(rows):
-                a, b = (np.asarray(x[i] if stacked else x) for x in (old[name], leaf))
+    for old, new in ((before.params, after.params), (before.ema["params"], after.ema["params"])):
+        for name, leaf in named_leaves(new).items():
+            names, start = names_per_block(name, leaf), named_leaves(old)[name]
+            pairs = [(start, leaf)] if names == [name] else zip(start, leaf, strict=True)
+            for row, (x, y) in zip(names, pairs, strict=True):
                 matched = row == "sentence_pos" or row.endswith("norm/scale")
                 matched |= row.startswith(("blocks/0/", "blocks/2/"))
                 frozen += matched
-                assert (a.tobytes() == b.tobytes()) == matched, row
+                assert (np.asarray(x).tobytes() == np.asarray(y).tobytes()) == matched, row
     assert frozen == 2 * (2 * 31 + 2)
 
 
@@ -191,8 +189,8 @@ def weights(tmp_path_factory):
     return path
 
 
-def finetune_config(weights, root, how="all", **changes):
-    config = finetune.get_config(how)
+def finetune_config(weights, root, parameters="all", **changes):
+    config = finetune.get_config(parameters)
     config.init_from, config.data.root = str(weights), str(root)
     config.data.update(image_size=32, threads=2)
     config.update(batch_size=8, epochs=1)

@@ -2,23 +2,21 @@
 """Mixing, normalizing and erasing, against closed forms and, with `-m oracle`, against timm.
 
 With equal random numbers, pixels and targets are bit-identical to timm's. The random numbers cannot
-be: their distributions are compared by the Kolmogorov-Smirnov distance of 10,000 to 20,000 samples.
-Two samples of one distribution differ by more than 1.95 sqrt(2 / n), 0.0195 to 0.028, once in a
-thousand times.
+be: their distributions are compared with closed forms by the Kolmogorov-Smirnov distance of 10,000
+to 20,000 samples.
 """
 
 import math
-import random
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tnt_flax.training import mixup
 from tnt_flax.training.mixup import Mix, normalize
-from tnt_flax.training.step import smooth_one_hot
 
 PUBLISHED_MIX = dict(mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5)
 PUBLISHED_ERASE = dict(prob=0.25, area=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
@@ -187,22 +185,6 @@ def test_every_group_has_its_own_mix():
 # ---------------------------------------------------------------- erasing
 
 
-def test_the_first_box_smaller_than_the_image_is_taken():
-    areas = np.random.default_rng(0).uniform(0.02, 1 / 3, (500, 10)).astype(np.float32)
-    ratios = np.exp(np.random.default_rng(1).uniform(-3, 3, (500, 10))).astype(np.float32)
-    height, width = 40, 24
-    ours = np.asarray(mixup.first_fit(jnp.asarray(areas), jnp.asarray(ratios), height, width))
-    nth = []
-    for i in range(500):
-        for n, (area, ratio) in enumerate(zip(areas[i] * (height * width), ratios[i], strict=True)):
-            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if h < height and w < width:
-                assert ours[:, i].tolist() == [h, w]
-                nth.append(n)
-                break
-    assert len(nth) == 500 and set(nth) >= {0, 1, 2, 3}
-
-
 def test_sides_are_rounded_halves_to_even_and_must_be_smaller_than_the_image():
     cases = [  # pixels and ratios of two tries; height and width that come of them
         ((2.25, 4.0), (1.0, 1.0), (2, 2)),
@@ -240,7 +222,7 @@ def test_areas_ratios_and_places_of_erased_boxes(boxes):
         expected = np.sort(expected)
         cdf = lambda x, known=expected: np.searchsorted(known, x) / len(known)
         assert ks_distance(ours, cdf) < 0.018
-    # top / (SIZE - height + 1) is uniform, but for top being whole
+    # top / (SIZE - height + 1) is uniform, except that top is whole
     for start, room in ((top, SIZE - height + 1), (left, SIZE - width + 1)):
         jitter = np.random.default_rng(0).random(len(start))
         assert ks_distance((start + jitter) / room, lambda x: x) < 0.014
@@ -282,20 +264,6 @@ def timm():
     return timm
 
 
-def report(record_property, figures):
-    for what, value in figures.items():
-        print(f"  {what}: {value:.4g}")
-        record_property(what, value)
-
-
-def distance(ours, theirs):
-    """Kolmogorov-Smirnov distance of two samples."""
-    ours, theirs = np.sort(ours), np.sort(theirs)
-    x = np.concatenate([ours, theirs])
-    cdf = lambda known: np.searchsorted(known, x, side="right") / len(known)
-    return np.abs(cdf(ours) - cdf(theirs)).max()
-
-
 class Places(list):
     """Replaces an image; records top, bottom, left and right of each box written to it."""
 
@@ -322,90 +290,11 @@ def test_equal_mixes_give_timms_pixels_and_targets(lam, cutmix, timm):
         theirs, their_targets = collate(
             list(zip(images.transpose(0, 3, 1, 2), labels.tolist(), strict=True))
         )
-    targets = smooth_one_hot(jnp.asarray(labels), 10, 0.1)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), 0.1)
     blend, box = ([1.0], [box]) if cutmix else ([lam], [EMPTY])
     ours, our_targets = apply(images, blend, box, targets)
     np.testing.assert_array_equal(ours, theirs.numpy().transpose(0, 2, 3, 1))
     np.testing.assert_allclose(our_targets, their_targets.numpy(), rtol=0, atol=1.2e-7)
-
-
-@pytest.mark.oracle
-def test_equal_centers_give_timms_box(timm):
-    """Later versions of timm allow odd sides; even sides are equal."""
-    lam = np.arange(0, 2**16, 97) / 2**16
-    centers = np.random.RandomState(0).randint(0, SIZE, (2, len(lam)))
-    ours = mixup.cut_box(jnp.asarray(lam, jnp.float32), *jnp.asarray(centers), SIZE, SIZE)
-    even = 0
-    for weight, y, x, box in zip(lam, *centers, np.asarray(ours), strict=True):
-        with mock.patch("numpy.random.randint", side_effect=[y, x]):
-            top, bottom, left, right = timm.data.mixup.rand_bbox((3, SIZE, SIZE), weight)
-        longer = np.array([top, bottom, left, right]) - box
-        if int(SIZE * np.sqrt(1 - weight)) % 2 == 0:
-            assert not longer.any()
-            even += 1
-        assert not longer[[0, 2]].any() and set(longer) <= {0, 1}
-    assert even > 300
-
-
-@pytest.mark.oracle
-def test_mixes_are_distributed_as_timms(timm, mixes, record_property):
-    np.random.seed(0)
-    collate = timm.data.mixup.FastCollateMixup(0.8, 1.0, prob=1.0, switch_prob=0.5)
-    blends, areas, heights, tops = [], [], [], []
-    for _ in range(20_000):
-        lam, cutmix = collate._params_per_batch()
-        if cutmix:
-            (top, bottom, left, right), lam = timm.data.mixup.cutmix_bbox_and_lam(
-                (3, SIZE, SIZE), lam
-            )
-            areas.append(1 - lam)
-            heights.append(bottom - top)
-            tops.append(top)
-        else:
-            blends.append(lam)
-    blend, box = mixes
-    cut = blend == 1
-    top, bottom, left, right = box[cut].T
-    area = (bottom - top) * (right - left) / SIZE**2
-    figures = {
-        "mixup weights": distance(blend[~cut], blends),
-        "cutmix areas": distance(area, areas),
-        # timm's odd boxes are a pixel longer
-        "cutmix heights": distance((bottom - top) // 2, np.array(heights) // 2),
-        "cutmix tops": distance(top, tops),
-    }
-    report(record_property, figures)
-    assert max(figures.values()) < 0.028
-    shares = cut.mean(), len(areas) / 20_000
-    report(record_property, dict(zip(("share of cutmix", "timm's"), shares, strict=True)))
-    assert abs(shares[0] - shares[1]) < 0.02
-    assert abs(area.mean() - np.mean(areas)) < 0.012
-
-
-@pytest.mark.oracle
-def test_erased_boxes_are_distributed_as_timms(timm, no_noise, boxes, record_property):
-    places = Places()
-    random.seed(0)
-    erasing = timm.data.random_erasing.RandomErasing(0.25, mode="pixel", device="cpu")
-    for _ in range(60_000):
-        erasing._erase(places, 3, SIZE, SIZE, None)
-    ours = boxes[boxes[:, 1] > boxes[:, 0]]
-    measures = {
-        "areas": lambda t, b, l, r: (b - t) * (r - l),
-        "aspect ratios": lambda t, b, l, r: (b - t) / (r - l),
-        "tops": lambda t, b, l, r: t,
-        "lefts": lambda t, b, l, r: l,
-        "rights": lambda t, b, l, r: r,
-    }
-    figures = {
-        f"erased {what}": distance(measure(*ours.T), measure(*np.array(places).T))
-        for what, measure in measures.items()
-    }
-    report(record_property, figures)
-    assert max(figures.values()) < 0.0225  # 15,000 of each
-    shares = len(ours) / 60_000, len(places) / 60_000
-    report(record_property, dict(zip(("share of erased", "timm's"), shares, strict=True)))
-    assert abs(shares[0] - shares[1]) < 0.01
 
 
 @pytest.mark.oracle
@@ -417,8 +306,8 @@ def test_equal_random_numbers_erase_boxes_of_timms_size(timm, no_noise):
     areas = generator.uniform(0.02, 1 / 3, (300, 10)).astype(np.float32)
     logs = generator.uniform(-3, 3, (300, 10)).astype(np.float32)
     boxes = Places()
-    for draws in np.stack([areas, logs], axis=2).reshape(300, 20):
-        with mock.patch("random.uniform", side_effect=draws.tolist()):
+    for samples in np.stack([areas, logs], axis=2).reshape(300, 20):
+        with mock.patch("random.uniform", side_effect=samples.tolist()):
             erasing._erase(boxes, 3, height, width, None)
     top, bottom, left, right = np.array(boxes).T
     ours = mixup.first_fit(jnp.asarray(areas), jnp.exp(jnp.asarray(logs)), height, width)

@@ -3,7 +3,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from tnt_flax import create_model
 from tnt_flax.core.trees import named_leaves
@@ -24,34 +23,13 @@ PUBLISHED = dict(
 )
 
 
-@pytest.mark.parametrize(
-    "epoch, rate",
-    [
-        (0, 1e-6),
-        (1, 2.008e-4),
-        (2, 4.006e-4),
-        (3, 6.004e-4),
-        (4, 8.002e-4),
-        (5, 9.993216e-4),
-        (6, 9.990232e-4),
-        (10, 9.972883e-4),
-        (100, 7.525e-4),
-        (150, 5.05e-4),
-        (200, 2.575e-4),
-        (299, 1.0027141e-5),
-        (300, 1e-5),
-        (309, 1e-5),
-    ],
-)
-def test_published_learning_rates(epoch, rate):
+def test_published_learning_rates():
     rates = epoch_learning_rates(**PUBLISHED)
     assert len(rates) == 310
-    np.testing.assert_allclose(rates[epoch], rate, rtol=1e-6)
-
-
-def test_pyramid_warmup_of_twenty_epochs():
-    rates = epoch_learning_rates(**PUBLISHED | {"warmup_epochs": 20})
-    np.testing.assert_allclose(rates[[1, 19, 20]], [5.095e-5, 9.5005e-4, 9.891831e-4], rtol=1e-6)
+    expected = [1e-6, 2.008e-4, 4.006e-4, 6.004e-4, 8.002e-4, 9.993216e-4, 9.990232e-4]
+    np.testing.assert_allclose(rates[:7], expected, rtol=1e-6)
+    expected = [9.972883e-4, 7.525e-4, 5.05e-4, 2.575e-4, 1.0027141e-5, 1e-5, 1e-5]
+    np.testing.assert_allclose(rates[[10, 100, 150, 200, 299, 300, 309]], expected, rtol=1e-6)
 
 
 def test_rate_changes_between_epochs_only():

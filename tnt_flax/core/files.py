@@ -79,11 +79,12 @@ def cache_folder() -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def open_table(path: pathlib.Path, columns: Mapping[str, type]) -> Iterator[Any]:
+def open_table(
+    path: pathlib.Path, columns: Mapping[str, type]
+) -> Iterator[Callable[[dict[str, Any]], object]]:
     """Opens a table for atomic writing; the suffix chooses the format: .csv, .jsonl, .parquet.
 
-    Yields an object with `write(row)`, for rows {column: value or None}. A column missing in a row
-    is left empty.
+    Yields `write(row)`, for rows {column: value or None}. A column missing in a row is left empty.
 
     Raises:
         InputError: unknown suffix, or `path` cannot be written.
@@ -100,63 +101,53 @@ def open_table(path: pathlib.Path, columns: Mapping[str, type]) -> Iterator[Any]
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from error
         try:
-            with file, contextlib.closing(_TABLES[path.suffix](file, columns)) as table:
-                yield table
+            with file, _TABLES[path.suffix](file, columns) as write:
+                yield write
         except OSError as error:
             if error.errno not in FULL_DISK:
                 raise
             raise RunError(f"cannot write {path}: {error.strerror}") from error
 
 
-class _Csv:
-    def __init__(self, file, columns):
-        self._text = open(file.fileno(), "w", encoding="utf-8", newline="", closefd=False)
-        self._writer = csv.DictWriter(self._text, list(columns))
-        self._writer.writeheader()
-
-    def write(self, row):
-        self._writer.writerow(row)
-
-    def close(self):
-        self._text.close()
+@contextlib.contextmanager
+def _write_csv(file, columns):
+    with open(file.fileno(), "w", encoding="utf-8", newline="", closefd=False) as text:
+        writer = csv.DictWriter(text, list(columns))
+        writer.writeheader()
+        yield writer.writerow
 
 
-class _JsonLines:
-    def __init__(self, file, columns):
-        self._file, self._columns = file, columns
+@contextlib.contextmanager
+def _write_json_lines(file, columns):
+    def write(row):
+        full = {column: row.get(column) for column in columns}
+        file.write(json.dumps(full, ensure_ascii=False).encode() + b"\n")
 
-    def write(self, row):
-        full = {column: row.get(column) for column in self._columns}
-        self._file.write(json.dumps(full, ensure_ascii=False).encode() + b"\n")
-
-    def close(self):
-        pass
+    yield write
 
 
-class _Parquet:
-    def __init__(self, file, columns):
-        require_extras("a .parquet file", "train")
-        import pyarrow.parquet  # a slow import that only this format needs
+@contextlib.contextmanager
+def _write_parquet(file, columns):
+    require_extras("a .parquet file", "train")
+    import pyarrow.parquet  # a slow import that only this format needs
 
-        self._arrow = pyarrow
-        types = {str: pyarrow.string(), float: pyarrow.float64(), int: pyarrow.int64()}
-        self._schema = pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
-        self._writer = pyarrow.parquet.ParquetWriter(file, self._schema)
-        self._rows = []
+    types = {str: pyarrow.string(), float: pyarrow.float64(), int: pyarrow.int64()}
+    schema = pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
+    rows = []
 
-    def write(self, row):
-        self._rows.append(row)
-        if len(self._rows) == ROW_GROUP:
-            self._flush()
+    def write(row):
+        rows.append(row)
+        if len(rows) == ROW_GROUP:
+            flush()
 
-    def _flush(self):
-        if self._rows:
-            self._writer.write_table(self._arrow.Table.from_pylist(self._rows, self._schema))
-            self._rows = []
+    def flush():
+        writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+        rows.clear()
 
-    def close(self):
-        self._flush()
-        self._writer.close()
+    with pyarrow.parquet.ParquetWriter(file, schema) as writer:
+        yield write
+        if rows:
+            flush()
 
 
-_TABLES = {".csv": _Csv, ".jsonl": _JsonLines, ".parquet": _Parquet}
+_TABLES = {".csv": _write_csv, ".jsonl": _write_json_lines, ".parquet": _write_parquet}

@@ -23,7 +23,7 @@ def check_tensors_match(path: Any, found: Any, expected: Any) -> None:
     Args:
         path: of the file or folder, for the message.
         found: tree of the file's tensors, anything with a shape and a dtype.
-        expected: tree of the model's tensors, likewise.
+        expected: tree of the model's tensors, anything with a shape and a dtype.
 
     Raises:
         InputError: listing missing (-), unexpected (+) and different (!) tensors, the first five in

@@ -62,10 +62,9 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path, *, keep: int, info: dict[str, Any]):
         self.folder, self.info = folder, info
         # The other processes wait for process 0, so that all see the same checkpoints.
-        moved = processes.run_on_main(
+        self.found_damage = processes.run_on_main(
             "damaged checkpoints", lambda: _quarantine(folder, keep), VERIFY_TIMEOUT
         )
-        self.found_damage = bool(processes.sum_over_processes(len(moved or ())))
         self.failed_saves = 0
         self._consecutive_failures = 0
         self._saving_step: int | None = None
@@ -137,7 +136,7 @@ class Checkpoints:
         try:
             started = self._manager.save(step, args=args, metrics=metrics or None)
         except Exception as error:  # Orbax passes on what its storage raises
-            self._save_error = error  # handled in `wait_for_save`, on all processes alike
+            self._save_error = error  # handled in `wait_for_save`, on all processes
         if not started:
             self._saving_step = None
             raise RunError(f"Orbax refused to save step {step} in {self.folder}: it exists already")
@@ -163,21 +162,24 @@ class Checkpoints:
 
     def is_committed(self, step: int) -> bool:
         """True if process 0 sees the folder of `step`."""
-        committed = processes.is_main_process() and (self.folder / str(step)).is_dir()
-        return bool(processes.sum_over_processes(committed))
+        is_dir = (self.folder / str(step)).is_dir
+        return processes.run_on_main("checkpoint", is_dir, VERIFY_TIMEOUT)
 
     def metrics(self, step: int) -> dict[str, float]:
         """Returns the metrics saved with a checkpoint; empty if it was not evaluated."""
-        return read_metrics(self.folder / str(step))
+        read = lambda: read_metrics(self.folder / str(step))
+        return processes.run_on_main("metrics", read, VERIFY_TIMEOUT)
 
     def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Adds metrics to a committed checkpoint whose evaluation was interrupted."""
         folder = self.folder / str(step)
-        if processes.is_main_process():
+
+        def add():
             (folder / "metrics").mkdir(exist_ok=True)
             write_atomic(folder / "metrics" / "metrics", json.dumps(metrics), fsync=True)
             write_manifest(folder)
-        processes.barrier("metrics", VERIFY_TIMEOUT)
+
+        processes.run_on_main("metrics", add, VERIFY_TIMEOUT)
         self._manager.reload()
 
     def close(self) -> None:
@@ -295,7 +297,7 @@ def read_weights(step_folder: pathlib.Path, kind: str, abstract: dict[str, Any])
 def _state_shapes(step_folder: pathlib.Path) -> Any:
     """Shapes and dtypes of the stored state.
 
-    `restore` would find a mismatch too, but only while reading, and leave failed threads behind.
+    `restore` would find a mismatch only while reading, and leave failed threads behind.
     """
     with _open_reader() as reader:
         return reader.metadata(_state_folder(step_folder)).item_metadata.tree
@@ -346,13 +348,13 @@ def integrity_error(step_folder: pathlib.Path) -> str | None:
     return None
 
 
-def _quarantine(folder: pathlib.Path, keep: int) -> list[pathlib.Path]:
+def _quarantine(folder: pathlib.Path, keep: int) -> bool:
     """Moves damaged checkpoints to `folder/damaged`: Orbax's manager fails on a damaged file.
 
     An incomplete checkpoint older than the `keep` newest intact ones is deleted instead: a kill had
-    interrupted its deletion.
+    interrupted its deletion. Returns whether any were moved.
     """
-    moved, intact = [], 0
+    moved, intact = False, 0
     for step_folder in reversed(step_folders(folder)):
         error = integrity_error(step_folder)
         if not error:
@@ -364,5 +366,5 @@ def _quarantine(folder: pathlib.Path, keep: int) -> list[pathlib.Path]:
             target.parent.mkdir(exist_ok=True)
             os.replace(step_folder, target)
             logger.warning(f"warning: {step_folder} is damaged ({error}): moved to {target}")
-            moved.append(target)
+            moved = True
     return moved

@@ -27,7 +27,7 @@ def runs_on_cpu() -> bool:
 def keep_memory() -> bool:
     """Makes glibc keep freed memory for later allocations if JAX runs on the CPU.
 
-    XLA allocates the buffers of a step anew in every step. By default glibc returns such large
+    XLA allocates the buffers of a step again in every step. By default glibc returns such large
     buffers to the system; mapping them again, page by page, took a third of a TNT-S training step.
     The process then never shrinks below its peak memory. A single arena is used because thread
     arenas cannot hold buffers of this size, hence this must run before JAX starts its threads.

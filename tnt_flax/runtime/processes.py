@@ -78,18 +78,16 @@ def start(
     if job is None or job.num_processes == 1:
         return
     host, _, port = job.coordinator.rpartition(":")
-    bind_address = None
-    if is_single_host(host):
-        host = "127.0.0.1"
-        bind_address = f"{host}:{port}"
+    host = "127.0.0.1" if is_single_host(host) else host
+    address = f"{host}:{port}"
     logger.info(
         f"process {job.process_id} of {job.num_processes}: waiting up to {timeout} s for the other "
-        f"processes at {host}:{port}"
+        f"processes at {address}"
     )
     with _exit_on_timeout(timeout, job, rendezvous_dir):
         try:
             jax.distributed.initialize(
-                f"{host}:{port}",
+                address,
                 job.num_processes,
                 job.process_id,
                 local_device_ids=job.local_devices,
@@ -98,10 +96,10 @@ def start(
                 initialization_timeout=timeout + 60,
                 heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
                 shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
-                coordinator_bind_address=bind_address,
+                coordinator_bind_address=address if host == "127.0.0.1" else None,
             )
         except Exception as error:
-            raise RunError(f"cannot join the run at {host}:{port}: {one_line(error)}") from error
+            raise RunError(f"cannot join the run at {address}: {one_line(error)}") from error
     hosts()
 
 
@@ -148,13 +146,12 @@ def _job_from_flags(coordinator, num_processes, process_id) -> Job | None:
 
 
 def _job_from_launcher(timeout: int) -> Job | None:
-    """Detects Cloud TPU, Slurm, Open MPI and Kubernetes as JAX does; None without a launcher."""
-    try:
-        from jax._src.clusters import ClusterEnv
-    except ImportError:  # not public; the public function detects and initializes in one call
-        with contextlib.suppress(ValueError):  # no launcher
-            jax.distributed.initialize(initialization_timeout=timeout)
-        return None
+    """Detects Cloud TPU, Slurm, Open MPI and Kubernetes as JAX does; None without a launcher.
+
+    The public `jax.distributed.initialize` detects and initializes in one call.
+    """
+    from jax._src.clusters import ClusterEnv
+
     try:
         detected = ClusterEnv.auto_detect_unset_distributed_params(
             os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, timeout
@@ -169,63 +166,54 @@ def _job_from_launcher(timeout: int) -> Job | None:
 
 @contextlib.contextmanager
 def _exit_on_timeout(timeout: int, job: Job, rendezvous_dir: pathlib.Path | None) -> Iterator[None]:
-    """Exits the process if the block takes too long: it waits in C++, where no exception helps."""
-    present = rendezvous_dir and _presence_file(rendezvous_dir, job.process_id)
-    if present:
-        with contextlib.suppress(OSError):  # a bad folder is reported when it is opened
-            rendezvous_dir.mkdir(parents=True, exist_ok=True)
-            present.write_text(socket.gethostname())
+    """Exits the process if the block takes too long: it waits in C++, where no exception helps.
+
+    Each process leaves a file in `rendezvous_dir` while it waits, so that the missing ones show.
+    """
+    started = time.time()
+    count = job.num_processes if rendezvous_dir else 0
+    waiting = [rendezvous_dir / f".waiting.{process}" for process in range(count)]
 
     def exit_with_error():
-        logger.error(f"error: {_start_timeout_message(timeout, job, rendezvous_dir)}")
+        message = f"timed out after {timeout} s waiting for {job.num_processes} processes at "
+        message += f"{job.coordinator}: "
+        # An old file was left by a process that was killed.
+        missing = [str(i) for i, x in enumerate(waiting) if float(_read(x) or 0) < started - 60]
+        if missing:
+            message += f"process {listed(missing)} did not start or does not see {rendezvous_dir}"
+        else:
+            message += "check that all processes were started and can reach that address"
+        logger.error(f"error: {message}")
         exit_now(FAILED)
 
     timer = threading.Timer(timeout, exit_with_error)
     timer.daemon = True
     timer.start()
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(timer.cancel)
+        if rendezvous_dir:
+            with contextlib.suppress(OSError):  # a bad folder is reported when it is opened
+                rendezvous_dir.mkdir(parents=True, exist_ok=True)
+                waiting[job.process_id].write_text(str(started))
+                stack.callback(waiting[job.process_id].unlink, missing_ok=True)
         yield
-    finally:
-        timer.cancel()
-        if present:
-            with contextlib.suppress(OSError):
-                present.unlink(missing_ok=True)
 
 
-def _presence_file(rendezvous_dir, process):
-    return rendezvous_dir / f".waiting.{process}"
-
-
-def _start_timeout_message(timeout, job, rendezvous_dir):
-    count, missing = job.num_processes, []
-    message = f"timed out after {timeout} s waiting for {count} processes at {job.coordinator}"
-    for process in range(count) if rendezvous_dir else ():
-        try:
-            modified = _presence_file(rendezvous_dir, process).stat().st_mtime
-        except OSError:
-            modified = 0
-        # An old file was left by a process that was killed.
-        if process != job.process_id and time.time() - modified > timeout + 60:
-            missing.append(str(process))
-    if missing:
-        missing = f"process {listed(missing)}"
-        return f"{message}: {missing} did not start or does not see {rendezvous_dir}"
-    return f"{message}: check that all processes were started and can reach that address"
+def _read(path: pathlib.Path) -> str:
+    """Returns the content of a text file; "" if it cannot be read."""
+    with contextlib.suppress(OSError):
+        return path.read_text()
+    return ""
 
 
 # ------------------------------------------------------------------------------- communication
 
 
-def coordinator_client() -> Any | None:
-    """Returns the client of the coordinator's key-value store; None if JAX has none.
+def coordinator_client() -> Any:
+    """Returns the client of the coordinator's key-value store, which JAX does not make public."""
+    from jax._src.distributed import global_state
 
-    JAX has no public access to it. After `start`, nothing else here uses private parts of JAX.
-    """
-    try:
-        from jax._src.distributed import global_state
-    except ImportError:
-        return None
-    return getattr(global_state, "client", None)
+    return global_state.client
 
 
 def is_main_process() -> bool:
@@ -254,10 +242,7 @@ def all_gather_strings(name: str, value: str, timeout: float = RPC_TIMEOUT) -> l
     """
     if jax.process_count() == 1:
         return [value]
-    client = coordinator_client()
-    if client is None or not hasattr(client, "blocking_key_value_get"):
-        return _all_gather_on_devices(value)
-    key = f"tnt_flax/{next(_counter)}/{name}"
+    client, key = coordinator_client(), f"tnt_flax/{next(_counter)}/{name}"
     client.key_value_set(f"{key}/{jax.process_index()}", value)
     deadline, values, missing = time.monotonic() + timeout, [], []
     for process in range(jax.process_count()):
@@ -275,16 +260,6 @@ def all_gather_strings(name: str, value: str, timeout: float = RPC_TIMEOUT) -> l
     return values
 
 
-def _all_gather_on_devices(value):
-    """Implements `all_gather_strings` by a collective, which has no timeout."""
-    encoded = np.frombuffer(value.encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.int32(len(encoded)))
-    padded = np.zeros(lengths.max(), np.uint8)
-    padded[: len(encoded)] = encoded
-    rows = multihost_utils.process_allgather(padded)
-    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
-
-
 def barrier(name: str, timeout: float = RPC_TIMEOUT) -> None:
     """Returns when all processes have called it. Raises RunError as `all_gather_strings`."""
     all_gather_strings(name, "done", timeout)
@@ -298,23 +273,23 @@ def sum_over_processes(count: int) -> int:
 
 
 def run_on_main(name: str, function: Callable[[], Any], timeout: float = RPC_TIMEOUT) -> Any:
-    """Runs `function` in process 0 while the others wait; returns its result there, else None.
+    """Runs `function` in process 0 while the others wait; returns its JSON result in all of them.
 
     Raises:
         InputError, RunError: on every process, as raised by `function` in process 0.
+        RunError: process 0 took more than `timeout` seconds.
     """
-    result, error = None, None
+    if jax.process_count() == 1:
+        return function()
+    message = ""
     if is_main_process():
         try:
-            result = function()
-        except (InputError, RunError) as caught:
-            error = caught
-    message = json.dumps([type(error).__name__, str(error)] if error else None)
-    raised = json.loads(all_gather_strings(name, message, timeout)[0])
-    if error:
-        raise error
+            message = json.dumps(["", function()])
+        except (InputError, RunError) as error:
+            message = json.dumps([type(error).__name__, str(error)])
+    raised, result = json.loads(all_gather_strings(name, message, timeout)[0])
     if raised:
-        raise (InputError if raised[0] == "InputError" else RunError)(raised[1])
+        raise (InputError if raised == "InputError" else RunError)(result)
     return result
 
 
@@ -366,26 +341,20 @@ def check_shared_workdir(workdir: pathlib.Path, timeout: float = RPC_TIMEOUT) ->
         RunError: see `all_gather_strings`.
     """
     token = workdir / ".token"
-    if is_main_process():
-        write_atomic(token, uuid.uuid4().hex)
-    own = token.read_text() if is_main_process() else ""
-    expected = all_gather_strings("workdir token", own, timeout)[0]
-    visible = json.dumps(_wait_for_content(token, expected, timeout))
-    gathered = all_gather_strings("view of the workdir", visible, 2 * timeout)
-    blind = [process_name(i) for i, visible in enumerate(gathered) if not json.loads(visible)]
+
+    def write_token() -> str:
+        text = uuid.uuid4().hex
+        write_atomic(token, text)
+        return text
+
+    expected = run_on_main("workdir token", write_token, timeout)
+    deadline = time.monotonic() + timeout
+    while (found := _read(token)) != expected and time.monotonic() < deadline:
+        time.sleep(0.1)  # network file systems show the files of other hosts with a delay
+    gathered = all_gather_strings("view of the workdir", found, 2 * timeout)
+    blind = [process_name(i) for i, text in enumerate(gathered) if text != expected]
     if blind:
         raise InputError(
             f"process {listed(blind)} does not see the workdir {workdir} of process "
             f"{process_name(0)}: use a folder that all hosts share"
         )
-
-
-def _wait_for_content(path: pathlib.Path, text: str, timeout: float) -> bool:
-    """True once a file holds `text`; network file systems show the writes of others with delay."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            if path.read_text() == text:
-                return True
-        time.sleep(0.1)
-    return False

@@ -109,26 +109,22 @@ def shardings(tree: Any, mesh: Mesh, axes: Sequence[str] = AXES) -> Any:
     return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
 
-def put_global(tree: Any, shardings: Any) -> Any:
-    """Returns global arrays from host arrays that are the same on all processes."""
+def put_global(tree: Any, mesh: Mesh) -> Any:
+    """Returns global arrays with `shardings` from host arrays, the same on all processes."""
 
     def of_leaf(x, sharding):
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(of_leaf, tree, shardings)
-
-
-def eval_shardings(variables: Any, mesh: Mesh) -> Any:
-    """Returns the shardings of evaluated variables: over "tensor" only, so that no step gathers."""
-    return shardings(variables, mesh, (TENSOR,))
+    return jax.tree.map(of_leaf, tree, shardings(tree, mesh))
 
 
 def unshard_fsdp(variables: Any, mesh: Mesh) -> Any:
-    """Returns global `variables` with `eval_shardings`, gathered once for all batches."""
+    """Returns global `variables` sharded over "tensor" only: gathered once, not in every step."""
     if mesh.shape[FSDP] == 1:
         return variables
-    return jax.jit(lambda x: x, out_shardings=eval_shardings(variables, mesh))(variables)
+    out_shardings = shardings(variables, mesh, axes=(TENSOR,))
+    return jax.jit(lambda x: x, out_shardings=out_shardings)(variables)
 
 
 def describe(mesh: Mesh) -> str:
@@ -144,17 +140,6 @@ def fetch(x: jax.Array) -> np.ndarray:
     if not x.is_fully_addressable and not x.is_fully_replicated:
         x = jax.jit(lambda x: x, out_shardings=replicated(x.sharding.mesh))(x)
     return np.asarray(x.addressable_data(0) if x.is_fully_replicated else x)
-
-
-def fetch_on_main(tree: Any) -> Any:
-    """Applies `fetch` to each leaf on process 0; returns None leaves on others, which must call."""
-    main = jax.process_index() == 0
-
-    def of_leaf(x):
-        array = fetch(x)
-        return array if main else None
-
-    return jax.tree.map(of_leaf, tree)
 
 
 # ----------------------------------------------------------------------------------------- steps
@@ -179,17 +164,17 @@ def jit_train_step(train_step: Callable, mesh: Mesh, state: Any) -> Callable:
 
     `state` is an example: arrays or their shapes.
     """
-    everywhere, layout = replicated(mesh), shardings(state, mesh)
+    everywhere, state_shardings = replicated(mesh), shardings(state, mesh)
     return jax.jit(
         on_mesh(train_step, mesh),
-        in_shardings=(layout, batch_sharding(mesh), everywhere),
-        out_shardings=(layout, everywhere),
+        in_shardings=(state_shardings, batch_sharding(mesh), everywhere),
+        out_shardings=(state_shardings, everywhere),
         donate_argnums=0,
     )
 
 
 def jit_eval_step(eval_step: Callable, mesh: Mesh) -> Callable:
-    """Jits the function of `step.make_eval_step` for `mesh` and variables with `eval_shardings`."""
+    """Jits the function of `step.make_eval_step` for `mesh`; see `unshard_fsdp`."""
     return jax.jit(on_mesh(eval_step, mesh), out_shardings=replicated(mesh))
 
 

@@ -29,7 +29,7 @@ POLL_INTERVAL = 1.0  # seconds between checks of the clock and of the other proc
 # Seconds that a failed process 0 waits before it exits, so that the others can read the cause:
 # its exit ends the coordinator and with it the others.
 EXIT_DELAY = 3.0
-# JAX's errors when another process is gone: from gloo, NCCL or the coordination service.
+# JAX's errors when another process has died: from gloo, NCCL or the coordination service.
 CONNECTION_ERRORS = re.compile(
     r"gloo|nccl|connection|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED", re.IGNORECASE
 )
@@ -198,8 +198,8 @@ class Watchdog:
     def _check_other_processes(self):
         try:
             failure = json.loads(processes.coordinator_client().key_value_try_get(FAILURE_KEY))
-        except (jax.errors.JaxRuntimeError, AttributeError):
-            return  # no failure, or no coordinator
+        except jax.errors.JaxRuntimeError:
+            return  # no failure, or the coordinator has ended
         if failure["process"] != jax.process_index():
             logger.error(
                 f"error: process {failure['process']} ({failure['host']}) ended the run: "
@@ -215,8 +215,8 @@ class Watchdog:
         failure = {"process": process, "host": host, "code": code, "cause": cause}
         try:
             processes.coordinator_client().key_value_set(FAILURE_KEY, json.dumps(failure))
-        except (jax.errors.JaxRuntimeError, AttributeError):
-            pass  # another process failed first, or the coordinator is gone
+        except jax.errors.JaxRuntimeError:
+            pass  # another process failed first, or the coordinator has ended
         if processes.is_main_process():
             sys.stderr.flush()
             time.sleep(EXIT_DELAY)

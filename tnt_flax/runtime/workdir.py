@@ -24,9 +24,9 @@ from tnt_flax.runtime import processes
 
 # A resumed run may change these keys. They do not affect the results, except: `mesh` changes
 # rounding, and `data.corrupt` changes what follows the first unreadable image.
-FREE_GROUPS = ("log", "eval", "checkpoint")
-FREE_KEYS = ("data.root", "data.threads", "data.workers", "data.retry_seconds", "stall_minutes")
-FREE_KEYS += ("mesh.data", "mesh.fsdp", "mesh.tensor", "data.corrupt")
+FREE_KEYS = ("log.", "eval.", "checkpoint.", "stall_minutes:", "data.root:", "data.threads:")
+FREE_KEYS += ("data.workers:", "data.retry_seconds:", "data.corrupt:")
+FREE_KEYS += ("mesh.data:", "mesh.fsdp:", "mesh.tensor:")
 # Once one of these has content, the workdir accepts no other config.
 RESULTS = ("checkpoints", "metrics.jsonl", "weights.safetensors")
 ENVIRONMENT = "environment.json"
@@ -92,12 +92,11 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text()) if path.exists() else None
     except ValueError as error:
-        advice = "restore it or remove the workdir"
-        raise InputError(f"{path} is not JSON ({error}): {advice}") from error
+        raise InputError(f"{path} is not JSON: restore it or remove the workdir") from error
 
 
 def config_to_json(config: ConfigDict) -> dict[str, Any]:
-    """Returns a config as it is read back from a JSON file: with lists for tuples."""
+    """Returns the JSON values of a config: tuples become lists."""
     return json.loads(json.dumps(config.to_dict()))
 
 
@@ -112,19 +111,15 @@ def config_from_json(stored: dict[str, Any]) -> ConfigDict:
 def _update_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     """Writes config.json; raises InputError if the workdir has results of another config."""
     old = read_config(workdir)
-    changed = diff_nested(old, config) if old else []
-    changed = [c for c in changed if c.split(".")[0] not in FREE_GROUPS]
-    changed = [c for c in changed if c.split(":")[0] not in FREE_KEYS]
+    changed = [x for x in diff_nested(old, config) if not x.startswith(FREE_KEYS)] if old else []
+    differences = "; ".join(changed)
     if changed and has_results(workdir):
         raise InputError(
-            f"workdir {workdir} belongs to another config ({'; '.join(changed)}): "
+            f"workdir {workdir} belongs to another config ({differences}): "
             "choose another workdir or restore the old values"
         )
     if changed:
-        logger.info(
-            f"workdir {workdir} has no results yet; config changed since the last start: "
-            f"{'; '.join(changed)}"
-        )
+        logger.info(f"workdir {workdir} has no results yet; config changed: {differences}")
     write_atomic(workdir / "config.json", json.dumps(config, indent=1))
 
 

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     from tnt_flax.inference.classifier import load_classifier
 
-    with open_table(args.out, columns(args.top)) if args.out else contextlib.nullcontext() as table:
+    with open_table(args.out, columns(args.top)) if args.out else contextlib.nullcontext() as write_row:
         files = find_images(args.paths, sys.stdin)
         host.cache_compilations()
         classifier = load_classifier(**weights_arguments(args), class_list=args.class_list)
@@ -61,12 +61,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             counts["unreadable" if error else "images"] += 1
             if error:
                 write(f"left out: {error}", file=sys.stderr)
-            if table:
-                table.write(row(file, predictions, error))
+            if write_row:
+                write_row(row(file, predictions, error))
             elif not error:
                 text = "  ".join(f"{a.label} {a.probability:.1%}" for a in predictions)
                 write(f"{file}: {text}", file=sys.stdout)
-        if not counts["images"] and table:
+        if not counts["images"] and write_row:
             raise RunError("no image could be read: no table was written")
     return counts | ({"out": str(args.out)} if args.out else {})
 

@@ -130,20 +130,21 @@ def evaluate_checkpoint(
         path, checkpoint = str(run), which
     with Watchdog(config.stall_minutes) as watchdog, contextlib.ExitStack() as stack:
         experiment = Experiment(config, weights=path, checkpoint=checkpoint)
-        mesh, table = experiment.mesh, None
+        mesh, write_row = experiment.mesh, None
         if per_class and processes.is_main_process():
-            table = stack.enter_context(open_table(pathlib.Path(per_class), PER_CLASS_COLUMNS))
+            table = open_table(pathlib.Path(per_class), PER_CLASS_COLUMNS)
+            write_row = stack.enter_context(table)
         source = open_labeled_source(experiment)
         multi_label = getattr(source, "max_labels", None) is not None
         if multi_label and per_class:
             raise InputError("images may be of several classes in these data: no --per-class")
         variables, found = experiment.load_variables(path, checkpoint=checkpoint)
-        variables = sharding.put_global(variables, sharding.eval_shardings(variables, mesh))
+        variables = sharding.put_global(variables, mesh)
         class_names, num_classes = found.class_names, found.network.model.num_classes
         classes = select_classes(experiment.config.eval.classes, class_names, num_classes)
         to_network = map_to_network(source.class_names, class_names, num_classes)
 
-        logger.info("evaluating on %d images", len(source))
+        logger.info(f"evaluating on {len(source)} images")
         eval_step = experiment.make_eval_step(experiment.make_model(num_classes), classes)
         eval_step = sharding.jit_eval_step(eval_step, mesh)
         batches = relabeled(experiment.eval_batches(source), to_network, classes)
@@ -154,9 +155,10 @@ def evaluate_checkpoint(
         if not multi_label:
             metrics["mean_per_class"] = mean_per_class(sums["per_class"])
         metrics["classes"] = len(classes) if classes else num_classes
-        if table:
-            write_per_class(table, sums["per_class"], class_names)
+        if per_class:
             metrics["per_class"] = per_class
+        if write_row:
+            write_per_class(write_row, sums["per_class"], class_names)
     return {**metrics, "checkpoint": found.path}
 
 
@@ -188,7 +190,11 @@ def relabeled(batches: Batches, to_network: np.ndarray, classes: tuple[int, ...]
             yield batch
 
 
-def write_per_class(table: Any, per_class: np.ndarray, class_names: tuple[str, ...] | None) -> None:
+def write_per_class(
+    write_row: Callable[[dict[str, Any]], object],
+    per_class: np.ndarray,
+    class_names: tuple[str, ...] | None,
+) -> None:
     """Writes a row for each class with images; `per_class` is [3, classes]."""
     classes = per_class.shape[1]
     names = names_or_imagenet(class_names, classes) or tuple(map(str, range(classes)))
@@ -196,4 +202,4 @@ def write_per_class(table: Any, per_class: np.ndarray, class_names: tuple[str, .
     for synset, name, (images, top1, top5) in rows:
         if images:
             accuracies = {"top1": top1 / images, "top5": top5 / images}
-            table.write({"class": synset, "name": name, "images": int(images), **accuracies})
+            write_row({"class": synset, "name": name, "images": int(images), **accuracies})

@@ -314,7 +314,7 @@ class Experiment:
         if not self.config.init_from:
             return jax.jit(self.init_state, out_shardings=shardings)(self.keys[0])
         variables, _ = self.load_variables(self.config.init_from, self.class_names)
-        variables = sharding.put_global(variables, sharding.shardings(variables, self.mesh))
+        variables = sharding.put_global(variables, self.mesh)
         create = lambda variables: TrainState.create(variables, self.optimizer.tx)
         return jax.jit(create, out_shardings=shardings)(variables)
 

@@ -28,7 +28,7 @@ class Optimizer(NamedTuple):
 
     tx: optax.GradientTransformation
     schedule: optax.Schedule  # learning rate as a function of the step
-    freeze: str = ""  # regular expression of the parameters that `tx` keeps, see `trainable_mask`
+    freeze: str = ""  # regular expression of frozen parameters, see `trainable_mask`
 
 
 def epoch_learning_rates(
@@ -99,20 +99,19 @@ def make_optimizer(
         weight_decay: of the parameters in `decay_mask`, multiplied by the learning rate.
         clip_norm: largest global norm of the gradient; 0 disables.
         layer_decay: see `layer_scales`; 1 disables.
-        freeze: regular expression of parameters to keep, see `trainable_mask`; "" disables.
+        freeze: regular expression, see `trainable_mask`; "" disables. Tensors that match in all
+            blocks get no moments. `step.make_train_step` keeps all that match.
     """
+
     tx = optax.adamw(schedule, beta1, beta2, eps, weight_decay=weight_decay, mask=decay_mask)
     if clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
     if freeze:
-        tx = skip_frozen(tx, freeze)
+        learns = lambda mask: bool(np.any(mask))  # in one block at least
+        tx = optax.masked(tx, lambda x: jax.tree.map(learns, trainable_mask(x, freeze)))
     if layer_decay < 1:
-        scale = lambda updates, params: jax.tree.map(
-            jnp.multiply, updates, layer_scales(updates, layer_decay)
-        )
+        scale = lambda x, params: jax.tree.map(jnp.multiply, x, layer_scales(x, layer_decay))
         tx = optax.chain(tx, optax.stateless(scale))
-    if freeze:
-        tx = optax.chain(tx, zero_frozen(freeze))
     return Optimizer(tx, schedule, freeze)
 
 
@@ -176,7 +175,7 @@ def trainable_mask(tree: Any, frozen: str) -> Any:
     """Returns the mask of trainable tensors, see `map_names`: their names do not match `frozen`.
 
     `frozen` is a regular expression that may match anywhere in a name: "^blocks/[0-3]/" freezes the
-    first four blocks, "^(?!head/)" all but the head.
+    first four blocks, "^(?!head/)" everything except the head.
 
     Raises:
         InputError: `frozen` is not a regular expression.
@@ -191,7 +190,7 @@ def trainable_mask(tree: Any, frozen: str) -> Any:
 
 
 def check_freeze(variables: dict[str, Any], frozen: str) -> None:
-    """Raises InputError unless `frozen` matches some names of `variables`, but not all."""
+    """Raises InputError unless `frozen` matches some names of `variables`, and not all."""
     masks = [trainable_mask(tree, frozen) for tree in variables.values()]
     flags = np.concatenate([np.ravel(x) for x in jax.tree.leaves(masks)])
     if flags.all() or not flags.any():
@@ -201,23 +200,6 @@ def check_freeze(variables: dict[str, Any], frozen: str) -> None:
             "word_embed/conv/kernel, sentence_pos, blocks/3/inner/fc1/kernel, norm/scale, "
             "head/kernel"
         )
-
-
-def skip_frozen(tx: optax.GradientTransformation, frozen: str) -> optax.GradientTransformation:
-    """Applies `tx` to tensors that are trainable in at least one block; others get no moments."""
-    any_block = lambda learns: bool(np.any(learns))
-    return optax.masked(tx, lambda params: jax.tree.map(any_block, trainable_mask(params, frozen)))
-
-
-def zero_frozen(frozen: str) -> optax.GradientTransformation:
-    """Replaces the updates of frozen parameters by zeros."""
-
-    def update(updates, params):
-        # Negative zeros: x + -0.0 is bit-identical to x, also for x = -0.0.
-        zeros = jax.tree.map(lambda x: jnp.full_like(x, -0.0), updates)
-        return select(trainable_mask(updates, frozen), updates, zeros)
-
-    return optax.stateless(update)
 
 
 def select(mask: Any, new: Any, old: Any) -> Any:

@@ -4,7 +4,7 @@
 import contextlib
 import logging
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from clu import parameter_overview
 
 from tnt_flax.core.errors import RunError
-from tnt_flax.core.trees import fingerprint
+from tnt_flax.core.trees import fingerprint, named_leaves
 from tnt_flax.data.sources import check_same_classes
 from tnt_flax.runtime import processes, sharding
 from tnt_flax.runtime.checkpoints import Checkpoints
@@ -49,7 +49,7 @@ def open_run(workdir: pathlib.Path, experiment: Experiment) -> Iterator[Watchdog
     Process 0 locks the workdir. All processes must see it, and agree on program and config.
 
     Raises:
-        InputError: the workdir cannot be used, or processes differ. On every process alike.
+        InputError: on every process: the workdir cannot be used, or processes differ.
         RunError: a process does not respond.
     """
     config = config_to_json(experiment.config)
@@ -122,9 +122,8 @@ def write_final_artifacts(
     digest = fingerprint(join_collections(state.variables), sharding.fetch)
     writer.write(experiment.total_steps, {"fingerprint": digest})
     log(f"SHA-256 of the final parameters: {digest}")
-    # Collectives: on all processes.
-    ema = sharding.fetch_on_main(state.ema)
-    evaluated = sharding.fetch_on_main(experiment.eval_variables(state))
+    evaluated = experiment.eval_variables(state)
+    ema, evaluated = jax.tree.map(sharding.fetch, (state.ema, evaluated))  # on all processes
     if processes.is_main_process():
         path = workdir / "weights.safetensors"
         write.save_weights(path, join_collections(ema), experiment.info)
@@ -146,11 +145,9 @@ def plot_first_predictions(experiment: Experiment, variables: Any, path: pathlib
 
 
 def check_finite(
-    step: int, metrics: dict[str, Any], *, names: Sequence[str], checkpoints: Checkpoints
+    experiment: Experiment, checkpoints: Checkpoints, step: int, metrics: dict[str, Any]
 ) -> None:
     """Stops the run if the loss or a gradient of `step` is NaN or infinite.
-
-    `names` are those of all variables, "params/head/bias", in the order of `metrics["finite"]`.
 
     Raises:
         RunError: with the step, the learning rate and the first tensor with a NaN or infinity, once
@@ -159,12 +156,13 @@ def check_finite(
     if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
         return
     checkpoints.wait_for_save()
+    names = list(named_leaves(experiment.state_shapes.variables))  # "params/head/bias"
     computed = [f"{'gradient of' if n.startswith('params/') else 'new'} {n}" for n in names]
     computed_finite, variables_finite = np.split(metrics["finite"], 2)
     finite = zip([*names, *computed], [*variables_finite, *computed_finite], strict=True)
     bad = [tensor for tensor, ok in finite if not ok]
     # Finite gradients can have an infinite norm.
-    bad += ["the gradient norm" if np.isfinite(metrics["loss"]) else "the loss itself"]
+    bad.append("the gradient norm" if np.isfinite(metrics["loss"]) else "the loss itself")
     raise RunError(
         f"the loss of step {step} is {metrics['loss']} at learning rate "
         f"{metrics['learning_rate']:.3g}; first bad tensor: {bad[0]}; "

@@ -48,24 +48,6 @@ class TrainState:
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-# ------------------------------------------------------------------------------------------ loss
-
-
-def smooth_one_hot(
-    labels: Int[Array, "B"], num_classes: int, smoothing: float
-) -> Float[Array, "B K"]:
-    """Returns targets that sum to 1: smoothing / K everywhere, and 1 - smoothing at the label."""
-    off = smoothing / num_classes
-    return jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + off
-
-
-def soft_target_cross_entropy(
-    logits: Float[Array, "B K"], targets: Float[Array, "B K"]
-) -> Float[Array, "B"]:
-    """Returns -sum_k targets_k log softmax(logits)_k (timm's SoftTargetCrossEntropy)."""
-    return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
-
-
 # -------------------------------------------------------------------------------------- training
 
 
@@ -90,16 +72,16 @@ def make_augment(
 
     Args:
         num_classes: width of the targets.
-        label_smoothing: see `smooth_one_hot`.
-        mean: per channel, on the scale 0..1.
-        std: likewise.
+        label_smoothing: share of a target that is spread evenly over all classes.
+        mean: per channel, for pixels in [0, 1].
+        std: per channel, for pixels in [0, 1].
         mix: `mix(key, images, targets)` for uint8 images and smoothed targets; None disables.
         erase: `erase(key, images)` for normalized images; None disables.
     """
 
     def augment(batch, mix_key, erase_key):
-        images = batch["image"]
-        targets = smooth_one_hot(batch["label"], num_classes, label_smoothing)
+        images, targets = batch["image"], jax.nn.one_hot(batch["label"], num_classes)
+        targets = optax.smooth_labels(targets, label_smoothing)
         if mix:
             images, targets = mix(mix_key, images, targets)
         images = normalize(images, mean, std)
@@ -133,7 +115,7 @@ def make_loss(model: nn.Module, freeze: str = "") -> Callable[..., tuple[jax.Arr
             rngs={"dropout": key},
             mutable=[] if frozen_stats else ["batch_stats"],
         )
-        losses = soft_target_cross_entropy(logits, targets)
+        losses = optax.softmax_cross_entropy(logits, targets)
         return losses.mean(), updated.get("batch_stats", batch_stats)
 
     return loss
@@ -177,6 +159,7 @@ def make_train_step(
         updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if freeze:
+            params = select(trainable_mask(params, freeze), params, state.params)
             mask = trainable_mask(batch_stats, freeze)
             batch_stats = select(mask, batch_stats, state.batch_stats)
         ema = update_ema(state.ema, {"params": params, "batch_stats": batch_stats}, ema_decay)
@@ -223,7 +206,7 @@ def update_ema(ema: Variables, variables: Variables, decay: float) -> Variables:
 def finite_flags(gradients: Variables, variables: Variables, skip: jax.Array) -> Bool[Array, "2P"]:
     """Returns one flag per gradient, then one per variable, in the order of `jax.tree.leaves`.
 
-    The flags tell in which tensor a NaN began. They are one array, because fetching many small ones
+    The flags show in which tensor a NaN began. They are one array, because fetching many small ones
     slows the loop down. If the scalar `skip` is true, all flags are True and nothing is checked:
     the check takes 1 % of a step on a CPU.
     """
@@ -305,8 +288,8 @@ def make_eval_step(
 
     Args:
         model: TNT or PyramidTNT.
-        mean: per channel, on the scale 0..1.
-        std: likewise.
+        mean: per channel, for pixels in [0, 1].
+        std: per channel, for pixels in [0, 1].
         classes: restricts the predictions to these classes; None allows all.
     """
     allowed = None

@@ -10,7 +10,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError, Stopped
-from tnt_flax.core.trees import named_leaves
 from tnt_flax.data.sources.storage import StorageUnavailable
 from tnt_flax.runtime import processes
 from tnt_flax.runtime.checkpoints import Checkpoints
@@ -58,7 +57,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
 
         # ---------------------------------------------------------------- loop
         writer = stack.enter_context(contextlib.closing(MetricWriter(workdir, start_step)))
-        state, metrics = train(experiment, state, checkpoints, writer, watchdog)
+        state, metrics = train_loop(experiment, state, checkpoints, writer, watchdog)
 
         # ---------------------------------------------------------------- final artifacts
         checkpoints.save_blocking(state, total_steps, metrics)
@@ -68,7 +67,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
         return {**metrics, "step": total_steps, "fingerprint": digest}
 
 
-def train(
+def train_loop(
     experiment: Experiment,
     state: TrainState,
     checkpoints: Checkpoints,
@@ -80,14 +79,13 @@ def train(
     A signal makes `watchdog` raise Stopped: after a step or a batch of an evaluation, or while the
     loop waits for data. The loop then saves the state, as it does if the data fail.
     """
+    total_steps = experiment.total_steps
+    step = int(state.step)  # number of updates applied to `state`
     _, step_key = experiment.keys
-    step, total_steps = int(state.step), experiment.total_steps  # `step` updates are in `state`
     due = functools.partial(is_due, experiment)
     evaluate = functools.partial(run.evaluate_state, experiment, writer, watchdog)
-    batch_size, steps_per_epoch = experiment.plan.batch_size, experiment.steps_per_epoch
-    names = list(named_leaves(experiment.state_shapes.variables))
-    check = functools.partial(run.check_finite, names=names, checkpoints=checkpoints)
-    meter = StepMeter(batch_size, steps_per_epoch, total_steps, check)
+    check = functools.partial(run.check_finite, experiment, checkpoints)
+    meter = StepMeter(experiment.plan.batch_size, experiment.steps_per_epoch, total_steps, check)
     batches = experiment.train_batches(step, total_steps - step)
     try:
         metrics = checkpoints.metrics(step)
@@ -118,8 +116,8 @@ def train(
         if step:  # the state of step 0 comes from the seed
             checkpoints.save_blocking(state, step)
         if isinstance(error, Stopped):
-            error = Stopped(f"step {step} is saved; the same command resumes from there")
-        raise error from None
+            raise Stopped(f"step {step} is saved; the same command resumes from there") from None
+        raise
     finally:
         batches.close()
     return state, metrics
