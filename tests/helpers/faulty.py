@@ -51,22 +51,6 @@ def inject(reached: str) -> None:
         time.sleep(10_000)
 
 
-def inject_before_progress(progress):
-    def wrapped(self, what, **options):
-        inject(what)
-        return progress(self, what, **options)
-
-    return wrapped
-
-
-def inject_during_save(save_async):
-    def wrapped(self, state, step, metrics=None):
-        save_async(self, state, step, metrics)
-        inject(f"save {step}")
-
-    return wrapped
-
-
 def inject_in_train_step(jit_train_step):
     def make(*args):
         train_step, calls = jit_train_step(*args), 0
@@ -101,8 +85,11 @@ def set_to_nan(x):
 
 
 if __name__ == "__main__":
-    Watchdog.progress = inject_before_progress(Watchdog.progress)
-    Checkpoints.save_async = inject_during_save(Checkpoints.save_async)
+    progress, save_async = Watchdog.progress, Checkpoints.save_async
+    Watchdog.progress = lambda self, what, **args: inject(what) or progress(self, what, **args)
+    Checkpoints.save_async = lambda self, state, step, metrics=None: (
+        save_async(self, state, step, metrics) or inject(f"save {step}")
+    )
     sharding.jit_train_step = inject_in_train_step(sharding.jit_train_step)
     if FAULT.get("at") == "compile":  # a cached program would not be compiled
         jax.config.update("jax_enable_compilation_cache", False)

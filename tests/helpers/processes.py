@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import IO
 
 
 def free_port() -> int:
@@ -23,10 +24,11 @@ def start(
     devices: int,
     program: str = "main.py",
     env: dict[str, str] | None = None,
+    logs: Sequence[IO] = (),
 ) -> list[subprocess.Popen]:
     """Starts `count` processes with `devices` virtual devices each and returns them.
 
-    An element of `flags` may be a sequence of `count` strings, one for each process.
+    `logs` are files for the stderr of each process; by default it is a pipe.
     """
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": str(devices),
@@ -37,11 +39,12 @@ def start(
     port = free_port()
     started = []
     for process in range(count):
-        own = [flag if isinstance(flag, str) else flag[process] for flag in flags]
+        own = [*flags]
         if count > 1:
             own += [f"--coordinator=localhost:{port}", f"--num-processes={count}"]
             own += [f"--process-id={process}"]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        stderr = logs[process] if logs else subprocess.PIPE
+        pipes = dict(stdout=subprocess.PIPE, stderr=stderr, text=True)
         started.append(subprocess.Popen([*command, *own], cwd=root, env=environment, **pipes))
     return started
 
