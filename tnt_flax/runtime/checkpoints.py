@@ -69,6 +69,8 @@ class Checkpoints:
         self._consecutive_failures = 0
         self._saving_step: int | None = None
         self._save_error: Exception | None = None
+        # Orbax calls it in a thread of process 0, just before the rename that commits the step.
+        add_manifest = lambda: write_manifest(self._temporary_folder(self._saving_step))
         newest = checkpoint_managers.LatestN(keep)
         best = checkpoint_managers.BestN(
             get_metric_fn=_top1, n=1, keep_checkpoints_without_metrics=False
@@ -80,7 +82,7 @@ class Checkpoints:
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
                 save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
                 cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._add_manifest),
+                async_options=ocp.AsyncOptions(post_finalization_callback=add_manifest),
             ),
         )
 
@@ -131,7 +133,7 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(self.info)
         )
-        self.wait_for_save()  # one save at a time: `_add_manifest` must know the step
+        self.wait_for_save()  # one save at a time: the manifest needs `_saving_step`
         self._saving_step, started = step, True
         try:
             started = self._manager.save(step, args=args, metrics=metrics or None)
@@ -210,10 +212,6 @@ class Checkpoints:
 
     def _temporary_folder(self, step: int) -> pathlib.Path:
         return self.folder / f"{step}.orbax-checkpoint-tmp"
-
-    def _add_manifest(self) -> None:
-        """Called in Orbax's thread in process 0, just before the rename that commits the step."""
-        write_manifest(self._temporary_folder(self._saving_step))
 
 
 # ------------------------------------------------------------------------------------ reading
