@@ -223,30 +223,29 @@ def kills(folder, args):
 
 def faults():
     """Yields (name, number of processes, function(workdir, number of processes))."""
+
+    def fault(inject, *args, **kwargs):
+        return lambda folder, processes: inject(folder, processes, *args, **kwargs)
+
     dead = "unhealthy|ended the run|connection to another process|coordination service"
     bug = "ZeroDivisionError: an injected bug"
     for which in (1, 0):
-        for name, do, code, message in (
-            ("kill -9 of", "SIGKILL", 75, dead),
-            ("a frozen", "SIGSTOP", 75, dead),
-            ("a bug in", "raise", 1, bug),
-        ):
-            does = lambda f, n, args=(which, do, code, message): failure(f, n, *args)
-            yield f"{name} process {which}", 2, does
+        yield f"kill -9 of process {which}", 2, fault(failure, which, "SIGKILL", 75, dead)
+        yield f"a frozen process {which}", 2, fault(failure, which, "SIGSTOP", 75, dead)
+        yield f"a bug in process {which}", 2, fault(failure, which, "raise", 1, bug)
     nan = r"the loss of step \d+ is nan"
-    yield "NaN in process 1", 2, lambda f, n: failure(f, n, 1, "nan", 1, nan, "step 7")
+    yield "NaN in process 1", 2, fault(failure, 1, "nan", 1, nan, at="step 7")
     stalled = r"last: step [78] |ended the run"
     for processes in (1, 2):
         for phase in PHASES:
-            for number in ("SIGTERM", "SIGINT") if phase == "step 7 " else ("SIGTERM",):
-                does = lambda f, n, phase=phase, number=number: preemption(f, n, phase, number)
-                yield f"{number} at {phase.strip()}", processes, does
+            yield f"SIGTERM at {phase.strip()}", processes, fault(preemption, phase, "SIGTERM")
+        yield "SIGINT at step 7", processes, fault(preemption, "step 7 ", "SIGINT")
         if processes > 1:
-            to_all = lambda f, n: preemption(f, n, "step 7 ", "SIGTERM", to_all=True)
+            to_all = fault(preemption, "step 7 ", "SIGTERM", to_all=True)
             yield "SIGTERM to all at step 7", processes, to_all
         for kind in ("flip", "truncate", "delete"):
-            yield f"{kind} a file", processes, lambda f, n, kind=kind: damage(f, n, kind)
-        yield "a hang", processes, lambda f, n: failure(f, n, n - 1, "hang", 75, stalled)
+            yield f"{kind} a file", processes, fault(damage, kind)
+        yield "a hang", processes, fault(failure, processes - 1, "hang", 75, stalled)
 
 
 def try_all(only):

@@ -169,11 +169,6 @@ def test_training_does_not_start_over_if_every_checkpoint_is_damaged(folder):
             checkpoints.restore_latest(abstract())
 
 
-def test_a_new_folder_restores_none(tmp_path):
-    with opened(tmp_path / "new") as checkpoints:
-        assert checkpoints.restore_latest(abstract()) is None
-
-
 def test_a_state_with_other_tensors_is_refused(folder):
     wider = {"head": {"kernel": jax.ShapeDtypeStruct((64, 33), "float32")}}
     more = abstract().ema | {"pos": abstract().step}
