@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     from tnt_flax.inference.classifier import load_classifier
 
-    with open_table(args.out, columns(args.top)) if args.out else contextlib.nullcontext() as write_row:
+    table = open_table(args.out, columns(args.top)) if args.out else contextlib.nullcontext()
+    with table as write_row:
         files = find_images(args.paths, sys.stdin)
         host.cache_compilations()
         classifier = load_classifier(**weights_arguments(args), class_list=args.class_list)
