@@ -8,6 +8,7 @@ import zipfile
 
 import numpy as np
 
+from tnt_flax.weights.formats.restricted_pickle import Stub
 from tnt_flax.weights.formats.torch import STREAM
 
 
@@ -20,6 +21,8 @@ def assert_same(found, expected):
         assert type(found) is type(expected) and len(found) == len(expected)
         for a, b in zip(found, expected, strict=True):
             assert_same(a, b)
+    elif expected is Stub:
+        assert type(found) is Stub
     elif isinstance(expected, np.ndarray):
         assert type(found) is np.ndarray
         assert found.dtype == expected.dtype and found.shape == expected.shape
@@ -55,9 +58,9 @@ def archive(content: bytes, storages=None, *, method=zipfile.ZIP_STORED, **other
     return buffer.getvalue()
 
 
-def stream(content: bytes, keys=("0",), storages=SIX_IN_STREAM, **system):
-    system = {"little_endian": True} | system
-    parts = [pickle.dumps(x, 2) for x in (1001, system)] + [content, pickle.dumps(list(keys), 2)]
+def stream(content, keys=("0",), storages=SIX_IN_STREAM, *, version=1001, little_endian=True):
+    system = {"little_endian": little_endian}
+    parts = [pickle.dumps(x, 2) for x in (version, system)] + [content, pickle.dumps(list(keys), 2)]
     return STREAM + b"".join(parts) + storages
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pickles in torch files: a trainer's objects, and hostile programs."""
 
+import argparse
 import collections
-import copyreg
 import datetime
 import enum
 import functools
@@ -25,7 +25,7 @@ from tests.helpers.torch_files import (
     tensor,
 )
 from tnt_flax.weights.formats import restricted_pickle
-from tnt_flax.weights.formats.restricted_pickle import Stub
+from tnt_flax.weights.formats.restricted_pickle import Stub, leaves
 
 FORMATS = pytest.mark.parametrize(
     "file_format",
@@ -35,8 +35,6 @@ FORMATS = pytest.mark.parametrize(
 WHOLE_TENSOR = tensor(0, (6,), (1,))
 STATE = opcodes({"__globals__": 1})
 REBUILD = global_name("torch._utils", "_rebuild_tensor_v2")
-ENCODE = global_name("_codecs", "encode")
-NAMESPACE = global_name("argparse", "Namespace") + b")\x81"
 SYSTEM = global_name("posix", "system")
 
 
@@ -92,8 +90,16 @@ OBJECTS = {
     "Names": Names("ab"),
     "Config": Config(a=1),
     "complex": 1j,
+    "argparse.Namespace": argparse.Namespace(lr=0.1),
+    "numpy scalar": np.float64(1.5),
+    "numpy array": np.arange(3.0),
+    "numpy object array": np.array([{}]),
     "type": History,
 }
+
+
+def stub_names(content):
+    return sorted({x.name for x in leaves(content) if isinstance(x, Stub)})
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
@@ -153,32 +159,13 @@ GETATTR = global_name("__builtin__", "getattr")
 def test_nothing_is_run(read, tmp_path, monkeypatch, names, content, file_format):
     monkeypatch.chdir(tmp_path)
     found = read(file_format(content))
-    assert sorted({x.name for x in stubs(found)}) == names
+    assert stub_names(found) == names
     assert not (tmp_path / "marker").exists()
-    assert restricted_pickle.WHITELIST["torch._utils._rebuild_tensor_v2"].name.endswith("_v2")
-
-
-def stubs(value):
-    if isinstance(value, Stub):
-        return [value]
-    items = [*value, *value.values()] if isinstance(value, dict) else value
-    return [x for item in items for x in stubs(item)] if isinstance(items, list | tuple) else []
-
-
-@FORMATS
-def test_registered_extension_codes_are_refused(refused, file_format):
-    copyreg.add_extension("posix", "system", 240)
-    try:
-        for opcode in (b"\x82\xf0", b"\x83\xf0\x00", b"\x84\xf0\x00\x00\x00"):
-            refused(file_format(program(opcode, opcodes(("touch marker",)), b"R")), "opcode EXT")
-    finally:
-        copyreg.remove_extension("posix", "system", 240)
 
 
 @pytest.mark.parametrize(
     "why, parts",
     [
-        ("deeper than any", [b"(" * 50_000, b"t" * 50_000]),
         ("a dict with a tuple as a key", [b"}N", b"\x85" * 100_000, b"Ns"]),
         (
             "a dict with a tuple as a key",
@@ -202,9 +189,18 @@ def test_bombs_are_refused_in_little_memory(refused, monkeypatch, why, parts):
     assert peak < 2**19 + 100 * len(content)
 
 
-def test_nested_tuples_in_a_set_are_not_hashed(read):
-    pairs = program(b"]\x8f()q\x00", b"h\x00h\x00\x86q\x00" * 60, b"\x90a")
-    assert [x.name for x in read(archive(pairs))] == ["builtins.set"]
+@pytest.mark.parametrize(
+    "names, parts",
+    [
+        ([], [b"(" * 50_000, b"t" * 50_000]),
+        ([], [b"]q\x00h\x00a"]),  # contains itself
+        (["os.path"], [b"]q\x00cos\npath\na", b"h\x00h\x00\x86q\x00" * 60]),  # 2**60 places
+        (["builtins.set"], [b"]\x8f()q\x00", b"h\x00h\x00\x86q\x00" * 60, b"\x90a"]),
+    ],
+    ids=["deep", "recursive", "shared", "shared, in a set"],
+)
+def test_hostile_content_is_read_and_visited_quickly(read, names, parts):
+    assert stub_names(read(archive(program(*parts)))) == names
 
 
 def test_the_memo_takes_no_more_memory_than_its_values(read):
@@ -224,50 +220,32 @@ def test_a_pickle_has_a_largest_size(refused, monkeypatch, limit, content):
 @pytest.mark.parametrize(
     "why, parts",
     [
-        ("asks to set attributes of torch._utils._rebuild_tensor_v2", [REBUILD, STATE, b"b"]),
-        ("asks to set attributes of a Tensor", [tensor(0, (6,), (1,)), STATE, b"b"]),
+        ("asks to set attributes of a function", [REBUILD, STATE, b"b"]),
+        ("asks to set attributes of a ndarray", [tensor(0, (6,), (1,)), STATE, b"b"]),
         ("asks to set attributes of a str", [opcodes("a"), STATE, b"b"]),
         ("asks to set attributes of a list", [b"]", STATE, b"b"]),
-        ("Namespace without values", [NAMESPACE, opcodes((None, {"a": 1})), b"b"]),
-        ("Namespace without values", [NAMESPACE, opcodes({"a": 1}), b"b", STATE, b"b"]),
         ("asks to call a str", [opcodes("a"), b")R"]),
-        ("asks to call torch.float32", [global_name("torch", "float32"), b")R"]),
-        ("asks to call torch.Size", [global_name("torch", "Size"), b"]R"]),
-        ("torch.Size with 9 arguments", [global_name("torch", "Size"), opcodes((1,) * 9), b"R"]),
-        ("asks to set items of torch._utils._rebuild_tensor_v2", [REBUILD, b"(NNu"]),
+        ("asks to call a Float32DType", [global_name("torch", "FloatStorage"), b")R"]),
+        ("asks to call a function", [REBUILD, b"]R"]),
+        ("is damaged: .*TypeError", [REBUILD, opcodes((1,) * 9), b"R"]),
+        ("asks to set items of a function", [REBUILD, b"(NNu"]),
         ("asks to set items of a list", [b"](NNu"]),
         ("asks to set items of a dict", [b"}(Nu"]),
         ("asks to append to a dict", [b"}Na"]),
         ("asks to append to a tuple", [b")(NNe"]),
-        ("holds torch._utils._rebuild_tensor_v2, which", [b"](", REBUILD, b"e"]),
-        ("holds a storage without a tensor", [tensor(0, (6,), (1,)).partition(b"Q")[0][34:], b"Q"]),
         ("is damaged: .*Unpickling", [b"NN\x93"]),
-        ("other than latin1", [ENCODE, opcodes(("a", "zlib")), b"R"]),
-        ("other than latin1", [ENCODE, opcodes((b"a", "latin1")), b"R"]),
-        ("is damaged: .*TypeError", [global_name("__builtin__", "bytes"), opcodes((2**40,)), b"R"]),
-        ("is damaged: .*TypeError", [global_name("argparse", "Namespace"), opcodes(({},)), b"R"]),
-        ("opcode INT, which", [b"I1\n"]),
-        ("opcode LONG4, which", [b"\x8b\xff\xff\xff\x7f"]),
-        ("opcode PERSID, which", [b"Pos\n"]),
-        ("opcode INST, which", [b"(ios\nsystem\n"]),
-        ("opcode EXT1, which", [b"\x82\x01"]),
-        ("opcode BINSTRING, which", [b"T\xff\xff\xff\x7f"]),
-        ("unknown opcode 240", [b"\xf0"]),
+        (r"opcode b'I', which", [b"I1\n"]),
+        (r"opcode b'\\x8b', which", [b"\x8b\xff\xff\xff\x7f"]),  # LONG4
+        (r"opcode b'P', which", [b"Pos\n"]),
+        (r"opcode b'i', which", [b"(ios\nsystem\n"]),
+        (r"opcode b'\\x82', which", [b"\x82\x01"]),  # EXT1
+        (r"opcode b'\\x83', which", [b"\x83\x01\x00"]),  # EXT2
+        (r"opcode b'\\x84', which", [b"\x84\x01\x00\x00\x00"]),  # EXT4
+        (r"opcode b'T', which", [b"T\xff\xff\xff\x7f"]),
+        (r"opcode b'\\xf0', which", [b"\xf0"]),  # unknown
         ("dict with a tuple as a key", [b"}", opcodes((1,)), b"Ns"]),
         ("dict with a int as a key", [b"}", opcodes(2**64), b"Ns"]),
-        ("dict with a float32 as a key", [b"}", opcodes(np.float32(1)), b"Ns"]),
-        ("deeper than any", [b"]" * 70, b"a" * 69]),
-        ("deeper than any", [b"]q\x00h\x00a"]),
-        ("beyond reason", [b"]q\x00", b"h\x00h\x00\x86q\x00" * 60]),
-        (
-            "beyond reason",
-            [ENCODE, b"q\x70", opcodes("a" * 9999), opcodes("latin1"), b"\x86q\x71R"]
-            + [b"h\x70h\x71R" * 99],
-        ),
-        (
-            "beyond reason",
-            [opcodes(dict.fromkeys(range(999))), b"q\x00](", (NAMESPACE + b"h\x00b") * 99, b"e"],
-        ),
+        ("dict with a bytes as a key", [b"}C\x01aNs"]),
         ("is damaged: .*UnpicklingError", [b"h\x07"]),
         ("is damaged: .*IndexError", [b"\x87"]),
         ("is damaged: .*IndexError", [b"t"]),
@@ -279,32 +257,6 @@ def test_a_pickle_has_a_largest_size(refused, monkeypatch, limit, content):
 )
 def test_invalid_programs_are_refused(refused, why, parts):
     refused(archive(program(*parts)), why)
-
-
-def array_of(dtype, shape=(2,), content=bytes(8), order="<"):
-    parts = [global_name("numpy.core.multiarray", "_reconstruct"), global_name("numpy", "ndarray")]
-    parts += [opcodes((0,)), opcodes("b"), b"\x87R(", opcodes(1), opcodes(shape)]
-    parts += [global_name("numpy", "dtype"), opcodes((dtype, 0, 1)), b"R("]
-    parts += [opcodes(3), opcodes(order), b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"]
-    return program(*parts, opcodes(False), pickle.dumps(content, 3)[2:-1], b"tb")
-
-
-def test_arrays_of_numpy(read, refused):
-    assert_same(read(archive(array_of("f4"))), np.zeros(2, np.float32))
-    refused(archive(array_of("O8")), "holds a numpy array of Python objects")
-    refused(archive(pickle.dumps(np.array([{}]), 2)), "holds a numpy array of Python objects")
-    refused(archive(pickle.dumps(np.array([{}]), 4)), "holds a numpy array of Python objects")
-    refused(archive(array_of("V4")), "holds a numpy array of 'V4'")
-    refused(archive(array_of("f4", order="=")), "unknown byte order")
-    for shape in ((3,), (1,), (-2,), (-1, -2), (2**40, 0, 2**40), (1.0,), (1,) * 40, [2]):
-        refused(archive(array_of("f4", shape=shape)), "numpy array of the wrong size")
-    refused(archive(array_of("f4", content="a" * 8)), "numpy array of the wrong size")
-    refused(archive(array_of("f4").replace(b"ndarray", b"matrix")), "array of an unknown class")
-    refused(archive(array_of("f4").replace(b"numpy\nndarray", b"torch\nSize")), "unknown class")
-    refused(archive(array_of("f4").partition(b"(")[0] + b"."), "numpy array without content")
-    refused(archive(array_of("f4").replace(b"K\x00tb", b"K\x00t")), "numpy array without a dtype")
-    scalar = pickle.dumps(np.float64(1.0), 3)
-    refused(archive(scalar.replace(b"f8", b"f4")), "numpy scalar of the wrong size")
 
 
 # Tensors
@@ -349,7 +301,7 @@ def test_tensors_stay_in_their_storage(refused, offset, size, stride):
     ],
 )
 def test_absurd_shapes_are_refused(refused, offset, size, stride):
-    refused(archive(program(tensor(offset, size, stride))), "absurd (shape|strides)")
+    refused(archive(program(tensor(offset, size, stride))), "absurd shape|is damaged")
 
 
 def test_tensors_without_elements_are_read(read):
@@ -388,20 +340,15 @@ def test_storages_fit_their_tensors(refused, why, changes):
     refused(archive(program(tensor(**size | changes))), why)
 
 
-def test_invalid_storages_are_refused(refused):
-    refused(archive(program(opcodes(("module", "a")), b"Q")), "refers to something")
-    refused(archive(program(b"NQ")), "refers to something")
-    other = tensor(0, (3,), (1,), kind=("torch", "DoubleStorage"), count=3)
-    refused(archive(program(tensor(0, (6,), (1,)), other)), "storage '0' in two ways")
-    refused(archive(program(REBUILD, opcodes((1, 0, (), (), False, {})), b"R")), "more than a view")
-    flags = tensor(0, (6,), (1,))[:-2] + opcodes({"neg": True}) + b"tR"
-    refused(archive(program(flags)), "more than a view")
-    value = tensor(0, (6,), (1,)).replace(b"_v2", b"_v3")
-    for dtype, why in ("complex64", "tensor of complex64"), ("Size", "tensor of None"):
-        refused(archive(program(value[:-2], global_name("torch", dtype), b"tR")), why)
-    parameter = global_name("torch._utils", "_rebuild_parameter") + opcodes((1, True, {})) + b"R"
-    refused(archive(program(parameter)), "parameter without a tensor")
-    refused(archive(program(global_name("torch", "Size"), opcodes(("a",)), b"\x85R")), "torch.Size")
-    device = global_name("torch", "device")
-    for arguments in (1,), ("a" * 99,), ("cuda", "0"):
-        refused(archive(program(device, opcodes(arguments), b"R")), "torch.device")
+@pytest.mark.parametrize(
+    "why, parts",
+    [
+        ("refers to something", [opcodes(("module", "a")), b"Q"]),
+        ("refers to something", [b"NQ"]),
+        ("storage '0' has 24 bytes", [WHOLE_TENSOR, tensor(0, (3,), (1,), count=3)]),
+        ("more than a view", [REBUILD, opcodes((1, 0, (), (), False, {})), b"R"]),
+        ("more than a view", [WHOLE_TENSOR[:-2], opcodes({"neg": True}), b"tR"]),
+    ],
+)
+def test_invalid_storages_are_refused(refused, why, parts):
+    refused(archive(program(*parts)), why)

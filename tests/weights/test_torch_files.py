@@ -2,17 +2,13 @@
 """Torch files: written by torch, damaged, and written for torch."""
 
 import collections
-import copy
-import functools
 import io
 import itertools
-import pathlib
 import pickle
 import pickletools
 import random
 import re
 import struct
-import tarfile
 import tracemalloc
 import zipfile
 
@@ -26,7 +22,6 @@ from tests.helpers.torch_files import (
     SIX,
     archive,
     assert_same,
-    global_name,
     opcodes,
     program,
     stream,
@@ -45,7 +40,7 @@ CONTENT = {
     }
     | {str(x): np.ones(3, x) for x in (np.float16, ml_dtypes.bfloat16, np.float64, np.bool_)}
     | {str(x): np.array([7, 1], x) for x in (np.uint8, np.int8, np.int16, np.int32, np.int64)},
-    "meta": {"text": "für\n", "none": None, "flags": [True, False], "pair": (1, (2.5,)), "no": {}},
+    "meta": {"text": "für\n", "none": None, "flags": [True, False], "no": {}},
     "numbers": [0, -1, 127, 128, 255, 2**31, -(2**63), 2**200, float("-inf"), 0.1],
 }
 
@@ -53,20 +48,19 @@ CONTENT = {
 # Reading what torch wrote
 
 
-@pytest.mark.parametrize("file", EXPECTED)
-def test_reads_what_torch_wrote(file):
-    found = torch_files.read(GOLDEN / file)
-    if "optimizer" in found:  # versions of torch differ in what else they keep
+def check_golden(path):
+    found = torch_files.read(path)
+    if "optimizer" in found:  # versions of torch differ in the other keys
         group = found["optimizer"]["param_groups"][0]
         assert group["amsgrad"] is False and group["foreach"] is None
         found["optimizer"]["param_groups"] = [{key: group[key] for key in goldens.GROUP}]
-    assert_same(found, EXPECTED[file])
+    assert_same(found, EXPECTED[path.name])
+
+
+@pytest.mark.parametrize("file", EXPECTED)
+def test_reads_what_torch_wrote(file):
+    check_golden(GOLDEN / file)
     assert torch_files.looks_like((GOLDEN / file).read_bytes()[:64])
-
-
-def test_goldens_are_small():
-    assert sum(path.stat().st_size for path in GOLDEN.iterdir()) < 40_000
-    assert {path.name for path in GOLDEN.iterdir()} == set(EXPECTED)
 
 
 @pytest.mark.parametrize("file_format", [archive, stream])
@@ -100,31 +94,15 @@ def test_unused_tensors_take_no_memory(tmp_path, file_format):
     assert found.shape == (2**22,) and peak < 2**20
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4])
-def test_protocols_and_names_of_older_numpy(read, protocol):
-    content = {"a": ramp(2, 3), "b": np.float64(1.5), "c": [1, "x" * 300, b"y" * 300], 2: ()}
-    blob = pickle.dumps(content, protocol)
-    assert_same(read(archive(blob)), content)
-    if protocol < 4:  # where names are lines
-        assert_same(read(archive(blob.replace(b"numpy._core.", b"numpy.core."))), content)
-
-
-def test_older_tensors_and_devices_are_read(read):
+def test_tensors_of_torch_0_are_read(read):
     old = tensor(0, (6,), (1,)).replace(b"_rebuild_tensor_v2", b"_rebuild_tensor")
     old = old[: old.rindex(b"\x89")] + b"tR"  # neither requires_grad nor hooks
     assert read(archive(program(old))).shape == (6,)
-    device = program(global_name("torch", "device"), opcodes(("cuda", 1)), b"R")
-    assert read(archive(device)) == "cuda:1"
 
 
-def test_looks_like():
-    assert torch_files.looks_like(archive(program(b"N"))[:64])
-    assert torch_files.looks_like(stream(program(b"N"))[:64])
-    tar = io.BytesIO()
-    with tarfile.open(fileobj=tar, mode="w") as f:
-        f.addfile(tarfile.TarInfo("storages"))
-    for other in (tar.getvalue(), bytes(64), b"\x89HDF", pickle.dumps({}, 2), b""):
-        assert not torch_files.looks_like(other[:64])
+def test_other_files_are_recognized_by_their_first_bytes():
+    for other in (b"x" * 257 + b"ustar", b"\x89HDF", pickle.dumps({}, 2), b""):
+        assert not torch_files.looks_like(other)
 
 
 # File formats
@@ -193,34 +171,29 @@ def test_inconsistent_archive_entries_are_refused(refused):
 def test_unusual_streams_are_refused(refused):
     pickled = program(tensor(0, (6,), (1,)))
     refused(stream(pickled, little_endian=False), "is big-endian")
-    refused(torch_files.STREAM + pickle.dumps(1000, 2), "of an unknown version, 1000")
+    refused(stream(pickled, version=1000), "is of an unknown version")
     for keys in ((), ("1",), ("0", "0"), ("0", "1")):
         refused(stream(pickled, keys), "list of storages does not match")
-    refused(stream(pickled, (0,)), "damaged")
+    refused(stream(pickled, (0,)), "has no list of storages")
     for count in (-1, 0, 5, 7, 2**62, -(2**63)):
-        refused(stream(pickled, storages=struct.pack("<q", count) + bytes(24)), "damaged: storage")
+        storages = struct.pack("<q", count) + bytes(24)
+        refused(stream(pickled, storages=storages), "damaged: storage|is cut off")
     refused(stream(pickled, storages=struct.pack("<q", 6) + bytes(23)), "is cut off")
     refused(stream(pickled, storages=struct.pack("<i", 6)), "is damaged")
-    refused(torch_files.STREAM + pickled, "is damaged")  # a tensor for a version
+    refused(torch_files.STREAM + pickled, "is cut off")  # a tensor for a version
 
 
 # Writing
 
 
 def test_round_trip_is_the_identity(tmp_path):
-    path = tmp_path / "weights.pth"
-    torch_files.write(path, CONTENT)
-    assert_same(torch_files.read(path), CONTENT)
-    torch_files.write(path, torch_files.read(path))
-    assert_same(torch_files.read(path), CONTENT)
-    assert [x.name for x in tmp_path.iterdir()] == ["weights.pth"]
-
-
-def test_the_same_content_is_the_same_bytes(tmp_path):
     a, b = tmp_path / "a.pth", tmp_path / "b.pth"
     torch_files.write(a, CONTENT)
-    torch_files.write(b, copy.deepcopy(CONTENT))
+    assert_same(torch_files.read(a), CONTENT)
+    torch_files.write(b, torch_files.read(a))
+    assert_same(torch_files.read(b), CONTENT)
     assert a.read_bytes() == b.read_bytes()
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.pth", "b.pth"]
 
 
 def test_the_layout_equals_that_of_torch(tmp_path):
@@ -238,18 +211,12 @@ def test_the_layout_equals_that_of_torch(tmp_path):
             assert data.index(array.tobytes()) % 64 == 0
 
 
-def test_numpy_scalars_and_ordered_dicts_are_written_as_python_values(tmp_path):
-    content = collections.OrderedDict(a=np.float64(0.5), b=np.int64(3), c=np.bool_(True))
-    torch_files.write(tmp_path / "a.pth", content)
-    assert_same(torch_files.read(tmp_path / "a.pth"), {"a": 0.5, "b": 3, "c": True})
-
-
 @pytest.mark.parametrize(
-    "content", [{1: 2}, {"a": {"b": {1, 2}}}, {"a": object()}, np.array(["a"]), {"a": 1j}]
+    "content", [{1: 2}, {"a": {"b": {1, 2}}}, {"a": object()}, np.array(["a"]), {"a": (1,)}]
 )
 def test_types_unknown_to_torch_are_refused(tmp_path, content):
     with pytest.raises(
-        InputError, match=r"a\.pth cannot be written: (torch cannot read|it has a dict)"
+        InputError, match=r"a\.pth cannot be written: (torch cannot read|the key 1 of)"
     ):
         torch_files.write(tmp_path / "a.pth", content)
     assert not list(tmp_path.iterdir())
@@ -288,118 +255,79 @@ def test_writing_holds_one_tensor_at_a_time(tmp_path):
 # Damage
 
 EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**64 - 1)
-
-
-def touch(value) -> int:
-    """Looks at every byte; the number of values."""
-    if isinstance(value, np.ndarray | np.generic):
-        value.tobytes()
-    elif isinstance(value, dict):
-        return 1 + sum(map(touch, value.values()))
-    elif isinstance(value, list | tuple):
-        return 1 + sum(map(touch, value))
-    return 1
+OPCODES = bytes(restricted_pickle.RestrictedUnpickler.dispatch)
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
     content = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 5))):
-        at, size = rng.randrange(len(content) + 1), rng.choice((1, 2, 4, 8, 60))
-        kind = rng.randrange(7)
-        if kind == 0 and at < len(content):
+        at, other = rng.randrange(len(content)), rng.randrange(len(content))
+        size, change = rng.choice((1, 2, 4, 8, 60)), rng.randrange(6)
+        if change == 0:
             content[at] ^= 1 << rng.randrange(8)
-        elif kind == 1 and at < len(content):
-            content[at] = rng.choice(bytes(restricted_pickle.RestrictedUnpickler.dispatch))
-        elif kind == 2:
-            value = rng.choice(EXTREMES).to_bytes(8, rng.choice(("little", "big")))
-            size = rng.choice((1, 2, 4, 8))
-            content[at : at + size] = value[:size] if rng.random() < 0.5 else value[-size:]
-        elif kind == 3:
+        elif change == 1:
+            content[at] = rng.choice(OPCODES)
+        elif change == 2:
+            extreme = rng.choice(EXTREMES).to_bytes(8, rng.choice(("little", "big")))
+            content[at : at + 8] = rng.choice([extreme, extreme[:size], extreme[-size:]])
+        elif change == 3:
             del content[at : at + size]
-        elif kind == 4:
+        elif change == 4:
             content[at:at] = rng.randbytes(size)
-        elif kind == 5:
-            start = rng.randrange(len(content) + 1)
-            content[at:at] = content[start : start + size]
-        elif rng.random() < 0.2:
-            del content[at:]
+        else:
+            content[at:at] = content[other : other + size]
     return bytes(content)
 
 
-@functools.cache
-def starts_of(content: bytes) -> list[int]:
-    return [at for _, _, at in pickletools.genops(content)] + [len(content)]
-
-
 def shuffled(content: bytes, rng: random.Random) -> bytes:
-    """Mutates a pickle by whole opcodes."""
-    parts = [content[a:b] for a, b in itertools.pairwise(starts_of(content))]
+    """Removes, repeats or replaces whole opcodes of a pickle."""
+    starts = [at for _, _, at in pickletools.genops(content)] + [len(content)]
+    parts = [content[a:b] for a, b in itertools.pairwise(starts)]
     for _ in range(rng.choice((1, 1, 2, 5))):
-        at, other = rng.randrange(len(parts)), rng.randrange(len(parts))
-        kind, size = rng.randrange(4), rng.choice((1, 1, 2, 6))
-        if kind == 0 and len(parts) > size:
-            del parts[at : at + size]
-        elif kind == 1:
-            parts[at:at] = parts[other : other + size]
-        elif kind == 2:
-            parts[at] = parts[other]
-        else:
-            parts[at : at + 1] = [opcodes(rng.choice((*EXTREMES, -1, "a", (), {}, None, 0.5)))]
+        at, other, size = (rng.randrange(n) for n in (len(parts), len(parts), 6))
+        constant = opcodes(rng.choice((*EXTREMES, -1, "a", (), {}, None, 0.5)))
+        parts[at : at + size] = rng.choice([parts[other : other + size], [constant], []])
     return b"".join(parts)
 
 
 def mutants(file: str, rng: random.Random):
-    """Endless, alternating between mutants of the file and of its pickle in a whole file."""
+    """Yields changed versions of a golden, and the golden with changes of its pickle alone."""
     whole = (GOLDEN / file).read_bytes()
-    is_stream = whole.startswith(torch_files.STREAM)
-    if is_stream:
-        ends = [0]
-        for _ in range(5):
-            part = io.BytesIO(whole[ends[-1] :])
-            collections.deque(pickletools.genops(part), 0)
-            ends.append(ends[-1] + part.tell())
-        before, content, after = whole[: ends[3]], whole[ends[3] : ends[4]], whole[ends[4] :]
-    else:
+    files = {}
+    if not whole.startswith(torch_files.STREAM):
         with zipfile.ZipFile(io.BytesIO(whole)) as f:
             files = {x.partition("/")[2]: f.read(x) for x in f.namelist()}
-        content = files.pop("data.pkl")
     while True:
         yield mutated(whole, rng)
-        other = shuffled(content, rng) if rng.random() < 0.6 else mutated(content, rng)
-        yield before + other + after if is_stream else archive(other, {"": b""}, **files)
-
-
-def survive(path: pathlib.Path, rng: random.Random, count: int) -> dict[str, int]:
-    """Reads mutants of every golden; how many were read, or refused and why."""
-    tally = collections.Counter()
-    for file in EXPECTED:
-        source = mutants(file, rng)
-        for _ in range(count):
-            content = next(source)
-            path.unlink(missing_ok=True)
-            path.write_bytes(content)
-            if watched := rng.random() < 0.1:  # it takes its time
-                tracemalloc.start()
-            try:
-                values = touch(torch_files.read(path))
-                tally["read"] += 1
-                assert values < 5 * len(content) + 1000
-            except InputError as error:
-                message = str(error)
-                assert message.startswith(f"{path} ") and "\n" not in message
-                reason = message.removeprefix(str(path))
-                tally[re.sub(r"( run| of| call|[\d'(\[]).*|refused.*", "", reason)] += 1
-            if watched:
-                peak = tracemalloc.get_traced_memory()[1]
-                tracemalloc.stop()
-                assert peak < 2**19 + 40 * len(content), "large allocation"
-    return tally
+        if files:
+            change = rng.choice((shuffled, mutated))
+            changed = change(files["data.pkl"], rng)
+            yield archive(changed, {"": b""}, **files | {"data.pkl": changed})
 
 
 @pytest.mark.slow
 def test_damaged_files_are_read_or_refused(tmp_path):
-    tally = survive(tmp_path / "x.pth", random.Random(0), 500)
-    assert tally["read"] > 200 and len(tally) > 25
+    path, rng, tally = tmp_path / "x.pth", random.Random(0), collections.Counter()
+    for content in itertools.chain(*(itertools.islice(mutants(f, rng), 500) for f in EXPECTED)):
+        path.unlink(missing_ok=True)
+        path.write_bytes(content)
+        if watched := rng.random() < 0.1:  # it takes its time
+            tracemalloc.start()
+        try:
+            found = list(restricted_pickle.leaves(torch_files.read(path)))
+            tally["read"] += 1
+            assert sum(len(x.tobytes()) for x in found if isinstance(x, np.ndarray)) >= 0
+            assert len(found) < 5 * len(content) + 1000
+        except InputError as error:
+            message = str(error)
+            assert message.startswith(f"{path} ") and "\n" not in message
+            reason = message.removeprefix(str(path))
+            tally[re.sub(r"( run| of| call|[\d'(\[]).*|refused.*", "", reason)] += 1
+        if watched:
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < 2**19 + 40 * len(content), "large allocation"
+    assert tally["read"] > 200 and len(tally) > 20, tally
 
 
 # With torch
@@ -424,21 +352,14 @@ def test_torch_reads_what_we_write(tmp_path):
 def test_goldens_are_what_torch_writes(tmp_path):
     goldens.main(tmp_path)
     for file in EXPECTED:
-        found = torch_files.read(tmp_path / file)
-        if "optimizer" in found:
-            group = found["optimizer"]["param_groups"][0]
-            kept = {key: group[key] for key in goldens.GROUP}
-            found["optimizer"]["param_groups"] = [kept]
-        assert_same(found, EXPECTED[file])
+        check_golden(tmp_path / file)
 
 
 @pytest.mark.oracle
-def test_names_of_dtypes_are_those_of_torch():
+def test_storage_types_are_those_of_torch():
     import torch
 
-    for key in (*restricted_pickle.DTYPES, *restricted_pickle.OTHER_DTYPES):
-        assert str(getattr(torch, key)) == f"torch.{key}"
-    for storage, key in restricted_pickle.STORAGES.items():
-        kind = torch.tensor([], dtype=getattr(torch, key)).type()
+    for storage, dtype in restricted_pickle.STORAGES.items():
+        kind = torch.tensor([], dtype=getattr(torch, dtype.name)).type()
         assert kind.replace("Tensor", "Storage") == f"torch.{storage}"
-        assert getattr(torch, key).itemsize == np.dtype(restricted_pickle.DTYPES[key]).itemsize
+        assert getattr(torch, dtype.name).itemsize == dtype.itemsize

@@ -7,9 +7,10 @@ The result is one flat set of named tensors, which are read on demand.
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,19 +18,16 @@ import safetensors
 
 from tnt_flax.core.errors import InputError, listed
 from tnt_flax.weights.formats import mindspore, torch
-from tnt_flax.weights.formats.restricted_pickle import TRUSTED, Stub
+from tnt_flax.weights.formats.restricted_pickle import TRUSTED, Stub, leaves
 from tnt_flax.weights.name_tables import MINDSPORE_TRAINING
 from tnt_flax.weights.names import STACKED, unstacked_name
 
 HEADER = "tnt_flax"  # key of the metadata in our own .safetensors files
-# Keys of (raw weights, EMA weights) in trainers' checkpoints: DeiT; huawei and timm; mmengine.
-STATES = [
-    ("model", "model_ema"),
-    ("state_dict", "state_dict_ema"),
-    ("state_dict", "ema_state_dict"),
-]
+# Keys of the weights in trainers' checkpoints: huawei's and timm's, DeiT's, mmengine's.
+RAW_STATES = ("state_dict", "model")
+EMA_STATES = ("state_dict_ema", "model_ema", "ema_state_dict")
 # Prefixes that wrappers add to all names.
-WRAPPERS = ("module.", "_orig_mod.", "model.", "network.", "_backbone.", "_network.")
+WRAPPERS = re.compile(r"((module|_orig_mod|model|network|_backbone|_network)\.)*")
 MOST_BLOCKS = 10_000  # a file can claim any number of empty blocks
 # Counters among the tensors of some EMA weights.
 COUNTERS = ("steps", "n_averaged")
@@ -145,32 +143,29 @@ def _open_torch(path: pathlib.Path, weights: str) -> Content:
         raise InputError(f"{path} holds {_described(content)}; {TRUSTED}")
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
-    held = {key for key, value in content.items() if _is_state(value)}
-    raw, ema = next((pair for pair in STATES if pair[1] in held), (None, None))
-    raw = raw if raw in held else next((key for key, _ in STATES if key in held), None)
-    notes: list[str] = []
-    if not raw and not ema:
-        state, which = content, None
-    elif ema and weights == "ema":
+    raw = next((key for key in RAW_STATES if _is_state(content.get(key))), None)
+    ema = next((key for key in EMA_STATES if _is_state(content.get(key))), None)
+    state, which, notes = content, None, []
+    if ema and weights == "ema":
         state, which = content[ema], "ema"
         notes.append(f"took the EMA weights, {ema}; weights='raw' takes {raw or 'nothing'}")
     elif raw:
         state, which = content[raw], "raw"
         notes.append(f"took {raw}; " + (f"{ema} is there too" if ema else "there is no EMA"))
-    else:
+    elif ema:
         raise InputError(f"{path} holds only EMA weights ({ema}): set weights='ema'")
     if not _is_state(state):
         found = [
-            repr(key) + (f" ({_described(x)})" if isinstance(x, Stub) else "")
+            ascii(key)[:50] + (f" ({_described(x)})" if isinstance(x, Stub) else "")
             for key, x in state.items()
         ]
         raise InputError(f"{path} holds no set of named tensors, but {listed(found) or 'nothing'}")
     for name, x in state.items():
         if isinstance(x, Stub):
             raise InputError(f"{path}: {name!r} is not a tensor, but {_described(x)}")
-    if ignored := sorted(set(_objects(content))):
-        notes.append(f"ignored objects of {listed(ignored, limit=3)}")
-    state, more = _unwrapped(path, state)
+    if ignored := {x.name for x in leaves(content) if isinstance(x, Stub)}:
+        notes.append(f"ignored objects of {listed(sorted(ignored), limit=3)}")
+    state, more = _unwrapped(state)
     return _arrays("torch file", state, weights=which, notes=notes + more)
 
 
@@ -178,27 +173,16 @@ def _described(stub: Stub) -> str:
     return f"an object of {stub.name}, which is not loaded"
 
 
-def _objects(value: Any) -> Iterator[str]:
-    """Yields the names of all objects that were not loaded."""
-    if isinstance(value, Stub):
-        yield value.name
-    elif isinstance(value, dict):
-        for item in (*value, *value.values()):
-            yield from _objects(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _objects(item)
-
-
 def _open_mindspore(path: pathlib.Path) -> Content:
-    state, ignored = {}, []
-    for name, x in mindspore.read(path).items():
-        training = x.dtype.kind == "U" or re.fullmatch(MINDSPORE_TRAINING, name)
-        if training:
-            ignored.append(name)
-        else:
-            state[name] = x
-    state, notes = _unwrapped(path, state)
+    state = mindspore.read(path)
+    ignored = [
+        name
+        for name, x in state.items()
+        if x.dtype.kind == "U" or re.fullmatch(MINDSPORE_TRAINING, name)
+    ]
+    for name in ignored:
+        del state[name]
+    state, notes = _unwrapped(state)
     if ignored:
         notes.append(f"ignored {len(ignored)} values of its trainer, such as {ignored[0]}")
     return _arrays("MindSpore checkpoint", state, notes=notes)
@@ -214,17 +198,10 @@ def _is_state(state: Any) -> bool:
     )
 
 
-def _unwrapped(path: Any, state: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list]:
+def _unwrapped(state: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
     """Removes counters, and prefixes of wrappers that all names share; returns notes on both."""
     notes = [f"ignored {name}, a counter" for name in COUNTERS if name in state]
     state = {name: x for name, x in state.items() if name not in COUNTERS}
-    stripped = ""
-    while prefix := next(
-        (w for w in WRAPPERS if state and all(name.startswith(w) for name in state)), None
-    ):
-        state = {name.removeprefix(prefix): x for name, x in state.items()}
-        stripped += prefix
-    mixed = [name for name in state if "module." + name in state]
-    if mixed:
-        raise InputError(f"{path} holds {mixed[0]} twice: also as module.{mixed[0]}")
-    return state, notes + ([f"removed the prefix {stripped!r}"] if stripped else [])
+    prefix = WRAPPERS.match(os.path.commonprefix(list(state)))[0]
+    state = {name.removeprefix(prefix): x for name, x in state.items()}
+    return state, notes + ([f"removed the prefix {prefix!r}"] if prefix else [])

@@ -6,13 +6,13 @@ the older stream. Tensors are views of the memory-mapped file: unused ones take 
 file must not be overwritten in place while they exist.
 """
 
-import itertools
 import math
 import mmap
 import pathlib
 import pickle
 import struct
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,10 @@ import numpy as np
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.files import atomic_path
 from tnt_flax.weights.formats.restricted_pickle import (
-    DTYPES,
     STORAGES,
     TRUSTED,
     InvalidFile,
     RestrictedUnpickler,
-    Storage,
 )
 
 ZIP = b"PK\x03\x04"
@@ -57,9 +55,9 @@ def looks_like(head: bytes) -> bool:
 def read(path: pathlib.Path) -> Any:
     """Returns the object in the file: dicts, lists, tuples, scalars, strings and NumPy arrays.
 
-    Tensors and parameters of any device are read-only views of the file. An argparse.Namespace is
-    read as a dict, a torch.Size as a tuple, a device or dtype of torch as its name. Other objects
-    are read as `restricted_pickle.Stub`.
+    Tensors and parameters of any device are read-only views of the file. All other objects are
+    `restricted_pickle.Stub`. Containers may contain themselves: visit them by
+    `restricted_pickle.leaves`.
 
     Raises:
         InputError: no such file, not one of torch, damaged, or a tensor that cannot be loaded
@@ -97,14 +95,13 @@ def _read_zip(data: mmap.mmap) -> Any:
     if data[start : min(end, start + 9)] not in (b"", b"little"):
         raise InvalidFile("is big-endian: save it again on a little-endian machine")
     start, end = ranges[root + "data.pkl"]
-    unpickler = RestrictedUnpickler(data, start, end)
-    value = unpickler.load()
-    raw = {}
-    for key, storage in unpickler.storages.items():
-        start, end = ranges.get(f"{root}data/{key}", (0, -1))
-        _check_size(storage, end - start)
-        raw[key] = memoryview(data)[start:end]
-    return unpickler.resolve(value, raw)
+    storages = root + "data/"
+    raw = {
+        name.removeprefix(storages): memoryview(data)[first:last]
+        for name, (first, last) in ranges.items()
+        if name.startswith(storages)
+    }
+    return RestrictedUnpickler(data, start, end, raw).load()
 
 
 def _zip_ranges(data: mmap.mmap) -> dict[str, tuple[int, int]]:
@@ -136,45 +133,30 @@ def _zip_ranges(data: mmap.mmap) -> dict[str, tuple[int, int]]:
 
 
 def _read_stream(data: mmap.mmap) -> Any:
-    """Reads magic number, version, system, object and keys, then the storages."""
-    version, position = _read_value(data, len(STREAM))
+    """Reads version, system, content and keys, then the storages, then the content again."""
+    values, storages, ends = [], {}, [len(STREAM)]
+    for _ in range(4):
+        unpickler = RestrictedUnpickler(data, ends[-1], len(data))
+        values.append(unpickler.load())
+        storages |= unpickler.storages
+        ends.append(unpickler.position)
+    version, system, _, keys = values
     if version != STREAM_VERSION:
-        raise InvalidFile(
-            f"is of an unknown version, {ascii(version)[:20]}: save it with a newer torch"
-        )
-    system, position = _read_value(data, position)
+        raise InvalidFile("is of an unknown version: save it with a newer torch")
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise InvalidFile("is big-endian: save it again on a little-endian machine")
-    unpickler = RestrictedUnpickler(data, position, len(data))
-    value = unpickler.load()
-    keys, position = _read_value(data, unpickler.position)
-    if not isinstance(keys, list) or sorted(keys) != sorted(unpickler.storages):
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise InvalidFile("is damaged: it has no list of storages")
+    if sorted(keys) != sorted(storages):
         raise InvalidFile("is damaged: its list of storages does not match its tensors")
-    raw = {}
+    raw, position = {}, ends[-1]
     for key in keys:
-        storage = unpickler.storages[key]
         (elements,) = struct.unpack("<q", data[position : position + 8])
-        _check_size(storage, elements * storage.dtype.itemsize)
-        start, position = position + 8, position + 8 + elements * storage.dtype.itemsize
-        if position > len(data):
+        start, position = position + 8, position + 8 + elements * storages[key].dtype.itemsize
+        if not start <= position <= len(data):
             raise InvalidFile("is cut off: copy or download it again")
         raw[key] = memoryview(data)[start:position]
-    return unpickler.resolve(value, raw)
-
-
-def _read_value(data: mmap.mmap, position: int) -> tuple[Any, int]:
-    """Returns a pickled value without tensors, and its end."""
-    unpickler = RestrictedUnpickler(data, position, len(data))
-    return unpickler.resolve(unpickler.load(), {}), unpickler.position
-
-
-def _check_size(storage: Storage, size: int) -> None:
-    wanted = storage.size * storage.dtype.itemsize
-    if size < 0:
-        raise InvalidFile(f"is damaged: storage {ascii(storage.key)[:20]} is not in it")
-    if size != wanted:
-        key = ascii(storage.key)[:20]
-        raise InvalidFile(f"is damaged: storage {key} has {size} bytes, its tensors need {wanted}")
+    return RestrictedUnpickler(data, ends[2], ends[3], raw).load()
 
 
 def write(path: pathlib.Path, content: Any) -> None:
@@ -184,8 +166,8 @@ def write(path: pathlib.Path, content: Any) -> None:
 
     Args:
         path: the file.
-        content: nested dicts with string keys, lists and tuples of arrays, strings, numbers, bools
-            and None. Each array becomes a tensor with its own storage.
+        content: nested dicts with string keys and lists of arrays, strings, numbers, bools and
+            None. Each array becomes a tensor with its own storage.
 
     Raises:
         InputError: the content has another type in it.
@@ -218,33 +200,23 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> No
     archive.writestr(info, content)
 
 
-def _pickle(value: Any, arrays: list[Any]):
+def _pickle(value: Any, arrays: list[Any]) -> Iterator[bytes]:
     """Yields the opcodes for `value` and appends its arrays to `arrays`."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, bool):
-        yield {None: b"N", True: b"\x88", False: b"\x89"}[value]
-    elif isinstance(value, int):
-        size = value.bit_length() // 8 + 1
-        yield b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True)
-    elif isinstance(value, float):
-        yield b"G" + struct.pack(">d", value)
-    elif isinstance(value, str):
-        yield b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-    elif isinstance(value, list | tuple):
-        yield b"]("[isinstance(value, tuple) :]
-        for item in value:
-            yield from _pickle(item, arrays)
-        yield b"t" if isinstance(value, tuple) else b"e"
-    elif isinstance(value, dict):
+    if isinstance(value, dict):
         yield b"}("
         for key, item in value.items():
-            if not isinstance(key, str):
-                raise InvalidFile(
-                    f"it has a dict with the key {ascii(key)[:50]}, which is not a string"
-                )
-            yield from itertools.chain(_pickle(key, arrays), _pickle(item, arrays))
+            if type(key) is not str:
+                raise InvalidFile(f"the key {ascii(key)[:50]} of a dict is not a string")
+            yield _pickle_plain(key)
+            yield from _pickle(item, arrays)
         yield b"u"
+    elif isinstance(value, list):
+        yield b"]("
+        for item in value:
+            yield from _pickle(item, arrays)
+        yield b"e"
+    elif type(value) in (str, int, float, bool, type(None)):
+        yield _pickle_plain(value)
     elif getattr(value, "dtype", None) in NAMES and hasattr(value, "shape"):
         yield from _pickle_tensor(value.shape, NAMES[value.dtype], str(len(arrays)))
         arrays.append(value)
@@ -253,17 +225,18 @@ def _pickle(value: Any, arrays: list[Any]):
         raise InvalidFile(f"torch cannot read {kind} with weights_only=True")
 
 
-def _pickle_tensor(shape: tuple[int, ...], storage: str, key: str):
+def _pickle_plain(value: Any) -> bytes:
+    return pickle.dumps(value, protocol=2)[2:-1]  # without PROTO and STOP
+
+
+def _pickle_tensor(shape: tuple[int, ...], storage: str, key: str) -> Iterator[bytes]:
     strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     yield b"ctorch._utils\n_rebuild_tensor_v2\n(("
-    yield from _pickle("storage", [])
-    yield f"ctorch\n{storage}\n".encode()
-    for value in (key, "cpu", math.prod(shape)):
-        yield from _pickle(value, [])
+    yield _pickle_plain("storage") + f"ctorch\n{storage}\n".encode()
+    yield from map(_pickle_plain, (key, "cpu", math.prod(shape)))
     yield b"tQ"
-    for value in (0, shape, strides, False):
-        yield from _pickle(value, [])
+    yield from map(_pickle_plain, (0, shape, strides, False))
     yield b"ccollections\nOrderedDict\n)RtR"  # no hooks
 
 
-NAMES = {DTYPES[name]: storage for storage, name in STORAGES.items()}
+NAMES = {dtype: storage for storage, dtype in STORAGES.items()}
