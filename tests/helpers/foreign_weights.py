@@ -5,13 +5,14 @@ import contextlib
 import io
 import json
 
+import jax
 import numpy as np
 import safetensors.numpy
 
 from tests.goldens.scripts.weights import FIELDS, GOLDEN
-from tests.weights.test_names import random_params
 from tnt_flax.__main__ import main
-from tnt_flax.weights import names
+from tnt_flax.models import TNT, VARIANTS
+from tnt_flax.weights import identify, names
 from tnt_flax.weights.formats import mindspore, torch
 
 FILES = {  # name: (file, naming, variant)
@@ -22,7 +23,16 @@ FILES = {  # name: (file, naming, variant)
     "mindspore": ("mindspore.ckpt", "mindspore", "mindspore"),
     "mindspore_pets": ("mindspore_pets.ckpt", "mindspore_pets", "mindspore_pets"),
 }
-HEADS = dict(inner_heads=2, outer_heads=3)  # of SMALL
+HEADS = dict(inner_heads=2, outer_heads=3)
+SMALL = dict(outer_dim=12, inner_dim=4, depth=2, num_classes=5) | HEADS
+
+
+def random_params(variant, sentences=4, **fields):
+    """Returns normally distributed parameters of a small TNT."""
+    model = TNT(**SMALL | VARIANTS[variant] | fields)
+    abstract = identify.SizedNetwork(model, sentences, 3).abstract_variables()["params"]
+    rng = np.random.RandomState(0)
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), abstract)
 
 
 def golden(framework):

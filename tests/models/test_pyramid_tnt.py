@@ -15,7 +15,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 import tnt_flax
 from tests.goldens.scripts.pyramid import CLASSES, FIELDS, GOLDEN, LABELS, SIZE, digest, images
 from tests.helpers.networks import jit
-from tests.models.test_models import shapes
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import fingerprint, named_leaves
 from tnt_flax.models import MODELS, PyramidTNT, block_outputs, create_model
@@ -198,7 +197,8 @@ def test_names_and_shapes_equal_the_official_code(name):
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     variables = jax.eval_shape(create_model(name).init, jax.random.key(0), images)
     exported = names.exported_shapes("huawei_pyramid", names.join_collections(variables))
-    assert digest(exported) == json.loads((GOLDEN / "names.json").read_text())[name]
+    shapes = {theirs: x.shape for theirs, x in exported.items()}
+    assert digest(shapes) == json.loads((GOLDEN / "names.json").read_text())[name]
 
 
 # -- The network by itself
@@ -338,6 +338,3 @@ def test_invalid_images_and_fields_are_refused(found, shape, fields, message):
 def test_parameters_and_statistics_in_one_tree():
     tree = names.join_collections(abstract())
     assert set(tree["stem"]["words"]["batch_norm"]) == {"scale", "bias", "mean", "var", "count"}
-    again = names.split_collections(tree)
-    assert jax.tree.structure(again) == jax.tree.structure(dict(abstract()))
-    assert set(names.split_collections(shapes("tnt_ti_patch16_224", depth=1))) == {"params"}

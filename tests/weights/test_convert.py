@@ -6,8 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.helpers.foreign_weights import FILES, HEADS, golden, raw_tensors, run
-from tests.weights.test_names import random_params
+from tests.helpers.foreign_weights import FILES, HEADS, golden, random_params, raw_tensors, run
 from tnt_flax.__main__ import main
 from tnt_flax.core.trees import fingerprint
 from tnt_flax.weights import identify, write

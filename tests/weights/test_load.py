@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import tnt_flax
-from tests.weights.test_names import SMALL, random_params
+from tests.helpers.foreign_weights import SMALL, random_params
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import fingerprint, named_leaves
 from tnt_flax.models import TNT

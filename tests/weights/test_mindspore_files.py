@@ -39,14 +39,14 @@ def read(tmp_path):
 @pytest.mark.parametrize("name", ["types.ckpt", "crc.ckpt"])
 def test_reads_every_type_that_mindspore_writes(name):
     tensors = mindspore.read(TYPES.with_name(name))
-    assert list(tensors) == goldens.KINDS + list(goldens.APPENDED)
+    numbers = {name: x for name, x in goldens.APPENDED.items() if not isinstance(x, str)}
+    assert list(tensors) == goldens.KINDS + list(numbers)
     for kind in goldens.KINDS:
         expected = ml_dtypes.bfloat16 if kind == "BFloat16" else kind.lower()
         assert tensors[kind].dtype == expected
         np.testing.assert_array_equal(tensors[kind].astype(np.float32), goldens.sample(kind))
-    appended = {name: tensors[name] for name in goldens.APPENDED}
-    assert {name: x.shape for name, x in appended.items()} == dict.fromkeys(appended, ())
-    assert {name: x.item() for name, x in appended.items()} == goldens.APPENDED
+    assert {name: tensors[name].shape for name in numbers} == dict.fromkeys(numbers, ())
+    assert {name: tensors[name].item() for name in numbers} == numbers
     assert not any(x.flags.writeable for x in tensors.values())
 
 
@@ -56,7 +56,7 @@ def test_joins_slices():
     assert not sliced["a"].flags.writeable
 
 
-@pytest.mark.parametrize("path", [TYPES, *NETWORKS], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", NETWORKS, ids=lambda path: path.name)
 def test_writes_what_mindspore_wrote(path, tmp_path):
     mindspore.write(tmp_path / "x.ckpt", mindspore.read(path))
     assert (tmp_path / "x.ckpt").read_bytes() == path.read_bytes()
@@ -77,8 +77,7 @@ def test_writes_any_memory_layout(tmp_path):
         "big-endian": np.arange(3, dtype=">f4"),
         "long name " * 30: np.float32(1),
         "": np.ones((1,) * 32, bool),
-        "empty text": np.array(""),
-    }
+    } | {kind: goldens.sample(kind).astype(mindspore.DTYPES[kind]) for kind in goldens.KINDS}
     mindspore.write(tmp_path / "x.ckpt", tensors)
     back = mindspore.read(tmp_path / "x.ckpt")
     assert list(back) == list(tensors)
@@ -118,15 +117,15 @@ BIG = b"\x08" + b"\x80" * 8 + b"\x40"  # 2**62
         (field(10, b""), "a value in it has no tensor"),
         (field(10, field(10, b"w") * 2), "a value in it has no tensor"),
         (field(10, field(10, b"w") + field(18, b"")), "missing, repeated or unknown fields"),
-        (field(10, field(10, b"w") + field(26, b"")), r"it holds a hash table \(MapParameter\)"),
+        (
+            field(10, field(10, b"w") + field(26, b"")),
+            r"no tensor; .* \(MapParameter\)",
+        ),
         (field(10, field(10, b"w") * 2 + entry()[5:]), "missing, repeated or unknown fields"),
         (entry() + field(24, 1), "missing, repeated or unknown fields"),
         (entry(tag=b"\xff"), "a text in it is not utf-8"),
         (entry(kind=b"\xff"), "a text in it is not utf-8"),
         (entry(kind=b"Int4"), "'w' is of type 'Int4'; known are Int8, "),
-        (entry(kind=b"str", content=bytes(3)), "a text in it is not utf-32-le"),
-        (entry(kind=b"str", content=b"\xff" * 4), "a text in it is not utf-32-le"),
-        (entry(kind=b"Bool", content=b"\0\2"), "'w' is of type Bool, but has other bytes"),
         (entry(content=bytes(7)), r"'w' has 7 bytes, not those of Float32\[2\]"),
         (
             entry(dims=(MINUS_ONE,)),

@@ -136,7 +136,7 @@ def test_the_command_compares(legacy, torch, timm, tmp_path):
 
 def test_mmpretrains_attention_is_torchs_own(torch):
     """in_proj_weight as torch.nn.MultiheadAttention packs it, which mmpretrain is made of."""
-    from tests.weights.test_names import random_params
+    from tests.helpers.foreign_weights import random_params
 
     params = random_params("legacy", outer_dim=24, depth=1)
     attention = {k: v for k, v in names.export("mmpretrain", params)}

@@ -11,8 +11,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from tests.helpers.foreign_weights import HEADS, golden, run
-from tests.weights.test_names import SMALL, random_params
+from tests.helpers.foreign_weights import HEADS, SMALL, golden, random_params, run
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import fingerprint
 from tnt_flax.models import TNT, VARIANTS

@@ -14,9 +14,8 @@ import safetensors
 import safetensors.numpy
 
 from tests.goldens.scripts.weights import FIELDS, GOLDEN, images
-from tests.helpers.foreign_weights import FILES, HEADS, golden, run, state
+from tests.helpers.foreign_weights import FILES, HEADS, golden, random_params, run, state
 from tests.helpers.torch_files import archive, global_name, opcodes, program, tensor
-from tests.weights.test_names import random_params
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import fingerprint
 from tnt_flax.weights import identify
@@ -95,7 +94,7 @@ def test_objects_beside_the_weights_are_ignored_and_listed(tmp_path):
     found = read_checkpoint(tmp_path / "x.pth", **HEADS)
     assert fingerprint(found.params) == fingerprint(params)
     path_name = f"{pathlib.PurePosixPath.__module__}.PurePosixPath"  # of pathlib._local in 3.13
-    names = f"__builtin__.complex, __builtin__.set, {path_name}"
+    names = "__builtin__.complex, __builtin__.set, argparse.Namespace"
     assert f"ignored objects of {names}" in found.notes
 
     torch_file(tmp_path / "x.pth", {}, model=io.StringIO)  # as a pickled network
@@ -134,7 +133,7 @@ def test_files_without_named_tensors_are_refused(tmp_path, content, message):
 def test_a_tensor_stored_twice_is_refused(tmp_path):
     tensors, _ = state()
     torch.write(tmp_path / "x.pth", tensors | {"module.cls_token": tensors["cls_token"]})
-    with pytest.raises(InputError, match="holds cls_token twice"):
+    with pytest.raises(InputError, match=r"does not fit this model: \+ module.cls_token"):
         read_checkpoint(tmp_path / "x.pth", **HEADS)
 
 
@@ -178,12 +177,15 @@ def changed(tmp_path):
         (dict(extra=np.zeros(3, np.float32)), r"\+ extra float32\[3\]"),
         (dict(norm__bias=np.zeros(9, np.float32)), r"! norm.bias float32\[9\], not float32\[12\]"),
         (dict(cls_token=None), "is not a complete huawei TNT: cls_token is missing"),
-        (dict(cls_token=np.zeros((12,), np.float32)), r"TNT: cls_token is \[12\]"),
+        (
+            dict(cls_token=np.zeros(12, np.float32)),
+            r"! cls_token float32\[12\], not float32\[1, 1, ",
+        ),
         (dict(inner_pos=np.zeros((1, 15, 4), np.float32)), "has 15 words per sentence, which no"),
-        (dict(head__bias=np.zeros(5, np.int64)), "head.bias of type int64: not a floating"),
+        (dict(head__bias=np.zeros(5, np.int64)), r"! head.bias int64\[5\], not float32\[5\]"),
         (
             {"blocks.1.outer_attn.qk.weight": np.zeros((23, 12), np.float32)},
-            r"outer_attn.qk.weight \[23, 12\] cannot be split into 2 parts",
+            r"qk.weight \[23, 12\] has the wrong rank or cannot be split into 2 parts",
         ),
         (
             {"blocks.0.inner_attn.qk.bias": np.zeros(8, np.float32)},

@@ -3,7 +3,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -122,64 +123,93 @@ def identify(
             is not the one called `name`.
     """
     overrides = dict(overrides or {})
-    pyramid = naming == "huawei_pyramid" or "stem/shared/conv/kernel" in shapes
+    pyramid = naming == "huawei_pyramid" or "/".join(PyramidTNT.stem_kernel) in shapes
+    network = PyramidTNT if pyramid else TNT
+    first_block = "stages_0/blocks/0" if pyramid else "blocks/0"
+    try:
+        if pyramid:
+            fields = _pyramid_fields(shapes)
+        else:
+            fields = _tnt_fields(path, naming, shapes, overrides.get("patch_size", 16))
+        fields["mlp_ratio"] = shapes[f"{first_block}/outer/fc1/kernel"][-1] / fields["outer_dim"]
+    except KeyError as error:
+        place = place_of(naming, error.args[0])
+        missing = place.name if place else error.args[0]
+        raise InputError(f"{path} is not a complete {naming} TNT: {missing} is missing") from error
+    fields["num_classes"] = shapes["head/kernel"][-1] if "head/kernel" in shapes else 0
+    fields["se"] = f"{first_block}/outer/se/fc1/kernel" in shapes
+    fields |= _heads(path, fields, name, overrides, network)
+    return _sized(path, create_model(network.base_name, **(fields | overrides)), shapes, name)
 
-    def shape(ours: str, rank: int) -> tuple[int, ...]:
-        if len(shapes.get(ours, ())) != rank or 0 in shapes[ours]:
-            place = place_of(naming, ours)
-            raise InputError(
-                f"{path} is not a complete {naming} TNT: {place.name if place else ours} is "
-                + (f"{list(shapes[ours])}" if ours in shapes else "missing")
-            )
-        return shapes[ours]
 
-    if pyramid:
-        return _identify_pyramid(path, shapes, shape, name, overrides)
-    depth = 1 + max((int(n.split("/")[1]) for n in shapes if n.startswith("blocks/")), default=-1)
-    inner = [f"blocks/{i}/inner/norm1/scale" in shapes for i in range(depth)]
-    words = shape("word_pos", 3)[1]
+def _tnt_fields(path: Any, naming: str, shapes: Mapping, patch_size: int) -> dict[str, Any]:
+    depth = _count(shapes, "blocks/")
+    inner = [i for i in range(depth) if f"blocks/{i}/inner/norm1/scale" in shapes]
     fields = dict(
-        outer_dim=shape("cls_token", 3)[2],
-        inner_dim=shape("word_embed/conv/kernel", 4)[3],
+        outer_dim=shapes["cls_token"][-1],
+        inner_dim=shapes["word_embed/conv/kernel"][-1],
         depth=depth,
-        num_classes=shape("head/kernel", 2)[1] if "head/kernel" in shapes else 0,
-        se="blocks/0/outer/se/fc1/kernel" in shapes,
-        vanilla_blocks=tuple(i for i in range(depth) if not inner[i]),
+        vanilla_blocks=tuple(sorted(set(range(depth)) - set(inner))),
         qkv_bias="blocks/0/outer/attention/query/bias" in shapes,
-        patch_size=overrides.get("patch_size", 16),
+        patch_size=patch_size,
+        inner_stride=_stride(path, shapes["word_pos"][-2], patch_size),
     )
-    fields["inner_stride"] = _stride(path, words, fields["patch_size"])
-    hidden = shape("blocks/0/outer/fc1/kernel", 2)[1]
-    fields["mlp_ratio"] = hidden / fields["outer_dim"]
-    fields |= variant_fields(_variant(naming, shapes, fields))
-    fields |= _heads(path, fields, name, overrides, TNT)
-    model = create_model(TNT.base_name, **(fields | overrides))
-    if name is not None:
-        check_same(path, model, create_model(name, num_classes=model.num_classes), name)
-    channels = shape("word_embed/conv/kernel", 4)[2]
-    return SizedNetwork(model, shape("sentence_pos", 3)[1] - 1, channels)
+    return fields | variant_fields(_variant(naming, shapes, inner))
 
 
-def _identify_pyramid(path: Any, shapes, shape, name: str | None, overrides) -> SizedNetwork:
-    depths = []
-    for i in range(4):
-        numbers = [int(n.split("/")[2]) for n in shapes if n.startswith(f"stages_{i}/blocks/")]
-        depths.append(1 + max(numbers, default=-1))
-    _, sentences, outer_dim = shape("sentence_pos", 3)
-    fields = dict(
-        outer_dim=outer_dim,
-        inner_dim=shape("word_pos", 3)[2],
-        outer_heads=shape("stages_0/relative_pos", 4)[1],
-        depths=tuple(depths),
-        num_classes=shape("head/kernel", 2)[1] if "head/kernel" in shapes else 0,
-        mlp_ratio=shape("stages_0/blocks/0/outer/fc1/kernel", 2)[1] / outer_dim,
-        se="stages_0/blocks/0/outer/se/fc1/kernel" in shapes,
+def _pyramid_fields(shapes: Mapping) -> dict[str, Any]:
+    return dict(
+        outer_dim=shapes["sentence_pos"][-1],
+        inner_dim=shapes["word_pos"][-1],
+        outer_heads=shapes["stages_0/relative_pos"][1],
+        depths=tuple(_count(shapes, f"stages_{i}/blocks/") for i in range(4)),
     )
-    fields |= _heads(path, fields, name, overrides, PyramidTNT)
-    model = create_model(PyramidTNT.base_name, **(fields | overrides))
+
+
+def _count(shapes: Mapping, prefix: str) -> int:
+    """Returns the number of blocks whose names begin with `prefix`."""
+    numbers = (int(n.removeprefix(prefix).split("/")[0]) for n in shapes if n.startswith(prefix))
+    return 1 + max(numbers, default=-1)
+
+
+def from_config(
+    path: Any,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    name: str | None,
+    overrides: Mapping[str, Any],
+) -> SizedNetwork:
+    """Returns the network of a config of ours, with open sizes taken from the tensors.
+
+    Args:
+        path: the file or folder, for error messages.
+        config: as stored with the weights; its "model" has the name and the fields.
+        shapes: shape of each tensor by our per-block name.
+        name: published name that the network must have.
+        overrides: fields that do not change the function, or have the stored value.
+
+    Raises:
+        InputError: the tensors are of another network, or `name` or `overrides` disagree.
+    """
+    fields = {k: v for k, v in config["model"].items() if v is not None and k not in FREE_FIELDS}
+    fields["num_classes"] = shapes["head/kernel"][1] if "head/kernel" in shapes else 0
+    stored = create_model(config["model"]["name"], **fields)
+    model = create_model(config["model"]["name"], **(fields | dict(overrides)))
+    check_same(path, stored, model, "what was asked for")
+    blocks = len({m[0] for m in map(re.compile(r"(stages_\d/)?blocks/\d+/").match, shapes) if m})
+    if model.depth != blocks:
+        raise InputError(f"{path} describes {model.depth} blocks, but holds {blocks}")
+    if "/".join(model.stem_kernel) not in shapes:
+        raise InputError(f"{path} describes a {type(model).__name__}, but has no tensors of one")
+    return _sized(path, model, shapes, name)
+
+
+def _sized(path: Any, model: Network, shapes: Mapping, name: str | None) -> SizedNetwork:
+    """Checks that `model` is the network called `name`, and reads its input sizes."""
     if name is not None:
         check_same(path, model, create_model(name, num_classes=model.num_classes), name)
-    return SizedNetwork(model, sentences, shape("stem/shared/conv/kernel", 4)[2])
+    sentences = shapes["sentence_pos"][-2] - model.has_class_token
+    return SizedNetwork(model, sentences, shapes["/".join(model.stem_kernel)][-2])
 
 
 def name_of(model: Network) -> str | None:
@@ -224,7 +254,7 @@ def check_same(path: Any, found: Network, wanted: Network, wanted_name: str) -> 
         )
 
 
-def _variant(naming: str, shapes: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+def _variant(naming: str, shapes: Mapping[str, Any], inner: Sequence[int]) -> str:
     """Returns the variant, by tensors that only it has. All tensors are checked later."""
     if len(VARIANTS_OF[naming]) == 1:
         return VARIANTS_OF[naming][0]
@@ -232,7 +262,6 @@ def _variant(naming: str, shapes: Mapping[str, Any], fields: Mapping[str, Any]) 
         return "mindspore_pets"
     if naming == "tnt_flax" and "word_embed/conv/bias" not in shapes:
         return "mindspore"
-    inner = [i for i in range(fields["depth"]) if i not in fields["vanilla_blocks"]]
     has_norm = not inner or f"blocks/{inner[0]}/proj/norm2/scale" in shapes
     return "official" if has_norm else "legacy"
 
@@ -249,24 +278,21 @@ def _stride(path: Any, words: int, patch_size: int) -> int:
 
 
 def _heads(
-    path: Any,
-    fields: Mapping[str, Any],
-    name: str | None,
-    overrides: Mapping[str, Any],
-    network: type,
+    path: Any, fields: Mapping, name: str | None, overrides: Mapping, network: type
 ) -> dict[str, int]:
     """Returns missing numbers of heads, from the published network of the same widths."""
     keys = [key for key in ("inner_heads", "outer_heads") if key not in fields]
-    widths = {key: fields[key] for key in ("outer_dim", "inner_dim")}
-    known = [name] if name else [known for known in MODELS if class_of(known) is network]
-    for model in map(MODELS.__getitem__, known):
-        if all(model[key] == width for key, width in widths.items()):
+    outer, inner = fields["outer_dim"], fields["inner_dim"]
+    for known in [name] if name else MODELS:
+        model = MODELS[known]
+        if class_of(known) is network and (model["outer_dim"], model["inner_dim"]) == (
+            outer,
+            inner,
+        ):
             return {key: model[key] for key in keys}
-    missing = [key for key in keys if key not in overrides]
-    if missing:
+    if missing := [f"{key}=" for key in keys if key not in overrides]:
         raise InputError(
-            f"{path} has sentences of width {widths['outer_dim']} and words of width "
-            f"{widths['inner_dim']}, not a published size, and no file stores the heads: "
-            f"set {' and '.join(key + '=' for key in missing)}"
+            f"{path} has sentences of width {outer} and words of width {inner}, not a published "
+            f"size, and no file stores the heads: set {' and '.join(missing)}"
         )
     return {}

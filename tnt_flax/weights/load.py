@@ -76,9 +76,7 @@ def adapt(
 
     Args:
         found: the weights. The changes are added to its `notes`.
-        num_classes: see `load`; None keeps the head.
-        image_size: see `load`; None keeps the positions.
-        in_channels: see `load`; None keeps the stem.
+        num_classes, image_size, in_channels: see `load`; None keeps those of the weights.
         new_head: replace the head even if the number of classes stays.
         put: called with the name and array of every parameter that changes.
     """

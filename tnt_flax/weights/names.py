@@ -7,6 +7,7 @@ frameworks. In the parameter tree, equal blocks are stacked: `unstacked` and `re
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -19,9 +20,11 @@ from tnt_flax.core.errors import InputError, listed
 from tnt_flax.core.trees import named_leaves
 from tnt_flax.weights import name_tables
 
-NAMINGS = (*name_tables.BLOCK_PREFIX, *name_tables.PYRAMID_NAMINGS)
+NAMINGS = tuple(name_tables.BLOCK_PREFIXES)
 OURS = "tnt_flax"
 STACKED = re.compile(r"((?:stages_\d+/)?)blocks_(\d{1,4})/(.*)")  # of our parameter tree
+NUMBER = re.compile(r"\{\}|[0-9]+")  # in a row of the tables, or in a name
+BLOCK = re.compile("0|[1-9][0-9]{0,3}")  # number of a block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,80 +37,71 @@ class Place:
 
 
 @functools.cache
-def _rows(naming: str, table: str) -> dict[str, Place]:
-    """Returns {our name: its place} for one table, with one entry per leaf."""
-    header, *rows = [line.split() for line in table.strip().splitlines()]
-    column, places = header.index(naming), {}
-    for row in rows:
-        ours, theirs = row[0], row[column]
-        if theirs == "-":
-            continue
-        theirs, _, share = theirs.partition(":")
-        part, parts = map(int, share.split("/")) if share else (0, 1)
-        if ours in name_tables.SINGLE:
-            places[ours] = Place(theirs)
-            continue
-        layer = ours.rpartition("/")[2]
-        kinds = [name_tables.NORM_LEAVES if "norm" in layer else name_tables.LAYER_LEAVES]
-        kinds += [name_tables.STATISTICS_LEAVES] if layer == "batch_norm" else []
-        joint = {OURS: "/"}.get(naming, "" if theirs.endswith("_") else ".")
-        for leaves in kinds:
-            for leaf, their_leaf in zip(leaves[OURS], leaves[naming], strict=True):
-                places[f"{ours}/{leaf}"] = Place(theirs + joint + their_leaf, part, parts)
+def rows(naming: str) -> dict[str, Place]:
+    """Returns {our name: its place} with one entry per leaf, and {} for the numbers of blocks."""
+    places = {}
+    prefixes = name_tables.BLOCK_PREFIXES[naming]
+    for table, table_prefixes in ((name_tables.STEM, [("", "")]), (name_tables.BLOCK, prefixes)):
+        header, *layers = [line.split() for line in table.strip().splitlines()]
+        for layer in layers:
+            ours, theirs = layer[0], layer[header.index(naming)]
+            for our_prefix, prefix in table_prefixes if theirs != "-" else ():
+                places |= _leaves(naming, our_prefix + ours, prefix + theirs)
     return places
 
 
-@functools.cache
-def _sections(naming: str) -> list[tuple[str, str, str]]:
-    """Returns (our prefix, their prefix, table) for each table of `naming`; {} is a number."""
-    sections = []
-    if naming not in name_tables.PYRAMID_NAMINGS:
-        ours, theirs = (name_tables.BLOCK_PREFIX[n] for n in (OURS, naming))
-        sections += [("", "", name_tables.STEM), (ours, theirs, name_tables.BLOCK)]
-    if naming == OURS:
-        sections += [(ours, ours, table) for ours, _, table in name_tables.PYRAMID]
-    elif naming in name_tables.PYRAMID_NAMINGS:
-        sections += name_tables.PYRAMID
-    return sections
+def _leaves(naming: str, ours: str, theirs: str) -> dict[str, Place]:
+    """Returns {our name: its place} for the leaves of a row."""
+    theirs, _, share = theirs.partition(":")
+    part, parts = map(int, share.split("/")) if share else (0, 1)
+    layer = ours.rpartition("/")[2]
+    if layer in name_tables.SINGLE:
+        return {ours: Place(theirs)}
+    leaves = name_tables.NORM_LEAVES if "norm" in layer else name_tables.LAYER_LEAVES
+    if layer == "batch_norm":
+        leaves = leaves + name_tables.STATISTICS_LEAVES
+    column = 0 if naming == OURS else 2 if naming.startswith("mindspore") else 1
+    separator = "/" if naming == OURS else "" if theirs.endswith("_") else "."
+    return {
+        f"{ours}/{leaf[0]}": Place(theirs + separator + leaf[column], part, parts)
+        for leaf in leaves
+        if leaf[column]
+    }
 
 
 @functools.cache
-def _prefixed(prefix: str) -> re.Pattern:
-    """Returns a pattern for names with `prefix`: groups are its numbers, then the rest."""
-    return re.compile(re.escape(prefix).replace(r"\{\}", r"(0|[1-9]\d{0,3})") + "(.*)")
+def _index(naming: str, *, theirs: bool) -> dict[str, list[tuple[str, Place]]]:
+    """Returns the rows by our or by their name, with # for every number."""
+    index: dict[str, list[tuple[str, Place]]] = {}
+    for ours, place in rows(naming).items():
+        index.setdefault(NUMBER.sub("#", place.name if theirs else ours), []).append((ours, place))
+    return index
 
 
-@functools.cache
-def _inverse(naming: str, table: str) -> dict[str, list[tuple[str, Place]]]:
-    found: dict[str, list[tuple[str, Place]]] = {}
-    for ours, place in _rows(naming, table).items():
-        found.setdefault(place.name, []).append((ours, place))
-    return found
+def _find(naming: str, name: str, *, theirs: bool) -> Iterator[tuple[str, Place]]:
+    """Yields our name and the place of each row that has `name` as our or their name."""
+    numbers = NUMBER.findall(name)
+    for ours, place in _index(naming, theirs=theirs).get(NUMBER.sub("#", name), ()):
+        expected = NUMBER.findall(place.name if theirs else ours)
+        blocks = [n for n, wanted in zip(numbers, expected, strict=False) if wanted == "{}"]
+        found = dataclasses.replace(place, name=place.name.format(*blocks))
+        ours = ours.format(*blocks)
+        if name == (found.name if theirs else ours) and all(map(BLOCK.fullmatch, blocks)):
+            yield ours, found
 
 
 def place_of(naming: str, ours: str) -> Place | None:
     """Returns the place of our tensor `ours` in `naming`, or None."""
-    for our_prefix, prefix, table in _sections(naming):
-        match = _prefixed(our_prefix).fullmatch(ours)
-        place = match and _rows(naming, table).get(match[match.lastindex])
-        if place:
-            return dataclasses.replace(place, name=prefix.format(*match.groups()) + place.name)
-    return None
+    return next((place for _, place in _find(naming, ours, theirs=False)), None)
 
 
 def our_names(naming: str, theirs: str) -> list[tuple[str, Place]]:
     """Returns our names for the parts of their tensor, empty if `naming` has no such tensor."""
-    for our_prefix, prefix, table in _sections(naming):
-        match = _prefixed(prefix).fullmatch(theirs)
-        found = match and _inverse(naming, table).get(match[match.lastindex])
-        if found:
-            before = our_prefix.format(*match.groups())
-            return [(before + ours, dataclasses.replace(p, name=theirs)) for ours, p in found]
-    return []
+    return list(_find(naming, theirs, theirs=True))
 
 
 def ignored_reason(naming: str, theirs: str) -> str | None:
-    """Returns why a tensor is not a weight, a key of `name_tables.IGNORED`; None for weights."""
+    """Returns why a tensor is not a weight; None for weights."""
     for pattern, (why, _) in name_tables.EXTRA.get(naming, {}).items():
         if re.fullmatch(re.escape(pattern).replace(r"\{\}", r"\d+"), theirs):
             return why
@@ -139,27 +133,27 @@ def detect_naming(path: Any, names: Iterable[str]) -> str:
 
 
 def to_ours(naming: str, ours: str, place: Place, x: np.ndarray) -> np.ndarray:
-    """Returns our tensor, part of their tensor `x`, as a view where possible."""
-    if place.parts > 1:
-        rows, rest = divmod(x.shape[0], place.parts) if x.ndim else (0, 1)
-        if rest:
-            raise InputError(
-                f"{place.name} {list(x.shape)} cannot be split into {place.parts} parts by rows"
-            )
-        x = x[place.part * rows : (place.part + 1) * rows]
-    if naming == OURS:
-        return x
+    """Returns our tensor, part of their tensor `x`, as a view where possible.
+
+    Raises:
+        InputError: `x` has another rank, or its rows cannot be divided into the parts.
+    """
+    try:
+        part = np.split(x, place.parts)[place.part] if place.parts > 1 else x
+        return part if naming == OURS else _to_our_layout(naming, ours, part)
+    except (ValueError, IndexError) as error:
+        rows = f" or cannot be split into {place.parts} parts" if place.parts > 1 else ""
+        raise InputError(f"{place.name} {list(x.shape)} has the wrong rank{rows}") from error
+
+
+def _to_our_layout(naming: str, ours: str, x: np.ndarray) -> np.ndarray:
     *layers, leaf = ours.split("/")
-    ranks = {"kernel": (4,) if "conv" in layers[-1:] else (2,), "word_pos": (3,)}
-    if leaf == "word_pos" and name_tables.WORD_POS[naming] == "1CHW":
-        ranks["word_pos"] = (4,)
-    if x.ndim not in ranks.get(leaf, (x.ndim,)):
-        raise InputError(f"{place.name} {list(x.shape)} should have rank {ranks[leaf][0]}")
     if leaf == "kernel":  # (out, in, height, width) and (out, in)
-        return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
-    if leaf == "word_pos" and name_tables.WORD_POS[naming] != "1MC":
-        return x.reshape(*x.shape[:2], -1).swapaxes(1, 2)
-    if _is_norm_of_words(naming, layers) and x.size % name_tables.PYRAMID_WORDS == 0:
+        return x.transpose((2, 3, 1, 0) if layers[-1] == "conv" else (1, 0))
+    if leaf == "word_pos" and naming in name_tables.WORD_POS:
+        x = x.transpose((0, 2, 1) if name_tables.WORD_POS[naming] == "1CM" else (0, 2, 3, 1))
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+    if _is_norm_of_words(naming, layers):
         return x.reshape(name_tables.PYRAMID_WORDS, -1)
     return x.astype(np.int32) if leaf == "count" else x
 
@@ -171,17 +165,17 @@ def to_theirs(naming: str, ours: str, x: np.ndarray) -> np.ndarray:
         return x
     if leaf == "kernel":
         return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
-    if leaf == "word_pos" and name_tables.WORD_POS[naming] != "1MC":
+    if leaf == "word_pos" and naming in name_tables.WORD_POS:
         x = x.swapaxes(1, 2)
-        side = round(x.shape[2] ** 0.5)
-        return x.reshape(*x.shape[:2], side, side) if name_tables.WORD_POS[naming] == "1CHW" else x
+        side = math.isqrt(x.shape[2])
+        return x if name_tables.WORD_POS[naming] == "1CM" else x.reshape(*x.shape[:2], side, side)
     if _is_norm_of_words(naming, layers):
         return x.reshape(-1)
     return x.astype(np.int64) if leaf == "count" else x
 
 
 def _is_norm_of_words(naming: str, layers: list[str]) -> bool:
-    pyramid = naming in name_tables.PYRAMID_NAMINGS
+    pyramid = naming == "huawei_pyramid"
     return pyramid and layers[-2:] in (["inner", "norm1"], ["inner", "norm2"])
 
 
@@ -191,20 +185,16 @@ def _is_norm_of_words(naming: str, layers: list[str]) -> bool:
 def join_collections(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Returns one tree of parameters and BatchNorm statistics, as weights files store them.
 
-    The statistics are beside the scale of their norm. `split_collections` is the inverse.
+    The statistics are beside the scale of their norm.
     """
-    parts = (variables["params"], variables.get("batch_stats", {}))
-    flat = {path: x for part in parts for path, x in flatten_dict(part).items()}
-    return unflatten_dict(flat)
+    params, statistics = variables["params"], variables.get("batch_stats", {})
+    return unflatten_dict(flatten_dict(params) | flatten_dict(statistics))
 
 
-def split_collections(tree: dict[str, Any]) -> dict[str, Any]:
-    """Returns variables by collection, without "batch_stats" where there are none."""
-    flat: dict[str, dict] = {"params": {}}
-    for path, x in flatten_dict(tree).items():
-        statistic = "batch_norm" in path[:-1] and path[-1] in name_tables.STATISTICS_LEAVES[OURS]
-        flat.setdefault("batch_stats" if statistic else "params", {})[path] = x
-    return {collection: unflatten_dict(leaves) for collection, leaves in flat.items()}
+def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """Returns `tree` with `function(name, leaf)` for each leaf ("blocks_0/inner/fc1/kernel")."""
+    leaves = [function(name, leaf) for name, leaf in named_leaves(tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def unstacked(params: Any) -> dict[str, np.ndarray]:
@@ -226,24 +216,14 @@ def unstacked_name(match: re.Match, i: int) -> str:
 
 
 def restacked(
-    read: Callable[[str], np.ndarray],
-    name: str,
-    shape: tuple[int, ...],
-    dtype: Any = np.float32,
+    read: Callable[[str], np.ndarray], name: str, leaf: jax.ShapeDtypeStruct
 ) -> np.ndarray:
-    """Returns a leaf of the parameter tree as a new array.
-
-    Args:
-        read: returns the tensor with a per-block name; called once per block.
-        name: name of the leaf.
-        shape: its shape.
-        dtype: its dtype.
-    """
-    out = np.empty(shape, dtype)
+    """Returns a leaf of the parameter tree as a new array; `read(name)` returns one block of it."""
+    out = np.empty(leaf.shape, leaf.dtype)
     match = STACKED.fullmatch(name)
     with np.errstate(over="ignore"):  # a float64 out of range becomes infinite: the caller checks
         if match:
-            for i in range(shape[0]):
+            for i in range(len(out)):
                 out[i] = read(unstacked_name(match, i))
         else:
             out[...] = read(name)
@@ -265,13 +245,16 @@ def export(naming: str, params: Any) -> Iterator[tuple[str, np.ndarray]]:
         yield name, np.zeros(shape, np.float32)
 
 
-def exported_shapes(naming: str, params: Any) -> dict[str, tuple[int, ...]]:
-    """Returns the names and shapes of `export`, without the zeros."""
+def exported_shapes(naming: str, params: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the names, shapes and dtypes of `export`, without the zeros."""
     tensors = unstacked(shapes_only_tree(params))
     shapes = {}
     for name, parts in _joined(naming, tensors).items():
-        pieces = [to_theirs(naming, ours, tensors[ours]).shape for ours in parts]
-        shapes[name] = (sum(p[0] for p in pieces), *pieces[0][1:]) if parts[1:] else pieces[0]
+        pieces = [to_theirs(naming, ours, tensors[ours]) for ours in parts]
+        shape = pieces[0].shape
+        if parts[1:]:
+            shape = (sum(x.shape[0] for x in pieces), *shape[1:])
+        shapes[name] = jax.ShapeDtypeStruct(shape, pieces[0].dtype)
     return shapes
 
 
@@ -296,15 +279,15 @@ def _joined(naming: str, tensors: Iterable[str]) -> dict[str, list[str]]:
     if unmapped:
         raise InputError(f"{naming} has no place for {listed(unmapped)}")
     joined: dict[str, list[str]] = {}
-    for ours, place in sorted(places.items(), key=lambda item: item[1].part):
-        joined.setdefault(place.name, []).append(ours)
-    return {places[ours].name: joined[places[ours].name] for ours in places}  # in our order
+    for ours, place in places.items():
+        joined.setdefault(place.name, [""] * place.parts)[place.part] = ours
+    return joined
 
 
 def shapes_only_tree(tree: Any) -> Any:
-    return jax.tree.map(lambda x: shapes_only(x.shape), tree)
+    return jax.tree.map(lambda x: shapes_only(x.shape, x.dtype), tree)
 
 
-def shapes_only(shape: tuple[int, ...]) -> np.ndarray:
+def shapes_only(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     """Returns an array without memory of its own, to compute the shape of a layout."""
-    return np.broadcast_to(np.float32(0), shape)
+    return np.broadcast_to(np.zeros((), dtype), shape)

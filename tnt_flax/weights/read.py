@@ -1,30 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads a checkpoint of any framework strictly: every tensor must be used exactly once."""
 
-import collections
 import contextlib
 import dataclasses
 import logging
 import pathlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tnt_flax.core.errors import InputError, listed, one_line
-from tnt_flax.core.trees import check_tensors_match, named_leaves
+from tnt_flax.core.trees import check_tensors_match
 from tnt_flax.models import MODELS, create_model
 from tnt_flax.runtime import checkpoints as run_checkpoints
 from tnt_flax.weights import hub, identify, name_tables, names
-from tnt_flax.weights.formats import Content, Spec, open_file
+from tnt_flax.weights.formats import Content, open_file
 
 logger = logging.getLogger("tnt_flax")
-
-FLOAT32 = {"float32", "F32"}
-INTEGERS = {"int32", "I32", "int64", "I64"}
-CONVERTED = {"float16", "F16", "bfloat16", "BF16", "float64", "F64"}
 
 
 @dataclasses.dataclass
@@ -137,102 +132,88 @@ def _read_content(
     source: str, content: Content, name: str | None, put: Callable, overrides: Mapping[str, Any]
 ) -> LoadedWeights:
     notes = list(content.notes)
-    naming = names.detect_naming(source, content.specs)
-    specs, left_out = _without_extras(source, naming, content, notes)
-    places, renamed = _places(naming, specs)
+    naming = names.detect_naming(source, content.tensors)
+    ignored = _ignored(source, naming, content)
+    if ignored:
+        notes.append(f"ignored {listed([*ignored], limit=3)} ({next(iter(ignored.values()))})")
+    tensors = {theirs: x for theirs, x in content.tensors.items() if theirs not in ignored}
+    found = {theirs: names.our_names(naming, theirs) for theirs in tensors}
+    places = {ours: place for pairs in found.values() for ours, place in pairs}
     shapes = {
-        ours: names.to_ours(naming, ours, place, names.shapes_only(specs[place.name].shape)).shape
+        ours: names.to_ours(naming, ours, place, names.shapes_only(tensors[place.name].shape)).shape
         for ours, place in places.items()
     }
     with _sizes_of(source):
-        if content.info.get("config"):
-            network = _described(source, content.info["config"], shapes, name, overrides)
+        if config := content.info.get("config"):
+            network = identify.from_config(source, config, shapes, name, overrides)
         else:
             network = identify.identify(source, naming, shapes, name, overrides)
-            if naming == "tnt_flax":
+            if naming == names.OURS:
                 notes.append("no config in its header: inferred the network from its tensors")
-        abstract = names.join_collections(network.abstract_variables())
-        _check_complete(source, naming, specs, abstract)
-    notes += _check_types(source, {n: s for n, s in specs.items() if not _is_count(renamed[n], s)})
+        abstract = network.abstract_variables()
+        expected = names.exported_shapes(naming, names.join_collections(abstract))
+        check_tensors_match(source, _as_converted(tensors), _as_converted(expected))
+    for dtype in {x.dtype: None for x in tensors.values() if _is_float(x)}:
+        if dtype != np.float32:
+            converted = [theirs for theirs, x in tensors.items() if x.dtype == dtype]
+            notes.append(f"converted {listed(converted, limit=3)} from {dtype} to float32")
 
-    def read_ours(ours: str) -> np.ndarray:
+    def read_block(ours: str) -> np.ndarray:
         place = places[ours]
-        return names.to_ours(naming, ours, place, content.read(place.name))
+        return names.to_ours(naming, ours, place, tensors[place.name].read())
 
-    variables = names.split_collections(_assembled(abstract, read_ours, put, notes))
+    renamed = {theirs: " + ".join(ours for ours, _ in pairs) for theirs, pairs in found.items()}
     return LoadedWeights(
-        source,
-        content.file_format,
-        naming,
-        network,
-        variables,
-        content.weights,
-        content.info,
-        renamed | left_out,
-        notes,
+        path=source,
+        file_format=content.file_format,
+        naming=naming,
+        network=network,
+        variables=_read_variables(abstract, read_block, put, notes),
+        weights=content.weights,
+        info=content.info,
+        renamed=renamed | {theirs: f"ignored: {why}" for theirs, why in ignored.items()},
+        notes=notes,
     )
 
 
-def _without_extras(
-    source: str, naming: str, content: Content, notes: list[str]
-) -> tuple[dict[str, Spec], dict[str, str]]:
-    """Returns (the weights, why each other tensor is ignored); raises if one is not zero."""
-    kept, dropped = {}, collections.defaultdict(list)
-    for name, spec in content.specs.items():
-        why = names.ignored_reason(naming, name)
-        if why is None:
-            kept[name] = spec
-        elif why == "zero" and np.any(content.read(name)):
-            raise InputError(f"{source}: {name} is not zero, unlike in published {naming} files")
-        else:
-            dropped[why].append(name)
-    for why, dropped_names in dropped.items():
-        notes.append(f"ignored {listed(dropped_names, limit=3)} ({name_tables.IGNORED[why]})")
-    left_out = {
-        name: f"ignored: {name_tables.IGNORED[why]}"
-        for why, dropped_names in dropped.items()
-        for name in dropped_names
+def _ignored(source: str, naming: str, content: Content) -> dict[str, str]:
+    """Returns {name: reason} for tensors that are not weights; raises if one should be zero."""
+    reasons = {theirs: names.ignored_reason(naming, theirs) for theirs in content.tensors}
+    ignored = {theirs: why for theirs, why in reasons.items() if why}
+    for theirs, why in ignored.items():
+        if why == name_tables.ZERO and np.any(content.tensors[theirs].read()):
+            raise InputError(f"{source}: {theirs} is not zero, unlike in published {naming} files")
+    return ignored
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _as_converted(tensors: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes, with float32 for all floating-point types and int64 for int32."""
+    dtypes = {
+        name: np.float32 if _is_float(x) else np.int64 if x.dtype == np.int32 else x.dtype
+        for name, x in tensors.items()
     }
-    return kept, left_out
+    return {n: jax.ShapeDtypeStruct(x.shape, dtypes[n]) for n, x in tensors.items()}
 
 
-def _places(
-    naming: str, specs: Mapping[str, Spec]
-) -> tuple[dict[str, names.Place], dict[str, str]]:
-    """Returns {our name: its place} and {their name: our names}, "" for unknown names."""
-    places, renamed = {}, {}
-    for name in specs:
-        found = names.our_names(naming, name)
-        renamed[name] = " + ".join(ours for ours, _ in found)
-        places |= dict(found)
-    return places, renamed
+def _read_variables(
+    abstract: dict[str, Any], read_block: Callable, put: Callable, notes: list[str]
+) -> dict[str, Any]:
+    broken = []
 
+    def read(name: str, leaf: jax.ShapeDtypeStruct) -> Any:
+        x = names.restacked(read_block, name, leaf)
+        if not np.isfinite(x).all():
+            broken.append(name)
+        return put(name, x)
 
-def _described(
-    source: Any,
-    config: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
-    name: str | None,
-    overrides: Mapping[str, Any],
-) -> identify.SizedNetwork:
-    """Returns the network of a config of ours, with open sizes taken from the tensors."""
-    fields = {k: v for k, v in config["model"].items() if v is not None}
-    described = fields.pop("name")
-    fields = {k: v for k, v in fields.items() if k not in identify.FREE_FIELDS}
-    fields["num_classes"] = shapes["head/kernel"][1] if "head/kernel" in shapes else 0
-    model = create_model(described, **(fields | dict(overrides)))
-    identify.check_same(source, create_model(described, **fields), model, "what was asked for")
-    blocks = len({m[0] for m in map(re.compile(r"(stages_\d/)?blocks/\d+/").match, shapes) if m})
-    if model.depth != blocks:
-        raise InputError(f"{source} describes {model.depth} blocks, but holds {blocks}")
-    if name is not None:
-        wanted = create_model(name, num_classes=model.num_classes)
-        identify.check_same(source, model, wanted, name)
-    stem = "/".join(model.stem_kernel)
-    if stem not in shapes:
-        raise InputError(f"{source} describes a {type(model).__name__}, but has no tensors of one")
-    sentences = shapes["sentence_pos"][1] - model.has_class_token
-    return identify.SizedNetwork(model, sentences, shapes[stem][2])
+    variables = {collection: names.map_named(read, tree) for collection, tree in abstract.items()}
+    if broken:
+        notes.append(f"warning: NaN or infinite values in {listed(broken, limit=3)}")
+    return variables
 
 
 @contextlib.contextmanager
@@ -246,50 +227,6 @@ def _sizes_of(source: Any) -> Iterator[None]:
         raise InputError(f"{source}: {error}") from error  # from the model: heads, rates
     except Exception as error:  # what JAX and Flax raise for absurd sizes
         raise InputError(f"{source} describes an impossible network: {one_line(error)}") from error
-
-
-def _is_count(ours: str, spec: Spec) -> bool:
-    """Whether a tensor is the number of batches of a BatchNorm."""
-    return ours.endswith("/batch_norm/count") and spec.dtype in INTEGERS
-
-
-def _check_complete(source: str, naming: str, specs: Mapping[str, Spec], abstract: Any) -> None:
-    wanted = names.exported_shapes(naming, abstract)
-    check_tensors_match(
-        source,
-        {name: jax.ShapeDtypeStruct(spec.shape, np.float32) for name, spec in specs.items()},
-        {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in wanted.items()},
-    )
-
-
-def _check_types(source: str, specs: Mapping[str, Spec]) -> list[str]:
-    """Returns notes on conversions to float32; raises for dtypes that weights cannot have."""
-    kinds = collections.defaultdict(list)
-    for name, spec in specs.items():
-        kinds[spec.dtype].append(name)
-    notes = []
-    for dtype, tensors in kinds.items():
-        if dtype in CONVERTED:
-            notes.append(f"converted {listed(tensors, limit=3)} from {dtype} to float32")
-        elif dtype not in FLOAT32:
-            raise InputError(
-                f"{source}: {listed(tensors, limit=3)} of type {dtype}: not a floating-point type"
-            )
-    return notes
-
-
-def _assembled(
-    abstract: Any, read: Callable[[str], np.ndarray], put: Callable, notes: list[str]
-) -> Any:
-    leaves, broken = [], []
-    for name, leaf in named_leaves(abstract).items():
-        x = names.restacked(read, name, leaf.shape, leaf.dtype)
-        if not np.isfinite(x).all():
-            broken.append(name)
-        leaves.append(put(name, x))
-    if broken:
-        notes.append(f"warning: NaN or infinite values in {listed(broken, limit=3)}")
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
 def _read_run(
@@ -309,17 +246,16 @@ def _read_run(
     stored = run_checkpoints.read_param_shapes(step_folder)
     shapes = {n: x.shape for n, x in names.unstacked(names.shapes_only_tree(stored)).items()}
     with _sizes_of(step_folder):
-        network = _described(step_folder, info.get("config"), shapes, name, overrides)
+        network = identify.from_config(step_folder, info["config"], shapes, name, overrides)
         abstract = network.abstract_variables()
-    params = names.join_collections(run_checkpoints.read_weights(step_folder, weights, abstract))
-    leaves = [put(name, x) for name, x in named_leaves(params).items()]
-    params = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    stored = run_checkpoints.read_weights(step_folder, weights, abstract)
+    variables = {collection: names.map_named(put, tree) for collection, tree in stored.items()}
     return LoadedWeights(
         path=str(step_folder),
         file_format=f"checkpoint of step {step_folder.name}",
-        naming="tnt_flax",
+        naming=names.OURS,
         network=network,
-        variables=names.split_collections(params),
+        variables=variables,
         weights=weights,
         info=info,
         renamed={},

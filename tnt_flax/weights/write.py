@@ -14,7 +14,7 @@ from tnt_flax.core.errors import InputError, RunError, listed
 from tnt_flax.core.files import write_atomic
 from tnt_flax.core.trees import fingerprint, named_leaves
 from tnt_flax.models import Network
-from tnt_flax.weights import identify, names
+from tnt_flax.weights import hub, identify, names
 from tnt_flax.weights.formats import HEADER, mindspore, torch
 from tnt_flax.weights.read import LoadedWeights, read_checkpoint
 
@@ -31,10 +31,6 @@ SUFFIXES = {
 STRUCTURE = ("conv_first", "norm_each_word", "proj_norm", "stem_norm", "zero_sentences")
 NUMERICS = ("norm_eps", "gelu")
 HUB_WEIGHTS = "model.safetensors"
-# timm's published names. Other sizes are one of them with other arguments.
-TIMM_ARCHITECTURES = ("tnt_s_patch16_224", "tnt_b_patch16_224", "tnt_s_legacy_patch16_224")
-
-
 # ---------------------------------------------------------------------------------- our own files
 
 
@@ -47,13 +43,7 @@ def save_weights(path: pathlib.Path, params: Any, info: dict[str, Any]) -> None:
         info: JSON values for the header, such as "config" and "class_names".
     """
     arrays = {name: np.asarray(x) for name, x in named_leaves(jax.device_get(params)).items()}
-    _write_safetensors(path, arrays, {HEADER: json.dumps(info)})
-
-
-def _write_safetensors(
-    path: pathlib.Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]
-) -> None:
-    write_atomic(path, safetensors.numpy.save(tensors, metadata=metadata))
+    write_atomic(path, safetensors.numpy.save(arrays, metadata={HEADER: json.dumps(info)}))
 
 
 def header_info(loaded: LoadedWeights) -> dict[str, Any]:
@@ -114,50 +104,44 @@ def to_framework(loaded: LoadedWeights, framework: str) -> ForeignWeights:
         InputError: the framework has no such network, or has no place for values that are not
             zero; the message lists the first tensors.
     """
-    model, params = loaded.network.model, names.join_collections(loaded.variables)
+    model = loaded.network.model
     if framework == "flax":
-        return ForeignWeights("tnt_flax", model, params, [])
-    held = [
-        (naming, variant)
+        return ForeignWeights(names.OURS, model, names.join_collections(loaded.variables), [])
+    held = {
+        variant: (naming, model.clone(**identify.variant_fields(variant)))
         for naming, variants in identify.VARIANTS_OF.items()
         for variant in variants
         if naming.startswith(framework) and variant in model.variants
-    ]
+    }
     if not held:
         name = type(model).__name__
         raise InputError(f"{loaded.path} is a {name}, which {framework} does not have")
-    candidates = [(n, model.clone(**identify.variant_fields(variant))) for n, variant in held]
-    fitting = [
-        c
-        for c in candidates
-        if all(getattr(model, f, None) == getattr(c[1], f, None) for f in STRUCTURE)
-    ]
+
+    def different(target: Network, fields: tuple[str, ...]) -> list[str]:
+        return [f for f in fields if getattr(model, f, None) != getattr(target, f, None)]
+
+    fitting = [target for target in held.values() if not different(target[1], STRUCTURE)]
     if not fitting:
         raise InputError(
             f"{loaded.path} is the {identify.variant_of(model)} network, which {framework} does "
-            f"not have: it has the {' and the '.join(variant for _, variant in held)}"
+            f"not have: it has the {' and the '.join(held)}"
         )
     naming, target = fitting[0]
     _check_arguments(loaded.path, framework, model)
-    params = _with_biases_of(loaded, naming, target)
     notes = [
         f"{framework} computes with {field}={getattr(target, field)}, this network with "
         f"{getattr(model, field)}: its results will differ slightly"
-        for field in NUMERICS
-        if getattr(model, field, None) != getattr(target, field, None)
+        for field in different(target, NUMERICS)
     ]
-    return ForeignWeights(naming, target, params, notes)
+    return ForeignWeights(naming, target, _with_biases_of(loaded, naming, target), notes)
 
 
 def _check_arguments(path: str, framework: str, model: Network) -> None:
     """Raises InputError for fields without an equivalent in the framework's own code."""
-    faults = []
     if getattr(model, "vanilla_blocks", ()) and framework != "huawei":
-        faults.append("blocks without words")
+        raise InputError(f"{path}: {framework} cannot build blocks without words")
     if model.mlp_ratio != 4 and framework == "timm":
-        faults.append(f"mlp_ratio={model.mlp_ratio} for the words (it has 4)")
-    if faults:
-        raise InputError(f"{path}: {framework} cannot build {' and '.join(faults)}")
+        raise InputError(f"{path}: timm cannot build mlp_ratio={model.mlp_ratio} for the words")
 
 
 def _with_biases_of(loaded: LoadedWeights, naming: str, target: Network) -> Any:
@@ -170,8 +154,9 @@ def _with_biases_of(loaded: LoadedWeights, naming: str, target: Network) -> Any:
         raise InputError(
             f"{naming} has no place for nonzero values of {loaded.path}: {listed(lost)}"
         )
-    leaves = [params.get(name, np.zeros(x.shape, np.float32)) for name, x in wanted.items()]
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+    return names.map_named(
+        lambda name, x: params.get(name, np.zeros(x.shape, np.float32)), abstract
+    )
 
 
 def write(
@@ -213,7 +198,7 @@ def _write_tensors(
             meta["dataset_meta"] = {"classes": list(loaded.class_names)}
         torch.write(path, {"meta": meta, "state_dict": tensors})
     elif path.suffix == ".safetensors":
-        _write_safetensors(path, tensors, {"format": "pt"})
+        write_atomic(path, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     else:
         torch.write(path, tensors)
 
@@ -278,7 +263,8 @@ def _hub_config(target: ForeignWeights, loaded: LoadedWeights) -> dict[str, Any]
         arguments.pop(name)
     size = known["image_size"]
     config = {
-        "architecture": loaded.name if loaded.name in TIMM_ARCHITECTURES else TIMM_ARCHITECTURES[0],
+        # Other sizes and variants are TNT-S with other arguments.
+        "architecture": loaded.name if loaded.name in hub.HUB else "tnt_s_patch16_224",
         "num_classes": known["num_classes"],
         "num_features": target.model.outer_dim,
         "model_args": arguments,
@@ -301,34 +287,25 @@ def _hub_config(target: ForeignWeights, loaded: LoadedWeights) -> dict[str, Any]
 def _model_card(target: ForeignWeights, loaded: LoadedWeights) -> str:
     """Returns README.md as the hub shows it, without a license: the owner has to add it."""
     known, model = facts(loaded), loaded.network.model
-    classes = f"{known['num_classes']} classes" if known["num_classes"] else "features, no head"
-    size = known["image_size"]
+    size, count = known["image_size"], known["num_classes"]
     notes = "".join(f"- {note}\n" for note in target.notes)
     return f"""---
 library_name: timm
 pipeline_tag: image-classification
-tags:
-- image-classification
-- timm
-- transformer-in-transformer
+tags: [image-classification, timm, transformer-in-transformer]
 ---
 # {known["network"]}
 
 Transformer in Transformer ([paper](https://arxiv.org/abs/2103.00112)), the {known["variant"]}
-network: {loaded.num_params:,} parameters, {model.depth} blocks, images of {size} pixels, {classes}.
+network: {loaded.num_params:,} parameters, {model.depth} blocks, images of {size} pixels,
+{f"{count} classes" if count else "features, no head"}.
 Converted by tnt_flax from {loaded.naming} weights.
 {notes}
 Images are resized to {size} / {known["crop_fraction"]:.4g} pixels (bicubic), center-cropped, and
 normalized with mean {tuple(known["mean"])} and standard deviation {tuple(known["std"])}.
 
 ```python
-import timm
-
 model = timm.create_model("local-dir:FOLDER", pretrained=True)  # or hf-hub:OWNER/NAME
-```
-
-```python
-import tnt_flax
 
 model, variables = tnt_flax.load(
     "FOLDER/{HUB_WEIGHTS}", inner_heads={model.inner_heads}, outer_heads={model.outer_heads}

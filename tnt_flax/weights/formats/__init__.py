@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from tnt_flax.core.errors import InputError, listed
+from tnt_flax.core.errors import InputError, listed, one_line
 from tnt_flax.weights.formats import mindspore, torch
 from tnt_flax.weights.formats.restricted_pickle import TRUSTED, Stub, leaves
 from tnt_flax.weights.name_tables import MINDSPORE_TRAINING
@@ -28,27 +28,29 @@ RAW_STATES = ("state_dict", "model")
 EMA_STATES = ("state_dict_ema", "model_ema", "ema_state_dict")
 # Prefixes that wrappers add to all names.
 WRAPPERS = re.compile(r"((module|_orig_mod|model|network|_backbone|_network)\.)*")
+_NAMES = dict(F16="float16", F32="float32", F64="float64", BF16="bfloat16", BOOL="bool")
+SAFETENSORS_DTYPES = _NAMES | dict(I8="int8", I16="int16", I32="int32", I64="int64", U8="uint8")
 MOST_BLOCKS = 10_000  # a file can claim any number of empty blocks
 # Counters among the tensors of some EMA weights.
 COUNTERS = ("steps", "n_averaged")
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
-    """Shape and dtype of a tensor in a file."""
+class StoredTensor:
+    """A tensor in a file, which `read` returns."""
 
     shape: tuple[int, ...]
-    dtype: str
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
 
 
 @dataclasses.dataclass
 class Content:
-    """The weights in a file: `read(name)` for every name in `specs`."""
+    """The weights in a file."""
 
     file_format: str  # for messages
-    specs: dict[str, Spec]
-    read: Callable[[str], np.ndarray]
-    info: dict[str, Any]  # header of our own files
+    tensors: dict[str, StoredTensor]
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)  # header of our own files
     weights: str | None = None  # "ema" or "raw" if the file states it
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -78,9 +80,11 @@ def open_file(path: pathlib.Path, weights: str) -> Content:
     raise InputError(f"{path} is not a weights file: {_guess(head)}")
 
 
-def _arrays(file_format: str, tensors: Mapping[str, np.ndarray], **more: Any) -> Content:
-    specs = {name: Spec(x.shape, str(x.dtype)) for name, x in tensors.items()}
-    return Content(file_format, specs, tensors.__getitem__, {}, **more)
+def _stored(arrays: Mapping[str, np.ndarray]) -> dict[str, StoredTensor]:
+    return {
+        name: StoredTensor(x.shape, x.dtype, functools.partial(np.asarray, x))
+        for name, x in arrays.items()
+    }
 
 
 def _guess(head: bytes) -> str:
@@ -98,43 +102,28 @@ def _guess(head: bytes) -> str:
 
 
 def _open_safetensors(path: pathlib.Path) -> Content:
+    """Opens a .safetensors file; stacked blocks of our own files become one tensor per block."""
+    tensors = {}
     try:
         file = safetensors.safe_open(path, framework="numpy")
-        metadata = file.metadata() or {}
-        specs = {}
+        info = json.loads((file.metadata() or {}).get(HEADER, "{}"))
         for name in file.keys():
-            tensor = file.get_slice(name)
-            specs[name] = Spec(tuple(tensor.get_shape()), tensor.get_dtype())
-        info = json.loads(metadata.get(HEADER, "{}"))
+            stored = file.get_slice(name)
+            shape = tuple(stored.get_shape())
+            dtype = np.dtype(SAFETENSORS_DTYPES.get(stored.get_dtype(), object))
+            match = STACKED.fullmatch(name)
+            if match and shape and shape[0] <= MOST_BLOCKS:
+                for i in range(shape[0]):
+                    read = functools.partial(stored.__getitem__, i)
+                    tensors[unstacked_name(match, i)] = StoredTensor(shape[1:], dtype, read)
+            else:
+                read = functools.partial(file.get_tensor, name)
+                tensors[name] = StoredTensor(shape, dtype, read)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} is not a complete safetensors file: {reason}") from error
+        raise InputError(f"{path} is not a complete safetensors file: {one_line(error)}") from error
     if not isinstance(info, dict):
         raise InputError(f"{path} has a {HEADER!r} header that is not an object")
-    return Content("safetensors", *_per_block(specs, file.get_tensor), info)
-
-
-def _per_block(specs: Mapping[str, Spec], read: Callable) -> tuple[dict[str, Spec], Callable]:
-    """Splits the stacked blocks of our own files into one tensor per block."""
-    slices = {}
-    for name, spec in specs.items():
-        match = STACKED.fullmatch(name)
-        if match and spec.shape and spec.shape[0] <= MOST_BLOCKS:
-            for i in range(spec.shape[0]):
-                slices[unstacked_name(match, i)] = (name, i)
-        else:
-            slices[name] = (name, None)
-    read = functools.lru_cache(maxsize=1)(read)  # the blocks of a stack are read consecutively
-
-    def read_block(name: str) -> np.ndarray:
-        stacked, i = slices[name]
-        return read(stacked) if i is None else read(stacked)[i]
-
-    per_block = {
-        name: specs[stacked] if i is None else Spec(specs[stacked].shape[1:], specs[stacked].dtype)
-        for name, (stacked, i) in slices.items()
-    }
-    return per_block, read_block
+    return Content("safetensors", tensors, info)
 
 
 def _open_torch(path: pathlib.Path, weights: str) -> Content:
@@ -166,7 +155,7 @@ def _open_torch(path: pathlib.Path, weights: str) -> Content:
     if ignored := {x.name for x in leaves(content) if isinstance(x, Stub)}:
         notes.append(f"ignored objects of {listed(sorted(ignored), limit=3)}")
     state, more = _unwrapped(state)
-    return _arrays("torch file", state, weights=which, notes=notes + more)
+    return Content("torch file", _stored(state), weights=which, notes=notes + more)
 
 
 def _described(stub: Stub) -> str:
@@ -175,17 +164,13 @@ def _described(stub: Stub) -> str:
 
 def _open_mindspore(path: pathlib.Path) -> Content:
     state = mindspore.read(path)
-    ignored = [
-        name
-        for name, x in state.items()
-        if x.dtype.kind == "U" or re.fullmatch(MINDSPORE_TRAINING, name)
-    ]
+    ignored = [name for name in state if re.fullmatch(MINDSPORE_TRAINING, name)]
     for name in ignored:
         del state[name]
     state, notes = _unwrapped(state)
     if ignored:
         notes.append(f"ignored {len(ignored)} values of its trainer, such as {ignored[0]}")
-    return _arrays("MindSpore checkpoint", state, notes=notes)
+    return Content("MindSpore checkpoint", _stored(state), notes=notes)
 
 
 def _is_state(state: Any) -> bool:

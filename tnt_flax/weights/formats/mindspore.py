@@ -26,16 +26,17 @@ from tnt_flax.weights.formats.restricted_pickle import InvalidFile
 
 SCHEMA = {  # message: its fields, numbered from 1
     "Tensor": ["repeated int64 dims", "required bytes type", "required bytes content"],
-    # The upstream field `maptensor` is a message. Its content is not read.
-    "Value": ["required bytes tag", "optional Tensor tensor", "optional bytes maptensor"],
+    "Value": ["required bytes tag", "optional Tensor tensor"],
     "Checkpoint": ["repeated Value value"],
 }
 SLICE = 512 * 2**20  # largest content of one value
 LARGEST = 2**31 - 1  # bytes of a protobuf message
 CRC_MARK, CRC_BYTES = b"crc_num", 10  # the end of a file of save_checkpoint(crc_check=True)
 ENCRYPTED = tuple(mode + b"\x5e\x3a\x7f" for mode in (b"\xd8", b"\xd9", b"\xda"))
-# The first value: its length, the length of its name (one or two bytes), the name.
-START = re.compile(rb"\n[\x80-\xff]{0,9}[\0-\x7f]\n([\x01-\x7f]|[\x80-\xff][\x01-\x7f])")
+# The first value: its length, the length of its name (one or two bytes), the name, the next tag.
+START = re.compile(
+    rb"\n[\x80-\xff]{0,9}[\0-\x7f]\n([\x01-\x7f]|[\x80-\xff][\x01-\x7f])[ -~]+[\x12\x1a]"
+)
 MAX_DIMS = 32
 _NUMPY = "Int8 Int16 Int32 Int64 UInt8 UInt16 UInt32 UInt64 Float16 Float32 Float64 Bool"
 DTYPES = {name: np.dtype(name.lower()) for name in _NUMPY.split()}
@@ -67,21 +68,13 @@ Checkpoint = _checkpoint_class()
 
 def looks_like(head: bytes) -> bool:
     """Whether a file that starts with `head` (512 bytes) is MindSpore's, possibly encrypted."""
-    match = START.match(head)
-    if not match:
-        return head.startswith(ENCRYPTED)
-    low, high = (*match[1], 0)[:2]
-    end = match.end() + (low & 127 | high << 7)
-    name = head[match.end() : end]
-    return (
-        name.isascii() and name.decode().isprintable() and head[end : end + 1] in (b"\x12", b"\x1a")
-    )
+    return head.startswith(ENCRYPTED) or START.match(head) is not None
 
 
 def read(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Returns the tensors of a .ckpt by name, in the order of the file, as read-only arrays.
 
-    They include what `append_dict` added: numbers and strings as arrays of rank 0.
+    They include the numbers of `append_dict`, as arrays of rank 0. Strings are left out.
 
     Raises:
         InputError: the file is missing, damaged or encrypted, or has a type unknown to NumPy.
@@ -127,11 +120,11 @@ def _read(data: bytes) -> dict[str, np.ndarray]:
         data = data[:end]
     tensors = {}
     for tag, values in itertools.groupby(_parsed(data).value, key=lambda value: value.tag):
-        name = _text(tag, "utf-8")
+        name = _text(tag)
         if name in tensors:
             raise _invalid(f"{name!r} occurs twice")
         tensors[name] = _array(name, list(values))
-    return tensors
+    return {name: x for name, x in tensors.items() if x is not None}
 
 
 def _parsed(data: bytes) -> Any:
@@ -140,10 +133,8 @@ def _parsed(data: bytes) -> Any:
         checkpoint.ParseFromString(data)
     except (message.DecodeError, RecursionError) as error:
         raise _invalid("its protobuf message is damaged or cut off") from error
-    if any(value.HasField("maptensor") for value in checkpoint.value):
-        raise _invalid("it holds a hash table (MapParameter)", "save the network without it")
     if not all(value.HasField("tensor") for value in checkpoint.value):
-        raise _invalid("a value in it has no tensor")
+        raise _invalid("a value in it has no tensor", "save it without hash tables (MapParameter)")
     checkpoint.DiscardUnknownFields()
     fault = "it has missing, repeated or unknown fields"
     if not checkpoint.IsInitialized():
@@ -154,50 +145,43 @@ def _parsed(data: bytes) -> Any:
     return checkpoint
 
 
-def _array(name: str, values: list[Any]) -> np.ndarray:
-    """Returns the tensor that is stored in `values`, its slices."""
-    dims, kind = tuple(values[0].tensor.dims), _text(values[0].tensor.type, "utf-8")
+def _array(name: str, values: list[Any]) -> np.ndarray | None:
+    """Returns the tensor that is stored in `values`, its slices; None for a string."""
+    dims, kind = tuple(values[0].tensor.dims), _text(values[0].tensor.type)
     if any((tuple(v.tensor.dims), v.tensor.type) != (dims, kind.encode()) for v in values):
         raise _invalid(f"the slices of {name!r} differ in shape or type")
     content = b"".join(value.tensor.content for value in values)
-    if kind == "str":  # as NumPy's: four bytes per character
-        array = np.array(_text(content, "utf-32-le"))
-        array.flags.writeable = False
-        return array
+    if kind == "str":
+        return None
     if kind not in DTYPES:
         raise _invalid(f"{name!r} is of type {kind!r}", f"known are {', '.join(DTYPES)}")
     dims = () if dims == (0,) and content else dims  # a scalar, in older versions
     if len(dims) > MAX_DIMS or math.prod(dims) * DTYPES[kind].itemsize != len(content):
         raise _invalid(f"{name!r} has {len(content)} bytes, not those of {kind}{list(dims)}")
-    if kind == "Bool" and np.frombuffer(content, np.uint8).max(initial=0) > 1:
-        raise _invalid(f"{name!r} is of type Bool, but has other bytes than 0 and 1")
     try:
         return np.ndarray(dims, DTYPES[kind], content)
     except ValueError as error:  # negative, or without elements but beyond NumPy's range
         raise _invalid(f"{name!r} has impossible dims {list(dims)}") from error
 
 
-def _text(content: bytes, encoding: str) -> str:
+def _text(content: bytes) -> str:
     try:
-        return str(content, encoding)
+        return content.decode()
     except UnicodeDecodeError as error:
-        raise _invalid(f"a text in it is not {encoding}") from error
+        raise _invalid("a text in it is not utf-8") from error
 
 
 def _messages(tag: str, array: np.ndarray) -> Iterator[bytes]:
     """Yields one message per slice of a tensor. A file is their concatenation."""
-    if array.dtype.kind == "U" and not array.ndim:
-        kind, dims, content = "str", (0,), str(array).encode("utf-32-le") or bytes(4)
-    else:
-        array = array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
-        kind, dims = NAMES.get(array.dtype), array.shape
-        if kind is None or not array.size:
-            raise InputError(
-                f"{tag!r} is {array.dtype}{list(dims)}: a MindSpore checkpoint has no tensors "
-                f"without elements, and only the types {', '.join(DTYPES)}; convert or remove it"
-            )
-        content = array.reshape(-1).view(np.uint8).data
+    array = array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
+    kind = NAMES.get(array.dtype)
+    if kind is None or not array.size:
+        raise InputError(
+            f"{tag!r} is {array.dtype}{list(array.shape)}: a MindSpore checkpoint has no tensors "
+            f"without elements, and only the types {', '.join(DTYPES)}; convert or remove it"
+        )
+    content = array.reshape(-1).view(np.uint8).data
     for start in range(0, len(content), SLICE):
         piece = bytes(content[start : start + SLICE])
-        tensor = {"dims": dims, "type": kind.encode(), "content": piece}
+        tensor = {"dims": array.shape, "type": kind.encode(), "content": piece}
         yield Checkpoint(value=[{"tag": tag.encode(), "tensor": tensor}]).SerializeToString()

@@ -140,19 +140,16 @@ class RestrictedUnpickler(pickle._Unpickler):
             raise InvalidFile(f"has a storage of an unknown kind{name}: refused")
         if type(key) is not str or not _are_counts((size,)):
             raise InvalidFile("has a storage of an absurd size: refused")
-        raw = None if self.raw is None else self._bytes_of(key, size * dtype.itemsize)
+        raw = None
+        if self.raw is not None:
+            raw, wanted = self.raw.get(key, memoryview(b"")), size * dtype.itemsize
+            if len(raw) != wanted:
+                raise InvalidFile(
+                    f"is damaged: storage {ascii(key)[:20]} has {len(raw)} bytes, its tensors need "
+                    f"{wanted}"
+                )
         self.storages[key] = Storage(dtype, size, raw)
         return self.storages[key]
-
-    def _bytes_of(self, key: str, wanted: int) -> memoryview:
-        name = ascii(key)[:20]
-        if key not in self.raw:
-            raise InvalidFile(f"is damaged: storage {name} is not in it")
-        if (size := len(self.raw[key])) != wanted:
-            raise InvalidFile(
-                f"is damaged: storage {name} has {size} bytes, its tensors need {wanted}"
-            )
-        return self.raw[key]
 
     # Opcodes that would act on objects in the base class.
 

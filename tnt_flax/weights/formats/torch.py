@@ -31,20 +31,6 @@ STREAM = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # the pic
 STREAM_VERSION = 1001
 LOCAL_HEADER = 30  # bytes, without the name and the extra field
 ALIGNMENT = 64
-DAMAGE = (  # what zipfile, struct and the unpickler raise for garbage
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-    struct.error,
-    zipfile.BadZipFile,
-)
 
 
 def looks_like(head: bytes) -> bool:
@@ -78,7 +64,7 @@ def read(path: pathlib.Path) -> Any:
         raise InvalidFile("is not a weights file of torch: give one that torch.save has written")
     except InvalidFile as error:
         raise InputError(f"{path} {error}") from error
-    except DAMAGE as error:
+    except Exception as error:  # zipfile, struct and pickle raise many types for garbage
         why = type(error).__name__
         raise InputError(f"{path} is damaged: copy or download it again ({why})") from error
 
