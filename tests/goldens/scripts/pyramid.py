@@ -1,27 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes tests/goldens/data/pyramid: what the official PyramidTNT saves and computes, in small.
+"""Writes tests/goldens/data/pyramid: weights and outputs of the official PyramidTNT, in small.
 
     python tests/goldens/scripts/pyramid.py SOURCE                             (needs torch, timm)
-    python tests/goldens/scripts/pyramid.py SOURCE --compare=ptnt_s_patch16_256
 
-The second writes nothing, but runs a network in its full size there and here, with random weights.
-SOURCE is Efficient-AI-Backbones/tnt_pytorch/pyramid_tnt.py, which you have to fetch yourself; of
-commit e560a12 or later, as the one before cannot compute gradients.
+SOURCE is Efficient-AI-Backbones/tnt_pytorch/pyramid_tnt.py, downloaded beforehand,
+of commit e560a12 or later: the one before cannot compute gradients.
 
 tiny.pth.tar  a state dict of it, no value as it was initialized, BatchNorm's statistics included.
 expected.npz  for `images()`, computed in float64: the logits and the sentences after every stage in
-              evaluation; the loss of one step of training, the statistics that it leaves behind and
-              the gradients of some parameters.
+              evaluation; the loss of one step of training, the statistics after it, and the
+              gradients of some parameters.
 names.json    SHA-256 of all names and shapes of the four networks in their full size.
 """
 
-import argparse
 import copy
 import hashlib
 import json
 import pathlib
 import re
-import tempfile
+import sys
 import zlib
 
 import numpy as np
@@ -58,65 +55,22 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return x if name.endswith("relative_pos") else 0.3 * x
 
 
-def randomize(model) -> None:
-    import torch
-
-    with torch.no_grad():
-        for name, x in model.state_dict().items():
-            x.copy_(torch.from_numpy(random_tensor(name, tuple(x.shape))))
-
-
-def compare(model, size: int) -> dict[str, float]:
-    """The largest differences of logits, of two images, after the weights went through a file."""
-    import jax
-    import torch
-
-    import tnt_flax
-
-    randomize(model)
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "weights.pth"
-        torch.save(model.state_dict(), path)
-        ours, variables = tnt_flax.load(path)
-    x = np.random.RandomState(0).standard_normal((2, size, size, 3)).astype(np.float32)
-    logits = np.asarray(jax.jit(ours.apply)(variables, x))
-    x = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
-    with torch.no_grad():
-        theirs = model.eval()(x).numpy()
-        exact = model.double()(x.double()).numpy()
-    furthest = lambda a, b: float(np.abs(a - b).max())
-    return {
-        "deviation": float(exact.std()),
-        "to_theirs": furthest(logits, theirs),
-        "to_theirs_in_float64": furthest(logits, exact),
-        "theirs_to_theirs_in_float64": furthest(theirs, exact),
-    }
-
-
 def main() -> None:
     import torch
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=pathlib.Path)
-    parser.add_argument("--compare", choices=FULL)
-    args = parser.parse_args()
-    upstream = load_source(args.source)
-    if args.compare:
-        model = getattr(upstream, args.compare)()
-        print(json.dumps(compare(model, int(args.compare[-3:]))))
-        return
-    GOLDEN.mkdir(exist_ok=True)
-
-    widened = lambda value: [value * factor for factor in (1, 2, 4, 4)]
-    configs = {
-        "depths": list(FIELDS["depths"]),
-        "outer_dims": widened(FIELDS["outer_dim"]),
-        "inner_dims": widened(FIELDS["inner_dim"]),
-        "outer_heads": widened(FIELDS["outer_heads"]),
-        "inner_heads": widened(FIELDS["inner_heads"]),
-    }
+    source = pathlib.Path(sys.argv[1])
+    upstream = load_source(source.parent, source.stem)
+    configs = dict(
+        depths=list(FIELDS["depths"]),
+        outer_dims=[4, 8, 16, 16],
+        inner_dims=[2, 4, 8, 8],
+        outer_heads=[2, 4, 8, 8],
+        inner_heads=[1, 2, 4, 4],
+    )
     model = upstream.PyramidTNT(configs=configs, img_size=SIZE, num_classes=CLASSES)
-    randomize(model)
+    with torch.no_grad():
+        for name, x in model.state_dict().items():
+            x.copy_(torch.from_numpy(random_tensor(name, tuple(x.shape))))
     torch.save(model.state_dict(), GOLDEN / "tiny.pth.tar")
 
     x = torch.from_numpy(images().transpose(0, 3, 1, 2).copy()).double()
