@@ -40,6 +40,11 @@ def golden(framework):
     return GOLDEN / FILES[framework][0], heads
 
 
+def flags(heads):
+    """Returns the converter's options for these numbers of heads."""
+    return [f"--{key.replace('_', '-')}={value}" for key, value in heads.items()]
+
+
 def raw_tensors(path):
     """The tensors in a file, by the readers of file formats alone."""
     if path.suffix == ".safetensors":

@@ -2,11 +2,20 @@
 """Conversion between frameworks, and its command."""
 
 import shutil
+import sys
 
 import numpy as np
 import pytest
 
-from tests.helpers.foreign_weights import FILES, HEADS, golden, random_params, raw_tensors, run
+from tests.helpers.foreign_weights import (
+    FILES,
+    HEADS,
+    flags,
+    golden,
+    random_params,
+    raw_tensors,
+    run,
+)
 from tnt_flax.__main__ import main
 from tnt_flax.core.trees import fingerprint
 from tnt_flax.weights import identify, write
@@ -20,8 +29,7 @@ from tnt_flax.weights.write import save_weights
 def test_conversion_and_back_is_the_identity(framework, tmp_path):
     path, heads = golden(framework)
     ours, again = tmp_path / "ours.safetensors", tmp_path / f"again{path.suffix}"
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in heads.items()]
-    assert run(path, ours, *flags)["same_function"]
+    assert run(path, ours, *flags(heads))["same_function"]
     to = FILES[framework][1].removesuffix("_pets")
     assert run(ours, again, f"--to={to}")["same_function"]  # the header knows the heads
     before, after = raw_tensors(path), raw_tensors(again)
@@ -29,34 +37,26 @@ def test_conversion_and_back_is_the_identity(framework, tmp_path):
     for name, x in before.items():
         assert x.dtype == after[name].dtype
         np.testing.assert_array_equal(x, after[name])
-    assert run("--check", again, *flags)["digest"] == run("--check", ours)["digest"]
-
-
-def without_biases(params):
-    """The official network with the biases that the MindSpore form lacks set to zero."""
-    wanted = mapping.unstacked(random_params("mindspore"))
-    for name, x in mapping.unstacked(params).items():
-        if name not in wanted:
-            x[...] = 0
-    return params
+    assert run("--check", again, *flags(heads))["digest"] == run("--check", ours)["digest"]
 
 
 def test_to_mindspore_requires_zero_biases(tmp_path):
     source, destination = tmp_path / "x.pth", tmp_path / "x.ckpt"
     params = random_params("official")
     torch.write(source, dict(mapping.export("huawei", params)))
-    flags = ["--inner-heads=2", "--outer-heads=3"]
-    error = run(source, destination, *flags, code=2)
+    error = run(source, destination, *flags(HEADS), code=2)
     assert "mindspore has no place for nonzero values of" in error
     assert "blocks_0/inner/attention/out/bias" in error and not destination.exists()
 
-    params = without_biases(params)
+    stored = mapping.unstacked(random_params("mindspore"))
+    for name, x in mapping.unstacked(params).items():
+        x[...] = x if name in stored else 0  # biases that MindSpore lacks
     torch.write(source, dict(mapping.export("huawei", params)))
-    result = run(source, destination, *flags)
+    result = run(source, destination, *flags(HEADS))
     assert not result["same_function"]  # other GELU and epsilon, and it says so
     found = read_checkpoint(destination, **HEADS)
     assert identify.variant_of(found.network.model) == "mindspore"
-    result = run(destination, tmp_path / "back.pth", "--to=huawei", *flags)
+    result = run(destination, tmp_path / "back.pth", "--to=huawei", *flags(HEADS))
     assert not result["same_function"]
     back = read_checkpoint(tmp_path / "back.pth", **HEADS)
     assert fingerprint(back.params) == fingerprint(params)
@@ -74,27 +74,28 @@ def test_to_mindspore_requires_zero_biases(tmp_path):
 def test_networks_missing_in_a_framework_are_refused(tmp_path, variant, framework, message):
     save_weights(tmp_path / "x.safetensors", random_params(variant), {})
     name = "y" + write.SUFFIXES[framework][0]
-    flags = [f"--to={framework}", "--inner-heads=2", "--outer-heads=3"]
-    assert message in run(tmp_path / "x.safetensors", tmp_path / name, *flags, code=2)
+    options = [f"--to={framework}", *flags(HEADS)]
+    assert message in run(tmp_path / "x.safetensors", tmp_path / name, *options, code=2)
     assert not (tmp_path / name).exists()
 
 
-def test_arguments_missing_in_a_framework_are_refused(tmp_path):
-    flags = ["--to=timm", "--inner-heads=2", "--outer-heads=3"]
-    for fields, message in [
-        (dict(vanilla_blocks=(1,)), "timm cannot build blocks without words"),
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(depth=5, vanilla_blocks=(2,)), "timm cannot build blocks without words"),
         (dict(mlp_ratio=2.0), "timm cannot build mlp_ratio=2.0 for the words"),
         (dict(se=True), "timm has no place for blocks/0/outer/se"),
-    ]:
-        params = random_params("official", **fields)
-        torch.write(tmp_path / "x.pth", dict(mapping.export("huawei", params)))
-        error = run(tmp_path / "x.pth", tmp_path / "y.pth", *flags, code=2)
-        assert message in error and not (tmp_path / "y.pth").exists()
-        ours = run(tmp_path / "x.pth", tmp_path / "z.safetensors", *flags[1:])
-        assert ours["same_function"]
-        found = read_checkpoint(tmp_path / "z.safetensors")
-        assert fingerprint(found.params) == fingerprint(params)
-        (tmp_path / "z.safetensors").unlink()
+    ],
+    ids=str,
+)
+def test_arguments_missing_in_a_framework_are_refused(tmp_path, fields, message):
+    path, params = tmp_path / "x.pth", random_params("official", **fields)
+    torch.write(path, dict(mapping.export("huawei", params)))
+    error = run(path, tmp_path / "y.pth", "--to=timm", *flags(HEADS), code=2)
+    assert message in error and not (tmp_path / "y.pth").exists()
+    assert run(path, tmp_path / "z.safetensors", *flags(HEADS))["same_function"]
+    found = read_checkpoint(tmp_path / "z.safetensors")
+    assert fingerprint(found.params) == fingerprint(params)
 
 
 # --------------------------------------------------------------------------------- the command
@@ -110,7 +111,7 @@ def test_arguments_missing_in_a_framework_are_refused(tmp_path):
         (["SRC", "DST.pth", "--to=keras"], "invalid choice: 'keras'"),
         (["SRC", "DST.pth", "--to=mindspore"], "a file for mindspore ends in .ckpt"),
         (["SRC", "SRC", "--to=timm"], "exists already: remove it, or choose another name"),
-        (["SRC", "none/DST.ckpt"], "there is no folder"),
+        (["SRC", "none/x.ckpt"], "there is no folder"),
         (["SRC", "DST.ckpt", "--heads=3"], "unknown option --heads"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -118,36 +119,31 @@ def test_arguments_missing_in_a_framework_are_refused(tmp_path):
 def test_invalid_commands_are_refused(arguments, message, tmp_path):
     path = tmp_path / "x.safetensors"
     shutil.copy(golden("timm")[0], path)
-    names = {"SRC": str(path), "DST": str(tmp_path / "y")}
-    arguments = [a.replace("SRC", names["SRC"]).replace("DST", names["DST"]) for a in arguments]
+    for name, place in {"SRC": path, "DST": tmp_path / "y"}.items():
+        arguments = [argument.replace(name, str(place)) for argument in arguments]
     error = run(*arguments, code=2)
     assert message in error and len(error.splitlines()) == 1
 
 
 def test_names_lists_every_tensor(capsys):
     path, heads = golden("huawei")
-    options = [f"--{k.replace('_', '-')}={v}" for k, v in heads.items()]
-    assert main(["convert", "--check", str(path), "--names", *options]) == 0
+    assert main(["convert", "--check", str(path), "--names", *flags(heads)]) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:-1]]
     printed = {line[0]: line[1] for line in lines}
-    assert set(raw_tensors(path)) <= set(printed)
+    tensors = raw_tensors(path)
+    assert set(tensors) <= set(printed)
     both = "blocks/1/outer/attention/query/kernel + blocks/1/outer/attention/key/kernel"
     assert printed["blocks.1.outer_attn.qk.weight"].startswith(both)
     assert printed["outer_tokens"] == "ignored: not used by the network"
-    assert printed["parameters"] == f"{found_parameters(path):,}"
+    del tensors["outer_tokens"]
+    assert printed["parameters"] == f"{sum(x.size for x in tensors.values()):,}"
 
 
-def found_parameters(path):
-    tensors = raw_tensors(path)
-    return sum(x.size for name, x in tensors.items() if name != "outer_tokens")
-
-
-def test_against_timm_requires_torch_and_timm(monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+def test_against_timm_requires_torch_and_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
     path, heads = golden("timm")
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in heads.items()]
-    assert main(["convert", "--check", str(path), "--against=timm", *flags]) == 2
-    assert "--against=timm needs torch and timm" in capsys.readouterr().err
+    error = run("--check", path, "--against=timm", *flags(heads), code=2)
+    assert "--against=timm needs torch and timm" in error
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):

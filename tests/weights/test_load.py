@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import tnt_flax
-from tests.helpers.foreign_weights import SMALL, random_params
+from tests.helpers.foreign_weights import HEADS, SMALL, random_params
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import fingerprint, named_leaves
 from tnt_flax.models import TNT
@@ -89,9 +89,8 @@ def test_another_image_size(path, params, logged):
     model, variables = tnt_flax.load(path, image_size=(48, 64))
     positions = np.asarray(variables["params"]["sentence_pos"])
     assert positions.shape == (1, 1 + 3 * 4, 12)
-    np.testing.assert_array_equal(
-        positions[:, 0], params["sentence_pos"][:, 0]
-    )  # the class token stays
+    class_token = positions[:, 0]
+    np.testing.assert_array_equal(class_token, params["sentence_pos"][:, 0])
     assert "resampled the positions from 2x2 to 3x4" in logged.text
     assert model.apply(variables, images(48, 64)).shape == (2, 5)
     with pytest.raises(InputError, match="image_size 40x40 is not divisible by the patch size 16"):
@@ -100,34 +99,28 @@ def test_another_image_size(path, params, logged):
         tnt_flax.load(path, image_size=0)
 
 
-def resample_positions(positions, old, new):
-    return np.asarray(
-        TNT(**SMALL).resampled_positions({"sentence_pos": positions}, old, new)[("sentence_pos",)]
-    )
-
-
 def test_resampling():
-    rng = np.random.RandomState(0)
-    constant = np.concatenate([rng.standard_normal((1, 1, 3)), np.full((1, 16, 3), 2.5)], axis=1)
-    out = resample_positions(constant.astype(np.float32), (4, 4), (6, 9))
-    np.testing.assert_allclose(out[:, 1:], 2.5, rtol=1e-6)
+    def resample(values, old, new):
+        positions = np.concatenate([np.zeros(1), values])[None, :, None].astype(np.float32)
+        resampled = TNT(**SMALL).resampled_positions({"sentence_pos": positions}, old, new)
+        return np.asarray(resampled["sentence_pos",])[0, 1:, 0].reshape(new)
+
+    np.testing.assert_allclose(resample(np.full(16, 2.5), (4, 4), (6, 9)), 2.5, rtol=1e-6)
     # a gradient along the rows stays one along the rows, away from the edges
-    ramp = np.repeat(np.arange(8.0), 8)[None, :, None] + np.zeros((1, 1, 2))
-    ramp = np.concatenate([np.zeros((1, 1, 2)), ramp], axis=1).astype(np.float32)
-    out = resample_positions(ramp, (8, 8), (16, 8))[0, 1:, 0].reshape(16, 8)
+    found = resample(np.repeat(np.arange(8.0), 8), (8, 8), (16, 8))
     expected = (np.arange(16) + 0.5) / 2 - 0.5
-    np.testing.assert_allclose(out[4:12], np.repeat(expected[4:12], 8).reshape(8, 8), atol=1e-5)
+    np.testing.assert_allclose(found[4:12], np.repeat(expected[4:12, None], 8, 1), atol=1e-5)
 
 
 def test_grids_that_are_not_square(tmp_path):
     params = random_params("official", sentences=6)
     save_weights(tmp_path / "x.safetensors", params, {})
-    heads = dict(inner_heads=2, outer_heads=3)
-    model, variables = tnt_flax.load(tmp_path / "x.safetensors", image_size=(32, 48), **heads)
+    path = tmp_path / "x.safetensors"
+    model, variables = tnt_flax.load(path, image_size=(32, 48), **HEADS)
     assert fingerprint(variables["params"]) == fingerprint(params)
     assert model.apply(variables, images(32, 48)).shape == (2, 5)
     with pytest.raises(InputError, match="has 6 sentences, not a square number"):
-        tnt_flax.load(tmp_path / "x.safetensors", image_size=64, **heads)
+        tnt_flax.load(path, image_size=64, **HEADS)
 
 
 def test_other_channels(path, params):

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import pathlib
+import random
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from tests.goldens.scripts import weights as goldens
+from tests.helpers.fuzzing import mutated
 from tnt_flax.core.errors import InputError
 from tnt_flax.weights.formats import mindspore
 
@@ -27,7 +29,7 @@ def entry(tag=b"w", dims=(2,), kind=b"Float32", content=bytes(8)):
 
 @pytest.fixture
 def read(tmp_path):
-    """Reads the given bytes as a file; what comes back is not tied to it."""
+    """Reads the given bytes as a file."""
 
     def read(content):
         (tmp_path / "x.ckpt").write_bytes(content)
@@ -110,12 +112,9 @@ BIG = b"\x08" + b"\x80" * 8 + b"\x40"  # 2**62
     [
         (b"", "it is empty"),
         (entry()[:-1], "its protobuf message is damaged or cut off"),
-        (entry()[:1], "damaged or cut off"),
         (b"\x0a" + b"\xff" * 11, "damaged or cut off"),
         (b"\x08\x01", "unknown fields"),
-        (b"\x12\x00", "unknown fields"),
         (field(10, b""), "a value in it has no tensor"),
-        (field(10, field(10, b"w") * 2), "a value in it has no tensor"),
         (field(10, field(10, b"w") + field(18, b"")), "missing, repeated or unknown fields"),
         (
             field(10, field(10, b"w") + field(26, b"")),
@@ -124,17 +123,12 @@ BIG = b"\x08" + b"\x80" * 8 + b"\x40"  # 2**62
         (field(10, field(10, b"w") * 2 + entry()[5:]), "missing, repeated or unknown fields"),
         (entry() + field(24, 1), "missing, repeated or unknown fields"),
         (entry(tag=b"\xff"), "a text in it is not utf-8"),
-        (entry(kind=b"\xff"), "a text in it is not utf-8"),
         (entry(kind=b"Int4"), "'w' is of type 'Int4'; known are Int8, "),
         (entry(content=bytes(7)), r"'w' has 7 bytes, not those of Float32\[2\]"),
-        (
-            entry(dims=(MINUS_ONE,)),
-            r"'w' has 8 bytes, not those of Float32\[-1\]",
-        ),
+        (entry(dims=(MINUS_ONE,)), r"'w' has 8 bytes, not those of Float32\[-1\]"),
         (entry(dims=(BIG, 8)), r"'w' has 8 bytes, not those of Float32\[4611686018427387904, 8\]"),
         (entry(dims=(1,) * 33, content=bytes(4)), "'w' has 4 bytes, not those of"),
         (entry(dims=(0, BIG, BIG), content=b""), "'w' has impossible dims"),
-        (entry(dims=(1,) * 40), "'w' has 8 bytes, not those of"),
         (entry() + entry(), r"'w' has 16 bytes, not those of Float32\[2\]"),
         (entry() + entry(b"v") + entry(), "'w' occurs twice"),
         (entry() + entry(dims=(3,), content=b""), "slices of 'w' differ in shape or type"),
@@ -170,24 +164,11 @@ def test_files_are_recognized_by_their_first_bytes():
         assert not mindspore.looks_like(head)
 
 
-def damaged(original, random):
-    content = bytearray(original)
-    for _ in range(random.randint(1, 4)):
-        content[random.randint(len(content))] = random.choice([0, 1, 10, 127, 128, 255])
-    if random.rand() < 0.3:  # a piece is cut out, or overwritten with another, of other length
-        start, length = random.randint(len(content), size=2)
-        piece = content[length : length + random.randint(30)] if random.rand() < 0.5 else b""
-        content[start : start + random.randint(1, 40)] = piece
-    return content[: random.randint(len(content))] if random.rand() < 0.1 else content
-
-
 def test_damaged_files_are_read_or_refused(tmp_path):
-    original = TYPES.read_bytes()
-    random = np.random.RandomState(0)
-    refused = 0
+    original, rng, refused = TYPES.read_bytes(), random.Random(0), 0
     with open(tmp_path / "x.ckpt", "w+b") as f:  # kept open: that is quicker than a new file
         for _ in range(3000):
-            content = damaged(original, random)
+            content = mutated(original, rng, bytes([0, 1, 8, 10, 18, 26, 127, 128, 255]))
             f.seek(0)
             f.write(content)
             f.truncate()

@@ -7,11 +7,11 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import tnt_flax
+from tests.helpers.foreign_weights import flags
 from tests.models.test_oracle_models import (
     NAMES,
     as_users_run_it,  # noqa: F401  a fixture, as are timm and torch
@@ -70,7 +70,7 @@ def test_timm_loads_what_we_write(suffix, legacy, torch, timm, tmp_path):
     fill(torch, network)
     source, path = save(network, tmp_path), tmp_path / f"x{suffix}"
     command = [sys.executable, "-m", "tnt_flax", "convert", source, path, "--to=timm"]
-    command += [f"--{key.replace('_', '-')}={value}" for key, value in HEADS.items()]
+    command += flags(HEADS)
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert json.loads(out.splitlines()[-1])["same_function"]
     if suffix == ".safetensors":
@@ -126,33 +126,9 @@ def test_the_command_compares(legacy, torch, timm, tmp_path):
     network = small(timm, legacy=legacy)
     fill(torch, network)
     command = [sys.executable, "-m", "tnt_flax", "convert", "--check", save(network, tmp_path)]
-    command += [
-        "--against=timm",
-        *(f"--{key.replace('_', '-')}={value}" for key, value in HEADS.items()),
-    ]
+    command += ["--against=timm", *flags(HEADS)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert 0 < json.loads(out.splitlines()[-1])["against_timm"] < 5e-5
-
-
-def test_mmpretrains_attention_is_torchs_own(torch):
-    """in_proj_weight as torch.nn.MultiheadAttention packs it, which mmpretrain is made of."""
-    from tests.helpers.foreign_weights import random_params
-
-    params = random_params("legacy", outer_dim=24, depth=1)
-    attention = {k: v for k, v in names.export("mmpretrain", params)}
-    prefix = "backbone.layers.0.outer_block.attn.attn."
-    theirs = torch.nn.MultiheadAttention(24, 3, bias=False, batch_first=True)
-    theirs.out_proj.bias = torch.nn.Parameter(torch.zeros(24))
-    state = {n.removeprefix(prefix): x for n, x in attention.items() if n.startswith(prefix)}
-    theirs.load_state_dict({n: torch.from_numpy(x) for n, x in state.items()}, strict=True)
-    x = np.random.RandomState(0).standard_normal((2, 5, 24)).astype(np.float32)
-    with torch.no_grad():
-        expected = theirs(*[torch.from_numpy(x)] * 3)[0].numpy()
-    from tnt_flax.models.layers import Attention
-
-    block = jax.tree.map(lambda x: x[0], params["blocks_0"]["outer"]["attention"])
-    ours = Attention(3).apply({"params": block}, jnp.asarray(x), train=False)
-    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_how_long_loading_takes(torch, timm, tmp_path, record_property):

@@ -96,9 +96,6 @@ def load_source(folder: pathlib.Path, module: str) -> types.ModuleType:
     return importlib.import_module(module)
 
 
-# torch: huawei, timm, mmpretrain
-
-
 def randomize_torch(model) -> None:
     import torch
 
@@ -171,9 +168,6 @@ def mmpretrain() -> None:
     meta = dict(epoch=0, iter=0, mmengine_version=mmengine.__version__)
     save_checkpoint(dict(meta=meta, state_dict=model.state_dict()), str(GOLDEN / "mmpretrain.pth"))
     record_torch("mmpretrain", model, {"tnt-small-p16": build(1000, 384, arch="s")})
-
-
-# MindSpore
 
 
 def record_mindspore(framework: str, net, networks: dict) -> None:
