@@ -52,24 +52,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.check == (args.destination is not None):
         raise InputError("give a destination, or --check and none")
     if not args.check:
-        system = args.to or write.default_framework(args.destination)
-        write.check_destination(args.destination, system)
+        framework = write.check_destination(args.destination, args.to)
     try:
         found = read_weights(args)
     except InputError as error:
         raise InputError("\n  ".join([str(error), *error.details])) from None
     result = print_facts(found, list_names=args.names)
     if not args.check:
-        target = write.to_framework(found, system)
-        write.write(args.destination, system, target, found)
+        target = write.to_framework(found, framework)
+        write.write(args.destination, framework, target, found)
         size = args.destination.stat().st_size
-        print_row("written", f"{args.destination} for {system}, {size / 1e6:.1f} MB")
+        print_row("written", f"{args.destination} for {framework}, {size / 1e6:.1f} MB")
         for note in target.notes:
             print_row("note", note)
         result |= {
             "destination": str(args.destination),
-            "to": system,
-            "same_function": target.same_function,
+            "to": framework,
+            "same_function": not target.notes,
         }
     if args.against:
         result["against_timm"] = compare_with_timm(found)

@@ -11,21 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.models import (
-    MODELS,
-    NETWORKS,
-    TNT,
-    VARIANTS,
-    Network,
-    PyramidTNT,
-    class_of,
-    create_model,
-)
+from tnt_flax.models import MODELS, NETWORKS, TNT, Network, PyramidTNT, class_of, create_model
 from tnt_flax.weights.names import place_of
 
 # The variants that each framework's code can compute.
 VARIANTS_OF = {
-    "tnt_flax": tuple(VARIANTS),
+    "tnt_flax": tuple(TNT.variants),
     "huawei": ("official",),
     "timm": ("official", "legacy"),
     "mmpretrain": ("legacy",),
@@ -39,11 +30,10 @@ FREE_FIELDS = {"dtype", "remat", "inner_impl", "outer_impl", "dropout", "attenti
 FREE_FIELDS |= {"drop_path", "parent", "name"}
 # Preprocessing of each variant's published weights, from the evaluation code of its framework: mean
 # and standard deviation per channel of images in [0, 1], and the size of the central crop relative
-# to the resized image.
+# to the resized image. All others are as "official".
 _HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 PREPROCESSING = {
     "official": _HALF | dict(crop_fraction=0.9),
-    "legacy": _HALF | dict(crop_fraction=0.9),
     "mindspore": dict(
         mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_fraction=224 / 256
     ),

@@ -24,6 +24,7 @@ NAMINGS = tuple(name_tables.BLOCK_PREFIXES)
 OURS = "tnt_flax"
 STACKED = re.compile(r"((?:stages_\d+/)?)blocks_(\d{1,4})/(.*)")  # of our parameter tree
 NUMBER = re.compile(r"\{\}|[0-9]+")  # in a row of the tables, or in a name
+NORM_OF_WORDS = re.compile(".*/inner/norm[12]/[a-z]+")
 BLOCK = re.compile("0|[1-9][0-9]{0,3}")  # number of a block
 
 
@@ -80,6 +81,8 @@ def _index(naming: str, *, theirs: bool) -> dict[str, list[tuple[str, Place]]]:
 
 def _find(naming: str, name: str, *, theirs: bool) -> Iterator[tuple[str, Place]]:
     """Yields our name and the place of each row that has `name` as our or their name."""
+    if "#" in name:
+        return
     numbers = NUMBER.findall(name)
     for ours, place in _index(naming, theirs=theirs).get(NUMBER.sub("#", name), ()):
         expected = NUMBER.findall(place.name if theirs else ours)
@@ -102,10 +105,9 @@ def our_names(naming: str, theirs: str) -> list[tuple[str, Place]]:
 
 def ignored_reason(naming: str, theirs: str) -> str | None:
     """Returns why a tensor is not a weight; None for weights."""
-    for pattern, (why, _) in name_tables.EXTRA.get(naming, {}).items():
-        if re.fullmatch(re.escape(pattern).replace(r"\{\}", r"\d+"), theirs):
-            return why
-    return None
+    extra = name_tables.EXTRA.get(naming, {})
+    reasons = {NUMBER.sub("#", name): why for name, (why, _) in extra.items()}
+    return reasons.get(NUMBER.sub("#", theirs))
 
 
 def detect_naming(path: Any, names: Iterable[str]) -> str:
@@ -129,9 +131,6 @@ def detect_naming(path: Any, names: Iterable[str]) -> str:
     return best
 
 
-# ------------------------------------------------------------------------------------- layouts
-
-
 def to_ours(naming: str, ours: str, place: Place, x: np.ndarray) -> np.ndarray:
     """Returns our tensor, part of their tensor `x`, as a view where possible.
 
@@ -147,20 +146,20 @@ def to_ours(naming: str, ours: str, place: Place, x: np.ndarray) -> np.ndarray:
 
 
 def _to_our_layout(naming: str, ours: str, x: np.ndarray) -> np.ndarray:
-    *layers, leaf = ours.split("/")
+    leaf = ours.rpartition("/")[2]
     if leaf == "kernel":  # (out, in, height, width) and (out, in)
-        return x.transpose((2, 3, 1, 0) if layers[-1] == "conv" else (1, 0))
+        return x.transpose((2, 3, 1, 0) if ours.endswith("conv/kernel") else (1, 0))
     if leaf == "word_pos" and naming in name_tables.WORD_POS:
         x = x.transpose((0, 2, 1) if name_tables.WORD_POS[naming] == "1CM" else (0, 2, 3, 1))
         return x.reshape(x.shape[0], -1, x.shape[-1])
-    if _is_norm_of_words(naming, layers):
+    if naming == "huawei_pyramid" and NORM_OF_WORDS.fullmatch(ours):
         return x.reshape(name_tables.PYRAMID_WORDS, -1)
     return x.astype(np.int32) if leaf == "count" else x
 
 
 def to_theirs(naming: str, ours: str, x: np.ndarray) -> np.ndarray:
     """The inverse of `to_ours`, without joining parts."""
-    *layers, leaf = ours.split("/")
+    leaf = ours.rpartition("/")[2]
     if naming == OURS:
         return x
     if leaf == "kernel":
@@ -169,17 +168,9 @@ def to_theirs(naming: str, ours: str, x: np.ndarray) -> np.ndarray:
         x = x.swapaxes(1, 2)
         side = math.isqrt(x.shape[2])
         return x if name_tables.WORD_POS[naming] == "1CM" else x.reshape(*x.shape[:2], side, side)
-    if _is_norm_of_words(naming, layers):
+    if naming == "huawei_pyramid" and NORM_OF_WORDS.fullmatch(ours):
         return x.reshape(-1)
     return x.astype(np.int64) if leaf == "count" else x
-
-
-def _is_norm_of_words(naming: str, layers: list[str]) -> bool:
-    pyramid = naming == "huawei_pyramid"
-    return pyramid and layers[-2:] in (["inner", "norm1"], ["inner", "norm2"])
-
-
-# ----------------------------------------------------------------------------- a whole network
 
 
 def join_collections(variables: Mapping[str, Any]) -> dict[str, Any]:

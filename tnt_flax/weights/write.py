@@ -31,7 +31,6 @@ SUFFIXES = {
 STRUCTURE = ("conv_first", "norm_each_word", "proj_norm", "stem_norm", "zero_sentences")
 NUMERICS = ("norm_eps", "gelu")
 HUB_WEIGHTS = "model.safetensors"
-# ---------------------------------------------------------------------------------- our own files
 
 
 def save_weights(path: pathlib.Path, params: Any, info: dict[str, Any]) -> None:
@@ -59,9 +58,6 @@ def header_info(loaded: LoadedWeights) -> dict[str, Any]:
     return json.loads(json.dumps(info))  # tuples become lists
 
 
-# ------------------------------------------------------------------------------ other frameworks
-
-
 @dataclasses.dataclass(frozen=True)
 class ForeignWeights:
     """Weights as the network of another framework has them."""
@@ -69,23 +65,18 @@ class ForeignWeights:
     naming: str
     model: Network
     params: Any  # with BatchNorm statistics, see `names.join_collections`
-    notes: list[str]  # differences of the results
-
-    @property
-    def same_function(self) -> bool:
-        return not self.notes
+    notes: list[str]  # differences of the results; empty if both are the same function
 
 
-def default_framework(path: pathlib.Path) -> str:
-    """Returns the framework of a file extension; raises InputError where several use it."""
-    frameworks = {".ckpt": "mindspore", ".safetensors": "flax"}
-    if path.suffix not in frameworks:
+def check_destination(path: pathlib.Path, framework: str | None) -> str:
+    """Returns `framework`, by default that of the file extension.
+
+    Raises:
+        InputError: several frameworks use the extension, or `path` cannot be written for one.
+    """
+    framework = framework or {".ckpt": "mindspore", ".safetensors": "flax"}.get(path.suffix)
+    if framework is None:
         raise InputError(f"{path}: set the target framework: --to={'|'.join(SUFFIXES)}")
-    return frameworks[path.suffix]
-
-
-def check_destination(path: pathlib.Path, framework: str) -> None:
-    """Raises InputError unless `path` can be written as a file of `framework`."""
     if path.suffix not in SUFFIXES[framework]:
         suffixes = " or ".join(SUFFIXES[framework])
         raise InputError(f"{path}: a file for {framework} ends in {suffixes}")
@@ -93,6 +84,7 @@ def check_destination(path: pathlib.Path, framework: str) -> None:
         raise InputError(f"{path} exists already: remove it, or choose another name")
     if not path.parent.is_dir():
         raise InputError(f"there is no folder {path.parent}")
+    return framework
 
 
 def to_framework(loaded: LoadedWeights, framework: str) -> ForeignWeights:
@@ -127,21 +119,17 @@ def to_framework(loaded: LoadedWeights, framework: str) -> ForeignWeights:
             f"not have: it has the {' and the '.join(held)}"
         )
     naming, target = fitting[0]
-    _check_arguments(loaded.path, framework, model)
+    if getattr(model, "vanilla_blocks", ()) and framework != "huawei":
+        raise InputError(f"{loaded.path}: {framework} cannot build blocks without words")
+    if model.mlp_ratio != 4 and framework == "timm":
+        ratio = f"mlp_ratio={model.mlp_ratio}"
+        raise InputError(f"{loaded.path}: timm cannot build {ratio} for the words")
     notes = [
         f"{framework} computes with {field}={getattr(target, field)}, this network with "
         f"{getattr(model, field)}: its results will differ slightly"
         for field in different(target, NUMERICS)
     ]
     return ForeignWeights(naming, target, _with_biases_of(loaded, naming, target), notes)
-
-
-def _check_arguments(path: str, framework: str, model: Network) -> None:
-    """Raises InputError for fields without an equivalent in the framework's own code."""
-    if getattr(model, "vanilla_blocks", ()) and framework != "huawei":
-        raise InputError(f"{path}: {framework} cannot build blocks without words")
-    if model.mlp_ratio != 4 and framework == "timm":
-        raise InputError(f"{path}: timm cannot build mlp_ratio={model.mlp_ratio} for the words")
 
 
 def _with_biases_of(loaded: LoadedWeights, naming: str, target: Network) -> Any:
@@ -201,9 +189,6 @@ def _write_tensors(
         write_atomic(path, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     else:
         torch.write(path, tensors)
-
-
-# -------------------------------------------------------------------------- folders for timm's hub
 
 
 def facts(loaded: LoadedWeights) -> dict[str, Any]:

@@ -107,8 +107,6 @@ def _invalid(fault: str, advice: str = "fetch or copy it again") -> InvalidFile:
 
 
 def _read(data: bytes) -> dict[str, np.ndarray]:
-    if not data:
-        raise _invalid("it is empty")
     if data[:4] in ENCRYPTED:
         raise _invalid("it is encrypted", "load it in MindSpore with its key, save it without one")
     if len(data) > LARGEST:
@@ -120,7 +118,7 @@ def _read(data: bytes) -> dict[str, np.ndarray]:
         data = data[:end]
     tensors = {}
     for tag, values in itertools.groupby(_parsed(data).value, key=lambda value: value.tag):
-        name = _text(tag)
+        name = tag.decode(errors="backslashreplace")
         if name in tensors:
             raise _invalid(f"{name!r} occurs twice")
         tensors[name] = _array(name, list(values))
@@ -136,19 +134,18 @@ def _parsed(data: bytes) -> Any:
     if not all(value.HasField("tensor") for value in checkpoint.value):
         raise _invalid("a value in it has no tensor", "save it without hash tables (MapParameter)")
     checkpoint.DiscardUnknownFields()
-    fault = "it has missing, repeated or unknown fields"
-    if not checkpoint.IsInitialized():
-        raise _invalid(fault)
-    sizes = [value.ByteSize() for value in checkpoint.value]
+    complete = checkpoint.IsInitialized()
+    sizes = [value.ByteSize() for value in checkpoint.value] if complete else []
     if len(data) != sum(1 + max(1, math.ceil(size.bit_length() / 7)) + size for size in sizes):
-        raise _invalid(fault)
+        raise _invalid("it has missing, repeated or unknown fields")
     return checkpoint
 
 
 def _array(name: str, values: list[Any]) -> np.ndarray | None:
     """Returns the tensor that is stored in `values`, its slices; None for a string."""
-    dims, kind = tuple(values[0].tensor.dims), _text(values[0].tensor.type)
-    if any((tuple(v.tensor.dims), v.tensor.type) != (dims, kind.encode()) for v in values):
+    first = values[0].tensor
+    dims, kind = tuple(first.dims), first.type.decode(errors="backslashreplace")
+    if any((v.tensor.dims, v.tensor.type) != (first.dims, first.type) for v in values):
         raise _invalid(f"the slices of {name!r} differ in shape or type")
     content = b"".join(value.tensor.content for value in values)
     if kind == "str":
@@ -162,13 +159,6 @@ def _array(name: str, values: list[Any]) -> np.ndarray | None:
         return np.ndarray(dims, DTYPES[kind], content)
     except ValueError as error:  # negative, or without elements but beyond NumPy's range
         raise _invalid(f"{name!r} has impossible dims {list(dims)}") from error
-
-
-def _text(content: bytes) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise _invalid("a text in it is not utf-8") from error
 
 
 def _messages(tag: str, array: np.ndarray) -> Iterator[bytes]:

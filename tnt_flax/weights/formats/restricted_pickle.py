@@ -116,14 +116,9 @@ class RestrictedUnpickler(pickle._Unpickler):
         end: int,
         raw: Mapping[str, memoryview] | None = None,
     ):
-        self.source, self.raw = _Source(data, start, end), raw
+        self.source, self.raw = _Source(data, start, end), raw  # `source.position` is the end
         self.storages: dict[str, Storage] = {}  # all that the pickle refers to
         super().__init__(self.source)
-
-    @property
-    def position(self) -> int:
-        """The end of the pickle, after `load`."""
-        return self.source.position
 
     def find_class(self, module: str, name: str) -> Any:
         asked = f"{module[:200]}.{name[:200]}"
@@ -171,25 +166,12 @@ class RestrictedUnpickler(pickle._Unpickler):
         if type(self.stack[-1]) not in (dict, Stub):  # `_metadata` of a state_dict is not needed
             raise InvalidFile(f"asks to set attributes of {_kind(self.stack[-1])}: refused")
 
-    def load_append(self) -> None:
-        self._extend([self.stack.pop()])
-
-    def load_appends(self) -> None:
-        self._extend(self.pop_mark())
-
     def _extend(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is list:
             target.extend(items)
         elif type(target) is not Stub:
             raise InvalidFile(f"asks to append to {_kind(target)}: refused")
-
-    def load_setitem(self) -> None:
-        value = self.stack.pop()
-        self._set_items([self.stack.pop(), value])
-
-    def load_setitems(self) -> None:
-        self._set_items(self.pop_mark())
 
     def _set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
@@ -203,15 +185,9 @@ class RestrictedUnpickler(pickle._Unpickler):
                 raise InvalidFile(f"has a dict with {_kind(key)} as a key: refused")
             target[key] = value
 
-    def load_empty_set(self) -> None:
-        self.append(Stub("builtins.set"))
-
     def load_frozenset(self) -> None:
         self.pop_mark()
         self.append(Stub("builtins.frozenset"))
-
-    def load_frame(self) -> None:
-        self.read(8)  # frames only help to read ahead
 
     dispatch = _Opcodes({code: pickle._Unpickler.dispatch[code] for code in INHERITED})
     dispatch |= {
@@ -219,14 +195,14 @@ class RestrictedUnpickler(pickle._Unpickler):
         pickle.NEWOBJ[0]: load_reduce,
         pickle.NEWOBJ_EX[0]: load_newobj_ex,
         pickle.BUILD[0]: load_build,
-        pickle.APPEND[0]: load_append,
-        pickle.APPENDS[0]: load_appends,
-        pickle.SETITEM[0]: load_setitem,
-        pickle.SETITEMS[0]: load_setitems,
-        pickle.EMPTY_SET[0]: load_empty_set,
-        pickle.ADDITEMS[0]: load_appends,
+        pickle.APPEND[0]: lambda self: self._extend([self.stack.pop()]),
+        pickle.APPENDS[0]: lambda self: self._extend(self.pop_mark()),
+        pickle.SETITEM[0]: lambda self: self._set_items([self.stack.pop(-2), self.stack.pop()]),
+        pickle.SETITEMS[0]: lambda self: self._set_items(self.pop_mark()),
+        pickle.EMPTY_SET[0]: lambda self: self.append(Stub("builtins.set")),
+        pickle.ADDITEMS[0]: lambda self: self._extend(self.pop_mark()),
         pickle.FROZENSET[0]: load_frozenset,
-        pickle.FRAME[0]: load_frame,
+        pickle.FRAME[0]: lambda self: self.read(8),  # frames only help to read ahead
     }
 
 

@@ -52,8 +52,6 @@ def read(path: pathlib.Path) -> Any:
     try:
         with open(path, "rb") as f:
             data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError as error:
-        raise InputError(f"there is no weights file {path}") from error
     except (OSError, ValueError) as error:  # a ValueError: the file is empty
         raise InputError(f"{path} cannot be read: {error}") from error
     try:
@@ -125,7 +123,7 @@ def _read_stream(data: mmap.mmap) -> Any:
         unpickler = RestrictedUnpickler(data, ends[-1], len(data))
         values.append(unpickler.load())
         storages |= unpickler.storages
-        ends.append(unpickler.position)
+        ends.append(unpickler.source.position)
     version, system, _, keys = values
     if version != STREAM_VERSION:
         raise InvalidFile("is of an unknown version: save it with a newer torch")
@@ -167,12 +165,8 @@ def write(path: pathlib.Path, content: Any) -> None:
         _add(archive, "data.pkl", program)
         _add(archive, "byteorder", b"little")
         for key, array in enumerate(arrays):
-            _add(archive, f"data/{key}", _raw(array))
+            _add(archive, f"data/{key}", memoryview(np.asarray(array).reshape(-1).view(np.uint8)))
         _add(archive, "version", b"3\n")
-
-
-def _raw(array: Any) -> memoryview:
-    return memoryview(np.asarray(array).reshape(-1).view(np.uint8))
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
