@@ -156,7 +156,7 @@ def changed(tmp_path):
         (dict(head__bias=np.zeros(5, np.int64)), r"! head.bias int64\[5\], not float32\[5\]"),
         (
             {"blocks.1.outer_attn.qk.weight": np.zeros((23, 12), np.float32)},
-            r"qk.weight \[23, 12\] has the wrong rank or cannot be split into 2 parts",
+            r"qk.weight \[23, 12\] has the wrong shape or cannot be split into 2 parts",
         ),
         (
             {"blocks.0.inner_attn.qk.bias": np.zeros(8, np.float32)},

@@ -53,8 +53,7 @@ UNSTORED_FIELDS = ("outer_heads", "inner_heads", "patch_size")
 
 def unstored_fields(model: Network) -> dict[str, Any]:
     """Returns the architecture fields that cannot be inferred from foreign checkpoints."""
-    known = function_fields(model)
-    return {k: known[k] for k in UNSTORED_FIELDS if k in known}
+    return {k: x for k, x in function_fields(model).items() if k in UNSTORED_FIELDS}
 
 
 @dataclasses.dataclass(frozen=True)

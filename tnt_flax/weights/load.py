@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`tnt_flax.load`: weights of any framework as a model and variables, adapted on request."""
 
-import functools
 import math
 import pathlib
 from collections.abc import Callable
@@ -9,13 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Sharding
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.models import Network
 from tnt_flax.models.network import Grid
 from tnt_flax.weights.read import LoadedWeights, read_checkpoint
-
-Sharding = jax.sharding.Sharding
 
 
 def load(
@@ -80,13 +79,13 @@ def adapt(
         new_head: replace the head even if the number of classes stays.
         put: called with the name and array of every parameter that changes.
     """
-    model, network, params = found.network.model, found.network, found.params
+    model, network, flat = found.network.model, found.network, flatten_dict(found.params)
     changes: dict[tuple[str, ...], np.ndarray] = {}
     if num_classes is not None and (new_head or num_classes != model.num_classes):
         if num_classes < 0:
             raise InputError(f"num_classes={num_classes} is negative")
         model = model.clone(num_classes=num_classes)
-        params.pop("head", None)
+        flat = {path: x for path, x in flat.items() if path[0] != "head"}
         changes |= {("head", leaf): x for leaf, x in _new_head(model).items()}
         found.notes.append(f"a new head for {num_classes} classes" if num_classes else "no head")
     if image_size is not None:
@@ -97,20 +96,16 @@ def adapt(
                 f"cannot resample their positions for {new[0]}x{new[1]}"
             )
         if network.grid not in (None, new):
-            resampled = model.resampled_positions(params, network.grid, new)
+            resampled = model.resampled_positions(found.params, network.grid, new)
             changes |= {path: np.asarray(x) for path, x in resampled.items()}
             sizes = "{}x{} to {}x{}".format(*network.grid, *new)
             found.notes.append(f"resampled the positions from {sizes}")
     if in_channels is not None and in_channels != network.channels:
-        path = model.stem_kernel
-        kernel = np.asarray(functools.reduce(lambda tree, name: tree[name], path, params))
-        changes[path] = adapt_channels(kernel, in_channels)
+        kernel = np.asarray(flat[model.stem_kernel])
+        changes[model.stem_kernel] = adapt_channels(kernel, in_channels)
         found.notes.append(f"adapted the stem to {in_channels} channels")
-    for (*groups, leaf), x in changes.items():
-        node = params
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[leaf] = put("/".join([*groups, leaf]), x)
+    flat |= {path: put("/".join(path), x) for path, x in changes.items()}
+    found.variables["params"] = unflatten_dict(flat)
     return model
 
 

@@ -135,14 +135,14 @@ def to_ours(naming: str, ours: str, place: Place, x: np.ndarray) -> np.ndarray:
     """Returns our tensor, part of their tensor `x`, as a view where possible.
 
     Raises:
-        InputError: `x` has another rank, or its rows cannot be divided into the parts.
+        InputError: `x` has another rank or size, or its rows cannot be divided into the parts.
     """
     try:
         part = np.split(x, place.parts)[place.part] if place.parts > 1 else x
         return part if naming == OURS else _to_our_layout(naming, ours, part)
     except (ValueError, IndexError) as error:
         rows = f" or cannot be split into {place.parts} parts" if place.parts > 1 else ""
-        raise InputError(f"{place.name} {list(x.shape)} has the wrong rank{rows}") from error
+        raise InputError(f"{place.name} {list(x.shape)} has the wrong shape{rows}") from error
 
 
 def _to_our_layout(naming: str, ours: str, x: np.ndarray) -> np.ndarray:
@@ -192,12 +192,10 @@ def unstacked(params: Any) -> dict[str, np.ndarray]:
     """Returns the leaves of a parameter tree by per-block name, as views."""
     tensors = {}
     for name, leaf in named_leaves(params).items():
-        match = STACKED.fullmatch(name)
-        if not match:
+        if match := STACKED.fullmatch(name):
+            tensors |= {unstacked_name(match, i): leaf[i] for i in range(leaf.shape[0])}
+        else:
             tensors[name] = leaf
-            continue
-        for i in range(leaf.shape[0]):
-            tensors[unstacked_name(match, i)] = leaf[i]
     return tensors
 
 
@@ -238,7 +236,7 @@ def export(naming: str, params: Any) -> Iterator[tuple[str, np.ndarray]]:
 
 def exported_shapes(naming: str, params: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the names, shapes and dtypes of `export`, without the zeros."""
-    tensors = unstacked(shapes_only_tree(params))
+    tensors = unstacked(jax.tree.map(shapes_only, params))
     shapes = {}
     for name, parts in _joined(naming, tensors).items():
         pieces = [to_theirs(naming, ours, tensors[ours]) for ours in parts]
@@ -275,10 +273,6 @@ def _joined(naming: str, tensors: Iterable[str]) -> dict[str, list[str]]:
     return joined
 
 
-def shapes_only_tree(tree: Any) -> Any:
-    return jax.tree.map(lambda x: shapes_only(x.shape, x.dtype), tree)
-
-
-def shapes_only(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+def shapes_only(x: Any) -> np.ndarray:
     """Returns an array without memory of its own, to compute the shape of a layout."""
-    return np.broadcast_to(np.zeros((), dtype), shape)
+    return np.broadcast_to(np.zeros((), x.dtype), x.shape)

@@ -66,8 +66,8 @@ class LoadedWeights:
     def log_notes(self, summary: str) -> None:
         """Logs `summary` and the notes in one line, as a warning if one of the notes is."""
         warns = any(note.startswith("warning") for note in self.notes)
-        level = logging.WARNING if warns else logging.INFO
-        logger.log(level, "%s", "; ".join([f"loaded {summary}", *self.notes]))
+        log = logger.warning if warns else logger.info
+        log("%s", "; ".join([f"loaded {summary}", *self.notes]))
 
     def summary(self) -> str:
         """Returns one line that describes the weights."""
@@ -140,7 +140,7 @@ def _read_content(
     found = {theirs: names.our_names(naming, theirs) for theirs in tensors}
     places = {ours: place for pairs in found.values() for ours, place in pairs}
     shapes = {
-        ours: names.to_ours(naming, ours, place, names.shapes_only(tensors[place.name].shape)).shape
+        ours: names.to_ours(naming, ours, place, names.shapes_only(tensors[place.name])).shape
         for ours, place in places.items()
     }
     with _sizes_of(source):
@@ -244,7 +244,9 @@ def _read_run(
         step_folder = run_checkpoints.find_checkpoint(folder, checkpoint)
     info = run_checkpoints.read_info(step_folder)
     stored = run_checkpoints.read_param_shapes(step_folder)
-    shapes = {n: x.shape for n, x in names.unstacked(names.shapes_only_tree(stored)).items()}
+    shapes = {
+        n: x.shape for n, x in names.unstacked(jax.tree.map(names.shapes_only, stored)).items()
+    }
     with _sizes_of(step_folder):
         network = identify.from_config(step_folder, info["config"], shapes, name, overrides)
         abstract = network.abstract_variables()

@@ -28,7 +28,6 @@ from tnt_flax.weights.formats.restricted_pickle import (
 
 ZIP = b"PK\x03\x04"
 STREAM = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # the pickled magic number
-STREAM_VERSION = 1001
 LOCAL_HEADER = 30  # bytes, without the name and the extra field
 ALIGNMENT = 64
 
@@ -79,11 +78,9 @@ def _read_zip(data: mmap.mmap) -> Any:
     if data[start : min(end, start + 9)] not in (b"", b"little"):
         raise InvalidFile("is big-endian: save it again on a little-endian machine")
     start, end = ranges[root + "data.pkl"]
-    storages = root + "data/"
     raw = {
-        name.removeprefix(storages): memoryview(data)[first:last]
+        name.removeprefix(f"{root}data/"): memoryview(data)[first:last]
         for name, (first, last) in ranges.items()
-        if name.startswith(storages)
     }
     return RestrictedUnpickler(data, start, end, raw).load()
 
@@ -125,7 +122,7 @@ def _read_stream(data: mmap.mmap) -> Any:
         storages |= unpickler.storages
         ends.append(unpickler.source.position)
     version, system, _, keys = values
-    if version != STREAM_VERSION:
+    if version != 1001:
         raise InvalidFile("is of an unknown version: save it with a newer torch")
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise InvalidFile("is big-endian: save it again on a little-endian machine")
