@@ -81,6 +81,7 @@ def _read_zip(data: mmap.mmap) -> Any:
     raw = {
         name.removeprefix(f"{root}data/"): memoryview(data)[first:last]
         for name, (first, last) in ranges.items()
+        if name.startswith(f"{root}data/")
     }
     return RestrictedUnpickler(data, start, end, raw).load()
 
