@@ -86,3 +86,14 @@ def test_core_dependencies_suffice_to_load_convert_and_predict(root, tmp_path):
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "error: tnt-flax train needs clu, grain, matplotlib, ml_collections" in done.stderr
+
+
+def test_lowest_versions_are_the_lower_bounds(root):
+    lines = (root / "constraints/lowest.txt").read_text().splitlines()
+    pinned = [line for line in lines if not line.startswith("#")]
+    bounds = [
+        line.replace(">=", "==")
+        for line in (root / "requirements.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
+    assert pinned == bounds

@@ -18,7 +18,7 @@ from tnt_flax.data.labels import display_names
 from tnt_flax.data.sources.names import read_class_list
 from tnt_flax.data.transforms import CorruptImageError, eval_transform
 from tnt_flax.runtime import sharding
-from tnt_flax.training import step
+from tnt_flax.training.mixup import normalize
 from tnt_flax.weights.read import LoadedWeights, read_checkpoint
 
 Input = str | os.PathLike | bytes | Image.Image | np.ndarray
@@ -100,11 +100,15 @@ class Classifier:
         self._mesh = sharding.make_mesh(jax.local_devices())
         everywhere = sharding.replicated(self._mesh)
         self.variables = jax.device_put(found.variables, everywhere)
-        predict_step = step.make_predict_step(self.model, mean=self.mean, std=self.std)
         rows = sharding.batch_sharding(self._mesh)
         self._predict_step = jax.jit(
-            sharding.on_mesh(predict_step, self._mesh), in_shardings=(everywhere, rows)
+            sharding.on_mesh(self._probabilities, self._mesh), in_shardings=(everywhere, rows)
         )
+
+    def _probabilities(self, variables: dict[str, Any], images: jax.Array) -> jax.Array:
+        """Evaluates uint8 images [B, S, S, 3]; returns probabilities [B, classes]."""
+        logits = self.model.apply(variables, normalize(images, self.mean, self.std))
+        return jax.nn.softmax(logits)
 
     def predict(
         self, images: Input | Iterable[Input], top: int = 5, batch_size: int = 64

@@ -15,7 +15,6 @@ import numpy as np
 from tnt_flax.core.errors import InputError, listed, one_line
 from tnt_flax.core.trees import check_tensors_match
 from tnt_flax.models import MODELS, create_model
-from tnt_flax.runtime import checkpoints as run_checkpoints
 from tnt_flax.weights import hub, identify, name_tables, names
 from tnt_flax.weights.formats import Content, open_file
 
@@ -238,6 +237,8 @@ def _read_run(
     overrides: Mapping[str, Any],
 ) -> LoadedWeights:
     """Reads a workdir, its folder of checkpoints, or one step."""
+    from tnt_flax.runtime import checkpoints as run_checkpoints  # slow: imports Orbax
+
     step_folder = path
     if not path.name.isdecimal() or not (path / "info").exists():
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path

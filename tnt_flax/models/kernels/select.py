@@ -20,20 +20,33 @@ from typing import Any
 from jaxtyping import Array
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.models.kernels import cpu, inner_pallas, lanes, outer_pallas
+from tnt_flax.models.kernels import cpu, lanes
 from tnt_flax.models.kernels.platform import platform
 
 INNER = ("auto", "reference", "cpu", "lanes", "pallas")
 OUTER = ("auto", "reference", "cpu", "pallas")
 REMAT = ("auto", "none", "inner", "block")  # what the backward pass computes again
 
+
+def attend_pallas(*args: Any, **kwargs: Any) -> Array:
+    from tnt_flax.models.kernels import outer_pallas  # slow to import, and only "pallas" needs it
+
+    return outer_pallas.attend(*args, **kwargs)
+
+
+def block_pallas(*args: Any, **kwargs: Any) -> Array:
+    from tnt_flax.models.kernels import inner_pallas  # likewise
+
+    return inner_pallas.block(*args, **kwargs)
+
+
 # Fields of `layers.TransformerBlock`.
 FUNCTIONS: dict[str, dict[str, Any]] = {
     "reference": {},
     "cpu": dict(attention_fn=cpu.attend, matmul_fn=cpu.matmul, mlp_fn=cpu.mlp),
-    "pallas": dict(attention_fn=outer_pallas.attend),
+    "pallas": dict(attention_fn=attend_pallas),
 }
-LANES_BLOCKS = {"lanes": lanes.block, "pallas": inner_pallas.block}  # words as [C, M, P]
+LANES_BLOCKS = {"lanes": lanes.block, "pallas": block_pallas}  # words as [C, M, P]
 
 
 def choose_inner(
@@ -45,6 +58,8 @@ def choose_inner(
         InputError: `impl` is "pallas", and the kernels cannot run here.
     """
     if impl == "pallas":
+        from tnt_flax.models.kernels import inner_pallas
+
         images, _, words, width = words_shape  # in an export the number of images is symbolic
         reason = inner_pallas.why_not(width, heads, words, int(width * mlp_ratio), images)
         if reason:
@@ -64,6 +79,8 @@ def choose_outer(impl: str, sentences_shape: tuple[Any, int, int], heads: int) -
     """
     batch, length, width = sentences_shape
     if impl == "pallas" and platform() == "tpu":  # elsewhere the kernel is interpreted, in tests
+        from tnt_flax.models.kernels import outer_pallas
+
         reason = outer_pallas.why_not(batch, length, width // heads)
         if reason:
             raise InputError(
