@@ -128,17 +128,13 @@ def _filesystem(url):
     """Yields fsspec's file system and the path on it; turns the errors of both into OSError."""
     import fsspec
 
-    scheme = url.partition("://")[0]
     try:
         try:
             filesystem, path = fsspec.core.url_to_fs(url)  # cached per process
-        except ImportError as error:
-            google = scheme in ("gs", "gcs")
+        except (ImportError, ValueError) as error:  # the scheme needs a package, or is unknown
+            google = url.startswith(("gs://", "gcs://"))
             advice = 'pip install "tnt_flax[gcs]"' if google else one_line(error)
-            raise InputError(f"{scheme}:// paths need another package: {advice}") from None
-        except ValueError:
-            problem = f"fsspec does not know {scheme}:// paths"
-            raise InputError(f"cannot read {url}: {problem}") from None
+            raise InputError(f"cannot read {url}: {advice}") from None
         yield filesystem, path
     except (OSError, InputError):
         raise
