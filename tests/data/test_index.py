@@ -5,7 +5,6 @@ import glob
 import os
 import pathlib
 import pickle
-import threading
 
 import fsspec
 import pytest
@@ -142,19 +141,6 @@ def test_a_changed_or_damaged_partial_index_is_discarded(files, partial, caplog)
     partial.write_bytes(whole.replace(b'done": 2', b'done": 1'))
     os.utime(files[0], ns=(2, 2))
     assert scanned(files) == [0, 1, 2] and f"{partial} is damaged" in caplog.text
-
-
-def test_parts_keep_their_order_if_a_later_one_is_faster(files):
-    last = threading.Event()
-
-    class Backwards(Lines):
-        def __call__(self, file, part, path):
-            if part.file == 2:
-                last.set()
-            assert last.wait(10)
-            yield from super().__call__(file, part, path)
-
-    assert_complete(build(files, Backwards()))
 
 
 # ------------------------------------------------------------------------------ folders and errors

@@ -325,12 +325,12 @@ def _classes(texts, class_list, where):
     else:
         names = tuple(sorted(texts, key=natural_key))
     by_number = numeric and not set(texts) <= set(names)
-    class_of = {str(i) if by_number else name: name for i, name in enumerate(names)}
-    key = (lambda text: str(int(text))) if by_number else str
-    for text in texts:
-        if key(text) not in class_of:
+    class_of = dict(enumerate(names)) if by_number else {name: name for name in names}
+    keys = list(map(int, texts)) if by_number else texts
+    for text, key in zip(texts, keys, strict=True):
+        if key not in class_of:
             raise InputError(
                 f"{where} has the label {text!r}, which is not in the class list {class_list} of "
                 f"{len(names)} classes"
             )
-    return names, [class_of[key(text)] for text in texts]
+    return names, [class_of[key] for key in keys]
