@@ -17,7 +17,7 @@ contender failed, 2 that the input was wrong.
 
 import sys
 
-from benchmarks import input, model, run, tpu
+from benchmarks import harness, input, model, run, tpu
 from tnt_flax.tools.command_line import Parser
 from tnt_flax.tools.command_line import run as run_command
 
@@ -31,7 +31,7 @@ COMMANDS = {  # name: (module, arguments, function, help)
         model.measure_inference,
         "latency of one image, throughput of batches",
     ),
-    "start": (run, run.add_start_arguments, run.measure_start, "from main.py to its first step"),
+    "start": (run, harness.add_run_arguments, run.measure_start, "from main.py to its first step"),
     "loop": (run, run.add_loop_arguments, run.measure_loop, "training loop relative to its step"),
     "compile": (tpu, tpu.add_arguments, tpu.measure_compile, "training step compiled for TPUs"),
 }

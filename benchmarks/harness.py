@@ -17,6 +17,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,12 @@ PHOTO_SIZES, PHOTO_QUALITY = ((500, 375), (500, 333), (375, 500)), 97
 
 
 # --------------------------------------------------------------------------------- arguments, facts
+
+
+def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Adds the arguments of every benchmark, `rounds` by default."""
+    parser.add_argument("--rounds", type=positive, default=rounds, help="timed rounds")
+    parser.add_argument("--cores", type=positive, default=1, help="cores to pin each process to")
 
 
 def pick_cores(count: int) -> list[int]:
@@ -85,60 +93,46 @@ def pinned(cores: Sequence[int]) -> Iterator[None]:
 def processes(
     contenders: Mapping[str, Contender], cores: Sequence[int]
 ) -> Iterator[dict[str, Run]]:
-    """Starts one pinned process per contender; yields a function per contender that runs a pass.
+    """Yields a function per contender that runs a pass in a pinned process of the contender's own.
 
     Raises:
         InputError: raised by a contender, from the yielded function.
         RunError: a contender failed otherwise.
     """
     with contextlib.ExitStack() as stack:
-        yield {
-            name: stack.enter_context(_process(each, cores)) for name, each in contenders.items()
-        }
+        runs = {}
+        for name, make_passes in contenders.items():
+            context = multiprocessing.get_context("spawn")
+            executor = stack.enter_context(ProcessPoolExecutor(1, context))
+            runs[name] = functools.partial(_run, executor, make_passes, cores)
+        yield runs
 
 
-@contextlib.contextmanager
-def _process(make_passes, cores):
-    context = multiprocessing.get_context("spawn")
-    parent, child = context.Pipe()
-    process = context.Process(target=_serve, args=(child, make_passes, len(cores)))
-    with pinned(cores):
-        process.start()
-    child.close()
-
-    def run(task):
-        try:
-            parent.send(task)
-            result = parent.recv()
-        except (EOFError, OSError):
-            raise RunError("a measured process ended too early") from None
-        if isinstance(result, Exception):
-            raise result
-        return result
-
+def _run(executor, make_passes, cores, task):
     try:
-        yield run
-    finally:
-        parent.close()
-        process.join()
+        with pinned(cores):  # the first call starts the process
+            future = executor.submit(_run_here, make_passes, len(cores), task)
+        return future.result()
+    except BrokenProcessPool:
+        raise RunError("a measured process ended too early") from None
 
 
-def _serve(connection, make_passes, cores):
-    passes = None
-    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):  # the parent closed it
-        while True:
-            task = connection.recv()
-            try:
-                passes = passes or make_passes(cores)
-                start = time.perf_counter()
-                done = passes[task]()
-                elapsed = time.perf_counter() - start
-                amount, seconds = done if isinstance(done, tuple) else (done, elapsed)
-                connection.send(amount / seconds)
-            except InputError as error:
-                connection.send(InputError(str(error)))
-            except Exception as error:
-                connection.send(RunError(one_line(error)))
+_passes: dict[str, Pass] = {}  # of the contender that runs in this process
+
+
+def _run_here(make_passes, cores, task):
+    try:
+        if not _passes:
+            _passes.update(make_passes(cores))
+        start = time.perf_counter()
+        done = _passes[task]()
+        elapsed = time.perf_counter() - start
+    except InputError as error:
+        raise InputError(str(error)) from None
+    except Exception as error:
+        raise RunError(one_line(error)) from None
+    amount, seconds = done if isinstance(done, tuple) else (done, elapsed)
+    return amount / seconds
 
 
 # ------------------------------------------------------------------------------------------ rounds
@@ -186,12 +180,12 @@ def median(values: Sequence[float]) -> float | None:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of benchmarks that start a training run."""
+    add_arguments(parser, rounds=3)
     add = parser.add_argument
     add("--config", default="configs/tnt_s.py", help="config of the run")
     add("--batch-size", type=positive, default=16, help="images per step")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="config keys to change")
-    add("--rounds", type=positive, default=3, help="timed rounds")
-    add("--cores", type=positive, default=1, help="number of cores to pin the run to")
 
 
 def synthetic_overrides(args: argparse.Namespace, folder: pathlib.Path, steps: int) -> list[str]:

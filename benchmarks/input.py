@@ -43,10 +43,9 @@ SUFFIXES = (".jpg", ".jpeg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    harness.add_arguments(parser, rounds=5)
     add = parser.add_argument
     add("--images", type=pathlib.Path, help="folder of JPEGs; default: generated photographs")
-    add("--rounds", type=positive, default=5, help="timed passes")
-    add("--cores", type=positive, default=1, help="number of cores to pin each contender to")
     add("--image-size", type=positive, default=224, help="pixels")
 
 

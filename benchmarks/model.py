@@ -91,11 +91,10 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_common_arguments(parser):
+    harness.add_arguments(parser, rounds=6)
     add = parser.add_argument
     add("--model", default="tnt_s_patch16_224", help="one of tnt_flax.list_models()")
     add("--against", choices=["timm"], help="default: timm, if installed and if it has MODEL")
-    add("--rounds", type=positive, default=6, help="timed rounds")
-    add("--cores", type=positive, default=1, help="number of cores to pin each contender to")
 
 
 def measure_model(

@@ -59,10 +59,6 @@ EPOCHS = (  # three epochs, each reported separately
 )
 
 
-def add_start_arguments(parser: argparse.ArgumentParser) -> None:
-    harness.add_run_arguments(parser)
-
-
 def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     harness.add_run_arguments(parser)
     parser.add_argument("--steps", type=positive, default=6, help="steps per epoch of photographs")
