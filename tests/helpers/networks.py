@@ -36,6 +36,12 @@ def param_shapes(model, image_shape):
     return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
 
 
+def random_variables(module, *args, **kwargs):
+    """Returns random parameters of a module that is called with these arguments."""
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))
+    return {"params": numpy_tnt.random_params(shapes["params"])}
+
+
 def apply(model, params, images, **kwargs):
     return jit(functools.partial(model.apply, **kwargs))({"params": params}, images)
 

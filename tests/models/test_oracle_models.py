@@ -6,13 +6,12 @@ so that logits have a spread around 1. If torch or timm is missing these tests f
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.goldens.scripts import models
 from tests.helpers import timm_weights
-from tnt_flax.models import TNT, create_model
+from tnt_flax.models import create_model
 
 pytestmark = pytest.mark.oracle
 
@@ -76,15 +75,14 @@ def test_logits_equal_timms(name, torch, timm, record_property):
     ours = np.asarray(jax.jit(model.apply)({"params": params}, images))
 
     figures = {
-        "logits' standard deviation": float(exact.std()),
-        "max |ours - timm|": float(np.abs(ours - theirs).max()),
-        "max |ours - timm in float64|": float(np.abs(ours - exact).max()),
-        "max |timm - timm in float64|": float(np.abs(theirs - exact).max()),
+        "logits' standard deviation": exact.std(),
+        "max |ours - timm|": np.abs(ours - theirs).max(),
+        "max |ours - timm in float64|": np.abs(ours - exact).max(),
+        "max |timm - timm in float64|": np.abs(theirs - exact).max(),
     }
     report(name, figures, record_property)
     assert 0.3 < exact.std() < 3
-    assert np.abs(ours - theirs).max() <= 1e-4
-    assert np.abs(ours - exact).max() <= 1e-4
+    assert max(np.abs(ours - theirs).max(), np.abs(ours - exact).max()) <= 1e-4
 
 
 def report(title, figures, record_property):
@@ -92,44 +90,6 @@ def report(title, figures, record_property):
     for what, value in figures.items():
         print(f"  {what}: {value:.3g}")
         record_property(f"{title}: {what}", value)
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_gradients_equal_timms(legacy, torch, timm, record_property):
-    network = timm.models.tnt.TNT(
-        img_size=(32, 48),
-        embed_dim=48,
-        inner_dim=12,
-        num_heads_outer=4,
-        num_heads_inner=3,
-        depth=3,
-        num_classes=7,
-        legacy=legacy,
-    )
-    params, images = fill(torch, network), random_images(3, 32, 48)
-    labels = [0, 3, 6]
-    logits = network(to_torch(torch, images))
-    torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).backward()
-    theirs = timm_weights.to_flax({k: p.grad.numpy() for k, p in network.named_parameters()})
-
-    variant = dict(conv_first=True, norm_each_word=True, proj_bias=True, proj_norm=False)
-    model = TNT(48, 12, 4, 3, depth=3, num_classes=7, **(variant if legacy else {}))
-
-    def loss(params):
-        logits = model.apply({"params": params}, jnp.asarray(images))
-        return -jax.nn.log_softmax(logits)[jnp.arange(3), jnp.array(labels)].mean()
-
-    ours = jax.jit(jax.grad(loss))(params)
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    relative = jax.tree.map(
-        lambda x, y: float(np.linalg.norm(x - y) / np.linalg.norm(y)), ours, theirs
-    )
-    worst = max(
-        (value, jax.tree_util.keystr(k)) for k, value in jax.tree.leaves_with_path(relative)
-    )
-    title = f"gradients, {'legacy' if legacy else 'official'}"
-    report(title, {f"worst relative difference, of {worst[1]}": worst[0]}, record_property)
-    assert worst[0] < 1e-3
 
 
 def test_bfloat16_costs_little(torch, timm, record_property):
@@ -142,17 +102,18 @@ def test_bfloat16_costs_little(torch, timm, record_property):
     )
     with torch.no_grad():
         theirs = network.bfloat16()(to_torch(torch, images).bfloat16()).float().numpy()
+    rms = lambda difference: np.sqrt(np.mean(difference**2))
     figures = {
-        "logits' standard deviation": float(exact.std()),
-        "max difference": float(np.abs(half - exact).max()),
-        "rms difference": float(np.sqrt(np.mean((half - exact) ** 2))),
-        "equal argmax, of 8": int((half.argmax(-1) == exact.argmax(-1)).sum()),
-        "timm's max difference": float(np.abs(theirs - exact).max()),
-        "timm's rms difference": float(np.sqrt(np.mean((theirs - exact) ** 2))),
+        "logits' standard deviation": exact.std(),
+        "max difference": np.abs(half - exact).max(),
+        "rms difference": rms(half - exact),
+        "equal argmax, of 8": (half.argmax(-1) == exact.argmax(-1)).sum(),
+        "timm's max difference": np.abs(theirs - exact).max(),
+        "timm's rms difference": rms(theirs - exact),
     }
     report("bfloat16, tnt_s_patch16_224", figures, record_property)
-    assert figures["rms difference"] < 0.02 * figures["logits' standard deviation"]
-    assert figures["max difference"] < 0.1 * figures["logits' standard deviation"]
+    assert figures["rms difference"] < 0.02 * exact.std()
+    assert figures["max difference"] < 0.1 * exact.std()
 
 
 @pytest.mark.parametrize("variant", ["official", "legacy"])
