@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     # Implementations with equal results: "reference", "cpu" and, of TNT, "pallas" (TPU, opt-in).
     config.model.inner_impl = "auto"  # of the inner transformer; of TNT also "lanes"
     config.model.outer_impl = "auto"  # of the outer transformer
-    config.model.remat = "auto"  # rematerialization: "none", "inner" or "block"
+    config.model.remat = "auto"  # rematerialization: "none" or "block"
     # Architecture: unset fields come from the name.
     config.model.depth = config_dict.placeholder(int)  # number of blocks
     config.model.depths = config_dict.placeholder(tuple)  # PyramidTNT: blocks of its four stages

@@ -140,29 +140,21 @@ def test_relative_positions_are_resampled_along_four_axes():
     np.testing.assert_allclose(found[0, 4:12, 0, 0], expected[4:12], atol=1e-5)
 
 
-def test_positions_of_the_same_size_are_unchanged():
+def test_unknown_maps_are_refused():
+    model, _ = small_pyramid()
+    for i in (4, -1):
+        with pytest.raises(
+            InputError, match=rf"at=\[{i}\]: the maps of this PyramidTNT are 0 to 3"
+        ):
+            feature_maps(model, initial(model, 64), jnp.zeros((1, 64, 64, 3)), at=(i,))
+
+
+def test_only_positions_of_squares_are_resampled():
     model, _ = small_tnt()
-    params = {"sentence_pos": jnp.zeros((1, 5, 24))}
-    assert with_positions(model, params, (2, 2)) is params
-
-
-@pytest.mark.parametrize(
-    "size, options, message",
-    [
-        ((64, 64), dict(at=(4,)), r"at=\[4\]: the maps of this PyramidTNT are 0 to 3"),
-        ((64, 64), dict(at=(-1,)), r"at=\[-1\]: the maps of this PyramidTNT are 0 to 3"),
-    ],
-)
-def test_unknown_maps_are_refused(size, options, message):
-    model, shape = small_pyramid()
-    with pytest.raises(InputError, match=message):
-        feature_maps(model, initial(model, 64), jnp.zeros((1, *size, 3)), **options)
-
-
-def test_positions_of_no_square_cannot_be_resampled():
-    model, _ = small_tnt()
+    params = {"sentence_pos": jnp.zeros((1, 7, 24))}
+    assert with_positions(model, params, (2, 3)) is params
     with pytest.raises(InputError, match="these weights have 6 sentences, which form no square"):
-        with_positions(model, {"sentence_pos": jnp.zeros((1, 7, 24))}, (2, 2))
+        with_positions(model, params, (2, 2))
 
 
 @pytest.mark.soak

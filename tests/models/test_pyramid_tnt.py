@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 import tnt_flax
 from tests.goldens.scripts.pyramid import CLASSES, FIELDS, GOLDEN, LABELS, SIZE, digest, images
@@ -18,9 +17,7 @@ from tests.helpers.networks import jit
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import fingerprint, named_leaves
 from tnt_flax.models import MODELS, PyramidTNT, block_outputs, create_model
-from tnt_flax.models.layers import BatchNorm
-from tnt_flax.models.pyramid_tnt import block_groups, stage_grids, word_maps
-from tnt_flax.runtime import sharding
+from tnt_flax.models.pyramid_tnt import BatchNorm, block_groups, stage_grids, word_maps
 from tnt_flax.training.optimizer import decay_mask
 from tnt_flax.weights import names, write
 from tnt_flax.weights.formats import torch
@@ -113,31 +110,6 @@ def test_batch_norm_statistics_equal_torchs_by_hand():
         np.testing.assert_allclose(frozen.ravel(), x.ravel() / np.sqrt(1 + 1e-5), rtol=1e-6)
 
 
-def test_batch_norm_statistics_are_those_of_all_devices():
-    """Values, statistics and gradients of a batch on eight devices."""
-    mesh, module = sharding.make_mesh(), BatchNorm()
-    x = jnp.asarray(np.random.RandomState(0).standard_normal((16, 2, 3)), jnp.float32)
-    weight = jnp.arange(16.0).reshape(16, 1, 1)
-    variables = module.init(jax.random.key(0), x, train=False)
-
-    def loss(scale, x, weight):
-        own = {"params": {**variables["params"], "scale": scale}}
-        out, changed = module.apply(variables | own, x, train=True, mutable=["batch_stats"])
-        return (out**3 * weight).sum(), changed
-
-    run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    scale = variables["params"]["scale"]
-    (value, changed), (d_scale, d_x) = run(scale, x, weight)
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-    sharded = jax.jit(run, in_shardings=(None, rows, rows))
-    (value_2, changed_2), (d_scale_2, d_x_2) = sharded(scale, x, weight)
-    np.testing.assert_allclose(value_2, value, rtol=1e-5)
-    np.testing.assert_allclose(d_scale_2, d_scale, rtol=1e-4, atol=1e-2)
-    np.testing.assert_allclose(d_x_2, d_x, rtol=1e-4, atol=1e-3)
-    for name, x in named_leaves(changed).items():
-        np.testing.assert_allclose(named_leaves(changed_2)[name], x, rtol=1e-5, err_msg=name)
-
-
 # -- The official files
 
 
@@ -176,19 +148,6 @@ def test_other_frameworks_have_no_pyramid(found):
         read_checkpoint(GOLDEN / "tiny.pth.tar", "ptnt_s_patch16_256", inner_heads=1)
     with pytest.raises(InputError, match="another network, not tnt_s_patch16_224"):
         read_checkpoint(GOLDEN / "tiny.pth.tar", "tnt_s_patch16_224", inner_heads=1)
-
-
-@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
-def test_mismatching_tensors_are_named(change, tmp_path):
-    tensors = dict(torch.read(GOLDEN / "tiny.pth.tar"))
-    name = "patch_embed.inner_convs.1.running_var"
-    changed = {"missing": None, "extra": tensors[name], "shape": tensors[name][:1]}[change]
-    where = "extra" if change == "extra" else name
-    tensors = {k: v for k, v in (tensors | {where: changed}).items() if v is not None}
-    torch.write(tmp_path / "x.pth", tensors)
-    sign = {"missing": "-", "extra": r"\+", "shape": "!"}[change]
-    with pytest.raises(InputError, match=f"does not fit this model: {sign} {where}"):
-        read_checkpoint(tmp_path / "x.pth", inner_heads=1)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("ptnt_")])
@@ -333,8 +292,3 @@ def test_invalid_images_and_fields_are_refused(found, shape, fields, message):
     model = found.network.model.clone(**fields)
     with pytest.raises(InputError, match=message):
         jax.eval_shape(model.apply, found.variables, jnp.zeros(shape))
-
-
-def test_parameters_and_statistics_in_one_tree():
-    tree = names.join_collections(abstract())
-    assert set(tree["stem"]["words"]["batch_norm"]) == {"scale", "bias", "mean", "var", "count"}

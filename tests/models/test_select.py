@@ -6,45 +6,38 @@ import re
 
 import jax
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from tests.helpers import networks
 from tests.helpers.jaxprs import equations
 from tnt_flax.core.errors import InputError
 from tnt_flax.models.kernels import inner_pallas, outer_pallas, select
+from tnt_flax.models.kernels.platform import why_not_shared
 
 build = functools.partial(networks.build, inner_dim=12, depth=2)
 
 
-def exponentials(model, *args, **kwargs):
-    """Returns the shapes of the arguments of all exponentials: the softmax's logits."""
-    jaxpr = jax.make_jaxpr(functools.partial(model.apply, **kwargs))(*args)
-    names = ("exp", "exp2")
-    return {e.invars[0].aval.shape for e in equations(jaxpr) if e.primitive.name in names}
-
-
-REFERENCE, LANES = (2, 6, 2, 16, 16), (2, 16, 16, 12)
+REFERENCE, LANES = (2, 6, 2, 16, 16), (2, 16, 16, 12)  # shapes of the inner softmax
 
 
 @pytest.mark.parametrize(
     "fields, kwargs, chosen",
     [
-        (dict(inner_impl="lanes"), {}, LANES),
         (dict(inner_impl="lanes", drop_path=0.1), dict(train=True), LANES),
         (dict(inner_impl="lanes", dropout=0.1), {}, LANES),
         (dict(inner_impl="lanes", dropout=0.1), dict(train=True), REFERENCE),
         (dict(inner_impl="lanes", attention_dropout=0.1), dict(train=True), REFERENCE),
         (dict(inner_impl="lanes"), dict(mutable=["intermediates"]), REFERENCE),
-        (dict(inner_impl="reference"), {}, REFERENCE),
         (dict(inner_impl="auto"), {}, REFERENCE),  # on a CPU
     ],
 )
 def test_dropout_and_intermediates_need_the_reference(fields, kwargs, chosen):
     model, params, images = build(**fields)
-    if "train" in kwargs:
-        kwargs = kwargs | {"rngs": {"dropout": jax.random.key(0)}}
-    found = exponentials(model, {"params": params}, images, **kwargs)
-    assert chosen in found
-    assert ({REFERENCE, LANES} - {chosen}).isdisjoint(found)
+    run = functools.partial(model.apply, rngs={"dropout": jax.random.key(0)}, **kwargs)
+    jaxpr = jax.make_jaxpr(run)({"params": params}, images)
+    exponentials = [e for e in equations(jaxpr) if e.primitive.name in ("exp", "exp2")]
+    found = {e.invars[0].aval.shape for e in exponentials}
+    assert found & {REFERENCE, LANES} == {chosen}
 
 
 @pytest.fixture
@@ -72,11 +65,11 @@ def test_auto_never_chooses_an_untested_implementation(platform, inner, outer, p
     assert select.choose_outer("auto", SENTENCES, heads=3) == outer
 
 
-@pytest.mark.parametrize("impl", ["reference", "pallas"])
-def test_a_requested_implementation_is_kept(impl, pretend):
+def test_a_requested_implementation_is_kept(pretend):
     pretend("tpu")
-    assert select.choose_inner(impl, WORDS, heads=2, mlp_ratio=4.0) == impl
-    assert select.choose_outer(impl, SENTENCES, heads=3) == impl
+    for impl in ("reference", "pallas"):
+        assert select.choose_inner(impl, WORDS, heads=2, mlp_ratio=4.0) == impl
+        assert select.choose_outer(impl, SENTENCES, heads=3) == impl
 
 
 @pytest.mark.parametrize(
@@ -98,3 +91,25 @@ def test_impossible_outer_kernels_are_refused(pretend):
     pretend("tpu")
     with pytest.raises(InputError, match="^outer_impl='pallas' cannot run here: .*heads of width"):
         select.choose_outer("pallas", (2, 7, 24), heads=1)
+
+
+def test_meshes_that_cannot_share_a_kernel():
+    """Kernels run only where no axis except the batch's is left to the compiler."""
+    assert "how 8 devices share it" in why_not_shared(16)
+    with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+        assert why_not_shared(16) == ""
+        assert why_not_shared(12) == "12 images do not split over 8 devices"
+    reasons = []
+
+    def check(x):
+        reasons.append(why_not_shared(16))
+        return x
+
+    with jax.set_mesh(jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)):
+        check(None)
+        for manual in ({"data"}, {"data", "tensor"}):
+            spec = PartitionSpec("data")
+            shard = jax.shard_map(check, in_specs=spec, out_specs=spec, axis_names=manual)
+            jax.eval_shape(jax.jit(shard), jax.ShapeDtypeStruct((4,), "float32"))
+    refused = "the mesh splits more than the batch: its axis 'tensor' has several devices"
+    assert reasons == [refused, refused, ""]

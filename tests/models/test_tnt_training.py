@@ -37,33 +37,12 @@ def reference_gradients(variant, **fields):
 PLAIN = dict(inner_impl="reference", outer_impl="reference", remat="none")
 
 
-# The gradients of the official and the legacy network are also compared with timm's in test_tnt.
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", ["official", "mindspore_pets"])
-def test_every_parameter_gets_a_gradient(variant):
-    _, gradients = reference_gradients(variant, **PLAIN)
-    gradients = flax.traverse_util.flatten_dict(gradients, sep="/")
-    largest = max(float(jnp.abs(g).max()) for g in gradients.values())
-    for path, gradient in gradients.items():
-        if path.endswith("key/bias"):  # moves all logits of a query alike: no effect
-            assert jnp.abs(gradient).max() < 1e-6 * largest, path
-            continue
-        # One row per block, or per position.
-        if path.endswith("_pos"):
-            gradient = gradient[0]
-        elif not path.startswith("blocks"):
-            gradient = gradient[None]
-        for row in gradient:
-            assert np.mean(np.abs(row) > 1e-7 * largest) > 0.98, path
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
         dict(inner_impl="cpu", outer_impl="cpu"),
         dict(remat="block"),
-        dict(remat="inner", inner_impl="cpu"),
         dict(inner_impl="lanes"),
     ],
     ids=str,
@@ -91,7 +70,7 @@ def test_remat_stores_fewer_activations():
         )
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
 
-    assert stored("block") < stored("inner") < stored("none")
+    assert stored("block") < 0.5 * stored("none")
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 
 from tnt_flax.core.trees import named_leaves
 from tnt_flax.models import TNT
-from tnt_flax.models.layers import BatchNorm
+from tnt_flax.models.pyramid_tnt import BatchNorm
 from tnt_flax.training import mixup
 from tnt_flax.training.optimizer import Optimizer, make_optimizer
 from tnt_flax.training.step import (

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Outputs of single blocks, and the networks as backbones: maps of features."""
 
+import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,14 +31,13 @@ def block_outputs(
         PyramidTNT has no class token, N depends on the stage, and outer attention is
         (B, heads, N, K).
     """
-    captured = ["intermediates", "maps"]
-    _, state = model.apply(variables, images, train=False, mutable=captured)
+    _, state = model.apply(variables, images, train=False, mutable=["intermediates", "maps"])
     blocks = []
     for path, length in model.stacks():
-        group, maps = (_subtree(state[collection], path) for collection in captured)
+        group = _subtree(state["intermediates"], path)
         stacked = {
             "words": group["words"][0],
-            "sentences": maps["sentences"][0],
+            "sentences": _subtree(state["maps"], path)["sentences"][0],
             "outer_attention": group["outer"]["attention"]["weights"][0],
         }
         if "inner" in group:
@@ -46,9 +47,7 @@ def block_outputs(
 
 
 def _subtree(tree, path):
-    for name in path:
-        tree = tree[name]
-    return tree
+    return functools.reduce(operator.getitem, path, tree)
 
 
 @flax.struct.dataclass
@@ -76,12 +75,12 @@ def feature_maps(
 ) -> Any:
     """Returns maps of the sentences after some blocks, for images of any size.
 
-    Images that are not divisible into patches, or too small (less than 32 pixels for PyramidTNT),
-    are padded with zeros to the right and below. If the number of sentences differs from that of
-    the weights, the tables of positions are resampled from a square grid, as `tnt_flax.load` does;
-    this is differentiable. Another shape with the same number of sentences (256x256, 128x512)
-    cannot be recognized: load with `tnt_flax.load(..., image_size=(128, 512))`. Works under
-    `jax.jit`, with `model` and `at` static.
+    Images that are not divisible into patches, or smaller than 32 pixels for PyramidTNT, are padded
+    with zeros to the right and below. If the number of sentences differs from that of the weights,
+    the tables of positions are resampled from a square grid, as `tnt_flax.load` does; this is
+    differentiable. Another shape with the same number of sentences (256x256, 128x512) cannot be
+    recognized: load with `tnt_flax.load(..., image_size=(128, 512))`. Works under `jax.jit`, with
+    `model` and `at` static.
 
     Args:
         model: the network.
@@ -101,12 +100,14 @@ def feature_maps(
         InputError: an index in `at` does not exist, images are not of rank 4, or positions of a
             grid that is not square would have to be resampled.
     """
-    at, last = model.default_maps if at is None else at, len(model.map_blocks) - 1
+    at = model.default_maps if at is None else at
+    last = len(model.map_blocks) - 1
     if not all(0 <= i <= last for i in at):
         raise InputError(f"at={list(at)}: the maps of this {type(model).__name__} are 0 to {last}")
     if images.ndim != 4:
         raise InputError(f"images must be [B, H, W, channels], not {list(images.shape)}")
-    patch, size = model.patch_size, images.shape[1:3]
+    patch = model.patch_size
+    size = images.shape[1:3]
     grid = tuple(max(-(-pixels // patch), model.min_grid) for pixels in size)
     padding = [(0, n * patch - pixels) for n, pixels in zip(grid, size, strict=True)]
     images = jnp.pad(images, ((0, 0), *padding, (0, 0)))
@@ -115,12 +116,13 @@ def feature_maps(
     _, state = model.apply(variables, images, **options)
     captured = state.pop("maps")
     stacks = [_subtree(captured, path)["sentences"][0] for path, _ in model.stacks()]
-    blocks, layouts = [x for stack in stacks for x in stack], model.block_layouts(grid)
+    sentences = [block for stack in stacks for block in stack]
+    layouts = model.block_layouts(grid)
     maps = []
-    for i in at:
-        block = model.map_blocks[i]
-        sentences, layout = blocks[block][:, model.has_class_token :], layouts[block]
-        features = sentences.reshape(len(images), *layout.grid, -1)
+    for block in (model.map_blocks[i] for i in at):
+        layout = layouts[block]
+        features = sentences[block][:, model.has_class_token :]
+        features = features.reshape(len(images), *layout.grid, -1)
         maps.append(FeatureMap(features, patch * layout.side, size))
     return (maps, state) if mutable else maps
 

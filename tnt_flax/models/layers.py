@@ -88,9 +88,6 @@ GELU: dict[str, Callable[[Array], Array]] = {
 }
 
 
-# -- Drop path and BatchNorm
-
-
 class DropPath(nn.Module):
     """Drops the update of a whole sequence, or scales it by 1 / (1 - rate) (stochastic depth).
 
@@ -106,48 +103,6 @@ class DropPath(nn.Module):
         keep = 1 - rate
         # Bernoulli(keep) / keep, written as in timm.
         return update * (jnp.floor(keep + sample) / keep).astype(update.dtype)
-
-
-class BatchNorm(nn.Module):
-    """Normalizes every channel by its mean and variance, as torch.nn.BatchNorm2d does.
-
-    With `train` and a mutable collection `batch_stats`, mean and variance are those of the batch,
-    and the running averages are updated. Otherwise the running averages are used ("frozen"). As in
-    torch, and unlike flax's BatchNorm, the running variance is the unbiased one, scaled by
-    n / (n - 1). `count` is the number of batches (torch's `num_batches_tracked`); nothing reads it.
-
-    Under `jax.jit` the statistics are those of the global batch, on any number of devices (torch's
-    SyncBatchNorm). The official recipe normalizes the batch of each GPU apart.
-    """
-
-    dtype: DTypeLike = jnp.float32  # of the result; statistics are computed in float32
-    epsilon: float = 1e-5
-    momentum: float = 0.1  # weight of the new value, as in torch
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch W"], *, train: bool) -> Float[Array, "*batch W"]:
-        width = (x.shape[-1],)
-        scale = self.param("scale", nn.initializers.ones, width)
-        bias = self.param("bias", nn.initializers.zeros, width)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, width)
-        running_var = self.variable("batch_stats", "var", jnp.ones, width)
-        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
-        expand = lambda values: jnp.broadcast_to(values, x.shape)
-        x = x.astype(jnp.float32)
-        if train and self.is_mutable_collection("batch_stats"):
-            axes = tuple(range(x.ndim - 1))
-            mean = x.mean(axes)
-            # Two passes: E[x^2] - E[x]^2 loses digits.
-            var = jnp.square(x - expand(mean)).mean(axes)
-            values = math.prod(x.shape[:-1])
-            for running, new in ((running_mean, mean), (running_var, var * values / (values - 1))):
-                new = jax.lax.stop_gradient(new)
-                running.value = (1 - self.momentum) * running.value + self.momentum * new
-            count.value = count.value + 1
-        else:
-            mean, var = running_mean.value, running_var.value
-        x = (x - expand(mean)) * expand(jax.lax.rsqrt(var + self.epsilon) * scale) + expand(bias)
-        return x.astype(self.dtype)
 
 
 # -- The transformer
@@ -326,7 +281,7 @@ def position_table(
     module: nn.Module,
     name: str,
     shape: tuple[int, ...],
-    init: Callable[..., Array],
+    init: Callable[..., Array] = token_init,
 ) -> Array:
     """Returns the parameter `name` of `module`, a table of positions.
 
@@ -352,11 +307,12 @@ def resample(table: Array, axis: int, old: list[Grid], new: list[Grid]) -> Array
         old: the grid of each of these axes.
         new: the grids of the result.
     """
-    before, after = table.shape[:axis], table.shape[axis + len(old) :]
-    split = table.reshape(*before, *sum(old, ()), *after)
+    before = table.shape[:axis]
+    after = table.shape[axis + len(old) :]
+    grids = table.reshape(*before, *sum(old, ()), *after)
     shape = (*before, *sum(new, ()), *after)
-    resized = jax.image.resize(split, shape, "cubic", antialias=True)
-    return resized.reshape(*before, *map(math.prod, new), *after)
+    resampled = jax.image.resize(grids, shape, "cubic", antialias=True)
+    return resampled.reshape(*before, *map(math.prod, new), *after)
 
 
 def check_images(images: Array, patch_size: int) -> None:
@@ -370,15 +326,15 @@ def check_images(images: Array, patch_size: int) -> None:
         raise InputError(f"image size {height}x{width} is not divisible by patch size {patch_size}")
 
 
-def check_choices(model: nn.Module, **choices: tuple[str, ...]) -> None:
-    """Raises InputError unless each field in `choices` has one of the values given for it."""
+def check_fields(model: nn.Module, **choices: tuple[str, ...]) -> None:
+    """Raises InputError unless the fields of a network are valid.
+
+    Each field in `choices` must have one of the values given for it, and all dropout and drop-path
+    rates must be in [0, 1).
+    """
     for field, values in choices.items():
         if getattr(model, field) not in values:
             raise InputError(f"{field}={getattr(model, field)!r} is none of {values}")
-
-
-def check_rates(model: nn.Module) -> None:
-    """Raises InputError unless all dropout and drop-path rates are in [0, 1)."""
     for rate in ("dropout", "attention_dropout", "drop_path"):
         if not 0 <= getattr(model, rate) < 1:
             raise InputError(f"{rate}={getattr(model, rate)} is outside [0, 1)")

@@ -41,29 +41,13 @@ class Network(Protocol):
     min_grid: ClassVar[int]  # smallest number of rows and of columns
     stem_kernel: ClassVar[tuple[str, ...]]  # path of the parameter that reads the pixels
 
-    @property
-    def patch_size(self) -> int:
-        """Pixels on each side of a sentence of the first block."""
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks."""
-
-    @property
-    def num_features(self) -> int:
-        """Width of the head's input."""
-
-    @property
-    def head_bias(self) -> bool:
-        """True if the head has a bias."""
-
-    @property
-    def map_blocks(self) -> Sequence[int]:
-        """Blocks whose sentences `feature_maps` can return; its argument `at` indexes them."""
-
-    @property
-    def default_maps(self) -> tuple[int, ...]:
-        """Default of the argument `at` of `feature_maps`."""
+    # Properties in some networks.
+    patch_size: int  # pixels on each side of a sentence of the first block
+    depth: int  # number of blocks
+    num_features: int  # width of the head's input
+    head_bias: bool  # whether the head has a bias
+    map_blocks: Sequence[int]  # blocks whose sentences `feature_maps` can return, indexed by `at`
+    default_maps: tuple[int, ...]  # default of `at`
 
     def stacks(self) -> list[tuple[tuple[str, ...], int]]:
         """Returns the path of each group of stacked blocks in the parameters, and its length."""

@@ -13,13 +13,13 @@ Source: huawei-noah, `tnt_pytorch/pyramid_tnt.py`.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core.scope import LazyRng
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -27,21 +27,18 @@ from tnt_flax.core.errors import InputError
 from tnt_flax.models.kernels import select
 from tnt_flax.models.kernels.mixed_precision import add, matmul
 from tnt_flax.models.layers import (
-    BatchNorm,
     Dense,
     LayerNorm,
     MatmulFn,
     TransformerBlock,
-    check_choices,
+    check_fields,
     check_images,
-    check_rates,
     position_table,
     resample,
-    token_init,
 )
 from tnt_flax.models.network import BlockLayout, Grid, Images
 from tnt_flax.models.scan import scan_blocks
-from tnt_flax.models.tnt_blocks import TNTBlock, Words, WordsToSentences, cut_patches
+from tnt_flax.models.tnt_blocks import Sentences, TNTBlock, Words, WordsToSentences, cut_patches
 
 WIDENING = (1, 2, 4, 4)  # widths and heads of each stage, relative to the first
 REDUCTION = (4, 2, 1, 1)  # each stage attends to averages of squares with this side
@@ -49,7 +46,6 @@ PATCH = 8  # pixels, each side of a sentence of the first stage
 SIDE = 4  # words, each side of a sentence
 IMPLEMENTATIONS = ("auto", "reference", "cpu")  # "auto" is "reference" on GPUs and TPUs
 
-Sentences = Float[Array, "B N D"]
 Maps = Float[Array, "B h w C"]
 
 # Over all words of a sentence and all their channels at once.
@@ -79,6 +75,51 @@ def block_groups(depth: int) -> list[tuple[int, int]]:
     """
     with_words = 2 if depth > 6 else 1
     return [(0, with_words)] + [(with_words, depth)] * (with_words < depth)
+
+
+# -- Stem, and what lies between stages
+
+
+class BatchNorm(nn.Module):
+    """Normalizes every channel by its mean and variance, as torch.nn.BatchNorm2d does.
+
+    With `train` and a mutable collection `batch_stats`, mean and variance are those of the batch,
+    and the running averages are updated. Otherwise the running averages are used ("frozen"). As in
+    torch, and unlike flax's BatchNorm, the running variance is the unbiased one, scaled by
+    n / (n - 1). `count` is the number of batches (torch's `num_batches_tracked`); nothing reads it.
+
+    Under `jax.jit` the statistics are those of the global batch, on any number of devices (torch's
+    SyncBatchNorm). The official recipe normalizes the batch of each GPU apart.
+    """
+
+    dtype: DTypeLike = jnp.float32  # of the result; statistics are computed in float32
+    epsilon: float = 1e-5
+    momentum: float = 0.1  # weight of the new value, as in torch
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch W"], *, train: bool) -> Float[Array, "*batch W"]:
+        width = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, width)
+        bias = self.param("bias", nn.initializers.zeros, width)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, width)
+        running_var = self.variable("batch_stats", "var", jnp.ones, width)
+        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+        expand = lambda values: jnp.broadcast_to(values, x.shape)
+        x = x.astype(jnp.float32)
+        if train and self.is_mutable_collection("batch_stats"):
+            axes = tuple(range(x.ndim - 1))
+            mean = x.mean(axes)
+            # Two passes: E[x^2] - E[x]^2 loses digits.
+            var = jnp.square(x - expand(mean)).mean(axes)
+            values = math.prod(x.shape[:-1])
+            for running, new in ((running_mean, mean), (running_var, var * values / (values - 1))):
+                new = jax.lax.stop_gradient(new)
+                running.value = (1 - self.momentum) * running.value + self.momentum * new
+            count.value = count.value + 1
+        else:
+            mean, var = running_mean.value, running_var.value
+        x = (x - expand(mean)) * expand(jax.lax.rsqrt(var + self.epsilon) * scale) + expand(bias)
+        return x.astype(self.dtype)
 
 
 class ConvNormReLU(nn.Module):
@@ -130,7 +171,8 @@ class Merge(nn.Module):
 
 def word_maps(words: Words, grid: Grid) -> Float[Array, "maps 8 8 C"]:
     """Returns a map of the words of each 2x2 sentences, padded with zeros where `grid` is odd."""
-    batch, (rows, columns), width = words.shape[0], grid, words.shape[-1]
+    batch, _, _, width = words.shape
+    rows, columns = grid
     x = words.reshape(batch, rows, columns, SIDE, SIDE, width)
     x = jnp.pad(x, ((0, 0), (0, rows % 2), (0, columns % 2), (0, 0), (0, 0), (0, 0)))
     x = x.reshape(batch, -(-rows // 2), 2, -(-columns // 2), 2, SIDE, SIDE, width)
@@ -173,7 +215,7 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(
         self,
-        block: TNTBlock,  # with words
+        block_with_words: TNTBlock,
         words: Words,
         sentences: Sentences,
         rates: Float[Array, " depth"] | None,
@@ -181,31 +223,40 @@ class Stage(nn.Module):
     ) -> tuple[Words, Sentences]:
         rows, columns = self.grid
         averages = (rows // self.ratio) * (columns // self.ratio)
-        shape = (1, block.outer.num_heads, rows * columns, averages)
+        shape = (1, block_with_words.outer.num_heads, rows * columns, averages)
         init = nn.initializers.normal(1.0)
         relative_pos = position_table(self, "relative_pos", shape, init)
 
         for start, stop in block_groups(self.depth):
-            name = f"blocks_{start}"
+            inner = None if start else block_with_words.inner
+            block = block_with_words.clone(inner=inner, name=f"blocks_{start}")
+            if self.is_initializing():
+                init_stack(self, block, stop - start, words, sentences, None, relative_pos)
             words, sentences = scan_blocks(
                 self,
-                block.clone(inner=None if start else block.inner, name=name),
+                block,
                 stop - start,
                 (words, sentences),
                 None if rates is None else rates[start:stop],
                 relative_pos,
                 train=train,
                 remat=self.remat,
-                init_keys=self.init_keys(name, stop - start),
             )
         return words, sentences
 
-    def init_keys(self, name: str, length: int) -> LazyRng | None:
-        """Returns a key per block as `nn.scan` derives it, which keeps the values of a seed."""
-        if not self.is_initializing():
-            return None
-        key = self.scope.rngs["params"]
-        return LazyRng(jax.random.split(key.rng, length), (*key.suffix, name))
+
+def init_stack(stage: Stage, block: TNTBlock, length: int, *args: Any) -> None:
+    """Creates the parameters of `length` blocks with the random keys of `nn.vmap`.
+
+    `scan_blocks` would derive other keys, which would change the initial values of a seed.
+    """
+
+    def init(block, *args):
+        block(*args, train=False)
+
+    stacked = dict(variable_axes={"params": 0}, split_rngs={"params": True})
+    init = nn.vmap(init, **stacked, in_axes=None, axis_size=length)
+    init(block.copy(parent=stage, name=block.name), *args)
 
 
 class PyramidTNT(nn.Module):
@@ -267,7 +318,7 @@ class PyramidTNT(nn.Module):
         for i, (grid, own_rates) in enumerate(zip(grids, rates, strict=True)):
             if i:
                 words, sentences = self.merge(i, words, sentences, grids[i - 1])
-            remat = select.choose_remat(self.remat) == "block"
+            remat = select.remats_blocks(self.remat)
             stage = Stage(self.depths[i], grid, REDUCTION[i], remat, name=f"stages_{i}")
             block = self.make_block(i, grid)
             words, sentences = stage(block, words, sentences, own_rates, train)
@@ -282,10 +333,9 @@ class PyramidTNT(nn.Module):
         """Returns the words and sentences that the first stage reads."""
         stem = Stem(self.outer_dim, self.inner_dim, self.dtype, name="stem")
         words, sentences = stem(images, train=train)
-        table = functools.partial(position_table, self, init=token_init)
-        word_pos = table("word_pos", (1, *words.shape[2:]))
+        word_pos = position_table(self, "word_pos", (1, *words.shape[2:]))
         words = add(words, word_pos[:, None])  # the same for every sentence
-        sentence_pos = table("sentence_pos", (1, *sentences.shape[1:]))
+        sentence_pos = position_table(self, "sentence_pos", (1, *sentences.shape[1:]))
         # Dropout drops positions, not sentences, and the same ones for all images.
         dropout = nn.Dropout(self.dropout, deterministic=not train)
         return words, add(sentences, dropout(sentence_pos))
@@ -296,7 +346,8 @@ class PyramidTNT(nn.Module):
         to_map = lambda x: x.reshape(batch, *grid, x.shape[-1])
         to_word_maps = functools.partial(word_maps, grid=grid)
         merge = functools.partial(Merge, dtype=self.dtype)
-        inner_dim, outer_dim = WIDENING[i] * self.inner_dim, WIDENING[i] * self.outer_dim
+        inner_dim = WIDENING[i] * self.inner_dim
+        outer_dim = WIDENING[i] * self.outer_dim
         words = merge(inner_dim, to_word_maps, name=f"word_merges_{i - 1}")(words)
         sentences = merge(outer_dim, to_map, name=f"sentence_merges_{i - 1}")(sentences)
         words = words.reshape(batch, -1, num_words, words.shape[-1])
@@ -311,16 +362,18 @@ class PyramidTNT(nn.Module):
             dtype=self.dtype,
             parent=None,
         )
-        inner_heads, outer_heads = WIDENING[i] * self.inner_heads, WIDENING[i] * self.outer_heads
+        widening = WIDENING[i]
         reduce = Averages(REDUCTION[i], grid, self.dtype, parent=None)
         block = TNTBlock(
-            inner=TransformerBlock(inner_heads, norm_layer=SentenceNorm, **common),
-            proj=WordsToSentences(WIDENING[i] * self.outer_dim, dtype=self.dtype, parent=None),
+            inner=TransformerBlock(widening * self.inner_heads, norm_layer=SentenceNorm, **common),
+            proj=WordsToSentences(widening * self.outer_dim, dtype=self.dtype, parent=None),
             outer=TransformerBlock(
-                outer_heads, se=self.se, reduce=reduce if REDUCTION[i] > 1 else None, **common
+                widening * self.outer_heads,
+                se=self.se,
+                reduce=reduce if REDUCTION[i] > 1 else None,
+                **common,
             ),
             has_class_token=False,
-            remat_inner=select.choose_remat(self.remat) == "inner",
             parent=None,
         )
         if self.is_initializing():
@@ -329,10 +382,8 @@ class PyramidTNT(nn.Module):
         return select.implement(block, *impls)
 
     def check_fields(self) -> None:
-        check_choices(
-            self, remat=select.REMAT, inner_impl=IMPLEMENTATIONS, outer_impl=IMPLEMENTATIONS
-        )
-        check_rates(self)
+        impls = dict(inner_impl=IMPLEMENTATIONS, outer_impl=IMPLEMENTATIONS)
+        check_fields(self, remat=select.REMAT, **impls)
         if len(self.depths) != len(WIDENING) or min(self.depths) < 1:
             raise InputError(f"depths={self.depths} must be the blocks of {len(WIDENING)} stages")
 

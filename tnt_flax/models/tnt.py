@@ -26,18 +26,22 @@ from tnt_flax.models.layers import (
     GELU,
     Dense,
     LayerNorm,
-    Tokens,
     TransformerBlock,
-    check_choices,
+    check_fields,
     check_images,
-    check_rates,
     position_table,
     resample,
     token_init,
 )
 from tnt_flax.models.network import BlockLayout, Grid, Images
 from tnt_flax.models.scan import scan_blocks
-from tnt_flax.models.tnt_blocks import TNTBlock, WordEmbedding, WordsToSentences
+from tnt_flax.models.tnt_blocks import (
+    Sentences,
+    TNTBlock,
+    WordEmbedding,
+    Words,
+    WordsToSentences,
+)
 
 # Four networks were published as TNT. "legacy" is timm before 1.0.16 and mmpretrain, written before
 # the authors' code was public. Both MindSpore variants are the authors' own, the first for
@@ -121,7 +125,7 @@ class TNT(nn.Module):
         check_images(images, self.patch_size)
         words, sentences = self.embed(images.astype(self.dtype), train)
 
-        inner_impl, outer_impl = self.implementations(words.shape, sentences.shape, train)
+        inner_impl, outer_impl = self.implementations(words, sentences, train)
         words = select.to_layout(inner_impl, words)
         rates = jnp.linspace(0, self.drop_path, self.depth) if train and self.drop_path else None
         # The head reads the class token alone. In the last block no other sentence needs an update,
@@ -136,7 +140,7 @@ class TNT(nn.Module):
                 (words, sentences),
                 None if rates is None else rates[start:stop],
                 train=train,
-                remat=select.choose_remat(self.remat) == "block",
+                remat=select.remats_blocks(self.remat),
                 last=last_queries if stop == self.depth else None,
             )
 
@@ -147,11 +151,9 @@ class TNT(nn.Module):
         head = Dense(self.num_classes, use_bias=self.output_bias, dtype=self.dtype, name="head")
         return head(features).astype(jnp.float32)
 
-    def embed(
-        self, images: Images, train: bool
-    ) -> tuple[Float[Array, "B N M C"], Float[Array, "B N+1 D"]]:
+    def embed(self, images: Images, train: bool) -> tuple[Words, Sentences]:
         """Returns the words and sentences that the first block reads."""
-        embed = WordEmbedding(
+        embed_words = WordEmbedding(
             inner_dim=self.inner_dim,
             patch_size=self.patch_size,
             stride=self.inner_stride,
@@ -160,9 +162,10 @@ class TNT(nn.Module):
             dtype=self.dtype,
             name="word_embed",
         )
-        words = embed(images)
-        words = add(words, self.positions("word_pos", words)[:, None])  # same for every sentence
-        stem = WordsToSentences(
+        words = embed_words(images)
+        word_pos = position_table(self, "word_pos", (1, *words.shape[2:]))
+        words = add(words, word_pos[:, None])  # the same for every sentence
+        to_sentences = WordsToSentences(
             self.outer_dim,
             use_bias=self.output_bias,
             norm_out=self.stem_norm,
@@ -170,22 +173,19 @@ class TNT(nn.Module):
             dtype=self.dtype,
             name="proj",
         )
-        stem_sentences = stem(words)
+        projected = to_sentences(words)
 
         cls_token = self.param("cls_token", token_init, (1, 1, self.outer_dim))
         cls_token = jnp.broadcast_to(cls_token, (images.shape[0], 1, self.outer_dim))
         cls_token = cls_token.astype(self.dtype)
-        start = jnp.zeros_like(stem_sentences) if self.zero_sentences else stem_sentences
-        sentences = jnp.concatenate([cls_token, start], axis=1)
-        sentences = add(sentences, self.positions("sentence_pos", sentences))
+        patches = jnp.zeros_like(projected) if self.zero_sentences else projected
+        sentences = jnp.concatenate([cls_token, patches], axis=1)
+        sentence_pos = position_table(self, "sentence_pos", (1, *sentences.shape[1:]))
+        sentences = add(sentences, sentence_pos)
         sentences = nn.Dropout(self.dropout, deterministic=not train)(sentences)
         if self.zero_sentences:
-            sentences = sentences.at[:, 1:].add(stem_sentences)
+            sentences = sentences.at[:, 1:].add(projected)
         return words, sentences
-
-    def positions(self, name: str, tokens: Tokens) -> Float[Array, "1 T W"]:
-        """Returns the parameter `name`, one row per token, the same for every image."""
-        return position_table(self, name, (1, *tokens.shape[-2:]), token_init)
 
     def make_block(self, name: str, vanilla: bool) -> TNTBlock:
         """Returns one block.
@@ -216,17 +216,11 @@ class TNT(nn.Module):
                 parent=None,
             ),
             outer=TransformerBlock(self.outer_heads, se=self.se, **common),
-            remat_inner=select.choose_remat(self.remat) == "inner",
             parent=None,
             name=name,
         )
 
-    def implementations(
-        self,
-        words_shape: tuple[Any, int, int, int],
-        sentences_shape: tuple[Any, int, int],
-        train: bool,
-    ) -> tuple[str, str]:
+    def implementations(self, words: Words, sentences: Sentences, train: bool) -> tuple[str, str]:
         """Returns the implementations of the inner and of the outer transformer.
 
         Only "reference" creates parameters, sows attention weights, and, in the inner transformer,
@@ -234,10 +228,10 @@ class TNT(nn.Module):
         """
         if self.is_initializing() or self.is_mutable_collection("intermediates"):
             return "reference", "reference"
-        outer = select.choose_outer(self.outer_impl, sentences_shape, self.outer_heads)
+        outer = select.choose_outer(self.outer_impl, sentences.shape, self.outer_heads)
         if not self.inner_heads or train and (self.dropout or self.attention_dropout):
             return "reference", outer
-        inner = select.choose_inner(self.inner_impl, words_shape, self.inner_heads, self.mlp_ratio)
+        inner = select.choose_inner(self.inner_impl, words.shape, self.inner_heads, self.mlp_ratio)
         return inner, outer
 
     def groups(self) -> Iterator[tuple[int, int, bool]]:
@@ -249,10 +243,8 @@ class TNT(nn.Module):
             start = stop
 
     def check_fields(self) -> None:
-        if self.gelu not in GELU:
-            raise InputError(f"gelu={self.gelu!r} is none of {sorted(GELU)}")
-        check_choices(self, remat=select.REMAT, inner_impl=select.INNER, outer_impl=select.OUTER)
-        check_rates(self)
+        impls = dict(inner_impl=select.INNER, outer_impl=select.OUTER)
+        check_fields(self, gelu=tuple(GELU), remat=select.REMAT, **impls)
         if self.depth < 1:
             raise InputError(f"depth={self.depth}: a network has one block at least")
         if self.conv_first and self.patch_size % self.inner_stride:

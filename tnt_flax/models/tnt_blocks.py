@@ -17,6 +17,7 @@ from tnt_flax.models.layers import Bias, Dense, LayerNorm, MatmulFn
 from tnt_flax.models.network import Images
 
 Words = Float[Array, "B N M C"]
+Sentences = Float[Array, "B T D"]  # T is N + 1, with the class token first, or N without one
 
 WORD_KERNEL = (7, 7)  # windows of neighbouring words overlap
 WORD_PADDING = ((3, 3), (3, 3))  # torch's padding=3; "SAME" would shift every window by two pixels
@@ -35,21 +36,18 @@ class WordEmbedding(nn.Module):
     @nn.compact
     def __call__(self, images: Images) -> Words:
         init = torch_conv_init(images.shape[-1] * WORD_KERNEL[0] * WORD_KERNEL[1])
+        common = dict(use_bias=self.use_bias, dtype=self.dtype, name="conv")
         if not self.conv_first:  # each patch apart, padded with zeros
-            conv = PatchConv(
-                self.inner_dim, self.stride, self.use_bias, init, self.dtype, name="conv"
-            )
+            conv = PatchConv(self.inner_dim, self.stride, init, **common)
             return conv(cut_patches(images, self.patch_size))
         conv = nn.Conv(  # over the whole image: windows cross the borders of patches
             self.inner_dim,
             WORD_KERNEL,
-            (self.stride, self.stride),
-            WORD_PADDING,
-            use_bias=self.use_bias,
+            strides=self.stride,
+            padding=WORD_PADDING,
             kernel_init=init,
             bias_init=init,
-            dtype=self.dtype,
-            name="conv",
+            **common,
         )
         words = cut_patches(conv(images), self.patch_size // self.stride)
         return words.reshape(*words.shape[:2], words.shape[2] * words.shape[3], self.inner_dim)
@@ -64,8 +62,8 @@ class PatchConv(nn.Module):
 
     features: int
     stride: int
-    use_bias: bool
     init: Callable[..., Array]
+    use_bias: bool = True
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -89,12 +87,14 @@ def unfold_kernel(kernel: Float[Array, "7 7 channels C"], size: int, stride: int
     For the word whose window starts at (y, x), `lax.pad` puts the 7x7 kernel at (y, x) of a
     size x size patch. A negative amount crops what crosses the patch's border.
     """
-    (before, _), _ = WORD_PADDING
+    before = WORD_PADDING[0][0]
     starts = [i * stride - before for i in range(-(-size // stride))]
     around = {start: (start, size - start - WORD_KERNEL[0], 0) for start in starts}
-    zero, rest = jnp.zeros((), kernel.dtype), [(0, 0, 0)] * 2
+    keep = (0, 0, 0)  # channels and features are not padded
     windows = [
-        jax.lax.pad(kernel, zero, [around[y], around[x], *rest]) for y in starts for x in starts
+        jax.lax.pad(kernel, jnp.zeros((), kernel.dtype), [around[y], around[x], keep, keep])
+        for y in starts
+        for x in starts
     ]
     return jnp.stack(windows, axis=3).reshape(-1, len(windows), kernel.shape[-1])
 
@@ -155,7 +155,7 @@ class TNTBlock(nn.Module):
 
     Args of the call:
         words: (B, N, M, C), or in the layout that `inner` and `proj` read.
-        sentences: (B, T, D). T is N + 1, with the class token first, or N without one.
+        sentences: with or without a class token.
         drop_path_rate: rate of all updates of both transformers; None disables drop path.
         bias: added to the logits of the outer attention, in which T sentences attend to K tokens:
             the T sentences, or fewer if `outer` reduces them.
@@ -167,13 +167,12 @@ class TNTBlock(nn.Module):
     proj: nn.Module  # a WordsToSentences, or another implementation
     outer: nn.Module  # a TransformerBlock
     has_class_token: bool = True
-    remat_inner: bool = False  # the backward pass computes `inner` again
 
     @nn.compact
     def __call__(
         self,
         words: Array,
-        sentences: Float[Array, "B T D"],
+        sentences: Sentences,
         drop_path_rate: Float[Array, ""] | None,
         bias: Bias | None = None,
         *,
@@ -181,12 +180,7 @@ class TNTBlock(nn.Module):
         train: bool,
     ) -> tuple[Array, Float[Array, "B Q D"]]:
         if self.inner:
-
-            def run_inner(inner, words):
-                return inner(words, drop_path_rate, train=train)
-
-            run = nn.remat(run_inner) if self.remat_inner else run_inner
-            words = run(self.inner, words)
+            words = self.inner(words, drop_path_rate, train=train)
             update = self.proj(words)
             if self.has_class_token:
                 update = update.reshape(sentences[:, 1:].shape)  # some layouts merge B and N

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inner transformer with sentences on the vector lanes: words as [C, M, P], P = B * N last.
+"""The inner transformer with sentences on the vector lanes: words as [C, M, P] with P = B * N.
 
-A word has few channels and a sentence few words, so rows of either leave a wide machine idle;
-sentences there are thousands. Same parameters as `tnt_flax.models.layers` makes, same results.
+Channels and words are few and leave most lanes of a vector unit idle; sentences are thousands. Same
+parameters and same function as `tnt_flax.models.layers`.
 """
 
 import math
@@ -28,10 +28,11 @@ def to_lanes(words: Float[Array, "B N M C"]) -> Lanes:
 
 
 def fold(params: dict, heads: int) -> Weights:
-    """The weights of `layers.TransformerBlock` as four matrices [inputs + 1, outputs], bias last.
+    """Returns the weights of `layers.TransformerBlock` as four matrices [inputs + 1, outputs].
 
-    Of query, key and value side by side, out, fc1, fc2. The affine of each LayerNorm is in the
-    matrix behind it, head_dim**-0.5 and log2(e) are in the query: softmax is then 2**s / sum.
+    They are query, key and value side by side, out, fc1 and fc2, each with its bias as last row.
+    Each LayerNorm's affine is folded into the next matrix, and head_dim**-0.5 * log2(e) into the
+    query, so that softmax is 2**score / sum.
     """
     attention = params["attention"]
     scale = math.log2(math.e) * (attention["query"]["kernel"].shape[1] // heads) ** -0.5
@@ -46,18 +47,20 @@ def fold(params: dict, heads: int) -> Weights:
 
 
 def with_bias(dense: dict) -> Array:
+    """Returns the kernel with the bias, or zeros, as last row."""
     kernel = jnp.asarray(dense["kernel"], jnp.float32)
     bias = dense.get("bias", jnp.zeros_like(kernel[0]))
     return jnp.concatenate([kernel, bias[None]])
 
 
 def behind_norm(norm: dict, weight: Array) -> Array:
+    """Returns `weight` with the affine of the LayerNorm before it folded in."""
     kernel, bias = weight[:-1], weight[-1]
     return jnp.concatenate([norm["scale"][:, None] * kernel, (norm["bias"] @ kernel + bias)[None]])
 
 
 def normalize(x: Array, axes: int | tuple[int, ...], norm_eps: float) -> Array:
-    """LayerNorm without its affine, in float32: the result, too."""
+    """LayerNorm without its affine; computes and returns float32."""
     x = x.astype(jnp.float32)
     x = x - x.mean(axis=axes, keepdims=True)
     return x * jax.lax.rsqrt(jnp.square(x).mean(axis=axes, keepdims=True) + norm_eps)
@@ -71,20 +74,25 @@ def dense(weight: Array, x: Lanes) -> Float[Array, "O M P"]:
 def block(
     x: Lanes,
     weights: Weights,
-    scales: Float[Array, "2 P"] | None,
+    scales: Float[Array, "2 P"],
     *,
     heads: int,
     norm_eps: float,
     gelu: str,
 ) -> Lanes:
-    """Pre-norm attention and MLP, each added to its input; `weights` are those of `fold`.
+    """Evaluates pre-norm attention and MLP, each added to its input.
 
-    `scales` multiply what attention and the MLP add to the words of a sentence: stochastic depth.
-    Attention is products and sums of vectors of sentences, without a single small matrix product.
+    Attention consists of products and sums of vectors of sentences, without small matrix products.
+
+    Args:
+        x: words.
+        weights: from `fold`.
+        scales: factors of the two updates of each sentence (stochastic depth).
+        heads, norm_eps, gelu: see `layers.TransformerBlock`.
     """
     qkv, out, fc1, fc2 = weights
     dtype = x.dtype
-    scale = [1, 1] if scales is None else scales.astype(dtype)[:, None, None]
+    scale = scales.astype(dtype)[:, None, None]
 
     split = (3, heads, x.shape[0] // heads, *x.shape[1:])
     query, key, value = dense(qkv, normalize(x, 0, norm_eps).astype(dtype)).reshape(split)
@@ -99,31 +107,27 @@ def block(
 
 
 class LanesTransformer(nn.Module):
-    """`layers.TransformerBlock` for words on lanes; it has no dropout.
-
-    `block` is the function that computes it: `lanes.block` or `inner_pallas.block`.
-    """
+    """`layers.TransformerBlock` for words on lanes, without dropout."""
 
     num_heads: int
-    block: Callable[..., Array]
+    block: Callable[..., Array]  # computes it: `lanes.block` or `inner_pallas.block`
     norm_eps: float = 1e-5
     gelu: str = "erf"
 
     @nn.compact
     def __call__(self, x: Lanes, drop_path_rate: Float[Array, ""] | None, *, train: bool) -> Lanes:
         del train
-        scales = None
-        if drop_path_rate is not None:  # of attention and MLP, sampled as in the reference
-            kept = jnp.ones((x.shape[2], 1, 1), x.dtype)
-            scales = [DropPath()(kept, drop_path_rate)[:, 0, 0] for _ in range(2)]
-            scales = jnp.stack(scales).astype(jnp.float32)
+        # Factors of both updates, sampled as in the reference.
+        kept = jnp.ones((x.shape[2], 1, 1), x.dtype)
+        scales = [DropPath()(kept, drop_path_rate)[:, 0, 0] for _ in range(2)]
+        scales = jnp.stack(scales).astype(jnp.float32)
         weights = fold(self.variables["params"], self.num_heads)
         fields = dict(heads=self.num_heads, norm_eps=self.norm_eps, gelu=self.gelu)
         return self.block(x, weights, scales, **fields)
 
 
 class LanesToSentences(nn.Module):
-    """`tnt.WordsToSentences` for words on lanes: [C, M, P] to (P, D)."""
+    """`tnt_blocks.WordsToSentences` for words on lanes: [C, M, P] to (P, D)."""
 
     norm_each_word: bool = False
     norm_eps: float = 1e-5
@@ -134,11 +138,8 @@ class LanesToSentences(nn.Module):
         params = self.variables["params"]
         width, num_words, _ = words.shape
         x = normalize(words, 0 if self.norm_each_word else (0, 1), self.norm_eps)
-        affine = (params["norm1"][name] for name in ("scale", "bias"))
-        if self.norm_each_word:
-            scale, bias = (x[:, None, None] for x in affine)
-        else:
-            scale, bias = (x.reshape(num_words, width).T[:, :, None] for x in affine)
+        affine = (params["norm1"][name].reshape(-1, width) for name in ("scale", "bias"))
+        scale, bias = (values.T[:, :, None] for values in affine)  # [C, 1 or M, 1]
         x = (x * scale + bias).astype(self.dtype)
         kernel = jnp.asarray(params["dense"]["kernel"]).reshape(num_words, width, -1)
         x = shard_batch(mixed_precision.einsum("cmp,mcd->pd", x, kernel))

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention among sentences as one TPU kernel, which keeps its N x N weights on the chip.
+"""Attention among sentences as one TPU kernel that keeps the N x N attention weights on the chip.
 
-The same function as `layers.Attention` computes between its projections, to float32 rounding. XLA
-writes the weights of all heads to memory and reads them back several times, forward and backward;
-here they exist for one head at a time and the backward pass computes them again. A row of weights
-is short enough to be held whole, so that none of FlashAttention's running sums is needed.
+Computes what `layers.Attention` computes between its projections, up to float32 rounding. XLA
+writes the weights of all heads to memory and reads them several times, forward and backward. The
+kernel holds those of one head at a time, and its backward pass computes them again. A row of
+weights fits on the chip, so none of FlashAttention's running sums is needed.
 
-Heads narrower than the 128 lanes of a TPU lie side by side in them and are never moved: a product
-over all lanes with one operand zero outside of a head is the product over that head, at the same
-cost. On platforms other than TPUs the kernel is interpreted, which is slow and only for tests.
+Heads narrower than the 128 lanes of a TPU share them and are never moved: a product over all lanes,
+with one operand zero outside of a head, is the product over that head at the same cost. On other
+platforms the kernel is interpreted, which is slow and only for tests.
 """
 
 import functools
@@ -25,15 +25,13 @@ from tnt_flax.models.kernels.platform import devices, free_axes, platform, why_n
 Heads = Float[Array, "B N heads d"]
 
 LANES = 128
-LONGEST = 640  # tokens, of which the weights of a head fit on the chip: images up to 400 pixels
-SHORT = 256  # tokens, up to which a program takes all heads of `IMAGES` images
+LONGEST = 640  # tokens for which the weights of a head fit on the chip: images up to 400 pixels
+SHORT = 256  # up to so many tokens, a program computes all heads of IMAGES images
 IMAGES = 2
 
 
 def why_not(batch: int, length: int, width: int) -> str:
-    """Returns why `attend` cannot run for [batch, length, heads, width] here; "" if it can."""
-    if platform() != "tpu":
-        return f"it is for TPUs, not for {platform()}"
+    """Returns why TPUs cannot run `attend` for [batch, length, heads, width]; "" if they can."""
     if length > LONGEST:
         return f"{length} tokens are more than {LONGEST}"
     if LANES % width and width % LANES:
@@ -42,10 +40,10 @@ def why_not(batch: int, length: int, width: int) -> str:
 
 
 def attend(query: Heads, key: Heads, value: Heads, scale: float) -> Heads:
-    """softmax(scale query key^T) value, for every head by itself.
+    """Returns softmax(scale query key^T) value for every head.
 
-    Under a mesh (`jax.set_mesh`) each device does its share of the batch, which all its axes split
-    that are not yet taken apart.
+    Under a mesh (`jax.set_mesh`) each device runs its share of the batch, sharded over all axes
+    that no enclosing `jax.shard_map` has made manual.
     """
     flat = (*query.shape[:2], -1)
     run = functools.partial(_attend, width=query.shape[-1], scale=scale)
@@ -72,7 +70,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _call(kernel, outputs, width, scale, *inputs):
-    """Runs `kernel` over [B, N, heads * d] arrays, part by part."""
+    """Runs `kernel` over blocks of arrays [B, N, heads * d]."""
     batch, length, channels = inputs[0].shape
     images, slab = min(batch, IMAGES), channels
     if length > SHORT:  # all heads of an image would be too much for the memory of a v4
@@ -109,7 +107,7 @@ def _backward(q_ref, k_ref, v_ref, g_ref, dq_ref, dk_ref, dv_ref, *, width, scal
         q, k, v, g = (ref[image, :, lanes] for ref in (q_ref, k_ref, v_ref, g_ref))
         dq, dk, dv = [], [], []
         for head in range(q.shape[1] // width):
-            # All squares are [key, query]: so only one of the five products needs a transposition.
+            # All squares are [key, query], so that only one of five products needs a transpose.
             logits = _dot(k, _only(q, head, width), (1, 1))
             weights = jnp.exp((logits - logits.max(0, keepdims=True)) * scale)
             weights = weights * (1 / weights.sum(0, keepdims=True))
@@ -125,7 +123,7 @@ def _backward(q_ref, k_ref, v_ref, g_ref, dq_ref, dk_ref, dv_ref, *, width, scal
 
 
 def _slabs(ref, width):
-    """The images of a block, and of each the heads: as many at once as the lanes hold."""
+    """Yields (image, lanes): the images of a block, and in each the heads that share the lanes."""
     step = max(LANES, width)
     for image in range(ref.shape[0]):
         for start in range(0, ref.shape[2], step):
@@ -133,13 +131,13 @@ def _slabs(ref, width):
 
 
 def _only(x, head, width):
-    """`x` [N, lanes] with zeros outside of `head`."""
+    """Returns `x` [N, lanes] with zeros outside of `head`."""
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     return jnp.where(lane // width == head, x, jnp.zeros_like(x))
 
 
 def _join(heads, width):
-    """Of each [N, lanes] of `heads` the lanes of that head."""
+    """Returns [N, lanes] with the lanes of each head from its array in `heads`."""
     lane = jax.lax.broadcasted_iota(jnp.int32, heads[0].shape, 1)
     joined = heads[0]
     for head, x in enumerate(heads[1:], start=1):
@@ -148,6 +146,6 @@ def _join(heads, width):
 
 
 def _dot(a, b, contracted):
-    """Sums over axis contracted[0] of `a` and contracted[1] of `b`, in float32."""
+    """Contracts axis contracted[0] of `a` with contracted[1] of `b`, in float32."""
     axes = (((contracted[0],), (contracted[1],)), ((), ()))
     return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)

@@ -47,21 +47,16 @@ def shard_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def heads_are_split() -> bool:
-    """True if the compiler shards the outer transformer's heads over devices."""
-    return TENSOR in free_axes() and devices((TENSOR,)) > 1
-
-
 def why_not_shared(batch: int) -> str:
     """Returns why the devices cannot share a kernel over `batch` images; "" if they can.
 
     The compiler cannot partition a kernel, hence the ambient mesh must shard the batch alone.
     """
+    axes = free_axes()
     if jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
         return f"it must be told how {jax.device_count()} devices share it: use jax.set_mesh(mesh)"
-    if heads_are_split():
+    if TENSOR in axes and devices((TENSOR,)) > 1:
         return f"the mesh splits more than the batch: its axis {TENSOR!r} has several devices"
-    shares = devices(free_axes())
-    if batch < 1 or batch % shares:
-        return f"{batch} images do not split over {shares} devices"
+    if batch < 1 or batch % devices(axes):
+        return f"{batch} images do not split over {devices(axes)} devices"
     return ""

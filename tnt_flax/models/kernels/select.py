@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chooses among the implementations of the inner and the outer transformer.
+"""Selects the implementations of the inner and the outer transformer.
 
 All implementations read the same parameters and compute the same function. "reference" is the
-definition in `models.layers`, the only one with forward-mode derivatives. "auto" never chooses an
+definition in `models.layers`, the only one with forward-mode derivatives. "auto" never selects an
 implementation that has not run on that kind of hardware:
 
-- On CPUs it is "cpu", for both transformers.
-- On GPUs it is "reference", for both: nothing else was measured there.
-- On TPUs nothing has run yet, so that "auto" takes plain XLA programs and, of these, the one that
-  the TPU compiler rates better. For the inner transformer this is "lanes": a training step of
-  TNT-S (128 images per chip of v5e:2x2, bfloat16) needs 1.35 GiB of temporaries by libtpu 0.0.52,
-  and 2.72 GiB with "reference". For the outer transformer it is "reference".
+- On CPUs, "cpu" for both transformers.
+- On GPUs, "reference" for both: nothing else was measured there.
+- On TPUs nothing has run yet. "auto" selects plain XLA programs and, among them, the one that the
+  TPU compiler rates better: "lanes" for the inner transformer (a training step of TNT-S needs 1.35
+  GiB of temporaries with 128 images per chip of v5e:2x2, bfloat16, libtpu 0.0.52; with "reference"
+  2.72 GiB), and "reference" for the outer one.
 
 The Pallas kernels are opt-in.
 """
@@ -25,7 +25,7 @@ from tnt_flax.models.kernels.platform import platform
 
 INNER = ("auto", "reference", "cpu", "lanes", "pallas")
 OUTER = ("auto", "reference", "cpu", "pallas")
-REMAT = ("auto", "none", "inner", "block")  # what the backward pass computes again
+REMAT = ("auto", "none", "block")
 
 
 def attend_pallas(*args: Any, **kwargs: Any) -> Array:
@@ -62,13 +62,10 @@ def choose_inner(
 
         images, _, words, width = words_shape  # in an export the number of images is symbolic
         reason = inner_pallas.why_not(width, heads, words, int(width * mlp_ratio), images)
-        if reason:
-            raise InputError(
-                f"inner_impl='pallas' cannot run here: {reason}; use inner_impl='auto'"
-            )
-    if impl != "auto":
-        return impl
-    return {"cpu": "cpu", "tpu": "lanes"}.get(platform(), "reference")
+        _refuse("inner_impl", reason)
+    if impl == "auto" and platform() == "tpu":
+        return "lanes"
+    return resolve_auto(impl)
 
 
 def choose_outer(impl: str, sentences_shape: tuple[Any, int, int], heads: int) -> str:
@@ -81,12 +78,13 @@ def choose_outer(impl: str, sentences_shape: tuple[Any, int, int], heads: int) -
     if impl == "pallas" and platform() == "tpu":  # elsewhere the kernel is interpreted, in tests
         from tnt_flax.models.kernels import outer_pallas
 
-        reason = outer_pallas.why_not(batch, length, width // heads)
-        if reason:
-            raise InputError(
-                f"outer_impl='pallas' cannot run here: {reason}; use outer_impl='auto'"
-            )
+        _refuse("outer_impl", outer_pallas.why_not(batch, length, width // heads))
     return resolve_auto(impl)
+
+
+def _refuse(field, reason):
+    if reason:
+        raise InputError(f"{field}='pallas' cannot run here: {reason}; use {field}='auto'")
 
 
 def resolve_auto(impl: str) -> str:
@@ -96,15 +94,13 @@ def resolve_auto(impl: str) -> str:
     return "cpu" if platform() == "cpu" else "reference"
 
 
-def choose_remat(remat: str) -> str:
-    """Returns one of REMAT other than "auto", which is "none" on CPUs and "block" elsewhere.
+def remats_blocks(remat: str) -> bool:
+    """True if the backward pass computes every block again; "auto" does except on CPUs.
 
-    TNT-S keeps 240 MB of activations per image in float32 with "none", and 60 MB with "block".
-    On a CPU time is scarcer than memory.
+    TNT-S keeps 240 MB of activations per image in float32 without, and 60 MB with it. On a CPU time
+    is scarcer than memory.
     """
-    if remat != "auto":
-        return remat
-    return "none" if platform() == "cpu" else "block"
+    return remat == "block" or remat == "auto" and platform() != "cpu"
 
 
 def implement(block: Any, inner_impl: str, outer_impl: str) -> Any:
