@@ -143,16 +143,3 @@ def test_dropout_sites(fields, sites):
 
 
 # -- Initial values
-
-
-def test_biases_start_with_zeros_and_norms_with_the_identity():
-    block = layers.TransformerBlock(2, se=True, qkv_bias=True)
-    init = functools.partial(block.init, drop_path_rate=None, train=False)
-    params = jax.jit(init)(jax.random.key(0), normal(1, 2, 8))["params"]
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    assert len([path for path, _ in leaves if path[-1].key == "bias"]) == 11
-    for path, x in leaves:
-        if path[-1].key == "bias":
-            np.testing.assert_array_equal(x, 0)
-        elif path[-1].key == "scale":
-            np.testing.assert_array_equal(x, 1)

@@ -34,44 +34,33 @@ def torch():
     return torch
 
 
-@pytest.fixture(scope="module")
-def timm():
+def timm_network(torch, name):
+    """Returns timm's network with random weights, and the same as our parameters."""
     import timm
-    import timm.models.tnt
 
-    return timm
-
-
-def fill(torch, network, seed=0):
-    """Gives timm's network random weights; returns them as our parameters."""
+    network = timm.create_model(name, pretrained=False).eval()
     shapes = {name: tuple(x.shape) for name, x in network.state_dict().items()}
-    weights = timm_weights.random_state(shapes, seed)
+    weights = timm_weights.random_state(shapes, seed=0)
     network.load_state_dict({k: torch.from_numpy(x) for k, x in weights.items()}, strict=True)
-    return timm_weights.to_flax(weights)
+    return network, timm_weights.to_flax(weights)
 
 
-def random_images(batch, height=224, width=224):
-    return np.random.RandomState(1).standard_normal((batch, height, width, 3)).astype(np.float32)
+def random_images(batch):
+    return np.random.RandomState(1).standard_normal((batch, 224, 224, 3)).astype(np.float32)
 
 
 def to_torch(torch, images):
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
-def check_same_shapes(model, params, images):
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, shapes)
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_equal_timms(name, torch, timm, record_property):
-    network = timm.create_model(name, pretrained=False).eval()
-    params, images = fill(torch, network), random_images(2)
+def test_logits_equal_timms(name, torch, record_property):
+    network, params = timm_network(torch, name)
+    images = random_images(2)
     with torch.no_grad():
         theirs = network(to_torch(torch, images)).numpy()
         exact = network.double()(to_torch(torch, images).double()).numpy()
     model = create_model(name)
-    check_same_shapes(model, params, images)
     ours = np.asarray(jax.jit(model.apply)({"params": params}, images))
 
     figures = {
@@ -92,10 +81,10 @@ def report(title, figures, record_property):
         record_property(f"{title}: {what}", value)
 
 
-def test_bfloat16_costs_little(torch, timm, record_property):
+def test_bfloat16_costs_little(torch, record_property):
     name = "tnt_s_patch16_224"
-    network = timm.create_model(name, pretrained=False).eval()
-    params, images = fill(torch, network), random_images(8)
+    network, params = timm_network(torch, name)
+    images = random_images(8)
     exact, half = (
         np.asarray(jax.jit(create_model(name, dtype=dtype).apply)({"params": params}, images))
         for dtype in ("float32", "bfloat16")
@@ -117,7 +106,7 @@ def test_bfloat16_costs_little(torch, timm, record_property):
 
 
 @pytest.mark.parametrize("variant", ["official", "legacy"])
-def test_goldens_are_what_the_script_writes(variant, torch, timm, tmp_path):
+def test_goldens_are_what_the_script_writes(variant, tmp_path):
     models.main(tmp_path)
     name = f"tnt_{variant}.npz"
     with np.load(tmp_path / name) as fresh, np.load(models.GOLDEN / name) as committed:

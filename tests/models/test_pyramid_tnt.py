@@ -17,7 +17,7 @@ from tests.helpers.networks import jit
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import fingerprint, named_leaves
 from tnt_flax.models import MODELS, PyramidTNT, block_outputs, create_model
-from tnt_flax.models.pyramid_tnt import BatchNorm, block_groups, stage_grids, word_maps
+from tnt_flax.models.pyramid_tnt import BatchNorm, stage_grids, word_maps
 from tnt_flax.training.optimizer import decay_mask
 from tnt_flax.weights import names, write
 from tnt_flax.weights.formats import torch
@@ -209,12 +209,6 @@ def test_kernels_and_relative_positions_decay():
     assert kinds == {"kernel", "relative_pos"}
     assert sum(name.endswith("relative_pos") for name in decayed) == 4
     assert "sentence_pos" not in decayed and "word_pos" not in decayed
-
-
-@pytest.mark.parametrize("depth, groups", [(1, [(0, 1)]), (6, [(0, 1), (1, 6)])])
-def test_the_first_block_or_two_have_words(depth, groups):
-    assert block_groups(depth) == groups
-    assert block_groups(7) == [(0, 2), (2, 7)]
 
 
 def test_shapes_of_block_outputs():

@@ -128,7 +128,7 @@ def test_block_outputs_equal_the_equations():
     ]
     np.testing.assert_array_equal(blocks[1]["words"], blocks[2]["words"])  # vanilla: left alone
 
-    logits, trace = numpy_tnt.tnt(model, params, images)
+    _, trace = numpy_tnt.tnt(model, params, images)
     for i, block in enumerate(blocks):
         words, sentences, inner, outer = (
             np.stack(x) for x in zip(*[image[i] for image in trace], strict=True)
@@ -138,10 +138,6 @@ def test_block_outputs_equal_the_equations():
         np.testing.assert_allclose(block["outer_attention"], outer, atol=1e-5)
         if i != 2:
             np.testing.assert_allclose(block["inner_attention"], inner, atol=1e-5)
-
-    last = np.asarray(blocks[-1]["sentences"], np.float64)[:, 0]
-    features = numpy_tnt.layer_norm(params["norm"], last, 1e-5)
-    np.testing.assert_allclose(numpy_tnt.dense(params["head"], features), logits, atol=1e-5)
 
 
 def test_block_outputs_without_inner_heads():
@@ -153,9 +149,6 @@ def test_block_outputs_without_inner_heads():
 
 def test_unused_block_outputs_are_not_computed():
     model, params, images = build()
-    assert isinstance(  # logits alone, no state beside them
-        jax.eval_shape(model.apply, {"params": params}, images), jax.ShapeDtypeStruct
-    )
 
     def compiled(names):
         def chosen(params):
