@@ -4,6 +4,7 @@
 Letters in shapes are those of `tnt_flax.models.tnt`.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -129,21 +130,16 @@ class WordsToSentences(nn.Module):
 
     @nn.compact
     def __call__(self, words: Words) -> Float[Array, "B N D"]:
-        norm_in = LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm1")
-        words = norm_in(words) if self.norm_each_word else words
+        norm = functools.partial(LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
+        dense = functools.partial(Dense, dtype=self.dtype, matmul_fn=self.matmul_fn)
         batch, sentences, num_words, width = words.shape
-        x = words.reshape(batch, sentences, num_words * width)  # word 0's channels, word 1's, ...
-        x = x if self.norm_each_word else norm_in(x)
-        x = Dense(
-            self.outer_dim,
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            matmul_fn=self.matmul_fn,
-            name="dense",
-        )(x)
-        if not self.norm_out:
-            return x
-        return LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm2")(x)
+        flat = (batch, sentences, num_words * width)  # word 0's channels, word 1's, ...
+        if self.norm_each_word:
+            x = norm(name="norm1")(words).reshape(flat)
+        else:
+            x = norm(name="norm1")(words.reshape(flat))
+        x = dense(self.outer_dim, use_bias=self.use_bias, name="dense")(x)
+        return norm(name="norm2")(x) if self.norm_out else x
 
 
 class TNTBlock(nn.Module):
