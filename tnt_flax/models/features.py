@@ -2,6 +2,7 @@
 """Outputs of single blocks, and the networks as backbones: maps of features."""
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -106,25 +107,31 @@ def feature_maps(
         raise InputError(f"at={list(at)}: the maps of this {type(model).__name__} are 0 to {last}")
     if images.ndim != 4:
         raise InputError(f"images must be [B, H, W, channels], not {list(images.shape)}")
-    patch = model.patch_size
     size = images.shape[1:3]
-    grid = tuple(max(-(-pixels // patch), model.min_grid) for pixels in size)
-    padding = [(0, n * patch - pixels) for n, pixels in zip(grid, size, strict=True)]
-    images = jnp.pad(images, ((0, 0), *padding, (0, 0)))
+    images, grid = _pad(images, model)
     variables = {**variables, "params": with_positions(model, variables["params"], grid)}
-    options = dict(train=train, rngs=rngs, mutable=["maps", *mutable])
-    _, state = model.apply(variables, images, **options)
-    captured = state.pop("maps")
-    stacks = [_subtree(captured, path)["sentences"][0] for path, _ in model.stacks()]
-    sentences = [block for stack in stacks for block in stack]
+    captured = ["maps", *mutable]
+    _, state = model.apply(variables, images, train=train, rngs=rngs, mutable=captured)
+    sown = state.pop("maps")
+    stacks = (_subtree(sown, path)["sentences"][0] for path, _ in model.stacks())
+    sentences = list(itertools.chain.from_iterable(stacks))
     layouts = model.block_layouts(grid)
     maps = []
     for block in (model.map_blocks[i] for i in at):
         layout = layouts[block]
         features = sentences[block][:, model.has_class_token :]
         features = features.reshape(len(images), *layout.grid, -1)
-        maps.append(FeatureMap(features, patch * layout.side, size))
+        maps.append(FeatureMap(features, model.patch_size * layout.side, size))
     return (maps, state) if mutable else maps
+
+
+def _pad(images, model):
+    """Returns images padded to whole patches, and their grid."""
+    patch = model.patch_size
+    size = images.shape[1:3]
+    grid = tuple(max(-(-pixels // patch), model.min_grid) for pixels in size)
+    padding = [(0, n * patch - pixels) for n, pixels in zip(grid, size, strict=True)]
+    return jnp.pad(images, ((0, 0), *padding, (0, 0))), grid
 
 
 def with_positions(model: Network, params: Mapping[str, Any], grid: Grid) -> Any:
