@@ -34,19 +34,24 @@ def torch():
     return torch
 
 
-def timm_network(torch, name):
-    """Returns timm's network with random weights, and the same as our parameters."""
+@pytest.fixture(scope="module")
+def timm():
     import timm
+    import timm.models.tnt
 
-    network = timm.create_model(name, pretrained=False).eval()
+    return timm
+
+
+def fill(torch, network, seed=0):
+    """Gives timm's network random weights; returns them as our parameters."""
     shapes = {name: tuple(x.shape) for name, x in network.state_dict().items()}
-    weights = timm_weights.random_state(shapes, seed=0)
+    weights = timm_weights.random_state(shapes, seed)
     network.load_state_dict({k: torch.from_numpy(x) for k, x in weights.items()}, strict=True)
-    return network, timm_weights.to_flax(weights)
+    return timm_weights.to_flax(weights)
 
 
-def random_images(batch):
-    return np.random.RandomState(1).standard_normal((batch, 224, 224, 3)).astype(np.float32)
+def random_images(batch, height=224, width=224):
+    return np.random.RandomState(1).standard_normal((batch, height, width, 3)).astype(np.float32)
 
 
 def to_torch(torch, images):
@@ -54,9 +59,9 @@ def to_torch(torch, images):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_equal_timms(name, torch, record_property):
-    network, params = timm_network(torch, name)
-    images = random_images(2)
+def test_logits_equal_timms(name, torch, timm, record_property):
+    network = timm.create_model(name, pretrained=False).eval()
+    params, images = fill(torch, network), random_images(2)
     with torch.no_grad():
         theirs = network(to_torch(torch, images)).numpy()
         exact = network.double()(to_torch(torch, images).double()).numpy()
@@ -81,10 +86,10 @@ def report(title, figures, record_property):
         record_property(f"{title}: {what}", value)
 
 
-def test_bfloat16_costs_little(torch, record_property):
+def test_bfloat16_costs_little(torch, timm, record_property):
     name = "tnt_s_patch16_224"
-    network, params = timm_network(torch, name)
-    images = random_images(8)
+    network = timm.create_model(name, pretrained=False).eval()
+    params, images = fill(torch, network), random_images(8)
     exact, half = (
         np.asarray(jax.jit(create_model(name, dtype=dtype).apply)({"params": params}, images))
         for dtype in ("float32", "bfloat16")
