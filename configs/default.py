@@ -109,7 +109,7 @@ def get_config() -> ConfigDict:
     config.eval.every = "1 epochs"  # and after the last step
     config.eval.batch_size = 1024
     config.eval.weights = "ema"  # or "raw"; also selects the best checkpoint
-    # Only for --mode=eval:
+    # Only for tnt-flax eval:
     config.eval.classes = ""  # restrict to "imagenet-a", "imagenet-r" or a file's classes; "" all
     config.eval.real_labels = ""  # ReaL's real.json, in data.root; replaces the labels
 

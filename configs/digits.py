@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small TNT on the embedded handwritten digits: minutes on two CPU cores, no download.
 
-    python main.py --config=configs/digits.py --workdir=runs/digits
+    tnt-flax train --config=digits --workdir=runs/digits
 
 The 8x8 digits are enlarged to 32x32: a word (4x4 pixels) is one original pixel, a sentence (16x16
 pixels) is a quarter of the digit.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning of weights of any framework on your own image folder.
 
-    python main.py --config=configs/finetune.py --workdir=runs/mine \\
+    tnt-flax train --config=finetune --workdir=runs/mine \\
         --config.init_from=WEIGHTS --config.data.root=FOLDER
-    python main.py --config=configs/finetune.py:probe ...
+    tnt-flax train --config=finetune:probe ...
 
 The network is that of WEIGHTS. Other classes get a new head; another image size gets resampled
 positions. FOLDER contains train/CLASS/IMAGE and val/CLASS/IMAGE, or only train/, or CLASS/IMAGE.

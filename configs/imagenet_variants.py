@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation on the other test sets of ImageNet, for networks with ImageNet's classes.
 
-    python main.py --config=configs/imagenet_variants.py:v2 --mode=eval \\
+    tnt-flax eval --config=imagenet_variants:v2 \\
         --checkpoint=WEIGHTS --config.data.root=FOLDER --per-class=classes.csv
 
 FOLDER contains the unpacked download. The argument after the colon is the test set:

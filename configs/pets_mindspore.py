@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The authors' first release: TNT-B in MindSpore on Oxford-IIIT Pets, at 384 pixels.
 
-    python main.py --config=configs/pets_mindspore.py --workdir=runs/pets --config.data.root=TFDS
-    python main.py --config=configs/pets_mindspore.py --mode=eval --checkpoint=tnt_b_pets.ckpt
+    tnt-flax train --config=pets_mindspore --workdir=runs/pets --config.data.root=TFDS
+    tnt-flax eval --config=pets_mindspore --checkpoint=tnt_b_pets.ckpt
 
 TFDS is the data_dir in which tfds prepared oxford_iiit_pet. Settings from `src/config.py` and
 `src/pet_dataset.py` of mindspore-ai/mindspore, model_zoo/research/cv/TNT (commit 50d7062f), whose

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyramidTNT on ImageNet-1k (Han et al., arXiv 2201.00978).
 
-    python main.py --config=configs/ptnt.py:s --workdir=runs/ptnt_s --config.data.root=IMAGENET
+    tnt-flax train --config=ptnt:s --workdir=runs/ptnt_s --config.data.root=IMAGENET
 
 IMAGENET contains train/CLASS/*.JPEG and val/CLASS/*.JPEG. The argument after the colon is the size;
 configs/ptnt_s.py is the same as configs/ptnt.py:s. The recipe is TNT's with 20 epochs of warm-up,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """TNT on ImageNet-1k (Han et al., arXiv 2103.00112).
 
-    python main.py --config=configs/tnt.py:s --workdir=runs/tnt_s --config.data.root=IMAGENET
+    tnt-flax train --config=tnt:s --workdir=runs/tnt_s --config.data.root=IMAGENET
 
 IMAGENET contains train/CLASS/*.JPEG and val/CLASS/*.JPEG. The argument after the colon is the size;
 configs/tnt_s.py is the same as configs/tnt.py:s. From Table 4 of the paper, trained on 8 V100 GPUs,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Transfer learning as in the paper: fine-tuning at 384 pixels (section 4.4, Table 9).
 
-    python main.py --config=configs/transfer.py:cifar10 --workdir=runs/cifar10 \
+    tnt-flax train --config=transfer:cifar10 --workdir=runs/cifar10 \
         --config.init_from=WEIGHTS --config.model.name=tnt_b_patch16_224
 
 WEIGHTS is a checkpoint, of any framework, of a network trained on ImageNet at 224 pixels. Positions

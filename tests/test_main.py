@@ -58,6 +58,12 @@ def test_bad_flags(root, flags, message):
     assert line.startswith("error: ") and message in line
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_help_is_that_of_the_command(root, mode):
+    result = command(root, f"--mode={mode}", "--help")
+    assert result.returncode == 0 and result.stdout.startswith(f"usage: tnt-flax {mode} ")
+
+
 @pytest.mark.slow
 def test_train_then_evaluate(root, tmp_path, smoke_flags):
     flags = [DIGITS, f"--workdir={tmp_path}", *smoke_flags]

@@ -120,7 +120,7 @@ def test_multi_label_data_sets(tmp_path):
         padded = [[2, -1, -1, -1], [-1] * 4, [3, 0, -1, -1]]
         assert [label.tolist() for label in labels] == padded
         message = message_of(lambda f=folder: TfdsSource("real", "validation", str(f)))
-        assert "'real' is multi-label: it can only be evaluated on, by main.py --mode=" in message
+        assert "'real' is multi-label: it can only be evaluated on, by tnt-flax eval" in message
 
 
 # ----------------------------------------------------------------------------------------- damage

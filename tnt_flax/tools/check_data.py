@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks every image of a data set: corrupt files, and images that training converts silently.
 
-    tnt-flax check-data --config=configs/tnt_s.py --config.data.root=IMAGENET
-    tnt-flax check-data --config=configs/tnt_s.py --config.data.root=IMAGENET \\
+    tnt-flax check-data --config=tnt_s --config.data.root=IMAGENET
+    tnt-flax check-data --config=tnt_s --config.data.root=IMAGENET \\
         --split=both --out=findings.jsonl
 
 With --out, every finding is a line of JSON in that file, and an interrupted check resumes with the

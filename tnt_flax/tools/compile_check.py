@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles a config's training step for TPUs on any machine: memory, FLOPs, collectives.
 
-    tnt-flax compile-check --config=configs/tnt_b.py --topology=v5e:16x16
-    tnt-flax compile-check --config=configs/tnt_s.py --topology=v5p:2x2x1 \\
+    tnt-flax compile-check --config=tnt_b --topology=v5e:16x16
+    tnt-flax compile-check --config=tnt_s --topology=v5p:2x2x1 \\
         --config.batch_size=512
 
 Needs `pip install "tnt_flax[tpu]"` but no TPU, reads no data, and takes one or two minutes. The

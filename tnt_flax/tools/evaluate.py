@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluates weights on the evaluation split of a config.
 
-    tnt-flax eval --config=configs/digits.py --workdir=runs/digits
-    tnt-flax eval --config=configs/imagenet_variants.py:v2 --config.data.root=FOLDER \\
+    tnt-flax eval --config=digits --workdir=runs/digits
+    tnt-flax eval --config=imagenet_variants:v2 --config.data.root=FOLDER \\
         --checkpoint=tnt_s_81.5.pth.tar --per-class=classes.csv
 
 Every image counts once, on any number of devices and hosts (see `tnt-flax train` for several).

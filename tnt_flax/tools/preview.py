@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plots training samples as the network sees them: cropped, augmented, mixed, erased.
 
-    tnt-flax preview --config=configs/digits.py --out=samples.png
-    tnt-flax preview --config=configs/tnt_s.py --config.data.root=IMAGENET \\
+    tnt-flax preview --config=digits --out=samples.png
+    tnt-flax preview --config=tnt_s --config.data.root=IMAGENET \\
         --out=samples.png --rows=4 --columns=8
 
 The samples are those of the first training step. With a smaller --config.batch_size the command is

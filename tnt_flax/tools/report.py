@@ -48,7 +48,7 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("workdir", metavar="WORKDIR", type=pathlib.Path, help="folder of a run")
     add("--out", type=pathlib.Path, help="default: WORKDIR/report.html")
-    add("--checkpoint", choices=["best", "last"], default="best", help="which one predictions")
+    add("--checkpoint", choices=["best", "last"], default="best", help="which predicts")
     add("--data-root", help="overrides data.root of the config")
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a network, or resumes a run from its last checkpoint.
 
-    tnt-flax train --config=configs/digits.py --workdir=runs/digits
-    tnt-flax train --config=configs/tnt_s.py --workdir=runs/tnt_s --config.data.root=IMAGENET
+    tnt-flax train --config=digits --workdir=runs/digits
+    tnt-flax train --config=tnt_s --workdir=runs/tnt_s --config.data.root=IMAGENET
 
 On several hosts, start the same command on each. Processes find each other through a launcher that
 JAX knows (Slurm, Kubernetes, Cloud TPU) or through --coordinator, --num-processes and --process-id.

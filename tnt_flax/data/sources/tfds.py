@@ -117,7 +117,7 @@ def _supervised_pair(builder, multi_label):
     if several and not multi_label:
         raise InputError(
             f"tfds data set {builder.name!r} is multi-label: it can only be evaluated on, by "
-            "main.py --mode=eval"
+            "tnt-flax eval"
         )
     return keys, label, several
 
