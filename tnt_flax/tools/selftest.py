@@ -2,7 +2,7 @@
 """Compares and times the implementations of TNT's transformers on this machine's first device.
 
     tnt-flax selftest
-    tnt-flax selftest --model=tnt_b_patch16_224 --batch-size=256 --seconds=300
+    tnt-flax selftest --model=tnt_b_patch16_224 --batch-size=256 --rounds=30
 
 Each implementation of the inner and of the outer transformer that can run here is compared with
 "reference": logits and gradients of a network of two blocks, in float32 and in bfloat16. Then the
@@ -17,18 +17,17 @@ comparison failed, 2 that the input was wrong.
 """
 
 import argparse
-import contextlib
-import gc
-import importlib.metadata
+import functools
 import logging
+import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 import optax
 
@@ -51,9 +50,6 @@ COMPARED = {"depth": 2, "batch_size": 4}
 TOLERANCES = {"logits": 1e-4, "gradients": 1e-3}  # in float32
 ROUNDING = 3.0  # in bfloat16: tolerance relative to the reference's own difference
 CPU_DEPTH, CPU_BATCH, BATCH = 2, 4, 128  # defaults of what is timed
-MAX_ROUNDS = 10
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu", "jax-cuda12-plugin")
-PACKAGES += ("jax-cuda13-plugin", "jax-rocm7-plugin")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -63,7 +59,7 @@ def add_arguments(parser: Parser) -> None:
     add("--image-size", type=positive, metavar="N", help="pixels; default: that of the model")
     add("--depth", type=positive, metavar="N", help=f"{CPU_DEPTH} on CPUs, else the model's")
     add("--dtype", choices=DTYPES, help="of what is timed: float32 on CPUs, else bfloat16")
-    add("--seconds", type=positive, default=100, metavar="N", help="budget; comparisons always run")
+    add("--rounds", type=positive, default=10, metavar="N", help="timed calls of each")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -72,7 +68,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: an unknown model, or an image size that the patches do not divide.
     """
-    deadline = time.monotonic() + args.seconds
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
     depth = create_model(args.model).depth  # refuses an unknown model
@@ -84,11 +79,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     logger.info(f"{args.model} on {device.device_kind}, jax {jax.__version__}")
     with jax.set_mesh(sharding.make_mesh([device])):
-        implementations, unavailable = usable(args.model, size)
-        tolerances, results = compare(implementations, args.model, size)
-        timings = measure(list(results), args.model, size, timed, deadline)
+        tolerances, results, unavailable = compare(args.model, size)
+        timings = measure(list(results), args.model, size, timed, args.rounds)
     for name, found in results.items():
-        found.update(timings.get(name, {}))
+        found.update(timings[name])
     return {
         "passed": all(found["passed"] for found in results.values()),
         "device": device.device_kind,
@@ -100,40 +94,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "tolerances": tolerances,
         "implementations": results,
         "unavailable": unavailable,
-        "versions": versions(),
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__,
+            "backend": device.client.platform_version,  # that of libtpu or CUDA
+        },
     }
 
 
 def failed(result: dict[str, Any]) -> bool:
     return not result["passed"]
-
-
-def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def usable(model_name: str, size: int) -> tuple[list[str], dict[str, str]]:
-    """Splits IMPLEMENTATIONS into those that can run here and, for the others, the reason."""
-    names, unavailable = [], {}
-    images = jax.ShapeDtypeStruct((COMPARED["batch_size"], size, size, 3), jnp.float32)
-    for name, fields in IMPLEMENTATIONS.items():
-        if "pallas" in name and jax.default_backend() != "tpu":
-            unavailable[name] = "for TPUs only"
-            continue
-        model = create_model(model_name, depth=COMPARED["depth"], **fields)
-        variables = jax.eval_shape(model.init, jax.random.key(0), images)
-        try:
-            jax.eval_shape(model.apply, variables, images)
-            names.append(name)
-        except InputError as error:
-            if name == "reference":
-                raise
-            unavailable[name] = str(error)
-    return names, unavailable
 
 
 def random_inputs(model: Any, batch_size: int, size: int) -> tuple[Any, jax.Array, jax.Array]:
@@ -142,11 +113,11 @@ def random_inputs(model: Any, batch_size: int, size: int) -> tuple[Any, jax.Arra
     images = generator.standard_normal((batch_size, size, size, 3), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
 
-    def draw(path, x):
+    def random_leaf(path, x):
         values = 0.05 * generator.standard_normal(x.shape, np.float32)
         return values + 1 if path[-1].key in ("scale", "var") else values
 
-    variables = jax.tree.map_with_path(draw, shapes)
+    variables = jax.tree.map_with_path(random_leaf, shapes)
     return jax.device_put((variables, images, np.arange(batch_size) % model.num_classes))
 
 
@@ -160,11 +131,12 @@ def loss_and_logits(model, variables, images, labels) -> tuple[jax.Array, jax.Ar
 # ------------------------------------------------------------------------------------ comparisons
 
 
-def compare(names: list[str], model_name: str, size: int) -> tuple[dict, dict[str, dict]]:
+def compare(model_name: str, size: int) -> tuple[dict, dict[str, dict], dict[str, str]]:
     """Compares each implementation with the reference in float32.
 
     Returns:
-        The tolerances by dtype, and for each implementation the differences by dtype and "passed".
+        The tolerances by dtype; for each implementation the differences by dtype and "passed"; and
+        for each that cannot run here, the reason.
     """
 
     def make(name, dtype):
@@ -178,21 +150,28 @@ def compare(names: list[str], model_name: str, size: int) -> tuple[dict, dict[st
         "float32": TOLERANCES,
         "bfloat16": {key: float(f"{ROUNDING * x:.3g}") for key, x in rounding.items()},
     }
-    results = {"reference": {"bfloat16": rounding, "passed": True}}
-    for name in names:
-        if name == "reference":
+    results, unavailable = {"reference": {"bfloat16": rounding, "passed": True}}, {}
+    for name in IMPLEMENTATIONS:
+        if "pallas" in name and jax.default_backend() != "tpu":
+            unavailable[name] = "for TPUs only"
+        if name == "reference" or name in unavailable:
             continue
-        found = results[name] = {"passed": True}
+        found = {"passed": True}
         for dtype in DTYPES:
             try:
                 found[dtype] = difference(logits_and_gradients(make(name, dtype), inputs), expected)
                 # Not the negation of ">": a NaN fails.
                 good = all(x <= tolerances[dtype][key] for key, x in found[dtype].items())
+            except InputError as error:  # such as a size that the implementation does not support
+                unavailable[name] = str(error)
+                break
             except Exception as error:  # whatever a kernel raises on a device it has not run on
                 found[dtype], good = {"error": one_line(error)}, False
             found["passed"] &= good
             logger.info(f"{name} {dtype}: {found[dtype]}{'' if good else ' FAILED'}")
-    return tolerances, results
+        else:
+            results[name] = found
+    return tolerances, results, unavailable
 
 
 def logits_and_gradients(model: Any, inputs: tuple) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -218,68 +197,58 @@ def difference(found: tuple, expected: tuple) -> dict[str, float]:
 
 
 def measure(
-    names: list[str], model_name: str, size: int, timed: dict[str, Any], deadline: float
+    names: list[str], model_name: str, size: int, timed: dict[str, Any], rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """Times forward pass and training step in interleaved rounds, until `deadline`.
+    """Times forward pass and training step in interleaved rounds.
 
     Returns:
-        For each implementation the median milliseconds, the ratio of its time to the reference's,
-        and the compiler's memory for temporaries; or an error.
+        For each implementation the median milliseconds and the ratio of its time to the
+        reference's, or an error.
     """
     results = {name: {} for name in names}
     for task, make in {"forward": make_forward, "step": make_step}.items():
         calls = {}
         for name in names:
-            if name != "reference" and time.monotonic() > deadline:
-                results[name][f"{task}_error"] = "no time left: use a larger --seconds"
-                continue
             fields = IMPLEMENTATIONS[name] | {"depth": timed["depth"], "dtype": timed["dtype"]}
             try:
-                model = create_model(model_name, **fields)
-                calls[name], temporaries = make(model, timed["batch_size"], size)
-                calls[name]()  # warm-up
-                results[name][f"{task}_temporaries_mb"] = round(temporaries / 1e6, 1)
+                call = make(create_model(model_name, **fields), timed["batch_size"], size)
+                call()  # warm-up
+                calls[name] = call
             except Exception as error:  # such as too little memory: the others can still be timed
-                calls.pop(name, None)
                 results[name][f"{task}_error"] = one_line(error)
-        medians, rounds = time_rounds(calls, deadline)
+        medians = time_rounds(calls, rounds)
         for name, seconds in medians.items():
             results[name][f"{task}_ms"] = float(f"{1e3 * seconds:.4g}")
             if "reference" in medians:
                 results[name][f"{task}_ratio"] = round(seconds / medians["reference"], 3)
             logger.info(f"{name} {task}: {1e3 * seconds:.4g} ms, median of {rounds} rounds")
-        calls.clear()
-        gc.collect()  # frees the parameters and moments of all contenders
     return results
 
 
-def time_rounds(
-    calls: dict[str, Callable[[], Any]], deadline: float
-) -> tuple[dict[str, float], int]:
-    """Returns median seconds per call, and the number of rounds: at least 1, up to MAX_ROUNDS."""
+def time_rounds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Returns the median seconds of each call; every round has one call of each."""
     seconds = {name: [] for name in calls}
-    rounds = 0
-    while rounds < MAX_ROUNDS and (not rounds or time.monotonic() < deadline):
+    for _ in range(rounds):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)
-        rounds += 1
-    return {name: statistics.median(times) for name, times in seconds.items()}, rounds
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def make_forward(model: Any, batch_size: int, size: int) -> tuple[Callable[[], Any], int]:
-    """Returns a call of the forward pass, which waits for the result, and its temporaries."""
+def make_forward(model: Any, batch_size: int, size: int) -> Callable[[], Any]:
+    """Returns a call of the forward pass, which waits for the result."""
     variables, images, _ = random_inputs(model, batch_size, size)
-    compiled = jax.jit(model.apply).lower(variables, images).compile()
-    return lambda: jax.block_until_ready(compiled(variables, images)), temporary_bytes(compiled)
+    forward = jax.jit(model.apply)
+    return lambda: jax.block_until_ready(forward(variables, images))
 
 
-def make_step(model: Any, batch_size: int, size: int) -> tuple[Callable[[], Any], int]:
-    """Returns a call of the training step, which waits for the loss, and its temporaries."""
+def make_step(model: Any, batch_size: int, size: int) -> Callable[[], Any]:
+    """Returns a call of the training step, which waits for the loss."""
     (variables, images, labels), tx = random_inputs(model, batch_size, size), optax.adamw(1e-4)
     state = [variables, tx.init(variables)]
 
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(variables, moments, images, labels):
         def loss(variables):
             rngs = {"dropout": jax.random.key(0)}
@@ -290,15 +259,8 @@ def make_step(model: Any, batch_size: int, size: int) -> tuple[Callable[[], Any]
         updates, moments = tx.update(gradients, moments, variables)
         return optax.apply_updates(variables, updates), moments, value
 
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*state, images, labels).compile()
-
     def call():
-        state[0], state[1], value = compiled(*state, images, labels)
+        state[0], state[1], value = step(*state, images, labels)
         jax.block_until_ready(value)
 
-    return call, temporary_bytes(compiled)
-
-
-def temporary_bytes(compiled: Any) -> int:
-    memory = compiled.memory_analysis()
-    return memory.temp_size_in_bytes if memory else 0
+    return call
