@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Atomic writes, error texts and comparisons of trees."""
+"""Atomic writes, tables, error texts and comparisons of trees."""
+
+import errno
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
-from tnt_flax.core.errors import InputError, did_you_mean, listed, one_line
-from tnt_flax.core.files import atomic_path, cache_folder, write_atomic
+from tnt_flax.core.errors import InputError, RunError, did_you_mean, listed, one_line
+from tnt_flax.core.files import atomic_path, cache_folder, open_table, write_atomic
 from tnt_flax.core.trees import check_tensors_match, diff_nested
 
 
@@ -79,3 +82,26 @@ def test_diff_nested():
     old = {"a": 1, "b": {"c": 2, "d": 3}, "e": 4}
     new = {"a": 1, "b": {"c": 5, "d": 3}, "f": 6}
     assert diff_nested(old, new) == ["b.c: 2 -> 5", "e: 4 -> None", "f: None -> 6"]
+
+
+def test_open_table_writes_a_whole_table_or_none(tmp_path):
+    columns = {"a": str, "b": int}
+    for suffix in ("csv", "jsonl", "parquet"):
+        path = tmp_path / f"t.{suffix}"
+        with pytest.raises(RunError), open_table(path, columns) as write:
+            write({"a": "x", "b": 1})
+            raise RunError("interrupted")
+        assert not list(tmp_path.iterdir())
+        with pytest.raises(RunError, match=f"cannot write {path}: No space left"):
+            with open_table(path, columns):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        path.mkdir()
+        with pytest.raises(InputError, match=f"cannot write {path}: Is a directory"):
+            with open_table(path, columns):
+                pass
+        path.rmdir()
+        assert not list(tmp_path.iterdir())
+    with open_table(tmp_path / "t.parquet", columns) as write:
+        for i in range(25_000):
+            write({"a": None if i % 2 else "y", "b": i})
+    assert pyarrow.parquet.read_table(tmp_path / "t.parquet")["b"].to_pylist() == [*range(25_000)]

@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mapping of a data set's labels to the classes of a network."""
 
+import importlib.util
 import json
+import pathlib
 
 import pytest
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.data.labels import imagenet_synsets, map_to_network, read_real_labels, select_classes
+from tnt_flax.data.labels import (
+    IMAGENET_SUBSETS,
+    imagenet_synsets,
+    map_to_network,
+    read_real_labels,
+    readable_names,
+    select_classes,
+)
 
 SYNSETS = imagenet_synsets()
 
@@ -94,3 +103,22 @@ def test_real_labels(tmp_path):
             read_real_labels(str(path), source)
     with pytest.raises(InputError, match="cannot read the ReaL labels .*none.json: No such file"):
         read_real_labels(str(tmp_path / "none.json"), source)
+
+
+def folder_of(package):
+    """Folder of an installed package, without importing it."""
+    return pathlib.Path(importlib.util.find_spec(package).origin).parent
+
+
+def test_bundled_classes_equal_those_of_tfds():
+    labels = folder_of("tensorflow_datasets") / "datasets/imagenet2012/labels.txt"
+    assert list(SYNSETS) == labels.read_text().split()
+    assert len(set(readable_names(SYNSETS))) == 999  # two cranes
+    assert {len(imagenet_synsets(subset)) for subset in IMAGENET_SUBSETS} == {200}
+
+
+@pytest.mark.oracle
+def test_bundled_subsets_equal_those_of_timm():
+    for subset, letter in IMAGENET_SUBSETS.items():
+        theirs = folder_of("timm") / f"data/_info/imagenet_{letter}_synsets.txt"
+        assert list(imagenet_synsets(subset)) == theirs.read_text().split()

@@ -17,27 +17,46 @@ PYRAMID = SMALL | dict(outer_dim=8, inner_dim=2, inner_heads=1, depths=(1, 1, 1,
 del PYRAMID["depth"]
 
 
-def save(folder: pathlib.Path, name: str = "tnt_s_patch16_224", size: int = 48, **fields):
-    """Writes weights with a std of 0.3, so that attention is not uniform; returns the path."""
+def save(
+    folder: pathlib.Path,
+    name: str = "tnt_s_patch16_224",
+    size: int = 48,
+    *,
+    class_names: list[str] | None = None,
+    data: dict | None = None,
+    **fields,
+) -> pathlib.Path:
+    """Writes weights with a std of 0.3, so that attention is not uniform; returns the path.
+
+    Args:
+        folder: gets the file small.safetensors.
+        name: network.
+        size: of its images, in pixels.
+        class_names: by default "class 0", ...; [] stores none.
+        data: changes to the stored preprocessing.
+        **fields: of the network.
+    """
     small = PYRAMID if name.startswith("ptnt_") else SMALL
     model = create_model(name, **(small | fields))
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     shapes = join_collections(jax.eval_shape(model.init, jax.random.key(0), images))
     random = np.random.default_rng(0)
 
-    def draw(path, x):
+    def random_leaf(path, x):
         values = random.normal(0, 0.3, x.shape)
         values = 1 + np.abs(values) if path[-1].key == "var" else values
         return values.astype(x.dtype)
 
-    described = {"name": name} | {k: getattr(model, k) for k in small} | fields
-    described.pop("num_classes")
-    data = {"image_size": size, "mean": [0.5] * 3, "std": [0.25] * 3, "crop_fraction": 1.0}
-    info = {"config": {"model": described, "data": data}}
-    if model.num_classes:
-        info["class_names"] = [f"class {i}" for i in range(model.num_classes)]
+    stored = {"name": name} | {k: getattr(model, k) for k in small} | fields
+    stored.pop("num_classes")
+    preprocessing = {"mean": [0.5] * 3, "std": [0.25] * 3, "crop_fraction": 1.0} | (data or {})
+    info = {"config": {"model": stored, "data": {"image_size": size} | preprocessing}}
+    if class_names is None:
+        class_names = [f"class {i}" for i in range(model.num_classes)]
+    if class_names:
+        info["class_names"] = class_names
     path = folder / "small.safetensors"
-    write.save_weights(path, jax.tree_util.tree_map_with_path(draw, shapes), info)
+    write.save_weights(path, jax.tree_util.tree_map_with_path(random_leaf, shapes), info)
     return path
 
 

@@ -123,21 +123,3 @@ def test_matmuls_in_nested_loops():
     (product,) = describe.contractions(function, *shapes)
     assert product.macs == 6 * 4 * 8 * 8
     assert product.bytes == 6 * 2 * (8 * 8 + 2 * 4 * 8)
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["tnt_s"], "unknown model 'tnt_s'"),
-        (["tnt_s_patch16_224", "--image-size=100"], "image size 100x100 is not divisible by"),
-        (["tnt_s_patch16_224", "--batch-size=0"], "--batch-size=0"),
-        (["tnt_s_patch16_224", "--set", "depht=3"], "TNT has no field 'depht' (did you mean"),
-        (["tnt_s_patch16_224", "--set", "depth"], "--set depth: write NAME=VALUE"),
-        (["tnt_s_patch16_224", "--set", "dtype=int99"], "dtype='int99' is not a valid type"),
-        ([], "the following arguments are required: MODEL"),
-    ],
-)
-def test_bad_input_is_one_line(arguments, message, capsys):
-    assert main(["describe", *arguments]) == 2
-    out, err = capsys.readouterr()
-    assert not out and err.startswith("error: ") and message in err and err.count("\n") == 1

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from tnt_flax.__main__ import main
-from tnt_flax.core.errors import InputError
 from tnt_flax.tools import preview
 from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.optimizer import Optimizer
@@ -132,19 +131,6 @@ def test_the_sheet_shows_every_pixel(
     assert sheet.shape[1] == 12 + 5 * (160 + 12)
     np.testing.assert_array_equal(sheet[44:204:5, 12:172:5], first)  # 5 x 5 pixels for each
     assert sheet[:40].min() < 100 > sheet[208:230, 12:172].min()  # title and caption
-
-
-@pytest.mark.parametrize(
-    "out, message",
-    [
-        (None, "--out= is not a PNG file: use --out=FILE.png"),
-        ("a.pdf", "--out=a.pdf is not a PNG file"),
-        ("/nowhere/a.png", "there is no folder /nowhere for --out=/nowhere/a.png"),
-    ],
-)
-def test_invalid_out(smoke_config, out, message):
-    with pytest.raises(InputError, match=message):
-        preview.preview(smoke_config(), out, 1, 1)
 
 
 def test_a_failed_write_exits_with_one(smoke_flags, root, tmp_path, monkeypatch, capsys):

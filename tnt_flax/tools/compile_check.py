@@ -12,7 +12,9 @@ input was wrong.
 """
 
 import argparse
+import collections
 import logging
+import math
 import os
 import re
 import time
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
@@ -203,22 +206,14 @@ def collectives(hlo: str) -> list[Collectives]:
             entry = header[2] if header[1] else entry
         elif computations:
             lines.append(line)
-    found = {}
+    sums = collections.defaultdict(lambda: np.zeros(4, int))
     for kind, shape, executed, in_loop in _walk(computations, entry, 1, False):
-        sizes = {}
+        sizes = collections.Counter()
         for dtype, dimensions in SHAPE.findall(shape):
-            sizes[dtype] = sizes.get(dtype, 0) + _array_bytes(dtype, dimensions)
+            sizes[dtype] += _array_bytes(dtype, dimensions)
         for dtype, size in sizes.items():
-            before = found.get((kind, dtype), Collectives(kind, dtype, 0, 0, 0, 0))
-            found[kind, dtype] = Collectives(
-                kind,
-                dtype,
-                before.instructions + 1,
-                before.in_loops + in_loop,
-                before.executed + executed,
-                before.bytes + executed * size,
-            )
-    return [found[key] for key in sorted(found)]
+            sums[kind, dtype] += (1, in_loop, executed, executed * size)
+    return [Collectives(*key, *sums[key].tolist()) for key in sorted(sums)]
 
 
 def _walk(computations, name, times, in_loop) -> Iterator[tuple[str, str, int, bool]]:
@@ -248,8 +243,5 @@ def _trip_count(computations, loop: str) -> int:
 
 
 def _array_bytes(dtype: str, dimensions: str) -> int:
-    bits = re.search(r"\d+", dtype)
-    size = BYTES.get(dtype) or int(bits[0]) / 8
-    for dimension in filter(None, dimensions.split(",")):
-        size *= int(dimension)
-    return round(size)
+    itemsize = BYTES.get(dtype) or int(re.search(r"\d+", dtype)[0]) / 8
+    return round(itemsize * math.prod(int(n) for n in dimensions.split(",") if n))
