@@ -29,7 +29,7 @@ COMMANDS = {
     "export": Command("export", "write StableHLO, ONNX, or a folder for timm", TRAIN),
     "visualize": Command("visualize", "plot attention and features of an image", TRAIN),
     "report": Command("report", "write a run as one HTML page", TRAIN),
-    "describe": Command("describe", "list layers: parameters, multiply-adds, bytes"),
+    "describe": Command("describe", "list parts: parameters, FLOPs, bytes"),
     "check-data": Command("check_data", "find corrupt and unusual images", TRAIN),
     "preview": Command("preview", "plot augmented training images", TRAIN),
     "compile-check": Command("compile_check", "compile a config's step for TPUs", TRAIN + ("tpu",)),
