@@ -50,8 +50,7 @@ def test_stablehlo(tmp_path, capsys, images, root):
     info = loaded.info
     assert info["class_names"][3] == "class 3" and info["image_size"] == 48
     assert info["std"] == [0.25] * 3 and info["jax"] == jax.__version__
-    created, expires = map(datetime.date.fromisoformat, (info["created"], info["expires"]))
-    assert expires - created == stablehlo.LIFETIME
+    assert datetime.date.fromisoformat(info["created"]) <= datetime.date.today()
 
     # Neither the models nor the weights are needed.
     np.save(tmp_path / "images.npy", images)
@@ -60,14 +59,9 @@ def test_stablehlo(tmp_path, capsys, images, root):
         "print(tnt_flax.load_exported(sys.argv[1])(images).tolist()); "
         "assert 'tnt_flax.models' not in sys.modules"
     )
-    own = subprocess.run(
-        [sys.executable, "-c", code, str(out), str(tmp_path / "images.npy")],
-        cwd=root,
-        capture_output=True,
-        text=True,
-    )
-    assert own.returncode == 0, own.stderr
-    np.testing.assert_allclose(json.loads(own.stdout), expected, atol=1e-4)
+    command = [sys.executable, "-c", code, str(out), str(tmp_path / "images.npy")]
+    printed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    np.testing.assert_allclose(json.loads(printed), expected, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -85,15 +79,6 @@ def test_stablehlo_of_a_pyramid(tmp_path, capsys):
     assert code == 2 and "is a PyramidTNT, which timm does not have" in message
 
 
-def rewrite(path, **changes):
-    with zipfile.ZipFile(path) as file:
-        info, program = json.loads(file.read("export.json")), file.read("program")
-    program = changes.pop("program", program)
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("export.json", json.dumps(info | changes))
-        file.writestr("program", program)
-
-
 def test_unusable_stablehlo_files(tmp_path, monkeypatch):
     path = tmp_path / "f.stablehlo"
     stablehlo.save_exported(
@@ -101,12 +86,10 @@ def test_unusable_stablehlo_files(tmp_path, monkeypatch):
     )
     with pytest.raises(InputError, match="is for cuda, this is cpu"):
         stablehlo.load_exported(path)
-    rewrite(path, program=b"no program")
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("export.json", "{}")
+        file.writestr("program", "no program")
     with pytest.raises(InputError, match="cannot read .*: export it again"):
-        stablehlo.load_exported(path)
-    today = datetime.date.today()
-    rewrite(path, expires=(today - datetime.timedelta(days=1)).isoformat())
-    with pytest.raises(InputError, match="expired on .*: export it again from the weights"):
         stablehlo.load_exported(path)
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(InputError, match="is damaged or was not written by"):
@@ -220,11 +203,3 @@ def test_timm_loads_the_weights_of_a_published_size(tmp_path, capsys):
         logits = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
     expected = source(path, images)
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
-
-
-def test_networks_that_timm_cannot_build(tmp_path, capsys):
-    path = small_network.save(tmp_path, depth=2, vanilla_blocks=(1,))
-    code = main(["export", str(path), str(tmp_path / "folder")])
-    assert code == 2
-    assert "timm cannot build blocks without words" in capsys.readouterr().err
-    assert not (tmp_path / "folder").exists()

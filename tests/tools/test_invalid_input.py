@@ -17,7 +17,7 @@ CASES = {
     "describe": [
         ("tnt_s", "unknown model 'tnt_s'"),
         ("tnt_s_patch16_224 --image-size=100", "image size 100x100 is not divisible by"),
-        ("tnt_s_patch16_224 --batch-size=0", "--batch-size=0"),
+        ("tnt_s_patch16_224 --batch-size=0", "argument --batch-size: '0' is not a positive"),
         ("tnt_s_patch16_224 --set depht=3", "TNT has no field 'depht' (did you mean"),
         ("tnt_s_patch16_224 --set depth", "--set depth: write NAME=VALUE"),
         ("tnt_s_patch16_224 --set dtype=int99", "dtype='int99' is not a valid type"),

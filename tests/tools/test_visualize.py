@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`visualize`: attention and features against the network and by hand; figures; errors."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -167,10 +166,7 @@ def test_top_class(tmp_path):
     found = read_checkpoint(small_network.save(tmp_path, depth=1))
     first = np.eye(1000)[0]
     assert visualize.top_class(found, first[:10]) == {"class": "class 0", "probability": 1.0}
-    published = dataclasses.replace(found, info={})
-    assert visualize.top_class(published, first)["class"] == "tench, Tinca tinca"
-    assert visualize.top_class(published, first[:10])["class"] == "0"
-    assert visualize.top_class(published, None) == {}
+    assert visualize.top_class(found, None) == {}
 
 
 @pytest.mark.slow

@@ -2,8 +2,7 @@
 """Networks as StableHLO: `load_exported` reads the files of `tnt-flax export`.
 
 A file is a zip archive of `program`, serialized by `jax.export`, and `export.json`, its metadata.
-JAX guarantees compatibility for six months, so the metadata contain the dates of creation and
-expiry.
+JAX guarantees to read a program for six months after its creation.
 """
 
 import dataclasses
@@ -19,7 +18,6 @@ from jax import export as jax_export
 
 from tnt_flax.core.errors import InputError, one_line
 
-LIFETIME = datetime.timedelta(days=180)  # JAX's compatibility guarantee
 PROGRAM, INFO = "program", "export.json"
 
 
@@ -28,7 +26,7 @@ class Exported:
     """A network without its code; call it with normalized float32 images [B, H, W, 3], any B."""
 
     program: jax_export.Exported
-    info: dict[str, Any]  # image_size, mean, std, crop_fraction, class_names, created, expires ...
+    info: dict[str, Any]  # image_size, mean, std, crop_fraction, class_names, created, jax ...
 
     def __call__(self, images: Any) -> jax.Array:
         """Returns logits [B, classes], or features [B, D] of a network without a head."""
@@ -39,30 +37,24 @@ def load_exported(path: str | pathlib.Path) -> Exported:
     """Loads a network written by `tnt-flax export CHECKPOINT OUT.stablehlo`.
 
     Raises:
-        InputError: the file is missing, damaged, expired, for other platforms, or written by an
-            incompatible JAX.
+        InputError: the file is missing, damaged, for other platforms, or written by an incompatible
+            JAX.
     """
     try:
         with zipfile.ZipFile(path) as file:  # verifies checksums
             info, program = json.loads(file.read(INFO)), file.read(PROGRAM)
-        expires = datetime.date.fromisoformat(info["expires"])
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
         raise InputError(
             f"{path} is damaged or was not written by tnt-flax export ({one_line(error)})"
         ) from None
-    if datetime.date.today() > expires:
-        raise InputError(
-            f"{path} was exported on {info['created']} by jax {info['jax']} and expired on "
-            f"{info['expires']}: export it again from the weights"
-        )
     try:
         exported = jax_export.deserialize(bytearray(program))
     except Exception as error:  # jax raises various types
         raise InputError(
-            f"jax {jax.__version__} cannot read {path}, exported by jax {info['jax']} "
-            f"({one_line(error)}): export it again from the weights"
+            f"jax {jax.__version__} cannot read {path}, exported on {info.get('created')} by jax "
+            f"{info.get('jax')} ({one_line(error)}): export it again from the weights"
         ) from error
     platform = jax.default_backend()
     platform = {"gpu": "cuda"}.get(platform, platform)
@@ -72,11 +64,9 @@ def load_exported(path: str | pathlib.Path) -> Exported:
 
 
 def save_exported(path: pathlib.Path, program: jax_export.Exported, info: dict[str, Any]) -> None:
-    """Writes the file. Dates, JAX version and platforms are added to `info`."""
-    today = datetime.date.today()
+    """Writes the file. Date, JAX version and platforms are added to `info`."""
     info = info | {
-        "created": today.isoformat(),
-        "expires": (today + LIFETIME).isoformat(),
+        "created": datetime.date.today().isoformat(),
         "jax": jax.__version__,
         "platforms": list(program.platforms),
     }

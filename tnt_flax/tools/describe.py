@@ -5,13 +5,13 @@
     tnt-flax describe tnt_b_patch16_224 --image-size=384 --batch-size=128 \\
         --set dtype=bfloat16 vanilla_blocks=1,2,3
 
-FLOPs are those of matmuls and convolutions: two for each multiply-add (MAC). The paper counts MACs
-and calls them FLOPs. Norms, softmax and biases, 0.2 %, are not counted.
+FLOPs are those of the matmuls and convolutions of a forward pass: two for each multiply-add (MAC).
+The paper counts MACs and calls them FLOPs. Norms, softmax and biases, 0.2 %, are not counted. A
+training step has about three times as many, and rematerialization adds up to one forward pass.
 
 Bytes are the operands and results of matmuls, each read or written once; elementwise operations
 between them count as fused. A part with few FLOPs per byte is limited by memory unless its matmuls
-are fused into one kernel. A training step is the forward pass, the backward pass, and
-rematerialization.
+are fused into one kernel.
 
 The table describes the whole published network. Logits need only the class token of the last block,
 so fewer multiply-adds are computed: `computed_macs` in the JSON object.
@@ -20,6 +20,7 @@ The last line on stdout is one JSON object. Exit code 2 means that the input was
 """
 
 import argparse
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -29,11 +30,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr
 
-from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import named_leaves
 from tnt_flax.models import Network, create_model
 from tnt_flax.models.tnt_blocks import WORD_KERNEL
-from tnt_flax.tools.command_line import Parser, parse_settings
+from tnt_flax.tools.command_line import Parser, parse_settings, positive
 
 # A parameter or matmul belongs to the first part whose pattern is found in its path.
 PARTS = {
@@ -50,7 +50,6 @@ PARTS = {
 PLAIN = {"inner_impl": "reference", "outer_impl": "reference"}
 # Collections to capture, which makes the network compute all tokens of the last block.
 WHOLE = ["intermediates"]
-COLUMNS = ("parameters", "forward_flops", "forward_bytes", "step_flops", "step_bytes")
 
 
 class Contraction(NamedTuple):
@@ -64,13 +63,37 @@ class Contraction(NamedTuple):
 def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="one of tnt_flax.list_models()")
-    add("--image-size", type=int, help="pixels per side; default: from the name")
-    add("--batch-size", type=int, default=1, help="images, for activation bytes")
+    add("--image-size", type=positive, help="pixels per side; default: from the name")
+    add("--batch-size", type=positive, default=1, help="images, for activation bytes")
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of the network")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    return describe(args.model, args.image_size, args.batch_size, parse_fields(args.set))
+    """Prints the table; returns the JSON object of the last line.
+
+    Raises:
+        InputError: unknown model or field, or image size not divisible by the patch size.
+    """
+    model = create_model(args.model, **PLAIN | parse_fields(args.set))
+    size = args.image_size or int(args.model.rpartition("_")[2])
+    images = jax.ShapeDtypeStruct((args.batch_size, size, size, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    parts = sum_parts(model, variables, images)
+    print(f"{args.batch_size} images, {jnp.dtype(model.dtype).name}")
+    print(f"{'part':<29}{'parameters':>13}{'GFLOP':>12}{'share':>8}{'GB':>9}{'FLOP/B':>9}")
+    flops = sum(part["flops"] for part in parts.values())
+    for name, part in parts.items():
+        print(
+            f"{name:<29}{part['parameters']:>13,}{part['flops'] / 1e9:>12.3f}"
+            f"{part['flops'] / flops:>8.1%}{part['bytes'] / 1e9:>9.3f}"
+            f"{part['flops'] / max(1, part['bytes']):>9.1f}"
+        )
+    parameters = sum(part["parameters"] for part in parts.values())
+    macs = flops // (2 * args.batch_size)
+    computed = count_macs(model.apply, variables, images) // args.batch_size
+    totals = f"{parameters:,} parameters, {macs / 1e9:.4f} GMACs an image"
+    print(f"\n{args.model} at {size} pixels: {totals}")
+    return dict(parameters=parameters, macs=macs, computed_macs=computed, parts=parts)
 
 
 def parse_fields(settings: list[str]) -> dict[str, Any]:
@@ -81,56 +104,21 @@ def parse_fields(settings: list[str]) -> dict[str, Any]:
     return fields
 
 
-def describe(
-    name: str, image_size: int | None, batch_size: int, fields: dict[str, Any]
-) -> dict[str, Any]:
-    """Prints the table; returns the JSON object of the last line.
-
-    Raises:
-        InputError: unknown model or field, or image size not divisible by the patch size.
-    """
-    model = create_model(name, **PLAIN | fields)
-    size = int(name.rpartition("_")[2]) if image_size is None else image_size
-    if batch_size < 1 or size < 1:
-        raise InputError(f"--batch-size={batch_size} --image-size={size}: both must be at least 1")
-    images = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    parts = sum_parts(model, variables, images)
-    print_table(parts, f"{batch_size} images, {jnp.dtype(model.dtype).name}")
-    parameters = sum(part["parameters"] for part in parts.values())
-    macs = sum(part["forward_flops"] for part in parts.values()) // (2 * batch_size)
-    print(f"{name} at {size} pixels: {parameters:,} parameters, {macs / 1e9:.4f} GMACs an image")
-    computed = count_macs(model.apply, variables, images) // batch_size
-    return dict(parameters=parameters, macs=macs, computed_macs=computed, parts=parts)
-
-
 def sum_parts(model: Network, variables, images) -> dict[str, dict[str, int]]:
-    """Returns the sum of each of COLUMNS for every part of the network."""
-    rngs = {"dropout": jax.random.key(0)}
-
-    def predict(variables, images):
-        return model.apply(variables, images, mutable=WHOLE)
-
-    def train(variables, images):
-        def loss(params):
-            whole = dict(train=True, rngs=rngs, mutable=[*WHOLE, "batch_stats"])
-            return model.apply({**variables, "params": params}, images, **whole)[0].sum()
-
-        return jax.value_and_grad(loss)(variables["params"])
-
+    """Returns the "parameters", "flops" and "bytes" of every part of the network."""
     parts = {}
     for path, x in named_leaves(variables["params"]).items():
-        part = parts.setdefault(part_of(f"/{path}"), dict.fromkeys(COLUMNS, 0))
+        part = parts.setdefault(part_of(f"/{path}"), {"parameters": 0, "flops": 0, "bytes": 0})
         part["parameters"] += x.size
-    for kind, function in (("forward", predict), ("step", train)):
-        for product in contractions(function, variables, images):
-            macs = product.macs
-            if "word_embed" in product.path and not model.conv_first:
-                # Published as a 7 x 7 convolution; as a matmul of patches it multiplies zeros.
-                macs = macs * math.prod(WORD_KERNEL) // model.patch_size**2
-            part = parts[part_of(product.path)]
-            part[f"{kind}_flops"] += 2 * macs
-            part[f"{kind}_bytes"] += product.bytes
+    whole = functools.partial(model.apply, mutable=WHOLE)
+    for product in contractions(whole, variables, images):
+        macs = product.macs
+        if "word_embed" in product.path and not model.conv_first:
+            # Published as a 7 x 7 convolution; as a matmul of patches it multiplies zeros.
+            macs = macs * math.prod(WORD_KERNEL) // model.patch_size**2
+        part = parts[part_of(product.path)]
+        part["flops"] += 2 * macs
+        part["bytes"] += product.bytes
     return parts
 
 
@@ -139,20 +127,6 @@ def part_of(path: str) -> str:
     name = next(name for name, pattern in PARTS.items() if re.search(pattern, path))
     stage = re.search(r"/stages_(\d+)", path)
     return f"stage {int(stage[1]) + 1}, {name}" if stage else name
-
-
-def print_table(parts: dict[str, dict[str, int]], what: str) -> None:
-    print(f"{what:<29}{'':>13}{'forward pass':>28}{'training step':>35}")
-    heads = f"{'GFLOP':>12}{'GB':>8}{'FLOP/B':>8}"
-    print(f"{'part':<29}{'parameters':>13}{heads}{heads}{'share':>7}")
-    total = sum(part["step_flops"] for part in parts.values())
-    for name, part in parts.items():
-        line = f"{name:<29}{part['parameters']:>13,}"
-        for kind in ("forward", "step"):
-            flops, size = part[f"{kind}_flops"], part[f"{kind}_bytes"]
-            line += f"{flops / 1e9:>12.3f}{size / 1e9:>8.3f}{flops / max(1, size):>8.1f}"
-        print(f"{line}{part['step_flops'] / total:>7.1%}")
-    print()
 
 
 # ------------------------------------------------------------------------------------ contractions

@@ -5,7 +5,7 @@
     tnt-flax export runs/digits digits.onnx
     tnt-flax export tnt_s_81.5.pth.tar tnt_s_timm
 
-OUT.stablehlo is for JAX on CPUs, GPUs and TPUs (`tnt_flax.load_exported`; expires after 180 days),
+OUT.stablehlo is for JAX on CPUs, GPUs and TPUs (`tnt_flax.load_exported`; readable for 180 days),
 OUT.onnx for ONNX Runtime, a folder for timm and the Hugging Face hub. Both files take normalized
 images [B, S, S, 3] with any B. Every export is verified: its outputs on random images are compared
 with the source's. The last line on stdout is one JSON object. Exit code 1 means that the export

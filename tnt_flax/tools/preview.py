@@ -37,16 +37,13 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    return preview(args.config, args.out, args.rows, args.columns)
-
-
-def preview(config: ConfigDict, out: str | None, rows: int, columns: int) -> dict[str, Any]:
     """Writes the sheet; returns the JSON object of the last line.
 
     Raises:
         InputError: the config, the data or `out` is wrong.
         RunError: the file cannot be written.
     """
+    config, out, columns = args.config, args.out, args.columns
     if not out or pathlib.Path(out).suffix.lower() != ".png":
         raise InputError(f"--out={out or ''} is not a PNG file: use --out=FILE.png")
     path = pathlib.Path(out).expanduser()
@@ -54,7 +51,7 @@ def preview(config: ConfigDict, out: str | None, rows: int, columns: int) -> dic
         raise InputError(f"there is no folder {path.parent} for --out={out}")
     images, weights, class_names = first_samples(config)
     batch_size, classes = weights.shape
-    shown = spread(batch_size, groups_of(config), rows * columns)
+    shown = spread(batch_size, groups_of(config), args.rows * columns)
     weights = weights[shown]
     of_two_classes = int((weights.max(axis=1) < 1).sum())
     title = (
@@ -154,18 +151,10 @@ def to_pixels(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...
 
 
 def caption(weights: np.ndarray, class_names: tuple[str, ...]) -> str:
-    """Formats weights of classes: "cat 0.63 + dog 0.37", on two lines if long, or "cat"."""
-    first, second = np.argsort(-weights, kind="stable")[:2] if len(weights) > 1 else (0, 0)
+    """Formats the classes of a sample: "cat", or "cat 0.63" and "dog 0.37" on two lines."""
+    first, *second = np.argsort(-weights, kind="stable")[:2]
     share = round(float(weights[first]), 2)
     if share == 1:
-        return shorten(class_names[first], MAX_LETTERS)
-    parts = [
-        f"{shorten(class_names[label], MAX_LETTERS - 7)} {part:.2f}"
-        for label, part in ((first, share), (second, 1 - share))
-    ]
-    one_line = " + ".join(parts)
-    return one_line if len(one_line) <= MAX_LETTERS else "\n+ ".join(parts)
-
-
-def shorten(name: str, letters: int) -> str:
-    return name if len(name) <= letters else f"{name[: letters - 1]}…"
+        return class_names[first][:MAX_LETTERS]
+    shares = {first: share, second[0]: 1 - share}
+    return "\n".join(f"{class_names[i][: MAX_LETTERS - 5]} {x:.2f}" for i, x in shares.items())
