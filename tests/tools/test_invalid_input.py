@@ -13,6 +13,7 @@ CASES = {
     "check-data": [
         ("CONFIG --split=test", "argument --split: invalid choice: 'test'"),
         ("--split=eval", "--config=FILE is missing"),
+        ("CONFIG --config.data.source=folder", "needs the folder of the data: set data.root"),
     ],
     "describe": [
         ("tnt_s", "unknown model 'tnt_s'"),

@@ -16,6 +16,7 @@ import concurrent.futures
 import contextlib
 import functools
 import io
+import itertools
 import json
 import logging
 import pathlib
@@ -89,69 +90,45 @@ def check_data(config: ConfigDict, split: str = "train", out: str | None = None)
     totals = collections.Counter({"images": 0, "classes": 0})
     with file or contextlib.nullcontext():
         for name, source in sources.items():
-            summary = Summary(source)
-            for line in earlier:
-                if line["split"] == name:
-                    summary.add(line)
-            for lines in check_records(source, summary.checked, config.data.threads):
+            lines = [line for line in earlier if line["split"] == name]
+            start = lines[-1]["checked"] if lines else 0
+            for chunk in check_records(source, start, config.data.threads):
                 if file:
-                    append(file, [{"split": name} | line for line in lines])
-                for line in lines:
-                    summary.add(line)
-            summary.print(config.data[f"{name}_split"])
+                    append(file, [{"split": name} | line for line in chunk])
+                lines += chunk
             totals["images"] += len(source)
             totals["classes"] = max(totals["classes"], len(source.class_names))
-            totals.update(summary.result())
+            totals.update(summarize(lines, source, config.data[f"{name}_split"]))
     return dict(totals) | ({"out": str(file.name)} if file else {})
 
 
-class Summary:
-    """Counts of one split."""
+def summarize(lines: list[dict[str, Any]], source: Source, split: str) -> dict[str, int]:
+    """Prints a table of the findings in a split; returns the number of each kind."""
+    names, images = source.class_names, np.zeros(len(source.class_names), int)
+    for line in lines:
+        for label, count in line.get("labels", {}).items():
+            images[int(label)] += count
+    none, few = int((images == 0).sum()), int(((images > 0) & (images < FEW)).sum())
+    found = collections.Counter(line.get("finding") for line in lines)
 
-    def __init__(self, source: Source):
-        self.source = source
-        self.checked = 0
-        self.per_class = np.zeros(len(source.class_names), int)
-        self.counts: collections.Counter[str] = collections.Counter()
-        self.examples = collections.defaultdict(list)
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Counts a finding, or notes the progress."""
-        if "checked" in line:
-            self.checked = line["checked"]
-            for label, count in line["labels"].items():
-                self.per_class[int(label)] += count
-            return
-        finding = line["finding"]
-        self.counts[finding] += 1
-        if len(self.examples[finding]) < SHOWN:
-            self.examples[finding].append(f"{line['name']}: {line['detail']}")
-
-    def result(self) -> dict[str, int]:
-        return {
-            **{finding: self.counts[finding] for finding in MEANING},
-            "classes_with_none": int((self.per_class == 0).sum()),
-            "classes_with_few": int(((self.per_class > 0) & (self.per_class < FEW)).sum()),
-        }
-
-    def print(self, split: str) -> None:
-        names, result = self.source.class_names, self.result()
-        print(f"{split}: {len(self.source):,} images, {len(names):,} classes\n")
-        print(f"{'finding':<10}{'images':>9}  meaning")
-        for finding, meaning in MEANING.items():
-            print(f"{finding:<10}{self.counts[finding]:>9,}  {meaning}")
-            for example in self.examples[finding]:
-                print(f"    {example}")
-            if self.counts[finding] > SHOWN:
-                print("    ...")
-        order = np.argsort(self.per_class, kind="stable")
-        fewest, most = (
-            ", ".join(f"{names[label]} {self.per_class[label]:,}" for label in labels[:SHOWN])
-            for labels in (order, order[::-1])
-        )
-        print(f"\nclasses without images: {result['classes_with_none']:,}")
-        print(f"classes with fewer than {FEW} images: {result['classes_with_few']:,}")
-        print(f"fewest images: {fewest}\nmost images: {most}\n")
+    print(f"{split}: {len(source):,} images, {len(names):,} classes\n")
+    print(f"{'finding':<10}{'images':>9}  meaning")
+    for kind, meaning in MEANING.items():
+        print(f"{kind:<10}{found[kind]:>9,}  {meaning}")
+        examples = (line for line in lines if line.get("finding") == kind)
+        for line in itertools.islice(examples, SHOWN):
+            print(f"    {line['name']}: {line['detail']}")
+        if found[kind] > SHOWN:
+            print("    ...")
+    order = np.argsort(images, kind="stable")
+    fewest, most = (
+        ", ".join(f"{names[label]} {images[label]:,}" for label in labels[:SHOWN])
+        for labels in (order, order[::-1])
+    )
+    print(f"\nclasses without images: {none:,}\nclasses with fewer than {FEW} images: {few:,}")
+    print(f"fewest images: {fewest}\nmost images: {most}\n")
+    counts = {kind: found[kind] for kind in MEANING}
+    return counts | {"classes_with_none": none, "classes_with_few": few}
 
 
 def check_records(source: Source, start: int, threads: int) -> Iterator[list[dict[str, Any]]]:

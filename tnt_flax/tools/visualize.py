@@ -77,9 +77,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not trace.inner_attention:
         del plots["inner_attention"]
     paths = {name: args.out / f"{name}.png" for name in plots}
-    for name, draw in plots.items():
+    for name, plot in plots.items():
         try:
-            draw(paths[name])
+            plot(paths[name])
         except OSError as error:
             raise RunError(f"cannot write {paths[name]}: {error.strerror or error}") from None
     result = {"out": str(args.out), "figures": [path.name for path in paths.values()]}
