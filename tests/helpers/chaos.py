@@ -49,13 +49,15 @@ class Run:
     def __init__(self, workdir, count=1, fault=None, keys=(), devices=1):
         flags = [f"--config.{key}={value}" for key, value in (KEYS | dict(keys)).items()]
         env = {"JAX_PLATFORMS": "cpu", "FAULT": json.dumps(fault or {})}
-        self.logs = [tempfile.NamedTemporaryFile("a") for _ in range(count)]
+        self.logs = [pathlib.Path(f"{workdir}.{process}.log") for process in range(count)]
         program = "tests/helpers/faulty.py"
-        self.processes = start(ROOT, workdir, flags, count, devices, program, env, self.logs)
+        with contextlib.ExitStack() as stack:
+            logs = [stack.enter_context(open(path, "w")) for path in self.logs]
+            self.processes = start(ROOT, workdir, flags, count, devices, program, env, logs)
 
     def log(self, process=0):
         """Returns what a process has written to stderr so far."""
-        return pathlib.Path(self.logs[process].name).read_text()
+        return self.logs[process].read_text()
 
     def wait_until(self, condition):
         """Returns when `condition(log)` is true; fails if a process exits before."""
@@ -72,7 +74,8 @@ class Run:
                     process.wait(TIMEOUT)
         finally:
             self.kill()
-        return [process.wait() for process in self.processes]
+        self.outputs = [process.communicate()[0] for process in self.processes]
+        return [process.returncode for process in self.processes]
 
     def kill(self):
         for process in self.processes:
@@ -82,7 +85,7 @@ class Run:
         """Returns the JSON object that a successful run prints last."""
         codes = self.wait()
         assert not any(codes), f"exit codes {codes}: {self.log()[-2000:]}"
-        return json.loads(self.processes[0].stdout.read().splitlines()[-1])
+        return json.loads(self.outputs[0].splitlines()[-1])
 
 
 def start_step(text):
