@@ -16,6 +16,10 @@ PIP = $(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS)
 CONSTRAINTS = $(shell $(PYTHON) -c 'import sys; \
 	print("constraints/python3.%d.txt" % min(max(sys.version_info.minor, 11), 12))')
 SOURCES = requirements.txt pyproject.toml $(wildcard constraints/*.txt)
+# JAX's CUDA plugin, for tests that compile for GPUs, in a folder apart: on the path, it complains
+# wherever there is no GPU.
+CUDA = jax-cuda13-plugin jax-cuda13-pjrt
+JAX = $(shell $(VENV)/bin/python -c 'import importlib.metadata as m; print(m.version("jax"))')
 RUN = $(VENV)/bin/python main.py --config=configs/digits.py --workdir=$(WORKDIR)
 
 .PHONY: train eval test test-all soak oracle docs
@@ -34,7 +38,7 @@ test: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
 
 test-all: $(VENV)/test-all.stamp
-	$(VENV)/bin/python -m pytest -m "slow or soak or oracle or tpu_compiler" \
+	$(VENV)/bin/python -m pytest -m "slow or soak or oracle or tpu_compiler or gpu_compiler" \
 		--numprocesses=2 --dist=worksteal $(ARGS)
 
 soak: $(VENV)/test.stamp
@@ -64,4 +68,5 @@ $(VENV)/docs.stamp: $(VENV)/run.stamp
 
 $(VENV)/test-all.stamp: $(VENV)/test.stamp
 	$(PIP) --editable ".[test,oracle]"
+	$(PIP) --no-deps --upgrade --target $(VENV)/cuda nvidia-cuda-nvcc $(CUDA:%=%==$(JAX))
 	@touch $@

@@ -7,7 +7,7 @@
     python -m benchmarks inference --against=timm
     python -m benchmarks start --config=configs/tnt_s.py
     python -m benchmarks loop --config=configs/digits.py
-    python -m benchmarks compile --topology=v5e:2x2
+    python -m benchmarks compile --device=v5e:2x2
 
 `python -m benchmarks COMMAND --help` describes what is measured. Run them in the checkout.
 

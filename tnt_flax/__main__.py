@@ -32,7 +32,7 @@ COMMANDS = {
     "describe": Command("describe", "list parts: parameters, FLOPs, bytes"),
     "check-data": Command("check_data", "find corrupt and unusual images", TRAIN),
     "preview": Command("preview", "plot augmented training images", TRAIN),
-    "compile-check": Command("compile_check", "compile a config's step for TPUs", TRAIN + ("tpu",)),
+    "compile-check": Command("compile_check", "compile programs for GPUs and TPUs", TRAIN),
     "selftest": Command("selftest", "compare and time implementations on this device"),
 }
 USAGE = """usage: tnt-flax COMMAND [OPTIONS]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tnt_flax.models.kernels import outer_pallas
-from tnt_flax.tools.compile_check import collectives, tpu_devices
+from tnt_flax.tools.hlo import Program
+from tnt_flax.tools.targets import tpu_devices
 
 
 def attend(query, key, value):
@@ -89,7 +90,7 @@ def test_compiles_for_v5e():
         both = jax.jit(lambda *x: run(attend, x), in_shardings=split, out_shardings=split)
         text = both.trace(x, x, x, x).lower(lowering_platforms=("tpu",)).compile().as_text()
     assert "outer_attention_forward" in text and "outer_attention_backward" in text
-    assert not collectives(text)
+    assert not Program(text).collectives()
 
 
 @pytest.mark.parametrize(

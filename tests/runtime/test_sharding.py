@@ -14,7 +14,7 @@ from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import named_leaves
 from tnt_flax.models import create_model
 from tnt_flax.runtime import sharding
-from tnt_flax.tools import compile_check
+from tnt_flax.tools.hlo import Program
 from tnt_flax.training import mixup
 from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.step import TrainState
@@ -225,7 +225,7 @@ def test_training_does_not_depend_on_the_mesh(trained_alone, name):
     for ours, alone in zip(jax.tree.leaves(state.ema), jax.tree.leaves(end.ema), strict=True):
         np.testing.assert_allclose(ours, alone, atol=1e-4)
 
-    exchanged = {each.kind: each for each in compile_check.collectives(compiled.as_text())}
+    exchanged = {each.kind: each for each in Program(compiled.as_text()).collectives()}
     if name == "data":  # one sum of gradients for each scanned block, one for all other weights
         assert exchanged.keys() == {"all-reduce"} and exchanged["all-reduce"].executed == 3
     if name == "fsdp":  # weights are gathered block by block; activations are not exchanged

@@ -64,6 +64,7 @@ EXTRAS = {
     "opencv": "cv2",
     "onnx": "onnx onnx_ir onnxruntime",
     "tpu": "libtpu",
+    "cuda-compile": "jax_cuda13_plugin",
 }
 
 

@@ -1,46 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles a config's training step for TPUs on any machine: memory, FLOPs, collectives.
+"""Compiles a config's programs for GPUs and TPUs that this machine does not have.
 
-    tnt-flax compile-check --config=tnt_b --topology=v5e:16x16
-    tnt-flax compile-check --config=tnt_s --topology=v5p:2x2x1 \\
-        --config.batch_size=512
+    tnt-flax compile-check --config=tnt_b --device=v5e:16x16
+    tnt-flax compile-check --config=tnt_s --device=h100 --config.batch_size=128
+    tnt-flax compile-check --config=tnt_s --device=h100 --program=forward
 
-Needs `pip install "tnt_flax[tpu]"` but no TPU, reads no data, and takes one or two minutes. The
-figures are the compiler's: nothing is executed, and another libtpu may give others. The last line
-on stdout is one JSON object. Exit code 1 means that the step does not fit into memory, 2 that the
-input was wrong.
+Reports memory, FLOPs and collectives; for GPUs also the kernels, the bytes that they move and the
+time that bytes and FLOPs take at least. Reads no data. Needs `pip install "tnt_flax[tpu]"` or
+"tnt_flax[cuda-compile]". The figures are the compiler's: nothing is executed, and another version
+may give others. The last line on stdout is one JSON object. Exit code 1 means that the program
+does not fit into memory, 2 that the input was wrong.
 """
 
 import argparse
-import collections
 import logging
-import math
-import os
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from tnt_flax.core.errors import InputError, one_line, require_extras
+from tnt_flax.core.errors import InputError, one_line
 from tnt_flax.tools.command_line import Parser, positive
 from tnt_flax.tools.describe import count_macs
+from tnt_flax.tools.hlo import Kernel, Program
+from tnt_flax.tools.targets import GIB, Target, find_target
 from tnt_flax.training.experiment import Experiment
 
 logger = logging.getLogger(__name__)
-GIB = 2**30
-# Memory of a chip in GiB: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e.
-CHIP_MEMORY = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
-# Without this option a v4 chip is described as two devices, each with half of the memory.
-TOPOLOGY_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
+PROGRAMS = ("step", "forward", "eval")
 
 
 class Compiled(NamedTuple):
-    """What the compiler reports about a program. Memory is per chip; None if it does not fit."""
+    """What the compiler reports about a program. Memory is per device; None if it does not fit."""
 
     fits: bool
     arguments_gib: float | None  # arguments, and results that do not reuse their memory
@@ -49,110 +42,143 @@ class Compiled(NamedTuple):
     hlo: str  # the optimized program
 
 
-class Collectives(NamedTuple):
-    """All collectives of one kind and dtype, as one device executes them."""
-
-    kind: str
-    dtype: str
-    instructions: int
-    in_loops: int  # how many of the instructions are in the body of a loop
-    executed: int  # executions per call of the program
-    bytes: int  # size of the results of all executions
-
-
 def add_arguments(parser: Parser) -> None:
     parser.add_config()
-    parser.add_argument("--topology", help="kind of TPU and chips along each axis, such as v5e:4x4")
-    parser.add_argument(
-        "--classes", type=positive, default=1000, metavar="N", help="number of classes"
-    )
+    add = parser.add_argument
+    add("--device", help="a GPU such as h100, or a TPU and its topology such as v5e:4x4")
+    add("--devices", type=positive, metavar="N", help="number of GPUs of one host (default: 1)")
+    add("--program", choices=PROGRAMS, default="step", help="what is compiled (default: step)")
+    add("--classes", type=positive, default=1000, metavar="N", help="number of classes")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    jax.config.update("jax_platforms", "cpu")  # do not occupy the TPUs of this machine
-    return compile_check(args.config, args.topology, args.classes)
+    jax.config.update("jax_platforms", "cpu")  # do not occupy the devices of this machine
+    if not args.device:
+        raise InputError("--device is missing, for instance --device=h100 or --device=v5e:4x4")
+    target = find_target(args.device, args.devices)
+    return compile_check(args.config, target, program=args.program, classes=args.classes)
 
 
 def failed(result: dict[str, Any]) -> bool:
     return not result["fits"]
 
 
-def compile_check(config: ConfigDict, topology: str | None, classes: int = 1000) -> dict[str, Any]:
-    """Compiles the training step and prints what the compiler reports.
+def compile_check(
+    config: ConfigDict, target: Target, *, program: str = "step", classes: int = 1000
+) -> dict[str, Any]:
+    """Compiles a program and prints what the compiler reports.
+
+    Args:
+        config: see `configs/default.py`.
+        target: devices to compile for.
+        program: "step", the training step; "forward", the forward pass of normalized images; or
+            "eval", the evaluation step.
+        classes: number of classes.
 
     Returns:
         The JSON object of the last line.
 
     Raises:
-        InputError: the config or the topology is wrong, or libtpu is not installed.
+        InputError: the config is wrong, or does not fit the devices.
     """
-    if not topology:
-        raise InputError("--topology=KIND:CHIPS is missing, for instance --topology=v5e:4x4")
-    chips = tpu_devices(topology)
-    experiment = Experiment(config, devices=chips, num_classes=classes, steps_per_epoch=1)
-    memory = CHIP_MEMORY[topology.partition(":")[0]]
+    count = len(target.devices)
+    experiment = Experiment(config, devices=target.devices, num_classes=classes, steps_per_epoch=1)
+    jitted, arguments = programs(experiment)[program]()
     _, batch, _ = experiment.step_shapes
     batch_size, size, _, _ = batch["image"].shape
-    images = batch_size / len(chips)
     logger.info(
-        f"{experiment.config.model.name}, {size} pixels, batch size {batch_size}, "
-        f"{len(chips)} chips of {topology}: {images:g} images per chip"
+        f"{experiment.config.model.name}, {program}, {size} pixels, batch size {batch_size}, "
+        f"{count} x {target.devices[0].device_kind}"
     )
-    compiled = compile_for_tpu(experiment.train_step, experiment.step_shapes, memory)
-    exchanges = collectives(compiled.hlo)
-    flops = train_step_flops(config, classes) / len(chips)
-    print(f"memory per chip      {memory:g} GiB")
-    if compiled.temporaries_gib is not None:
-        print(f"  state and batch    {compiled.arguments_gib:.2f} GiB")
-        print(f"  temporaries        {compiled.temporaries_gib:.2f} GiB")
-    print(f"  the step           {'fits' if compiled.fits else 'DOES NOT FIT'}")
-    print(f"matmuls per chip     {flops / 1e12:.3f} TFLOP per step, without rematerialization")
-    for each in exchanges:
-        print(
-            f"{each.kind:<20} {each.bytes / 1e6:.2f} MB of {each.dtype} per step: "
-            f"{each.instructions} instructions ({each.in_loops} in loops), "
-            f"executed {each.executed} times"
-        )
-    print(f"compile time         {compiled.compile_s:.0f} s on this machine")
-    return {
+    with jax.set_mesh(experiment.mesh):
+        compiled = compile_for(target, jitted, arguments)
+    result = {
         "fits": compiled.fits,
         "temporaries_gib": compiled.temporaries_gib,
         "arguments_gib": compiled.arguments_gib,
-        "chip_gib": memory,
-        "chips": len(chips),
-        "images_per_chip": images,
-        "flops": flops,
-        "collectives": [each._asdict() for each in exchanges],
-        "compile_s": round(compiled.compile_s, 1),
+        "device_gib": round(target.memory / GIB, 3),
+        "devices": count,
+        "images_per_device": batch_size / count,
+    }
+    print(f"memory per device    {result['device_gib']:g} GiB")
+    if compiled.temporaries_gib is not None:
+        print(f"  arguments          {compiled.arguments_gib:.2f} GiB")
+        print(f"  temporaries        {compiled.temporaries_gib:.2f} GiB")
+    print(f"  the program        {'fits' if compiled.fits else 'DOES NOT FIT'}")
+    hlo = Program(compiled.hlo)
+    if target.bandwidth:
+        result |= report_kernels(hlo.kernels(), target, batch_size / count)
+    if program == "step":
+        flops = train_step_flops(config, classes) / count
+        print(f"matrix products      {flops / 1e12:.3f} TFLOP per device, each computed once")
+        result["flops"] = flops
+    for each in hlo.collectives():
+        print(
+            f"{each.kind:<20} {each.bytes / 1e6:.2f} MB of {each.dtype}: {each.instructions} "
+            f"instructions ({each.in_loops} in loops), executed {each.executed} times"
+        )
+    print(f"compile time         {compiled.compile_s:.0f} s on this machine")
+    collectives = [each._asdict() for each in hlo.collectives()]
+    return result | {"collectives": collectives, "compile_s": round(compiled.compile_s, 1)}
+
+
+def programs(experiment: Experiment) -> dict[str, Callable[[], tuple[Callable, tuple]]]:
+    """Returns functions that make each program: a jitted function and its arguments' shapes."""
+    state, batch, _ = experiment.step_shapes
+    variables = experiment.eval_variables(state)
+
+    def step():
+        return experiment.train_step, experiment.step_shapes
+
+    def forward():
+        images = jax.ShapeDtypeStruct(batch["image"].shape, experiment.model.dtype)
+        everywhere = jax.NamedSharding(experiment.mesh, jax.P())
+        split = jax.NamedSharding(experiment.mesh, jax.P(experiment.mesh.axis_names))
+        jitted = jax.jit(experiment.model.apply, in_shardings=(everywhere, split))
+        return jitted, (variables, images)
+
+    def evaluation():
+        mask = jax.ShapeDtypeStruct(batch["label"].shape, bool)
+        return experiment.eval_step, (variables, batch | {"mask": mask})
+
+    return {"step": step, "forward": forward, "eval": evaluation}
+
+
+def report_kernels(kernels: list[Kernel], target: Target, images: float) -> dict[str, Any]:
+    """Prints the kernels' figures and returns them for the JSON object."""
+    count = sum(each.executions for each in kernels)
+    moved = sum(each.executions * each.bytes for each in kernels)
+    flops = sum(each.executions * each.flops for each in kernels)
+    times = {
+        each: each.executions * max(each.bytes / target.bandwidth, each.flops / target.flops)
+        for each in kernels
+    }
+    seconds = sum(times.values())
+    libraries = sum(each.executions for each in kernels if each.kind == "library call")
+    print(f"kernels              {count}, of which {libraries} library calls")
+    print(f"bytes moved          {moved / 1e9:.1f} GB, {moved / images / 1e6:.1f} MB per image")
+    print(f"matrix products      {flops / 1e12:.3f} TFLOP executed")
+    print(f"at least             {seconds * 1e3:.2f} ms, {images / seconds:.0f} images per second")
+    slowest = max(times, key=times.get)
+    print(f"most of it           {times[slowest] * 1e3:.2f} ms in {slowest.name} {slowest.op_name}")
+    return {
+        "kernels": count,
+        "library_calls": libraries,
+        "gigabytes": moved / 1e9,
+        "megabytes_per_image": moved / images / 1e6,
+        "teraflops": flops / 1e12,
+        "roofline_ms": seconds * 1e3,
+        "slowest_kernel": slowest.name,
+        "slowest_kernel_ms": times[slowest] * 1e3,
     }
 
 
-def tpu_devices(topology: str) -> list[jax.Device]:
-    """Returns the chips of a topology such as "v5e:4x4", as devices to compile for.
-
-    Raises:
-        InputError: libtpu is not installed, or it knows no such topology.
-    """
-    require_extras("compiling for TPUs", "tpu")
-    kind = topology.partition(":")[0]
-    if kind not in CHIP_MEMORY:
-        kinds = ", ".join(CHIP_MEMORY)
-        raise InputError(f"--topology={topology}: use one of {kinds}, as in v5e:4x4")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for TPUs of this machine
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # else one process at a time
-    try:
-        found = topologies.get_topology_desc(topology, "tpu", **TOPOLOGY_OPTIONS.get(kind, {}))
-    except jax.errors.JaxRuntimeError as error:
-        raise InputError(f"--topology={topology}: {one_line(error)}") from None
-    return list(found.devices)
-
-
-def compile_for_tpu(jitted: Callable, arguments: tuple, chip_gib: float) -> Compiled:
-    """Compiles a jitted function whose shardings are on TPU devices."""
-    lowered = jitted.trace(*arguments).lower(lowering_platforms=("tpu",))
+def compile_for(target: Target, jitted: Callable, arguments: tuple) -> Compiled:
+    """Compiles a jitted function whose shardings are on the devices of `target`."""
+    lowered = jitted.trace(*arguments).lower(lowering_platforms=(target.platform,))
     start = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=target.compiler_options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -165,7 +191,7 @@ def compile_for_tpu(jitted: Callable, arguments: tuple, chip_gib: float) -> Comp
     held = memory.argument_size_in_bytes + results + memory.generated_code_size_in_bytes
     temporaries = memory.temp_size_in_bytes
     return Compiled(
-        fits=held + temporaries <= chip_gib * GIB,
+        fits=held + temporaries <= target.memory,
         arguments_gib=round(held / GIB, 3),
         temporaries_gib=round(temporaries / GIB, 3),
         compile_s=seconds,
@@ -179,69 +205,3 @@ def train_step_flops(config: ConfigDict, num_classes: int) -> int:
     plain = dict(inner_impl="reference", outer_impl="reference", remat="none")
     experiment.model = experiment.model.clone(**plain)
     return 2 * count_macs(experiment.make_train_step(), *experiment.step_shapes)
-
-
-# ------------------------------------------------------------------------------------- collectives
-
-KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}  # of other dtypes, the number in the name
-HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")  # first line of a computation
-# Its shape is that of the result. "-start" is left out: its shape contains the operand, too.
-COLLECTIVE = re.compile(rf" = (.*?) ({KINDS})(?:-done)?\(")
-SHAPE = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
-
-
-def collectives(hlo: str) -> list[Collectives]:
-    """Lists the collectives of an optimized program by kind and dtype.
-
-    Args:
-        hlo: the text of the program, `jax.stages.Compiled.as_text()`. An instruction in the body
-            of a loop is executed once per iteration, or once if the trip count is unknown; all
-            branches of a conditional count.
-    """
-    computations, entry = {}, ""
-    for line in hlo.splitlines():
-        if header := HEADER.match(line):
-            lines = computations[header[2]] = []
-            entry = header[2] if header[1] else entry
-        elif computations:
-            lines.append(line)
-    sums = collections.defaultdict(lambda: np.zeros(4, int))
-    for kind, shape, executed, in_loop in _walk(computations, entry, 1, False):
-        sizes = collections.Counter()
-        for dtype, dimensions in SHAPE.findall(shape):
-            sizes[dtype] += _array_bytes(dtype, dimensions)
-        for dtype, size in sizes.items():
-            sums[kind, dtype] += (1, in_loop, executed, executed * size)
-    return [Collectives(*key, *sums[key].tolist()) for key in sorted(sums)]
-
-
-def _walk(computations, name, times, in_loop) -> Iterator[tuple[str, str, int, bool]]:
-    """Yields (kind, shape, executions, in a loop) of each collective, starting at `name`."""
-    for line in computations.get(name, ()):
-        if collective := COLLECTIVE.search(line):
-            yield collective[2], collective[1], times, in_loop
-        elif body := re.search(r"\bbody=%?([\w.\-]+)", line):
-            trips = _trip_count(computations, line)
-            yield from _walk(computations, body[1], times * trips, True)
-        elif called := re.search(r"\b(?:calls|to_apply)=(%?[\w.\-]+)|computations=\{(.*?)\}", line):
-            for each in (called[1] or called[2]).split(", "):
-                yield from _walk(computations, each.lstrip("%"), times, in_loop)
-
-
-def _trip_count(computations, loop: str) -> int:
-    """Returns the annotated trip count of the `while` instruction, or its condition's bound."""
-    if known := re.search(r'known_trip_count[^\d}]*"?(\d+)', loop):
-        return int(known[1])
-    condition = computations[re.search(r"condition=%?([\w.\-]+)", loop)[1]]
-    root = next((line for line in condition if line.lstrip().startswith("ROOT")), "")
-    if bound := re.search(r" compare\(.*, %?([\w.\-]+)\), direction=LT", root):
-        for line in condition:
-            if found := re.match(rf"\s+%?{re.escape(bound[1])} = .* constant\((\d+)\)", line):
-                return int(found[1])
-    return 1
-
-
-def _array_bytes(dtype: str, dimensions: str) -> int:
-    itemsize = BYTES.get(dtype) or int(re.search(r"\d+", dtype)[0]) / 8
-    return round(itemsize * math.prod(int(n) for n in dimensions.split(",") if n))
