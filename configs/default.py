@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.model.dropout = 0.0  # after position embeddings, attention projections and MLP layers
     config.model.attention_dropout = 0.0  # of attention weights
     config.model.dtype = "bfloat16"  # activations; weights, norms and softmax are float32
-    # Implementations with equal results: "reference", "cpu" and, of TNT, "pallas" (TPU, opt-in).
+    # Implementations with equal results: "reference", "cpu" and, of TNT, "gpu" and "pallas" (TPU).
     config.model.inner_impl = "auto"  # of the inner transformer; of TNT also "lanes"
     config.model.outer_impl = "auto"  # of the outer transformer
     config.model.remat = "auto"  # rematerialization: "none" or "block"

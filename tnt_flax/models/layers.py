@@ -133,6 +133,7 @@ class Attention(nn.Module):
     # dropped weights.
     attention_fn: AttentionFn | None = None
     matmul_fn: MatmulFn = mixed_precision.matmul
+    attended: int | None = None  # number of leading tokens that are attended to; None is all
 
     @nn.compact
     def __call__(
@@ -154,15 +155,16 @@ class Attention(nn.Module):
             projected = dense(use_bias=self.qkv_bias, name=name)(x)
             return projected.reshape(*x.shape[:-1], self.num_heads, width // self.num_heads)
 
-        query = project("query", x[..., :num_queries, :])
-        context = x if context is None else context
-        key, value = project("key", context), project("value", context)
-        scale = query.shape[-1] ** -0.5
-
         needs_weights = self.is_mutable_collection("intermediates") or (
             train and self.attention_dropout
         )
-        if self.attention_fn and num_queries is None and bias is None and not needs_weights:
+        fast = self.attention_fn and num_queries is None and bias is None and not needs_weights
+        query = project("query", x[..., :num_queries, :])
+        if context is None:
+            context = x if fast else x[..., : self.attended, :]
+        key, value = project("key", context), project("value", context)
+        scale = query.shape[-1] ** -0.5
+        if fast:
             x = self.attention_fn(query, key, value, scale)
         else:
             logits = jnp.einsum("...qhd,...khd->...hqk", query, key) * scale
@@ -227,6 +229,7 @@ class TransformerBlock(nn.Module):
     attention_fn: AttentionFn | None = None
     matmul_fn: MatmulFn = mixed_precision.matmul
     mlp_fn: Callable[..., Tokens] = mlp
+    attended: int | None = None  # as in `Attention`
 
     @nn.compact
     def __call__(
@@ -251,6 +254,7 @@ class TransformerBlock(nn.Module):
             dtype=self.dtype,
             attention_fn=self.attention_fn,
             matmul_fn=self.matmul_fn,
+            attended=self.attended,
             name="attention",
         )
         normalized = norm(name="norm1")(x)

@@ -373,13 +373,13 @@ class PyramidTNT(nn.Module):
                 reduce=reduce if REDUCTION[i] > 1 else None,
                 **common,
             ),
-            has_class_token=False,
             parent=None,
         )
         if self.is_initializing():
             return block
         impls = map(select.resolve_auto, (self.inner_impl, self.outer_impl))
-        return select.implement(block, *impls)
+        count = math.prod(grid)
+        return select.implement(block, *impls, sentences=count, tokens=count)
 
     def check_fields(self) -> None:
         impls = dict(inner_impl=IMPLEMENTATIONS, outer_impl=IMPLEMENTATIONS)

@@ -13,6 +13,7 @@ integer and 26 MiB with a float. A loop over slices of the parameters (`xs[:-1]`
 all. `nn.scan` avoids copies, but cannot run the last block separately.
 """
 
+import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +22,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tnt_flax.core.errors import InputError
+from tnt_flax.models.kernels.platform import platform
 
+SAVED = "saved"  # checkpoint_name of what the backward pass does not compute again with `remat`
 CAPTURED = ("intermediates", "maps")  # collections that blocks write, stacked here
 
 
@@ -75,7 +78,8 @@ def scan_blocks(
 
     if remat:
         # Inside scan, XLA cannot merge recomputation and original, so no barrier is needed.
-        body = jax.checkpoint(body, prevent_cse=False)
+        policy = jax.checkpoint_policies.save_only_these_names(SAVED)
+        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
     last_apart = last is not None and not capture
     carry = (tokens, jnp.float32(0))  # a float on purpose: see above
     (tokens, i), captured = jax.lax.scan(body, carry, length=length - last_apart)
@@ -87,7 +91,15 @@ def scan_blocks(
 def _element(tree, i):
     """Returns element `i` of every array; None is an empty tree and stays None."""
     pick = lambda x: jax.lax.dynamic_index_in_dim(x, i.astype(int), keepdims=False)
-    return jax.tree.map(pick, tree)
+    leaves, treedef = jax.tree.flatten(tree)
+    is_vector = lambda x: x.ndim == 2 and x.dtype == jnp.float32
+    vectors = [x for x in leaves if is_vector(x)]
+    if platform() != "gpu" or not vectors:
+        return jax.tree.map(pick, tree)
+    # One kernel for all biases and LayerNorm parameters of a block, where XLA would run one each.
+    ends = itertools.accumulate(x.shape[1] for x in vectors)
+    parts = iter(jnp.split(pick(jnp.concatenate(vectors, axis=1)), [*ends][:-1]))
+    return treedef.unflatten([next(parts) if is_vector(x) else pick(x) for x in leaves])
 
 
 def _stacked_params(parent, block, length, args):

@@ -126,7 +126,8 @@ class TNT(nn.Module):
         words, sentences = self.embed(images.astype(self.dtype), train)
 
         inner_impl, outer_impl = self.implementations(words, sentences, train)
-        words = select.to_layout(inner_impl, words)
+        counts = dict(sentences=words.shape[1], tokens=sentences.shape[1])
+        words, sentences = select.to_layout(inner_impl, outer_impl, words, sentences, train=train)
         rates = jnp.linspace(0, self.drop_path, self.depth) if train and self.drop_path else None
         # The head reads the class token alone. In the last block no other sentence needs an update,
         # which saves 6 % of TNT-S, unless squeeze-excite reads the mean over all.
@@ -135,7 +136,7 @@ class TNT(nn.Module):
             block = self.make_block(f"blocks_{start}", vanilla)
             words, sentences = scan_blocks(
                 self,
-                select.implement(block, inner_impl, outer_impl),
+                select.implement(block, inner_impl, outer_impl, **counts),
                 stop - start,
                 (words, sentences),
                 None if rates is None else rates[start:stop],
@@ -229,6 +230,8 @@ class TNT(nn.Module):
         if self.is_initializing() or self.is_mutable_collection("intermediates"):
             return "reference", "reference"
         outer = select.choose_outer(self.outer_impl, sentences.shape, self.outer_heads)
+        if outer == "gpu" and (self.se or self.is_mutable_collection("maps")):
+            outer = "reference"  # "gpu" may append a token, which they would read
         if not self.inner_heads or train and (self.dropout or self.attention_dropout):
             return "reference", outer
         inner = select.choose_inner(self.inner_impl, words.shape, self.inner_heads, self.mlp_ratio)

@@ -126,11 +126,12 @@ class WordsToSentences(nn.Module):
     norm_out: bool = True
     norm_eps: float = 1e-5
     dtype: DTypeLike = jnp.float32
+    norm_layer: Callable[..., nn.Module] = LayerNorm
     matmul_fn: MatmulFn = matmul
 
     @nn.compact
     def __call__(self, words: Words) -> Float[Array, "B N D"]:
-        norm = functools.partial(LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
+        norm = functools.partial(self.norm_layer, epsilon=self.norm_eps, dtype=self.dtype)
         dense = functools.partial(Dense, dtype=self.dtype, matmul_fn=self.matmul_fn)
         batch, sentences, num_words, width = words.shape
         flat = (batch, sentences, num_words * width)  # word 0's channels, word 1's, ...
@@ -162,7 +163,6 @@ class TNTBlock(nn.Module):
     inner: nn.Module | None  # a TransformerBlock, or another implementation
     proj: nn.Module  # a WordsToSentences, or another implementation
     outer: nn.Module  # a TransformerBlock
-    has_class_token: bool = True
 
     @nn.compact
     def __call__(
@@ -178,11 +178,11 @@ class TNTBlock(nn.Module):
         if self.inner:
             words = self.inner(words, drop_path_rate, train=train)
             update = self.proj(words)
-            if self.has_class_token:
-                update = update.reshape(sentences[:, 1:].shape)  # some layouts merge B and N
-                sentences = sentences.at[:, 1:].add(update)
-            else:
+            update = update.reshape(sentences.shape[0], -1, update.shape[-1])
+            if update.shape == sentences.shape:
                 sentences = sentences + update
+            else:  # the class token has no words
+                sentences = sentences.at[:, 1 : 1 + update.shape[1]].add(update)
         sentences = self.outer(
             sentences, drop_path_rate, num_queries=num_queries, bias=bias, train=train
         )

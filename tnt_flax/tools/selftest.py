@@ -40,9 +40,11 @@ logger = logging.getLogger(__name__)
 IMPLEMENTATIONS = {  # fields of the network
     "reference": {"inner_impl": "reference", "outer_impl": "reference"},
     "inner=cpu": {"inner_impl": "cpu", "outer_impl": "reference"},
+    "inner=gpu": {"inner_impl": "gpu", "outer_impl": "reference"},
     "inner=lanes": {"inner_impl": "lanes", "outer_impl": "reference"},
     "inner=pallas": {"inner_impl": "pallas", "outer_impl": "reference"},
     "outer=cpu": {"inner_impl": "reference", "outer_impl": "cpu"},
+    "outer=gpu": {"inner_impl": "reference", "outer_impl": "gpu"},
     "outer=pallas": {"inner_impl": "reference", "outer_impl": "pallas"},
 }
 DTYPES = ("float32", "bfloat16")

@@ -6,7 +6,8 @@ definition in `models.layers`, the only one with forward-mode derivatives. "auto
 implementation that has not run on that kind of hardware:
 
 - On CPUs, "cpu" for both transformers.
-- On GPUs, "reference" for both: nothing else was measured there.
+- On GPUs, "reference" for both: nothing was measured there. "gpu" moves fewer bytes by the figures
+  of the compiler, see docs/speed.md.
 - On TPUs nothing has run yet. "auto" selects plain XLA programs and, among them, the one that the
   TPU compiler rates better: "lanes" for the inner transformer (a training step of TNT-S needs 1.35
   GiB of temporaries with 128 images per chip of v5e:2x2, bfloat16, libtpu 0.0.52; with "reference"
@@ -15,16 +16,18 @@ implementation that has not run on that kind of hardware:
 The Pallas kernels are opt-in.
 """
 
+import functools
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.models.kernels import cpu, lanes
+from tnt_flax.models.kernels import cpu, gpu, lanes
 from tnt_flax.models.kernels.platform import platform
 
-INNER = ("auto", "reference", "cpu", "lanes", "pallas")
-OUTER = ("auto", "reference", "cpu", "pallas")
+INNER = ("auto", "reference", "cpu", "gpu", "lanes", "pallas")
+OUTER = ("auto", "reference", "cpu", "gpu", "pallas")
 REMAT = ("auto", "none", "block")
 
 
@@ -44,6 +47,7 @@ def block_pallas(*args: Any, **kwargs: Any) -> Array:
 FUNCTIONS: dict[str, dict[str, Any]] = {
     "reference": {},
     "cpu": dict(attention_fn=cpu.attend, matmul_fn=cpu.matmul, mlp_fn=cpu.mlp),
+    "gpu": dict(norm_layer=gpu.LayerNorm),
     "pallas": dict(attention_fn=attend_pallas),
 }
 LANES_BLOCKS = {"lanes": lanes.block, "pallas": block_pallas}  # words as [C, M, P]
@@ -103,10 +107,20 @@ def remats_blocks(remat: str) -> bool:
     return remat == "block" or remat == "auto" and platform() != "cpu"
 
 
-def implement(block: Any, inner_impl: str, outer_impl: str) -> Any:
-    """Returns a TNTBlock with the parameters of `block`, in other implementations."""
-    functions = FUNCTIONS[outer_impl]
-    outer = block.outer.clone(**functions)
+def implement(block: Any, inner_impl: str, outer_impl: str, *, sentences: int, tokens: int) -> Any:
+    """Returns a TNTBlock with the parameters of `block`, in other implementations.
+
+    Args:
+        block: in the reference implementation.
+        inner_impl: one of INNER other than "auto".
+        outer_impl: one of OUTER other than "auto".
+        sentences: N, the number of sentences.
+        tokens: T, the number of tokens of the outer transformer: N, or N + 1 with a class token.
+    """
+    outer = block.outer.clone(**FUNCTIONS[outer_impl])
+    if outer_impl == "gpu":
+        attend = functools.partial(gpu.attend_sentences, length=tokens)
+        outer = outer.clone(attention_fn=attend, attended=tokens)
     proj = block.proj.clone(matmul_fn=outer.matmul_fn)
     if outer.reduce:
         outer = outer.clone(reduce=outer.reduce.clone(matmul_fn=outer.matmul_fn))
@@ -115,11 +129,28 @@ def implement(block: Any, inner_impl: str, outer_impl: str) -> Any:
         fields = dict(norm_eps=inner.norm_eps, gelu=inner.gelu, parent=None)
         inner = lanes.LanesTransformer(inner.num_heads, LANES_BLOCKS[inner_impl], **fields)
         proj = lanes.LanesToSentences(proj.norm_each_word, proj.norm_eps, proj.dtype, parent=None)
+    elif inner and inner_impl == "gpu":
+        rows = tokens - sentences, sentences
+        fields = dict(norm_eps=inner.norm_eps, gelu=inner.gelu, dtype=inner.dtype, parent=None)
+        inner = gpu.WordsTransformer(inner.num_heads, *rows, **fields)
+        proj = gpu.AlignedSentences(proj.clone(norm_layer=gpu.LayerNorm), *rows, parent=None)
     elif inner:
         inner = inner.clone(**FUNCTIONS[inner_impl])
     return block.clone(inner=inner, proj=proj, outer=outer)
 
 
-def to_layout(inner_impl: str, words: Array) -> Array:
-    """Returns words [B, N, M, C] in the layout of the inner implementation."""
-    return lanes.to_lanes(words) if inner_impl in LANES_BLOCKS else words
+def to_layout(
+    inner_impl: str, outer_impl: str, words: Array, sentences: Array, *, train: bool
+) -> tuple[Array, Array]:
+    """Returns words [B, N, M, C] and sentences [B, T, D] in the layout of the implementations.
+
+    In training, "gpu" appends a token where T is odd: cuDNN's gradient takes even lengths only.
+    Its words have a row for every token.
+    """
+    first = sentences.shape[1] - words.shape[1]  # the class token has no words
+    padding = sentences.shape[1] % 2 if outer_impl == "gpu" and train else 0
+    if padding:
+        sentences = jnp.pad(sentences, [(0, 0), (0, padding), (0, 0)])
+    if inner_impl == "gpu":
+        words = jnp.pad(words, [(0, 0), (first, padding), (0, 0), (0, 0)])
+    return lanes.to_lanes(words) if inner_impl in LANES_BLOCKS else words, sentences

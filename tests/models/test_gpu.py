@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The implementation "gpu" against the reference, on a CPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.helpers import networks, numpy_tnt
+from tests.helpers.networks import check_same, normal, value_and_gradients
+from tnt_flax.models import VARIANTS, block_outputs, layers
+from tnt_flax.models.kernels import gpu
+
+build = functools.partial(networks.build, inner_dim=4, depth=2)
+GPU = dict(inner_impl="gpu", outer_impl="gpu")
+REFERENCE = dict(inner_impl="reference", outer_impl="reference")
+ODD = (2, 32, 48, 3)  # six sentences and the class token
+EVEN = (2, 16, 48, 3)
+
+
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name != "official"]
+
+
+@pytest.mark.parametrize("variant", ["official", *OTHERS])
+def test_every_variant_gives_the_references_values_and_gradients(variant):
+    model, params, images = build(ODD, **GPU, **VARIANTS[variant])
+    expected = value_and_gradients(model.clone(**REFERENCE), params, images)
+    check_same(value_and_gradients(model, params, images), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", [GPU, {"inner_impl": "gpu"}, {"outer_impl": "gpu"}])
+@pytest.mark.parametrize("shape, remat", [(ODD, "none"), (ODD, "block"), (EVEN, "none")])
+def test_training_drops_the_same_sentences(impl, shape, remat):
+    """With a token appended to an odd number, and a block without words."""
+    fields = dict(drop_path=0.5, vanilla_blocks=(1,), depth=3, remat=remat)
+    model, params, images = build(shape, **REFERENCE | impl, **fields)
+    run = functools.partial(
+        value_and_gradients,
+        params=params,
+        images=images,
+        train=True,
+        rngs={"dropout": jax.random.key(1)},
+    )
+    check_same(run(model), run(model.clone(**REFERENCE)))
+
+
+@pytest.mark.slow
+def test_outputs_of_blocks_have_no_appended_token():
+    model, params, images = build(ODD, **GPU)
+    found = block_outputs(model, {"params": params}, images)
+    expected = block_outputs(model.clone(**REFERENCE), {"params": params}, images)
+    check_same(found, expected)
+    _, state = model.apply(
+        {"params": params},
+        images,
+        train=True,
+        mutable=["maps"],
+        rngs={"dropout": jax.random.key(0)},
+    )
+    assert state["maps"]["blocks_0"]["sentences"][0].shape[2] == 7
+
+
+def attend(qkv, scale):
+    query, key, value = (qkv[..., part, :, :] for part in range(3))
+    weights = jax.nn.softmax(scale * jnp.einsum("...qhd,...khd->...hqk", query, key))
+    return jnp.einsum("...hqk,...khd->...qhd", weights, value)
+
+
+@pytest.mark.parametrize("gain, tolerance", [(1, 1e-5), (30, 1e-4)])
+def test_attention_of_words(gain, tolerance):
+    """With a gain of 30 the softmax is near a maximum; its exponentials must not overflow."""
+    qkv, weights = gain * normal(2, 3, 16, 3, 2, 3), normal(2, 3, 16, 2, 3, seed=1)
+    run = lambda fn: jax.value_and_grad(lambda x: (weights * fn(x, 0.4)).sum())(qkv)
+    check_same(run(gpu.attend_words), run(attend), tolerance)
+
+
+def test_gradient_of_the_layer_norm():
+    """Where the mean is a thousand standard deviations, E[x^2] - E[x]^2 would be noise."""
+    x, weights = 1 + 1e-3 * normal(5, 24), normal(5, 24, seed=1)
+    params = {"params": {"scale": normal(24, seed=2), "bias": normal(24, seed=3)}}
+
+    def run(module):
+        loss = lambda params, x: (weights * module(epsilon=1e-9).apply(params, x)).sum()
+        return jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+
+    check_same(run(gpu.LayerNorm), run(layers.LayerNorm), 1e-3)
+
+
+@pytest.mark.parametrize("length", [7, 8])
+def test_attention_of_sentences_ignores_appended_tokens(length):
+    query, key, value = (normal(2, 8, 3, 4, seed=seed) for seed in range(3))
+    found = gpu.attend_sentences(query, key, value, 0.5, length=length)
+    kept = jnp.stack([x[:, :length] for x in (query, key, value)], axis=-3)
+    check_same(found[:, :length], attend(kept, 0.5))
+
+
+def test_bfloat16_is_as_near_as_the_reference():
+    exact_model, params, images = build(ODD, **REFERENCE)
+    exact = networks.apply(exact_model, params, images)
+    error = lambda impl: jnp.abs(
+        networks.apply(exact_model.clone(dtype=jnp.bfloat16, **impl), params, images) - exact
+    ).max()
+    assert error(GPU) < 1.5 * error(REFERENCE)
+
+
+def test_parameters_are_those_of_the_reference():
+    model, params, images = build(ODD, **GPU)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    numpy_shapes = jax.tree.map(jnp.shape, numpy_tnt.random_params(shapes))
+    assert numpy_shapes == jax.tree.map(jnp.shape, params)
