@@ -60,9 +60,11 @@ def scan_blocks(
         InputError: the weights have another number of blocks.
     """
     params = _stacked_params(parent, block, length, (*tokens, None, *args))
+    if parent.is_initializing():  # `init` needs no outputs, and tracing them takes as long again
+        return tokens
     has_key = train and parent.has_rng("dropout")
     keys = jax.random.split(parent.make_rng("dropout"), length) if has_key else None
-    capture = [] if parent.is_initializing() else [*filter(parent.is_mutable_collection, CAPTURED)]
+    capture = [*filter(parent.is_mutable_collection, CAPTURED)]
 
     def run_block(tokens, i, **options):
         own_params, rate, key = _element((params, rates, keys), i)
