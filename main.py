@@ -8,7 +8,7 @@ python main.py --config=configs/digits.py --workdir=runs/digits --mode=eval
 import sys
 from collections.abc import Sequence
 
-from tnt_flax import __main__ as tnt_flax
+from tnt_flax.__main__ import main as run_tnt_flax
 from tnt_flax.core.errors import InputError, print_error
 from tnt_flax.tools.command_line import Parser
 
@@ -23,7 +23,7 @@ def to_command(argv: Sequence[str] | None) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        return tnt_flax.main(to_command(argv))
+        return run_tnt_flax(to_command(argv))
     except InputError as error:
         return print_error(error)
 

@@ -26,17 +26,18 @@ def get_config() -> ConfigDict:
     config.mesh.fsdp = 1  # data parallelism with sharded weights, EMA and optimizer state (ZeRO)
     config.mesh.tensor = 1  # tensor parallelism: heads and MLP of the outer transformer
     # dtype in which gradients are summed over devices, fixed on resume. "bfloat16" halves the
-    # traffic of kernels and needs model.dtype="bfloat16".
+    # traffic for dense and conv kernels and needs model.dtype="bfloat16".
     config.mesh.gradient_dtype = "float32"
 
     config.model = ConfigDict()
-    config.model.name = "tnt_s_patch16_224"  # see tnt_flax.list_models(); "" is that of the weights
+    config.model.name = "tnt_s_patch16_224"  # of tnt_flax.list_models(); "": that of the weights
     config.model.drop_path = 0.1  # stochastic depth rate of the last block, linear from 0
     config.model.dropout = 0.0  # after position embeddings, attention projections and MLP layers
     config.model.attention_dropout = 0.0  # of attention weights
     config.model.dtype = "bfloat16"  # activations; weights, norms and softmax are float32
-    # Implementations with equal results: "reference", "cpu" and, of TNT, "gpu" and "pallas" (TPU).
-    config.model.inner_impl = "auto"  # of the inner transformer; of TNT also "lanes"
+    # Implementations, all with equal results: "reference" and "cpu"; for TNT also "gpu", "pallas"
+    # (TPU) and, in the inner transformer only, "lanes".
+    config.model.inner_impl = "auto"  # of the inner transformer
     config.model.outer_impl = "auto"  # of the outer transformer
     config.model.remat = "auto"  # rematerialization: "none" or "block"
     # Architecture: unset fields come from the name.
@@ -60,7 +61,7 @@ def get_config() -> ConfigDict:
     config.data.eval_split = "validation"  # folders and shards may also be named "val"
     config.data.holdout = 0.0  # fraction held out for evaluation if a folder has no eval_split
     config.data.class_list = ""  # file with one class per line; "" is the natural sort order
-    config.data.eval_labels = ""  # imagenet_tars: label file; "" looks for devkit or list
+    config.data.eval_labels = ""  # imagenet_tars: label file; "" searches root for one
     config.data.image_size = 224  # pixels per side
     config.data.crop_fraction = 0.9  # evaluation: resize to image_size / crop_fraction, then crop
     config.data.mean = (0.5, 0.5, 0.5)  # per channel, pixels scaled to [0, 1]

@@ -50,7 +50,7 @@ def test_samples_equal_the_input_of_a_training_step(smoke_config, monkeypatch):
     step = jax.jit(experiment.make_train_step())
     state = TrainState.create({"params": {"logits": jnp.zeros((48, 10))}}, tx)
     inputs = {name: batch[name] for name in ("image", "label")}
-    after, _ = step(state, inputs, experiment.make_keys()[1])
+    after, _ = step(state, inputs, experiment.split_seed()[1])
     jax.effects_barrier()
     (seen,) = model.images
     np.testing.assert_allclose(images, seen, atol=1e-6)

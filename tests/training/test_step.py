@@ -14,13 +14,13 @@ from tnt_flax.models.pyramid_tnt import BatchNorm
 from tnt_flax.training import mixup
 from tnt_flax.training.optimizer import Optimizer, make_optimizer
 from tnt_flax.training.step import (
-    Predictions,
+    Scores,
     TrainState,
     make_augment,
     make_eval_step,
     make_train_step,
     score,
-    sum_predictions,
+    sum_scores,
 )
 
 HALF = (0.5, 0.5, 0.5)
@@ -187,8 +187,8 @@ def test_top5_is_always_right_with_fewer_than_five_classes():
 
 def test_a_nan_reaches_the_sums_unless_its_row_is_padding():
     right, values = jnp.array([True, True]), jnp.array([0.5, jnp.nan])
-    found = Predictions(right, right, loss=values, confidence=values)
-    sums = lambda *mask: sum_predictions(found, jnp.array([1, 2]), jnp.array(mask), 7)
+    found = Scores(right, right, loss=values, confidence=values)
+    sums = lambda *mask: sum_scores(found, jnp.array([1, 2]), jnp.array(mask), 7)
     assert all(np.isfinite(x).all() for x in sums(True, False).values())
     assert sums(True, False)["images"] == 1 and sums(True, False)["loss"] == 0.5
     assert np.isnan(sums(True, True)["loss"])

@@ -114,7 +114,7 @@ class Attention(nn.Module):
     Args of the call:
         x: tokens that attend.
         num_queries: Q, the number of leading tokens that attend; None is all T.
-        context: the K tokens that are attended to; by default `x` itself.
+        context: the K tokens that are attended to; by default the first `num_keys` of `x`.
         bias: added to the logits.
         train: enables dropout.
 
@@ -128,12 +128,12 @@ class Attention(nn.Module):
     dropout: float = 0.0  # of the result
     attention_dropout: float = 0.0  # of the attention weights
     dtype: DTypeLike = jnp.float32
+    num_keys: int | None = None  # number of leading tokens that are attended to; None is all
     # Faster versions of parts of the definition below; None is the definition. `attention_fn` is
     # called as (query, key, value, scale), and used only without bias, num_queries and captured or
-    # dropped weights.
+    # dropped weights. It gets all tokens and applies `num_keys` itself.
     attention_fn: AttentionFn | None = None
     matmul_fn: MatmulFn = mixed_precision.matmul
-    attended: int | None = None  # number of leading tokens that are attended to; None is all
 
     @nn.compact
     def __call__(
@@ -161,7 +161,7 @@ class Attention(nn.Module):
         fast = self.attention_fn and num_queries is None and bias is None and not needs_weights
         query = project("query", x[..., :num_queries, :])
         if context is None:
-            context = x if fast else x[..., : self.attended, :]
+            context = x if fast else x[..., : self.num_keys, :]
         key, value = project("key", context), project("value", context)
         scale = query.shape[-1] ** -0.5
         if fast:
@@ -197,8 +197,10 @@ class SqueezeExcite(nn.Module):
 
 
 def mlp(x: Tokens, fc1: Callable, gelu: Callable, dropout: Callable, fc2: Callable) -> Tokens:
-    """Evaluates an MLP from its parts, functions of tokens."""
-    # A field of TransformerBlock, so that `cpu.mlp` can flatten the tokens to rows.
+    """Evaluates an MLP from its parts, functions of tokens.
+
+    The default of `TransformerBlock.mlp_fn`; `kernels.cpu.mlp` is another.
+    """
     return fc2(dropout(gelu(fc1(x))))
 
 
@@ -223,13 +225,13 @@ class TransformerBlock(nn.Module):
     dropout: float = 0.0
     attention_dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
-    norm_layer: Callable[..., nn.Module] = LayerNorm
     reduce: nn.Module | None = None  # maps the tokens to those that are attended to
+    num_keys: int | None = None  # as in `Attention`
     # Faster versions of parts, see `Attention` and `mlp`.
+    norm_layer: Callable[..., nn.Module] = LayerNorm
     attention_fn: AttentionFn | None = None
     matmul_fn: MatmulFn = mixed_precision.matmul
     mlp_fn: Callable[..., Tokens] = mlp
-    attended: int | None = None  # as in `Attention`
 
     @nn.compact
     def __call__(
@@ -252,9 +254,9 @@ class TransformerBlock(nn.Module):
             dropout=self.dropout,
             attention_dropout=self.attention_dropout,
             dtype=self.dtype,
+            num_keys=self.num_keys,
             attention_fn=self.attention_fn,
             matmul_fn=self.matmul_fn,
-            attended=self.attended,
             name="attention",
         )
         normalized = norm(name="norm1")(x)
@@ -320,7 +322,7 @@ def resample(table: Array, axis: int, old: list[Grid], new: list[Grid]) -> Array
 
 
 def check_images(images: Array, patch_size: int) -> None:
-    """Raises InputError unless `images` are normalized and divisible into patches."""
+    """Raises InputError unless `images` are floats of rank 4, divisible into patches."""
     if images.ndim != 4:
         raise InputError(f"images must be [B, H, W, channels], not {list(images.shape)}")
     if not jnp.issubdtype(images.dtype, jnp.floating):

@@ -379,7 +379,7 @@ class PyramidTNT(nn.Module):
             return block
         impls = map(select.resolve_auto, (self.inner_impl, self.outer_impl))
         count = math.prod(grid)
-        return select.implement(block, *impls, sentences=count, tokens=count)
+        return select.implement(block, *impls, num_sentences=count, num_tokens=count)
 
     def check_fields(self) -> None:
         impls = dict(inner_impl=IMPLEMENTATIONS, outer_impl=IMPLEMENTATIONS)

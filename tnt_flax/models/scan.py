@@ -3,14 +3,15 @@
 
 The last block may run after the loop, with other arguments. For that the loop carries a float
 counter, exact up to 2**24. XLA knows the value of an integer counter after the loop, and so copies
-the last block's weights before the loop. In TNT-S, compiled for a CPU by jax 0.10.2,
+the last block's weights before the loop. For example, the last block of TNT-S, compiled for a CPU
+by jax 0.10.2, reads the weights of fc1 by
 
     f32[384,1536] fusion(%fc1_kernel)            with an integer counter
     f32[384,1536] fusion(%fc1_kernel, %while)    with a float counter
 
-reads the weights of fc1, and the forward pass of 8 images needs 33 MiB of temporaries with an
-integer and 26 MiB with a float. A loop over slices of the parameters (`xs[:-1]`) would copy them
-all. `nn.scan` avoids copies, but cannot run the last block separately.
+The forward pass of 8 images then needs 33 MiB of temporaries with an integer and 26 MiB with a
+float. A loop over slices of the parameters (`xs[:-1]`) would copy them all. `nn.scan` avoids
+copies, but cannot run the last block separately.
 """
 
 import itertools
@@ -24,7 +25,7 @@ from jaxtyping import Array, Float
 from tnt_flax.core.errors import InputError
 from tnt_flax.models.kernels.platform import platform
 
-SAVED = "saved"  # checkpoint_name of what the backward pass does not compute again with `remat`
+SAVED = "saved"  # checkpoint_name of the arrays that `remat` saves instead of recomputing
 CAPTURED = ("intermediates", "maps")  # collections that blocks write, stacked here
 
 
@@ -48,7 +49,7 @@ def scan_blocks(
         parent: the module whose method calls this function.
         block: an unbound module, `block(*tokens, rate, *args, train=train) -> tokens`.
         length: number of blocks.
-        tokens: words (B, N, M, C) and sentences (B, T, D), which every block updates.
+        tokens: words and sentences, which every block updates, in the layout that it reads.
         rates: drop-path rate of each block; None disables drop path.
         args: further arguments of every block.
         train: gives every block a dropout key.

@@ -68,8 +68,8 @@ class TNT(nn.Module):
 
     Image size and number of channels are those of the images given to `init`; both sides must be
     multiples of `patch_size`. Consecutive equal blocks are one group, stored and run as a stack:
-    `blocks_{i}` holds the parameters of blocks i, i + 1, ... on a leading axis. `block_outputs`
-    returns the outputs of single blocks.
+    `blocks_{i}` holds the parameters of blocks i, i + 1, ... on a leading axis. For the outputs of
+    single blocks see `models.features`.
 
     Raises:
         InputError: images that are not floats of rank 4, not divisible by `patch_size`, or of
@@ -101,7 +101,7 @@ class TNT(nn.Module):
     proj_bias: bool = False  # in blocks, bias of proj
     proj_norm: bool = True  # in blocks, LayerNorm after proj
     stem_norm: bool = True  # LayerNorm after the stem's proj
-    zero_sentences: bool = False  # add the stem's sentences after positions and dropout
+    zero_sentences: bool = False  # add the stem's output after positions and dropout, not before
     qkv_bias: bool = False
     output_bias: bool = True  # of stem, attention outputs, fc2 and head
     norm_eps: float = 1e-5
@@ -126,7 +126,8 @@ class TNT(nn.Module):
         words, sentences = self.embed(images.astype(self.dtype), train)
 
         inner_impl, outer_impl = self.implementations(words, sentences, train)
-        counts = dict(sentences=words.shape[1], tokens=sentences.shape[1])
+        counts = dict(num_sentences=words.shape[1], num_tokens=sentences.shape[1])
+        # From here on words and sentences may have the shapes of an implementation.
         words, sentences = select.to_layout(inner_impl, outer_impl, words, sentences, train=train)
         rates = jnp.linspace(0, self.drop_path, self.depth) if train and self.drop_path else None
         # The head reads the class token alone. In the last block no other sentence needs an update,
@@ -231,7 +232,7 @@ class TNT(nn.Module):
             return "reference", "reference"
         outer = select.choose_outer(self.outer_impl, sentences.shape, self.outer_heads)
         if outer == "gpu" and (self.se or self.is_mutable_collection("maps")):
-            outer = "reference"  # "gpu" may append a token, which they would read
+            outer = "reference"  # "gpu" may append a token, which both would include
         if not self.inner_heads or train and (self.dropout or self.attention_dropout):
             return "reference", outer
         inner = select.choose_inner(self.inner_impl, words.shape, self.inner_heads, self.mlp_ratio)

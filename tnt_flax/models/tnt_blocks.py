@@ -20,7 +20,7 @@ from tnt_flax.models.network import Images
 Words = Float[Array, "B N M C"]
 Sentences = Float[Array, "B T D"]  # T is N + 1, with the class token first, or N without one
 
-WORD_KERNEL = (7, 7)  # windows of neighbouring words overlap
+WORD_KERNEL = (7, 7)  # windows of neighboring words overlap
 WORD_PADDING = ((3, 3), (3, 3))  # torch's padding=3; "SAME" would shift every window by two pixels
 
 
@@ -38,7 +38,7 @@ class WordEmbedding(nn.Module):
     def __call__(self, images: Images) -> Words:
         init = torch_conv_init(images.shape[-1] * WORD_KERNEL[0] * WORD_KERNEL[1])
         common = dict(use_bias=self.use_bias, dtype=self.dtype, name="conv")
-        if not self.conv_first:  # each patch apart, padded with zeros
+        if not self.conv_first:  # each patch separately, padded with zeros
             conv = PatchConv(self.inner_dim, self.stride, init, **common)
             return conv(cut_patches(images, self.patch_size))
         conv = nn.Conv(  # over the whole image: windows cross the borders of patches
@@ -55,7 +55,7 @@ class WordEmbedding(nn.Module):
 
 
 class PatchConv(nn.Module):
-    """Convolves each patch apart, padded with zeros: (B, N, size, size, channels) to (B, N, M, C).
+    """Convolves each patch separately, zero-padded: (B, N, size, size, channels) to (B, N, M, C).
 
     Has the parameters of nn.Conv. Computed as one matrix product with the kernel unfolded over a
     patch, several times faster than the convolution of thousands of small images.
@@ -147,15 +147,15 @@ class TNTBlock(nn.Module):
     """Attends within sentences, adds words to their sentences, attends across sentences.
 
     Without `inner`, a plain transformer block that leaves the words alone (paper, Table 5). Sows
-    words in the collection "intermediates", and sentences in "maps": capturing intermediates
-    forces the reference implementation, which feature maps do without.
+    words in the collection "intermediates" and sentences in "maps". They are two collections
+    because capturing "intermediates" needs the reference implementation of both transformers.
 
     Args of the call:
         words: (B, N, M, C), or in the layout that `inner` and `proj` read.
         sentences: with or without a class token.
         drop_path_rate: rate of all updates of both transformers; None disables drop path.
-        bias: added to the logits of the outer attention, in which T sentences attend to K tokens:
-            the T sentences, or fewer if `outer` reduces them.
+        bias: added to the logits of the outer attention. K is T, or less if `outer` reduces the
+            tokens that are attended to.
         num_queries: Q, the number of leading sentences updated and returned; None is all T.
         train: enables dropout.
     """
@@ -177,11 +177,11 @@ class TNTBlock(nn.Module):
     ) -> tuple[Array, Float[Array, "B Q D"]]:
         if self.inner:
             words = self.inner(words, drop_path_rate, train=train)
-            update = self.proj(words)
+            update = self.proj(words)  # (B * N, D) if words are on lanes, else (B, N, D)
             update = update.reshape(sentences.shape[0], -1, update.shape[-1])
             if update.shape == sentences.shape:
                 sentences = sentences + update
-            else:  # the class token has no words
+            else:  # the class token, and a token appended for the GPU, have no words
                 sentences = sentences.at[:, 1 : 1 + update.shape[1]].add(update)
         sentences = self.outer(
             sentences, drop_path_rate, num_queries=num_queries, bias=bias, train=train

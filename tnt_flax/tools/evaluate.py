@@ -32,7 +32,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     train.start_processes(args)
-    # The import initializes JAX's backend, which must not happen before `processes.start`.
+    # Imported late: no import may initialize JAX's backend before `processes.start`.
     from tnt_flax.training.evaluate import evaluate_checkpoint
 
     result = evaluate_checkpoint(args.config, args.workdir, args.checkpoint, args.per_class)

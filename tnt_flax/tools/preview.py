@@ -97,7 +97,7 @@ def first_samples(config: ConfigDict) -> tuple[np.ndarray, np.ndarray, tuple[str
     experiment = Experiment(config)
     with contextlib.closing(experiment.train_batches(0, 1)) as batches:
         batch = next(batches)
-    _, step_key = experiment.make_keys()
+    _, step_key = experiment.split_seed()
     _, mix_key, erase_key = step.step_keys(step_key, 0)
     class_names = tuple(experiment.train_source.class_names)
     augment = jax.jit(experiment.make_augment(len(class_names)))

@@ -40,7 +40,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     start_processes(args)
-    # The import initializes JAX's backend, which must not happen before `processes.start`.
+    # Imported late: no import may initialize JAX's backend before `processes.start`.
     from tnt_flax.training.train import train_and_evaluate
 
     if args.workdir is None:

@@ -40,15 +40,16 @@ Batches = Iterator[dict[str, np.ndarray]]
 
 
 class Experiment:
-    """Everything that a config describes, in three parts: data, network, state and steps.
+    """Everything that a config describes.
 
-    Each property is built on first use and then kept. Methods named `make_*` return functions or
-    modules that are not compiled. `train_step` and `eval_step` are compiled for `mesh`. The first
-    use of a property may raise InputError: see the function that builds it.
+    Cached properties are built on first use, which may raise InputError. Methods named `make_*`
+    return functions or modules that are not compiled. `train_step` and `eval_step` are compiled for
+    `mesh`.
 
     Args:
         config: see `configs/default.py`. If it names no network, the network is that of `weights`.
-        weights: file, workdir or hf:// address; defaults to `config.init_from`.
+        weights: file, workdir or hf:// address, read only if `config` names no network; defaults to
+            `config.init_from`. To load the values, see `load_variables`.
         checkpoint: "best" or "last", where `weights` is a workdir.
         devices: devices of the mesh; defaults to all devices of all processes.
         num_classes: defaults to the number of classes of the training data.
@@ -85,6 +86,7 @@ class Experiment:
         transforms.resampler(self.config.augment.resampling)
         self.make_model(num_classes=1)
         if self.config.optimizer.freeze:
+            # Names do not depend on the number of classes, which only the data tell.
             init_variables = Experiment(self.config, num_classes=1).init_variables
             shapes = jax.eval_shape(init_variables, jax.random.key(0))
             check_freeze(shapes, self.config.optimizer.freeze)
@@ -170,8 +172,9 @@ class Experiment:
     def eval_batches(self, source: sources.Source | None = None) -> Batches:
         """Yields this process's rows of the evaluation batches: every image once, then padding.
 
-        Like `train_batches`, with `mask` bool [b], False in padding, and `corrupt` bool [b] for
-        unreadable images. `source` defaults to `eval_source`.
+        A batch of b rows has `image` uint8 [b, H, W, 3], `label` int32 [b] or [b, L], `mask` bool
+        [b], False for padding and unreadable images, and `corrupt` bool [b], True for unreadable
+        images. `source` defaults to `eval_source`. Raises as `train_batches`.
         """
         transform = functools.partial(
             transforms.eval_transform,
@@ -187,6 +190,7 @@ class Experiment:
 
     def _read_options(self) -> pipeline.ReadOptions:
         several = jax.process_count() > 1
+        # Hosts that read the same rows count as one: see `sharding.host_rows`.
         host, num_hosts = sharding.host_rows(self.mesh) if several else (0, 1)
         keys = ("corrupt", "threads", "workers", "retry_seconds")
         options = {key: self.config.data[key] for key in keys}
@@ -237,8 +241,9 @@ class Experiment:
     ) -> tuple[step.Variables, LoadedWeights]:
         """Loads weights of any framework for the network of the config.
 
-        Positions are resampled to `data.image_size`. To fine-tune, pass `class_names`: other
-        classes get a new head. To evaluate, leave them out: the head stays.
+        Positions are resampled to `data.image_size`. To fine-tune, pass `class_names`: the head is
+        replaced by a new one if the weights have other classes. To evaluate, leave them out: the
+        head stays.
 
         Returns:
             The variables, and the checkpoint they were read from.
@@ -248,9 +253,9 @@ class Experiment:
                 another network.
         """
         model, image_size = self.make_model(num_classes=0), self.config.data.image_size
-        weights = "ema" if class_names else self.config.eval.weights
-        known = unstored_fields(model)
-        found = read_checkpoint(path, weights=weights, checkpoint=checkpoint, **known)
+        kind = "ema" if class_names else self.config.eval.weights
+        fields = unstored_fields(model)
+        found = read_checkpoint(path, weights=kind, checkpoint=checkpoint, **fields)
         for key, given in self._normalization.items():
             stored, given = tuple(found.preprocessing[key]), tuple(given)
             if stored != given:
@@ -260,7 +265,8 @@ class Experiment:
             renamed = found.class_names not in (None, tuple(class_names))
             new_head = renamed or len(class_names) != num_classes
             num_classes = len(class_names)
-        adapted = adapt(found, num_classes, image_size, 3, new_head=new_head)
+        # Changes `found.variables` in place.
+        adapted = adapt(found, num_classes, image_size, in_channels=3, new_head=new_head)
         description = f"the {self.config.model.name} that the config describes"
         check_same(found.path, adapted, model.clone(num_classes=num_classes), description)
         found.log_notes(summary)
@@ -270,7 +276,7 @@ class Experiment:
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        """The mesh of all devices, which divides both batch sizes."""
+        """The mesh of all devices. Every device gets equally many rows of a batch."""
         axes = {axis: self.config.mesh[axis] for axis in sharding.AXES}
         mesh = sharding.make_mesh(self._devices, **axes)
         sharding.check_batch_size("batch_size", self.config.batch_size, mesh)
@@ -279,19 +285,19 @@ class Experiment:
 
     @functools.cached_property
     def optimizer(self) -> Optimizer:
-        options = dict(self.config.optimizer.items())
-        adamw = {key: options.pop(key) for key in ADAMW_KEYS}
-        rates = epoch_learning_rates(self.config.epochs, **options)
-        return make_optimizer(per_epoch_schedule(rates, self.steps_per_epoch), **adamw)
+        schedule_options = dict(self.config.optimizer.items())
+        adamw_options = {key: schedule_options.pop(key) for key in ADAMW_KEYS}
+        rates = epoch_learning_rates(self.config.epochs, **schedule_options)
+        return make_optimizer(per_epoch_schedule(rates, self.steps_per_epoch), **adamw_options)
 
-    def make_keys(self) -> tuple[jax.Array, jax.Array]:
+    def split_seed(self) -> tuple[jax.Array, jax.Array]:
         """Returns the keys of the initial weights and of all steps (see `step.step_keys`)."""
         return tuple(jax.random.split(jax.random.key(self.config.seed)))
 
     @functools.cached_property
     def keys(self) -> tuple[jax.Array, jax.Array]:
-        """The keys of `make_keys`, replicated over the mesh."""
-        return jax.jit(self.make_keys, out_shardings=sharding.replicated(self.mesh))()
+        """The keys of `split_seed`, replicated over the mesh."""
+        return jax.jit(self.split_seed, out_shardings=sharding.replicated(self.mesh))()
 
     def init_state(self, key: jax.Array) -> TrainState:
         """Returns the state of step 0 with new weights; to jit or to `jax.eval_shape`."""
@@ -308,7 +314,7 @@ class Experiment:
         shardings = sharding.shardings(self.state_shapes, self.mesh)
         return jax.tree.map(lambda x, s: x.update(sharding=s), self.state_shapes, shardings)
 
-    def initial_state(self) -> TrainState:
+    def init_or_load_state(self) -> TrainState:
         """Returns the sharded state of step 0, with new weights or those of `init_from`."""
         shardings = sharding.shardings(self.state_shapes, self.mesh)
         if not self.config.init_from:
@@ -380,10 +386,12 @@ class Experiment:
 
     @functools.cached_property
     def train_step(self) -> Callable:
+        """The function of `make_train_step`, compiled for `mesh`; it donates the state."""
         return sharding.jit_train_step(self.make_train_step(), self.mesh, self.state_shapes)
 
     @functools.cached_property
     def eval_step(self) -> Callable:
+        """The function of `make_eval_step` for `model`, compiled for `mesh`."""
         return sharding.jit_eval_step(self.make_eval_step(self.model), self.mesh)
 
     @property
@@ -392,5 +400,5 @@ class Experiment:
         rows, size = self.config.batch_size, self.config.data.image_size
         images = jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8)
         labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        _, key = jax.eval_shape(self.make_keys)
+        _, key = jax.eval_shape(self.split_seed)
         return self.state_shapes, {"image": images, "label": labels}, key

@@ -113,7 +113,7 @@ def make_loss(model: nn.Module, freeze: str = "") -> Callable[..., tuple[jax.Arr
             images,
             train=True,
             rngs={"dropout": key},
-            mutable=[] if frozen_stats else ["batch_stats"],
+            mutable=[] if frozen_stats else ["batch_stats"],  # BatchNorm tests it
         )
         losses = optax.softmax_cross_entropy(logits, targets)
         return losses.mean(), updated.get("batch_stats", batch_stats)
@@ -150,9 +150,9 @@ def make_train_step(
     def train_step(state, batch, key):
         dropout_key, mix_key, erase_key = step_keys(key, state.step)
         images, targets = augment(batch, mix_key, erase_key)
-        params = cast_kernels(state.params, gradient_dtype)
+        cast_params = cast_kernels(state.params, gradient_dtype)
         (loss, batch_stats), grads = loss_and_grads(
-            params, state.batch_stats, images, targets, dropout_key
+            cast_params, state.batch_stats, images, targets, dropout_key
         )
         # No operation unless the kernels were cast.
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
@@ -203,14 +203,15 @@ def update_ema(ema: Variables, variables: Variables, decay: float) -> Variables:
     return jax.tree.map(update, ema, variables)
 
 
-def finite_flags(gradients: Variables, variables: Variables, skip: jax.Array) -> Bool[Array, "2P"]:
-    """Returns one flag per gradient, then one per variable, in the order of `jax.tree.leaves`.
+def finite_flags(computed: Variables, variables: Variables, skip: jax.Array) -> Bool[Array, "2P"]:
+    """Returns one flag per leaf of `computed`, then one per leaf of `variables`.
 
-    The flags show in which tensor a NaN began. They are one array, because fetching many small ones
-    slows the loop down. If the scalar `skip` is true, all flags are True and nothing is checked:
-    the check takes 1 % of a step on a CPU.
+    `computed` are the gradients of a step and its new running statistics, `variables` the
+    parameters and statistics that it started from. The flags show in which tensor a NaN began. They
+    are one array, because fetching many small ones slows the loop down. If the scalar `skip` is
+    true, all flags are True and nothing is checked: the check takes 1 % of a step on a CPU.
     """
-    leaves = jax.tree.leaves(gradients) + jax.tree.leaves(variables)
+    leaves = jax.tree.leaves(computed) + jax.tree.leaves(variables)
     check = lambda: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
     return jax.lax.cond(skip, lambda: jnp.ones(len(leaves), bool), check)
 
@@ -218,8 +219,8 @@ def finite_flags(gradients: Variables, variables: Variables, skip: jax.Array) ->
 # ------------------------------------------------------------------------ evaluation, prediction
 
 
-class Predictions(NamedTuple):
-    """Per image of a batch."""
+class Scores(NamedTuple):
+    """Results for every image of a batch."""
 
     top1: Bool[Array, "B"]  # the most probable class is right
     top5: Bool[Array, "B"]  # one of the five most probable classes is right
@@ -227,11 +228,11 @@ class Predictions(NamedTuple):
     confidence: Float[Array, "B"]  # probability of the most probable class
 
 
-def score(logits: Float[Array, "B K"], labels: Int[Array, "B L"]) -> Predictions:
+def score(logits: Float[Array, "B K"], labels: Int[Array, "B L"]) -> Scores:
     """Compares logits with the classes that are right for each image, padded with -1.
 
-    With fewer than five classes top5 is always true. An image without any label has an infinite
-    loss; `sum_predictions` masks it out.
+    With up to five classes top5 is always true. An image without any label has an infinite loss;
+    `sum_scores` masks it out.
     """
     _, best = jax.lax.top_k(logits, min(5, logits.shape[1]))
     hits = (best[:, :, None] == labels[:, None, :]).any(axis=2)  # bool [B, 5]
@@ -239,7 +240,7 @@ def score(logits: Float[Array, "B K"], labels: Int[Array, "B L"]) -> Predictions
     right = jnp.take_along_axis(log_probabilities, jnp.maximum(labels, 0), axis=1)
     loss = -jax.nn.logsumexp(jnp.where(labels < 0, -jnp.inf, right), axis=1)
     confidence = jnp.exp(log_probabilities.max(axis=1))
-    return Predictions(hits[:, 0], hits.any(axis=1), loss, confidence)
+    return Scores(hits[:, 0], hits.any(axis=1), loss, confidence)
 
 
 def calibration_bin(confidence: Float[Array, "B"]) -> Int[Array, "B"]:
@@ -248,8 +249,8 @@ def calibration_bin(confidence: Float[Array, "B"]) -> Int[Array, "B"]:
     return jnp.clip(bins, 0, CALIBRATION_BINS - 1).astype(jnp.int32)
 
 
-def sum_predictions(
-    found: Predictions, labels: Int[Array, "B"], mask: Bool[Array, "B"], num_classes: int
+def sum_scores(
+    scores: Scores, labels: Int[Array, "B"], mask: Bool[Array, "B"], num_classes: int
 ) -> dict[str, jax.Array]:
     """Sums over the rows of a batch where `mask` is True; the others are padding.
 
@@ -263,14 +264,14 @@ def sum_predictions(
         values = jnp.where(mask[:, None], jnp.stack(columns, axis=1), 0.0)
         return jax.ops.segment_sum(values, index, count).T
 
-    ones, bins = jnp.ones_like(found.confidence), calibration_bin(found.confidence)
+    ones, bins = jnp.ones_like(scores.confidence), calibration_bin(scores.confidence)
     return {
-        "top1": jnp.sum(found.top1, where=mask),
-        "top5": jnp.sum(found.top5, where=mask),
-        "loss": jnp.sum(found.loss, where=mask),
+        "top1": jnp.sum(scores.top1, where=mask),
+        "top5": jnp.sum(scores.top5, where=mask),
+        "loss": jnp.sum(scores.loss, where=mask),
         "images": jnp.sum(mask),
-        "per_class": sums_by(labels, num_classes, ones, found.top1, found.top5),
-        "calibration": sums_by(bins, CALIBRATION_BINS, ones, found.top1, found.confidence),
+        "per_class": sums_by(labels, num_classes, ones, scores.top1, scores.top5),
+        "calibration": sums_by(bins, CALIBRATION_BINS, ones, scores.top1, scores.confidence),
     }
 
 
@@ -281,7 +282,7 @@ def make_eval_step(
     std: tuple[float, ...],
     classes: tuple[int, ...] | None = None,
 ) -> Callable[[Variables, Batch], dict[str, jax.Array]]:
-    """Returns `eval_step(variables, batch) -> sums`, see `sum_predictions`.
+    """Returns `eval_step(variables, batch) -> sums`, see `sum_scores`.
 
     `batch` holds `image` uint8 [B, H, W, 3], `mask` bool [B], False in padding, and `label`: int32
     [B], or [B, L] where several classes are right. Sums per class are by the first label.
@@ -302,8 +303,8 @@ def make_eval_step(
             logits = jnp.where(allowed[None], logits, -jnp.inf)
         labels = batch["label"]
         labels = labels[:, None] if labels.ndim == 1 else labels
-        found = score(logits, labels)
-        return sum_predictions(found, labels[:, 0], batch["mask"], model.num_classes)
+        scores = score(logits, labels)
+        return sum_scores(scores, labels[:, 0], batch["mask"], model.num_classes)
 
     return eval_step
 

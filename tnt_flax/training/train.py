@@ -46,11 +46,12 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
         # ---------------------------------------------------------------- state, new or restored
         checkpoints = experiment.open_checkpoints(workdir)
         stack.callback(checkpoints.close)  # commits the save in flight
-        # An error first ends all processes: closing the checkpoints waits for the others.
+        # Runs before `checkpoints.close`, which would wait for the other processes: an error ends
+        # them first.
         stack.push(lambda kind, error, trace: watchdog.abort(error))
         state = checkpoints.restore_latest(experiment.abstract_state)
         if state is None:
-            state = experiment.initial_state()
+            state = experiment.init_or_load_state()
         start_step, total_steps = int(state.step), experiment.total_steps
         run.log_start(experiment, workdir, start_step)
         watchdog.progress("state ready", setup=True)
@@ -60,7 +61,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
         state, metrics = train_loop(experiment, state, checkpoints, writer, watchdog)
 
         # ---------------------------------------------------------------- final artifacts
-        checkpoints.save_blocking(state, total_steps, metrics)
+        checkpoints.save_blocking(state, total_steps, metrics)  # unless the loop's save succeeded
         digest = run.write_final_artifacts(experiment, state, workdir, writer)
         # A process that exits much earlier than the others would count as dead.
         processes.barrier("end", run.ONE_HOUR)
@@ -77,7 +78,8 @@ def train_loop(
     """Runs all steps from `state` on; returns the final state and the metrics of its evaluation.
 
     A signal makes `watchdog` raise Stopped: after a step or a batch of an evaluation, or while the
-    loop waits for data. The loop then saves the state, as it does if the data fail.
+    loop waits for data. The loop then saves the state. It also does if a single process cannot read
+    its data; one of several ends the run at once.
     """
     total_steps = experiment.total_steps
     step = int(state.step)  # number of updates applied to `state`
@@ -99,21 +101,21 @@ def train_loop(
             batch = to_global(batch, experiment.mesh)
             state, step_metrics = experiment.train_step(state, batch, step_key)
             step += 1
-            meter.add(step, step_metrics)  # fetches the previous step's: the device never waits
+            meter.add(step, step_metrics)  # fetches those of step - 1: the device never waits
             if due("log", step):
                 averages = meter.averages(step)
                 writer.write(step, averages | {"checkpoint/failed": checkpoints.failed_saves})
                 run.log(format_averages(step, total_steps, averages))
             watchdog.progress(f"step {step} of {total_steps}")
             if due("eval", step) or due("checkpoint", step):
-                meter.fetch_pending_metrics()  # a NaN must not reach a checkpoint
+                meter.fetch_pending_metrics()  # `check` raises before a NaN is saved
                 with meter.pause():
                     metrics = evaluate(state, step) if due("eval", step) else {}
                     checkpoints.save_async(state, step, metrics)
     except (Stopped, InputError, StorageUnavailable) as error:
-        watchdog.abort(error)
+        watchdog.abort(error)  # returns if this is the only process, or for Stopped
         meter.fetch_pending_metrics()
-        if step:  # the state of step 0 comes from the seed
+        if step:  # the next run makes the state of step 0 anew
             checkpoints.save_blocking(state, step)
         if isinstance(error, Stopped):
             raise Stopped(f"step {step} is saved; the same command resumes from there") from None

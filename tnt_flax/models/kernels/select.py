@@ -107,20 +107,22 @@ def remats_blocks(remat: str) -> bool:
     return remat == "block" or remat == "auto" and platform() != "cpu"
 
 
-def implement(block: Any, inner_impl: str, outer_impl: str, *, sentences: int, tokens: int) -> Any:
+def implement(
+    block: Any, inner_impl: str, outer_impl: str, *, num_sentences: int, num_tokens: int
+) -> Any:
     """Returns a TNTBlock with the parameters of `block`, in other implementations.
 
     Args:
         block: in the reference implementation.
         inner_impl: one of INNER other than "auto".
         outer_impl: one of OUTER other than "auto".
-        sentences: N, the number of sentences.
-        tokens: T, the number of tokens of the outer transformer: N, or N + 1 with a class token.
+        num_sentences: N, the number of sentences.
+        num_tokens: T, the number of tokens of the outer transformer: N, plus 1 with a class token.
     """
     outer = block.outer.clone(**FUNCTIONS[outer_impl])
     if outer_impl == "gpu":
-        attend = functools.partial(gpu.attend_sentences, length=tokens)
-        outer = outer.clone(attention_fn=attend, attended=tokens)
+        attend = functools.partial(gpu.attend_sentences, length=num_tokens)
+        outer = outer.clone(attention_fn=attend, num_keys=num_tokens)
     proj = block.proj.clone(matmul_fn=outer.matmul_fn)
     if outer.reduce:
         outer = outer.clone(reduce=outer.reduce.clone(matmul_fn=outer.matmul_fn))
@@ -130,7 +132,7 @@ def implement(block: Any, inner_impl: str, outer_impl: str, *, sentences: int, t
         inner = lanes.LanesTransformer(inner.num_heads, LANES_BLOCKS[inner_impl], **fields)
         proj = lanes.LanesToSentences(proj.norm_each_word, proj.norm_eps, proj.dtype, parent=None)
     elif inner and inner_impl == "gpu":
-        rows = tokens - sentences, sentences
+        rows = num_tokens - num_sentences, num_sentences
         fields = dict(norm_eps=inner.norm_eps, gelu=inner.gelu, dtype=inner.dtype, parent=None)
         inner = gpu.WordsTransformer(inner.num_heads, *rows, **fields)
         proj = gpu.AlignedSentences(proj.clone(norm_layer=gpu.LayerNorm), *rows, parent=None)
