@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both transformers in the form that XLA compiles well for GPUs: fewer passes over memory.
+"""Both transformers with fewer passes over memory, which take most of the time on a GPU.
 
-On a GPU the time of TNT is that of its memory traffic. XLA would write the attention weights of
-words to memory several times, in float32, and every small product pads its operands. Here
+From the definition, XLA's program writes the attention weights of words to memory several times, in
+float32, and pads the operands of their small products. Here
 
 - the attention of words, softmax included, is one kernel, and its gradient two;
 - query, key and value of words are one product;
@@ -10,7 +10,7 @@ words to memory several times, in float32, and every small product pads its oper
   sentences are padded;
 - words have one row per sentence token, so that LayerNorm and sum are one kernel.
 
-The figures are those of the compiler: see docs/speed.md.
+docs/speed.md has the compiler's figures.
 """
 
 import functools
@@ -64,26 +64,23 @@ def _attend_forward(qkv, scale):
 
 
 def _attend_backward(scale, saved, d_out):
-    # Every gradient is one loop over the other tokens; the barriers keep XLA from computing the
-    # attention weights once for both, which would write them to memory.
+    # A barrier makes XLA read an array again, in each of the two reductions, instead of writing
+    # what both need to memory.
     qkv, out, log_total = saved
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    both = []
-    for axis in (-2, -3):  # of the sum: over keys, over queries
-        qkv, d_out, delta, log_total = jax.lax.optimization_barrier((qkv, d_out, delta, log_total))
-        query, key, value = _channels(qkv)
-        d_outs = [jnp.expand_dims(x, -2) for x in _unstack(d_out)]
-        weights = jnp.exp(scale * _dot(query, key) - jnp.expand_dims(log_total, -2))
-        slopes = scale * (_dot(d_outs, value) - jnp.expand_dims(delta, -2))
-        qkv, d_out = jax.lax.optimization_barrier((qkv, d_out))
-        query, key, _ = _channels(qkv)
-        d_outs = [jnp.expand_dims(x, -2) for x in _unstack(d_out)]
-        if axis == -2:
-            both += _weighted_sums(weights, slopes, key, [], axis)
-        else:
-            both += _weighted_sums(weights, slopes, query, d_outs, axis)
-    d_qkv = jnp.stack([x.astype(qkv.dtype) for x in both], axis=-1)  # [..., T, heads, 3 * d]
-    d_qkv = d_qkv.reshape(*d_qkv.shape[:-1], 3, -1)
+    reread = jax.lax.optimization_barrier
+    arrays = reread((qkv, d_out, delta, log_total))
+    _, key, _ = _channels(reread(arrays[0]))
+    d_query = _weighted_sums(*_weights_and_slopes(*arrays, scale), key, [], axis=-2)
+
+    arrays = reread(arrays)
+    qkv, d_out = reread(arrays[:2])
+    query, _, _ = _channels(qkv)
+    d_outs = [jnp.expand_dims(x, -2) for x in _unstack(d_out)]
+    d_key_value = _weighted_sums(*_weights_and_slopes(*arrays, scale), query, d_outs, axis=-3)
+
+    d_qkv = jnp.stack([x.astype(qkv.dtype) for x in d_query + d_key_value], axis=-1)
+    d_qkv = d_qkv.reshape(*d_qkv.shape[:-1], 3, -1)  # [..., T, heads, 3, d]
     return (jnp.swapaxes(d_qkv, -2, -3),)
 
 
@@ -106,7 +103,15 @@ def _dot(left, right):
     return sum(x * y for x, y in zip(left, right, strict=True))
 
 
-def _weighted_sums(weights, slopes, sloped, plain, axis):
+def _weights_and_slopes(qkv, d_out, delta, log_total, scale):
+    """Returns the attention weights and d loss / d scores, divided by the weights."""
+    query, key, value = _channels(qkv)
+    d_outs = [jnp.expand_dims(x, -2) for x in _unstack(d_out)]
+    weights = jnp.exp(scale * _dot(query, key) - jnp.expand_dims(log_total, -2))
+    return weights, scale * (_dot(d_outs, value) - jnp.expand_dims(delta, -2))
+
+
+def _weighted_sums(weights, slopes, sloped, plain, *, axis):
     """Returns the sums of weights * slopes * x, x in `sloped`, and of weights * x, x in `plain`.
 
     One reduction of tuples (weight, slope, values): a partial sum has weight and slope 1. If the
@@ -170,7 +175,7 @@ class WordsTransformer(nn.Module):
         update = attend_words(qkv, qkv.shape[-1] ** -0.5).reshape(x.shape)
         x = x + drop(dense(attention["out"], update))
         hidden = GELU[self.gelu](dense(params["fc1"], norm("norm2")))
-        return x + drop(dense(params["fc2"], hidden))
+        return checkpoint_name(x + drop(dense(params["fc2"], hidden)), SAVED)
 
 
 # -- LayerNorm
