@@ -190,12 +190,12 @@ def test_any_image_size_channels_and_batch(image_shape, fields):
         (dict(gelu="exact"), "gelu='exact' is none of ('erf', 'tanh')"),
         (dict(remat="full"), "remat='full' is none of ('auto', 'none', 'block')"),
         (
-            dict(inner_impl="gpu"),
-            "inner_impl='gpu' is none of ('auto', 'reference', 'cpu', 'lanes', 'pallas')",
+            dict(inner_impl="cuda"),
+            "inner_impl='cuda' is none of ('auto', 'reference', 'cpu', 'gpu', 'lanes', 'pallas')",
         ),
         (
             dict(outer_impl="lanes"),
-            "outer_impl='lanes' is none of ('auto', 'reference', 'cpu', 'pallas')",
+            "outer_impl='lanes' is none of ('auto', 'reference', 'cpu', 'gpu', 'pallas')",
         ),
         (dict(depth=0), "depth=0: a network has one block at least"),
         (dict(dropout=1.0), "dropout=1.0 is outside [0, 1)"),

@@ -177,8 +177,7 @@ class TNTBlock(nn.Module):
     ) -> tuple[Array, Float[Array, "B Q D"]]:
         if self.inner:
             words = self.inner(words, drop_path_rate, train=train)
-            update = self.proj(words)  # (B * N, D) if words are on lanes, else (B, N, D)
-            update = update.reshape(sentences.shape[0], -1, update.shape[-1])
+            update = self.proj(words)
             if update.shape == sentences.shape:
                 sentences = sentences + update
             else:  # the class token, and a token appended for the GPU, have no words

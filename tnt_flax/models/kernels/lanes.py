@@ -127,14 +127,15 @@ class LanesTransformer(nn.Module):
 
 
 class LanesToSentences(nn.Module):
-    """`tnt_blocks.WordsToSentences` for words on lanes: [C, M, P] to (P, D)."""
+    """`tnt_blocks.WordsToSentences` for words on lanes: [C, M, B * N] to (B, N, D)."""
 
+    num_sentences: int  # N
     norm_each_word: bool = False
     norm_eps: float = 1e-5
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, words: Lanes) -> Float[Array, "P D"]:
+    def __call__(self, words: Lanes) -> Float[Array, "B N D"]:
         params = self.variables["params"]
         width, num_words, _ = words.shape
         x = normalize(words, 0 if self.norm_each_word else (0, 1), self.norm_eps)
@@ -148,4 +149,4 @@ class LanesToSentences(nn.Module):
         if "norm2" in params:
             scale, bias = (params["norm2"][name][None] for name in ("scale", "bias"))
             x = normalize(x, 1, self.norm_eps) * scale + bias
-        return x.astype(self.dtype)
+        return x.reshape(-1, self.num_sentences, x.shape[-1]).astype(self.dtype)

@@ -130,7 +130,8 @@ def implement(
     if inner and inner_impl in LANES_BLOCKS:
         fields = dict(norm_eps=inner.norm_eps, gelu=inner.gelu, parent=None)
         inner = lanes.LanesTransformer(inner.num_heads, LANES_BLOCKS[inner_impl], **fields)
-        proj = lanes.LanesToSentences(proj.norm_each_word, proj.norm_eps, proj.dtype, parent=None)
+        fields = proj.norm_each_word, proj.norm_eps, proj.dtype
+        proj = lanes.LanesToSentences(num_sentences, *fields, parent=None)
     elif inner and inner_impl == "gpu":
         rows = num_tokens - num_sentences, num_sentences
         fields = dict(norm_eps=inner.norm_eps, gelu=inner.gelu, dtype=inner.dtype, parent=None)
