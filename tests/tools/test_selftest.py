@@ -52,7 +52,7 @@ def test_every_implementation_passes_and_is_timed(capsys, monkeypatch):
     code, result, _ = run(capsys, "--rounds=1")
     assert code == 0 and result["passed"]
     assert set(result["unavailable"]) == {"inner=pallas", "outer=pallas"}
-    names = ["reference", "inner=cpu", "inner=lanes", "outer=cpu"]
+    names = ["reference", "inner=cpu", "inner=gpu", "inner=lanes", "outer=cpu", "outer=gpu"]
     assert list(result["implementations"]) == names
     for found in result["implementations"].values():
         assert found["passed"] and found["forward_ms"] > 0 and found["step_ms"] > 0
