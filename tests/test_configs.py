@@ -137,6 +137,7 @@ class RecordingConfig:
         return [(name, self[name]) for name in self._config]
 
 
+@pytest.mark.slow
 def test_every_key_is_read(smoke_config, tmp_path, monkeypatch):
     """A run and an evaluation read every key of the schema; checking a value does not count."""
     monkeypatch.setattr(experiment, "check_config", lambda config: None)

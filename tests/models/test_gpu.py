@@ -19,10 +19,8 @@ ODD = (2, 32, 48, 3)  # six sentences and the class token
 EVEN = (2, 16, 48, 3)
 
 
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name != "official"]
-
-
-@pytest.mark.parametrize("variant", ["official", *OTHERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", list(VARIANTS))
 def test_every_variant_gives_the_references_values_and_gradients(variant):
     model, params, images = build(ODD, **GPU, **VARIANTS[variant])
     expected = value_and_gradients(model.clone(**REFERENCE), params, images)
@@ -96,6 +94,7 @@ def test_attention_of_sentences_ignores_appended_tokens(length):
     check_same(found[:, :length], attend(kept, 0.5))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near_as_the_reference():
     exact_model, params, images = build(ODD, **REFERENCE)
     exact = networks.apply(exact_model, params, images)

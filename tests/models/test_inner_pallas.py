@@ -55,6 +55,7 @@ def compare(width, heads, sentences, rate=None, dtype=jnp.float32, tolerance=1e-
     check_same(list(found), expected, tolerance)
 
 
+@pytest.mark.slow
 def test_values_and_gradients_of_a_part_of_a_tile_with_dropped_sentences(interpreted):
     """With an epsilon that is large enough to be seen."""
     compare(12, 2, 7, jnp.float32(0.4), gelu="tanh", norm_eps=1e-3, output_bias=False)

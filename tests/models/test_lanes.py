@@ -37,6 +37,7 @@ def test_the_same_sentences_are_dropped():
     check_same(run(model), run(model.clone(inner_impl="reference")), 2e-5)
 
 
+@pytest.mark.slow
 def test_a_block_in_bfloat16_stays_near():
     module = layers.TransformerBlock(2, dtype=jnp.bfloat16)
     x = normal(1, 7, 16, 12)

@@ -59,6 +59,7 @@ def test_logits_and_stages_equal_the_official_code(found, expected):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 def test_loss_gradients_and_statistics_equal_the_official_code(found, expected):
     """In the CPU implementation, with rematerialization."""
     model = found.network.model.clone(inner_impl="cpu", outer_impl="cpu", remat="block")

@@ -35,6 +35,7 @@ def images():
     return np.random.default_rng(1).normal(size=(5, 48, 48, 3)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_stablehlo(tmp_path, capsys, images, root):
     path, out = small_network.save(tmp_path), tmp_path / "small.stablehlo"
     result = run(capsys, path, out)

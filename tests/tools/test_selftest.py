@@ -84,6 +84,7 @@ def test_wrong_gradients_and_exceptions_are_failures(factor, difference, capsys,
     assert "inner=cpu float32" in err and "FAILED" in err
 
 
+@pytest.mark.slow
 def test_wrong_logits_are_found(capsys, monkeypatch, only):
     """The attention of "cpu" gets another scale, in a block in which all tokens attend."""
     monkeypatch.setitem(selftest.COMPARED, "depth", 2)

@@ -51,6 +51,7 @@ def test_metrics_are_equal_for_any_batch_size(setting):
     assert 0 < results[0]["top1"] < results[0]["top5"] < 1
 
 
+@pytest.mark.slow
 def test_a_weights_file_is_evaluated_if_its_network_and_classes_fit(setting, tmp_path):
     experiment, variables = setting
     config, path = experiment.config, tmp_path / "w.safetensors"

@@ -80,6 +80,7 @@ def test_restarting_a_finished_run_changes_nothing(finished):
     assert train_and_evaluate(config, workdir) == result
 
 
+@pytest.mark.slow
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(finished, tmp_path, capsys):
     """It ends bit-identical to an uninterrupted run."""
     config, workdir, result = finished
@@ -105,6 +106,7 @@ def test_every_evaluation_is_checkpointed(smoke_config, tmp_path):
     assert evaluated == [14, 28, STEPS]
 
 
+@pytest.mark.slow
 def test_nan_stops_the_run_and_names_the_tensor(smoke_config, tmp_path):
     config = smoke_config(optimizer__learning_rate=1e30, checkpoint__every="1 steps")
     with pytest.raises(RunError) as caught:
@@ -238,6 +240,7 @@ def test_training_and_evaluation_classes_must_match(smoke_config, tmp_path):
         train_and_evaluate(folder_config(smoke_config, tmp_path / "data"), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_failed_start_can_be_corrected_in_the_same_workdir(smoke_config, tmp_path):
     with pytest.raises(InputError, match="nowhere"):
         train_and_evaluate(folder_config(smoke_config, tmp_path / "nowhere"), tmp_path / "run")

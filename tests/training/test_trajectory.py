@@ -70,6 +70,7 @@ def ours(initial):
     return train(initial)
 
 
+@pytest.mark.slow
 def test_losses_and_rates_of_every_step(ours, golden):
     losses, rates, state = ours
     assert int(state.step) == 50 == len(losses)

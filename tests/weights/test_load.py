@@ -67,6 +67,7 @@ def test_execution_fields_can_be_chosen(path):
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_a_new_head(path, params, logged):
     model, variables = tnt_flax.load(path, num_classes=7)
     head = variables["params"].pop("head")
@@ -112,6 +113,7 @@ def test_resampling():
     np.testing.assert_allclose(found[4:12], np.repeat(expected[4:12, None], 8, 1), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_grids_that_are_not_square(tmp_path):
     params = random_params("official", sentences=6)
     save_weights(tmp_path / "x.safetensors", params, {})
