@@ -17,7 +17,7 @@ contender failed, 2 that the input was wrong.
 
 import sys
 
-from benchmarks import harness, input, model, run, tpu
+from benchmarks import compile, harness, input, model, run
 from tnt_flax.tools.command_line import Parser
 from tnt_flax.tools.command_line import run as run_command
 
@@ -33,7 +33,12 @@ COMMANDS = {  # name: (module, arguments, function, help)
     ),
     "start": (run, harness.add_run_arguments, run.measure_start, "from main.py to its first step"),
     "loop": (run, run.add_loop_arguments, run.measure_loop, "training loop relative to its step"),
-    "compile": (tpu, tpu.add_arguments, tpu.measure_compile, "training step compiled for TPUs"),
+    "compile": (
+        compile,
+        compile.add_arguments,
+        compile.measure_compile,
+        "step compiled for GPUs or TPUs",
+    ),
 }
 
 

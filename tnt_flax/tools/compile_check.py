@@ -83,7 +83,7 @@ def compile_check(
     """
     count = len(target.devices)
     experiment = Experiment(config, devices=target.devices, num_classes=classes, steps_per_epoch=1)
-    jitted, arguments = programs(experiment)[program]()
+    jitted, arguments = make_program(experiment, program)
     _, batch, _ = experiment.step_shapes
     batch_size, size, _, _ = batch["image"].shape
     logger.info(
@@ -106,42 +106,37 @@ def compile_check(
         print(f"  temporaries        {compiled.temporaries_gib:.2f} GiB")
     print(f"  the program        {'fits' if compiled.fits else 'DOES NOT FIT'}")
     hlo = Program(compiled.hlo)
-    if target.bandwidth:
+    if target.bandwidth and compiled.hlo:
         result |= report_kernels(hlo.kernels(), target, batch_size / count)
     if program == "step":
         flops = train_step_flops(config, classes) / count
         print(f"matrix products      {flops / 1e12:.3f} TFLOP per device, each computed once")
         result["flops"] = flops
-    for each in hlo.collectives():
+    collectives = hlo.collectives()
+    for each in collectives:
         print(
             f"{each.kind:<20} {each.bytes / 1e6:.2f} MB of {each.dtype}: {each.instructions} "
             f"instructions ({each.in_loops} in loops), executed {each.executed} times"
         )
     print(f"compile time         {compiled.compile_s:.0f} s on this machine")
-    collectives = [each._asdict() for each in hlo.collectives()]
+    collectives = [each._asdict() for each in collectives]
     return result | {"collectives": collectives, "compile_s": round(compiled.compile_s, 1)}
 
 
-def programs(experiment: Experiment) -> dict[str, Callable[[], tuple[Callable, tuple]]]:
-    """Returns functions that make each program: a jitted function and its arguments' shapes."""
+def make_program(experiment: Experiment, program: str) -> tuple[Callable, tuple]:
+    """Returns one of PROGRAMS as a jitted function and the shapes of its arguments."""
+    if program == "step":
+        return experiment.train_step, experiment.step_shapes
     state, batch, _ = experiment.step_shapes
     variables = experiment.eval_variables(state)
-
-    def step():
-        return experiment.train_step, experiment.step_shapes
-
-    def forward():
-        images = jax.ShapeDtypeStruct(batch["image"].shape, experiment.model.dtype)
-        everywhere = jax.NamedSharding(experiment.mesh, jax.P())
-        split = jax.NamedSharding(experiment.mesh, jax.P(experiment.mesh.axis_names))
-        jitted = jax.jit(experiment.model.apply, in_shardings=(everywhere, split))
-        return jitted, (variables, images)
-
-    def evaluation():
+    if program == "eval":
         mask = jax.ShapeDtypeStruct(batch["label"].shape, bool)
         return experiment.eval_step, (variables, batch | {"mask": mask})
-
-    return {"step": step, "forward": forward, "eval": evaluation}
+    images = jax.ShapeDtypeStruct(batch["image"].shape, experiment.model.dtype)
+    everywhere = jax.NamedSharding(experiment.mesh, jax.P())
+    split = jax.NamedSharding(experiment.mesh, jax.P(experiment.mesh.axis_names))
+    forward = jax.jit(experiment.model.apply, in_shardings=(everywhere, split))
+    return forward, (variables, images)
 
 
 def report_kernels(kernels: list[Kernel], target: Target, images: float) -> dict[str, Any]:
@@ -149,18 +144,18 @@ def report_kernels(kernels: list[Kernel], target: Target, images: float) -> dict
     count = sum(each.executions for each in kernels)
     moved = sum(each.executions * each.bytes for each in kernels)
     flops = sum(each.executions * each.flops for each in kernels)
-    times = {
-        each: each.executions * max(each.bytes / target.bandwidth, each.flops / target.flops)
+    times = [
+        each.executions * max(each.bytes / target.bandwidth, each.flops / target.flops)
         for each in kernels
-    }
-    seconds = sum(times.values())
+    ]
+    seconds = sum(times)
     libraries = sum(each.executions for each in kernels if each.kind == "library call")
     print(f"kernels              {count}, of which {libraries} library calls")
     print(f"bytes moved          {moved / 1e9:.1f} GB, {moved / images / 1e6:.1f} MB per image")
     print(f"matrix products      {flops / 1e12:.3f} TFLOP executed")
     print(f"at least             {seconds * 1e3:.2f} ms, {images / seconds:.0f} images per second")
-    slowest = max(times, key=times.get)
-    print(f"most of it           {times[slowest] * 1e3:.2f} ms in {slowest.name} {slowest.op_name}")
+    longest, slowest = max(zip(times, kernels, strict=True))
+    print(f"most of it           {longest * 1e3:.2f} ms in {slowest.name} {slowest.op_name}")
     return {
         "kernels": count,
         "library_calls": libraries,
@@ -169,7 +164,7 @@ def report_kernels(kernels: list[Kernel], target: Target, images: float) -> dict
         "teraflops": flops / 1e12,
         "roofline_ms": seconds * 1e3,
         "slowest_kernel": slowest.name,
-        "slowest_kernel_ms": times[slowest] * 1e3,
+        "slowest_kernel_ms": longest * 1e3,
     }
 
 

@@ -227,8 +227,6 @@ class Program:
             body = kernel.called("calls")
             return sum(self._flops(body, each) for each in self.computations[body].values())
         scope = self.computations[computation]
-        if kernel.opcode in ("call", "while", "conditional"):  # in the body of a fusion: none
-            return 0
         if kernel.opcode in ("dot", "custom-call"):
             contracted = re.search(
                 r'lhs_contracting_dim(?:s=|ensions":)[\[{]([\d,"]*)[\]}]', kernel.attributes
@@ -306,8 +304,7 @@ def _bytes_read(parameter: Instruction, users: dict[str, list[Instruction]]) -> 
 
 def _bytes_written(body: dict[str, Instruction], result: Instruction) -> int:
     """Bytes of a fusion's result that the fusion writes."""
-    while result.opcode == "bitcast":
-        result = body[result.operands[0]]
+    result = body[_source(body, result.name)]
     if result.opcode == "dynamic-update-slice":
         return total_bytes(body[result.operands[1]].shape)
     return total_bytes(result.shape)
