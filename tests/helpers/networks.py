@@ -82,6 +82,12 @@ def value_and_gradients(model, params, images, **kwargs):
     return jit(jax.value_and_grad(functools.partial(loss, model, images, **kwargs)))(params)
 
 
+def training_value_and_gradients(model, params, images):
+    """Returns the values of `value_and_gradients` in training, with a fixed key for dropout."""
+    rngs = {"dropout": jax.random.key(1)}
+    return value_and_gradients(model, params, images, train=True, rngs=rngs)
+
+
 def check_same(found, expected, tolerance=1e-5):
     """Compares every leaf relative to its largest value."""
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))

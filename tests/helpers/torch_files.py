@@ -65,7 +65,7 @@ def stream(content, keys=("0",), storages=SIX_IN_STREAM, *, version=1001, little
 
 
 def tensor(offset, size, stride, *, count=6, kind=("torch", "FloatStorage"), key="0", rest=b""):
-    """A view of a storage, of which `SIX` holds six float32."""
+    """A view of a storage, such as `SIX`, which holds six float32."""
     parts = [
         global_name("torch._utils", "_rebuild_tensor_v2"),
         b"((",

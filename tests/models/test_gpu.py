@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import pytest
 
 from tests.helpers import networks, numpy_tnt
-from tests.helpers.networks import check_same, normal, value_and_gradients
+from tests.helpers.networks import (
+    check_same,
+    normal,
+    training_value_and_gradients,
+    value_and_gradients,
+)
 from tnt_flax.models import VARIANTS, block_outputs, layers
 from tnt_flax.models.kernels import gpu
 
@@ -34,13 +39,7 @@ def test_training_drops_the_same_sentences(impl, shape, remat):
     """With a token appended to an odd number, and a block without words."""
     fields = dict(drop_path=0.5, vanilla_blocks=(1,), depth=3, remat=remat)
     model, params, images = build(shape, **REFERENCE | impl, **fields)
-    run = functools.partial(
-        value_and_gradients,
-        params=params,
-        images=images,
-        train=True,
-        rngs={"dropout": jax.random.key(1)},
-    )
+    run = functools.partial(training_value_and_gradients, params=params, images=images)
     check_same(run(model), run(model.clone(**REFERENCE)))
 
 

@@ -3,12 +3,17 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import pytest
 
 from tests.helpers import networks
-from tests.helpers.networks import check_same, normal, random_variables, value_and_gradients
+from tests.helpers.networks import (
+    check_same,
+    normal,
+    random_variables,
+    training_value_and_gradients,
+    value_and_gradients,
+)
 from tnt_flax.models import VARIANTS, layers
 from tnt_flax.models.kernels import lanes
 
@@ -27,13 +32,7 @@ def test_every_variant_gives_the_references_values_and_gradients(variant):
 @pytest.mark.slow
 def test_the_same_sentences_are_dropped():
     model, params, images = build(inner_impl="lanes", drop_path=0.5, vanilla_blocks=(1,), depth=3)
-    run = functools.partial(
-        value_and_gradients,
-        params=params,
-        images=images,
-        train=True,
-        rngs={"dropout": jax.random.key(1)},
-    )
+    run = functools.partial(training_value_and_gradients, params=params, images=images)
     check_same(run(model), run(model.clone(inner_impl="reference")), 2e-5)
 
 
