@@ -89,6 +89,11 @@ def get_config() -> ConfigDict:
     config.augment.erase_area = (0.02, 1 / 3)  # random erasing: area as a fraction of the image
     config.augment.erase_ratio = (0.3, 1 / 0.3)  # random erasing: aspect ratio
 
+    config.loss = ConfigDict()
+    config.loss.name = "softmax"  # cross entropy; or "bce": one sigmoid per class
+    config.loss.bce_threshold = config_dict.placeholder(float)  # targets above are 1, others 0
+    config.loss.bce_sum = False  # sum over the classes instead of the mean
+
     config.optimizer = ConfigDict()  # AdamW
     config.optimizer.learning_rate = 1e-3  # peak; not scaled by the batch size
     config.optimizer.warmup_learning_rate = 1e-6  # of the first epoch

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import randaugment
 from tnt_flax.models import MODELS, Network, create_model
+from tnt_flax.training.losses import LOSSES
 from tnt_flax.weights import identify
 from tnt_flax.weights.read import read_checkpoint
 
@@ -38,6 +39,7 @@ CHOICES = {
     "data.corrupt": ("error", "skip"),
     "augment.resampling": ("pillow", "opencv"),
     "eval.weights": ("ema", "raw"),
+    "loss.name": LOSSES,
     "mesh.gradient_dtype": ("float32", "bfloat16"),
 }
 

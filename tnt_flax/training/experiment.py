@@ -21,7 +21,7 @@ from tnt_flax.models import Network, create_model
 from tnt_flax.runtime import processes, sharding
 from tnt_flax.runtime.checkpoints import Checkpoints
 from tnt_flax.runtime.workdir import check_space, config_to_json
-from tnt_flax.training import mixup, step
+from tnt_flax.training import losses, mixup, step
 from tnt_flax.training.config import check_config, resolve_model_config, steps_of
 from tnt_flax.training.optimizer import (
     ADAMW_KEYS,
@@ -373,6 +373,7 @@ class Experiment:
             self.optimizer,
             self.make_augment(self.model.num_classes),
             ema_decay=self.config.ema.decay,
+            loss_fn=losses.make_loss_fn(**self.config.loss),
             gradient_dtype=self.config.mesh.gradient_dtype,
         )
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from tnt_flax.training.losses import LossFn
 from tnt_flax.training.mixup import normalize
 from tnt_flax.training.optimizer import Optimizer, select, trainable_mask
 
@@ -92,12 +93,14 @@ def make_augment(
     return augment
 
 
-def make_loss(model: nn.Module, freeze: str = "") -> Callable[..., tuple[jax.Array, Any]]:
+def make_loss(
+    model: nn.Module, loss_fn: LossFn = optax.softmax_cross_entropy, freeze: str = ""
+) -> Callable[..., tuple[jax.Array, Any]]:
     """Returns `loss(params, batch_stats, images, targets, key) -> (mean loss, new batch_stats)`.
 
-    `images` are float32 [B, H, W, 3] and `targets` [B, K]. Parameters that `freeze` matches get no
-    gradient. If `freeze` matches all running statistics, BatchNorm normalizes with them, as in
-    evaluation.
+    `images` are float32 [B, H, W, 3] and `targets` [B, K]; for `loss_fn` see `training.losses`.
+    Parameters that `freeze` matches get no gradient. If `freeze` matches all running statistics,
+    BatchNorm normalizes with them, as in evaluation.
     """
 
     def loss(params, batch_stats, images, targets, key):
@@ -115,8 +118,7 @@ def make_loss(model: nn.Module, freeze: str = "") -> Callable[..., tuple[jax.Arr
             rngs={"dropout": key},
             mutable=[] if frozen_stats else ["batch_stats"],  # BatchNorm tests it
         )
-        losses = optax.softmax_cross_entropy(logits, targets)
-        return losses.mean(), updated.get("batch_stats", batch_stats)
+        return loss_fn(logits, targets).mean(), updated.get("batch_stats", batch_stats)
 
     return loss
 
@@ -127,6 +129,7 @@ def make_train_step(
     augment: AugmentFn,
     *,
     ema_decay: float,
+    loss_fn: LossFn = optax.softmax_cross_entropy,
     gradient_dtype: str = "float32",
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]]:
     """Returns `train_step(state, batch, key) -> (state, metrics)`.
@@ -140,12 +143,13 @@ def make_train_step(
         optimizer: see `optimizer.make_optimizer`. Its `freeze` also applies to statistics.
         augment: see `make_augment`.
         ema_decay: decay of the exponential moving average; 0 copies the weights.
+        loss_fn: see `losses.make_loss_fn`.
         gradient_dtype: "float32" sums gradients over devices in float32. "bfloat16" rounds the
             kernels to bfloat16 and differentiates with respect to them. That halves the traffic
             if the model computes in bfloat16, as `config.check_config` requires.
     """
     freeze = optimizer.freeze
-    loss_and_grads = jax.value_and_grad(make_loss(model, freeze), has_aux=True)
+    loss_and_grads = jax.value_and_grad(make_loss(model, loss_fn, freeze), has_aux=True)
 
     def train_step(state, batch, key):
         dropout_key, mix_key, erase_key = step_keys(key, state.step)
