@@ -93,6 +93,8 @@ def get_config() -> ConfigDict:
     config.loss.name = "softmax"  # cross entropy; or "bce": one sigmoid per class
     config.loss.bce_threshold = config_dict.placeholder(float)  # targets above are 1, others 0
     config.loss.bce_sum = False  # sum over the classes instead of the mean
+    # "balanced": in inverse proportion to the images of a class; or a CSV file: class,weight
+    config.loss.class_weights = ""
 
     config.optimizer = ConfigDict()  # AdamW
     config.optimizer.learning_rate = 1e-3  # peak; not scaled by the batch size

@@ -15,7 +15,7 @@ import scipy.io
 
 from tests.helpers.source_checks import message_of, records
 from tests.helpers.tars import SYNSETS, image, tar, write_imagenet
-from tnt_flax.data.sources import check_same_classes, open_source
+from tnt_flax.data.sources import check_same_classes, labels_of, open_source
 from tnt_flax.data.sources.archives import expand_braces, find_shards, read_labels
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -85,6 +85,7 @@ def devkit(synsets, truth):
 
 def test_all_label_files_give_the_same_labels(tars):
     expected = records(imagenet(tars, "val"))
+    assert labels_of(imagenet(tars, "val")).tolist() == [label for _, label in expected]
     synsets = (tars / "imagenet_2012_validation_synset_labels.txt").read_text().split()
     rows = [(f"ILSVRC2012_val_{k:08}", synset) for k, synset in enumerate(synsets, 1)]
     order = (SYNSETS[1], SYNSETS[2], SYNSETS[0])

@@ -8,7 +8,7 @@ import pytest
 from tests.helpers.source_checks import message_of
 from tests.helpers.tars import image, write_images
 from tnt_flax.core.errors import InputError
-from tnt_flax.data.sources import Holdout, ImageFolder, open_source
+from tnt_flax.data.sources import Holdout, ImageFolder, labels_of, open_source
 from tnt_flax.data.sources.names import natural_key
 from tnt_flax.training.experiment import Experiment
 
@@ -64,7 +64,7 @@ def test_class_list_orders_the_labels(tmp_path):
     source = open_source("folder", "train", root=str(tmp_path), class_list=classes)
     assert source.class_names == ("dog", "ant", "cat")
     assert paths_of(source, tmp_path / "train") == ["dog/b.png", "ant/c.png", "cat/a.png"]
-    assert [source[i][1] for i in range(3)] == [0, 1, 2]
+    assert [source[i][1] for i in range(3)] == labels_of(source).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

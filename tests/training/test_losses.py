@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 
 from configs import digits
+from tnt_flax.core.errors import InputError
 from tnt_flax.training.experiment import Experiment
-from tnt_flax.training.losses import make_loss_fn
+from tnt_flax.training.losses import (
+    balanced_class_weights,
+    make_loss_fn,
+    read_class_weights,
+)
 
 random = np.random.default_rng(0)
 LOGITS = random.normal(0, 3, (6, 5)).astype(np.float32)
@@ -50,6 +55,47 @@ def test_a_step_uses_the_loss_of_the_config(monkeypatch):
     np.testing.assert_array_equal(found(LOGITS, MIXED), expected(LOGITS, MIXED))
 
 
+def test_balanced_weights_count_every_label_of_the_training_data():
+    config = digits.get_config()
+    config.loss.class_weights = "balanced"
+    experiment = Experiment(config)
+    labels = np.array([label for _, label in experiment.train_source])
+    share = np.bincount(labels) / len(labels)
+    logits, targets = np.zeros((10, 10), np.float32), np.eye(10, dtype=np.float32)
+    np.testing.assert_allclose(
+        experiment.loss_fn(logits, targets), np.log(10) / (10 * share), rtol=1e-5
+    )
+
+
+def test_balanced_weights_of_several_labels_per_image_and_of_an_absent_class():
+    labels = np.array([[0, 1], [0, -1], [0, -1], [-1, -1]])
+    np.testing.assert_allclose(balanced_class_weights(labels, 3), [4 / 6, 4 / 2, 0])
+
+
+def test_class_weights_are_read_by_name(tmp_path):
+    path = tmp_path / "weights.csv"
+    path.write_bytes('\ufeffclass,weight\r\n"b, c",2\r\na,0.5\r\n'.encode())
+    assert read_class_weights(str(path), ("a", "b, c")).tolist() == [0.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a,1\n", "no weight of bird"),
+        ("a,1\nbirb,2\n", "line 2: the data have no class 'birb' .did you mean 'bird'"),
+        ("a,1\nbird,-2\n", "line 2: expected CLASS,WEIGHT"),
+        ("a,1\nbird\n", "line 2: expected CLASS,WEIGHT"),
+        ("a,1\nbird,two\n", "line 2: expected CLASS,WEIGHT"),
+        ("a,1\nbird,1,2\n", "line 2: expected CLASS,WEIGHT"),
+    ],
+)
+def test_class_weights_that_do_not_fit_are_refused(text, message, tmp_path):
+    path = tmp_path / "weights.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_class_weights(str(path), ("a", "bird"))
+
+
 # ---------------------------------------------------------------------------------------- oracle
 
 
@@ -75,3 +121,12 @@ def test_weighted_cross_entropy_equals_torch():
     expected = torch.nn.functional.cross_entropy(*tensors, weight=torch.tensor(WEIGHTS))
     found = make_loss_fn("softmax", class_weights=WEIGHTS)(LOGITS, MIXED).mean()
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.oracle
+def test_balanced_weights_equal_scikit_learn():
+    from sklearn.utils.class_weight import compute_class_weight
+
+    labels = np.random.default_rng(1).choice(4, 1000, p=[0.9, 0.05, 0.04, 0.01])
+    expected = compute_class_weight("balanced", classes=np.arange(4), y=labels)
+    np.testing.assert_allclose(balanced_class_weights(labels, 4), expected)

@@ -366,6 +366,20 @@ class Experiment:
             **self._normalization,
         )
 
+    @functools.cached_property
+    def loss_fn(self) -> losses.LossFn:
+        """The loss of logits and targets, see `losses.make_loss_fn`."""
+        options = dict(**self.config.loss)
+        weights = options.pop("class_weights") or None
+        if weights and self._num_classes is not None:  # no data: weights of the same shape
+            weights = np.ones(self._num_classes)
+        elif weights == "balanced":
+            labels = sources.labels_of(self.train_source)
+            weights = losses.balanced_class_weights(labels, len(self.class_names))
+        elif weights:
+            weights = losses.read_class_weights(weights, self.class_names)
+        return losses.make_loss_fn(**options, class_weights=weights)
+
     def make_train_step(self) -> Callable:
         """Returns `train_step(state, batch, key)`; see `step.make_train_step`."""
         return step.make_train_step(
@@ -373,7 +387,7 @@ class Experiment:
             self.optimizer,
             self.make_augment(self.model.num_classes),
             ema_decay=self.config.ema.decay,
-            loss_fn=losses.make_loss_fn(**self.config.loss),
+            loss_fn=self.loss_fn,
             gradient_dtype=self.config.mesh.gradient_dtype,
         )
 

@@ -5,12 +5,16 @@ The training step takes the mean over the batch. Targets are probabilities: mixu
 images of several classes need no loss of their own.
 """
 
-from collections.abc import Callable
+import csv
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from tnt_flax.core.errors import InputError, did_you_mean, listed
+from tnt_flax.data.sources import storage
 
 LOSSES = ("softmax", "bce")
 # (logits float32 [B, K], targets float32 [B, K]) -> losses float32 [B]
@@ -52,3 +56,42 @@ def make_loss_fn(
         return losses.sum(axis=1) if bce_sum else losses.mean(axis=1)
 
     return {"softmax": softmax, "bce": bce}[name]
+
+
+def balanced_class_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Returns weights in inverse proportion to the number of images of each class, float64 [K].
+
+    `labels` are int [images], or [images, L] padded with -1. The mean weight of all labels is 1, as
+    in scikit-learn. A class without images has the weight 0.
+    """
+    counts = np.bincount(labels[labels >= 0], minlength=num_classes)
+    return np.where(counts, counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1)), 0.0)
+
+
+def read_class_weights(path: str, class_names: Sequence[str]) -> np.ndarray:
+    """Reads a CSV file with the columns class and weight; returns float64 [K].
+
+    Raises:
+        InputError: the file cannot be read, a weight is no number or negative, or the classes of
+            the file are not `class_names`.
+    """
+    with storage.as_input_error(f"cannot read the class weights {path}"):
+        rows = [*csv.reader(storage.read_file(path).decode("utf-8-sig").splitlines())]
+    weights = {}
+    for number, row in enumerate(rows, start=1):
+        if not row or (number == 1 and row == ["class", "weight"]):
+            continue
+        name = row[0].strip()
+        try:
+            weights[name] = float(row[1])
+            valid = len(row) == 2 and 0 <= weights[name] < np.inf
+        except (IndexError, ValueError):
+            valid = False
+        if not valid:
+            raise InputError(f"{path}, line {number}: expected CLASS,WEIGHT with a weight >= 0")
+        if name not in class_names:
+            hint = did_you_mean(name, class_names)
+            raise InputError(f"{path}, line {number}: the data have no class {name!r}{hint}")
+    if missing := [name for name in class_names if name not in weights]:
+        raise InputError(f"{path} has no weight of {listed(missing)}: add a line for each class")
+    return np.array([weights[name] for name in class_names])

@@ -6,12 +6,15 @@ copy.
 """
 
 import itertools
+import logging
 from typing import Protocol
 
 import numpy as np
 
 from tnt_flax.core.errors import InputError, did_you_mean, require_extras
 from tnt_flax.data.sources.folder import Holdout, ImageFolder
+
+logger = logging.getLogger("tnt_flax")
 
 KINDS = ("folder", "imagenet_tars", "webdataset", "tfds", "digits")
 NUM_DIGITS_TEST = 360  # a fifth of the 1,797 digits
@@ -27,6 +30,8 @@ class Source(Protocol):
     """
 
     class_names: tuple[str, ...]  # names of the labels
+    # A source that knows all labels without reading the images also has `labels`, int [records] or
+    # int [records, max_labels]; see `labels_of`.
     storage_path: str  # exists while the data set is reachable, see `storage.is_unavailable`
 
     def __len__(self) -> int: ...
@@ -104,6 +109,18 @@ def check_same_classes(train: Source, evaluation: Source) -> None:
             )
 
 
+def labels_of(source: Source) -> np.ndarray:
+    """Returns the labels of all records: int [records], or [records, L] padded with -1.
+
+    Reads all records of a source without an attribute `labels`, which may take minutes.
+    """
+    labels = getattr(source, "labels", None)
+    if labels is None:
+        logger.info("reading the labels of %d records", len(source))
+        labels = [source[i][1] for i in range(len(source))]
+    return np.asarray(labels)
+
+
 class Digits:
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; no download.
 
@@ -121,16 +138,16 @@ class Digits:
         order = np.random.Generator(np.random.Philox(key=0)).permutation(len(digits.target))
         rows = order[:NUM_DIGITS_TEST] if split == "test" else order[NUM_DIGITS_TEST:]
         self._images = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8)
-        self._labels = digits.target[rows]
+        self.labels = digits.target[rows]
         self._split = split
         self.class_names = tuple(str(name) for name in digits.target_names)
         self.storage_path = ""  # in memory
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return self._images[index], int(self._labels[index])
+        return self._images[index], int(self.labels[index])
 
     def name_of(self, index: int) -> str:
         return f"digits {self._split} image {index}"

@@ -62,14 +62,18 @@ class TarImages:
     def __init__(self, index: Index, class_names: tuple[str, ...], classes: Iterable[str]):
         label_of = {name: label for label, name in enumerate(class_names)}
         self.index, self.class_names = index, class_names
-        self.labels = np.array([label_of[name] for name in classes], np.int32)
+        self._label_of_text = np.array([label_of[name] for name in classes], np.int32)
         self.storage_path = index.files[0]
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
-        return self.index.read(index), int(self.labels[self.index.text[index]])
+        return self.index.read(index), int(self._label_of_text[self.index.text[index]])
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self._label_of_text[self.index.text]
 
     def name_of(self, index: int) -> str:
         path, start, _ = self.index.locate(index)

@@ -47,7 +47,7 @@ class ImageFolder:
             raise InputError(f"no class folders in {folder}: expected {folder}/CLASS/IMAGE")
         self.class_names = order_classes(found, class_list, self.storage_path)
         self._files = []  # relative paths as strings: ImageNet has 1.3 million
-        self._labels = []
+        self.labels = []
         for label, class_name in enumerate(self.class_names):
             files = _images_below(folder / class_name)
             if not files:
@@ -57,7 +57,7 @@ class ImageFolder:
             if part:
                 files = _part_of(files, class_name, part, holdout.share)
             self._files += [os.path.join(class_name, file) for file in files]
-            self._labels += [label] * len(files)
+            self.labels += [label] * len(files)
         if part == "held out":
             if not self._files:
                 raise InputError(f"no class in {folder} has two images, so none can be held out")
@@ -69,7 +69,7 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
         with open(self.name_of(index), "rb") as file:
-            return file.read(), self._labels[index]
+            return file.read(), self.labels[index]
 
     def name_of(self, index: int) -> str:
         return os.path.join(self.storage_path, self._files[index])
