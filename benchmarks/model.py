@@ -299,7 +299,7 @@ def _our_passes(work: Work, dtype: str, tuned: bool, cores: int) -> dict[str, ha
 
     schedule = optax.constant_schedule(LEARNING_RATE)
     optimizer = make_optimizer(schedule, clip_norm=0.0, **ADAMW)
-    augment = lambda batch, mix_key, erase_key: (batch["image"], batch["target"])
+    augment = lambda batch, *_: (batch["image"], batch["target"])
     step = make_train_step(model, optimizer, augment, ema_decay=EMA_DECAY)
     step = jax.jit(step, donate_argnums=0)
     state = TrainState.create(variables, optimizer.tx)

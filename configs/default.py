@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.seed = 42  # of initial weights, data order, augmentation and dropout
     config.epochs = 300  # warm-up and cosine; optimizer.cooldown_epochs are added
     config.batch_size = 1024  # images per step, over all devices and hosts
+    config.accumulate = 1  # micro-batches that a step computes in turn, to save memory
     config.stall_minutes = 30.0  # watchdog timeout without a finished step or batch; 0 disables
     config.init_from = ""  # initial weights of any framework: file, workdir or hf:// address
 
@@ -85,6 +86,7 @@ def get_config() -> ConfigDict:
     config.augment.mix_prob = 1.0  # probability of mixing a group
     config.augment.mix_switch_prob = 0.5  # probability of CutMix instead of mixup
     config.augment.mix_groups = 8  # groups of consecutive images, each with its own mixing weight
+    config.augment.mix_off_epochs = 0  # last epochs without mixup and CutMix
     config.augment.erase_prob = 0.25  # random erasing, after mixing: probability per image
     config.augment.erase_area = (0.02, 1 / 3)  # random erasing: area as a fraction of the image
     config.augment.erase_ratio = (0.3, 1 / 0.3)  # random erasing: aspect ratio
@@ -111,7 +113,8 @@ def get_config() -> ConfigDict:
     config.optimizer.freeze = ""  # regex of parameter names to freeze
 
     config.ema = ConfigDict()
-    config.ema.decay = 0.99996  # per step, without warm-up; 0 disables the EMA
+    config.ema.decay = 0.99996  # per step; 0 disables the EMA
+    config.ema.warmup = False  # limit the decay to 1 - (step + 1)^(-2/3), as timm's ModelEmaV3
 
     config.eval = ConfigDict()
     config.eval.every = "1 epochs"  # and after the last step

@@ -212,6 +212,8 @@ def test_the_plan_is_the_published_one(smoke_config):
         ({"batch_size": 40}, "batch_size=40 does not split into augment.mix_groups=8 groups of pa"),
         ({"batch_size": 8}, "use a multiple of 16"),  # groups of one image
         ({"augment.mix_groups": 0}, "augment.mix_groups=0 groups"),
+        ({"accumulate": 3}, "accumulate=3 does not divide batch_size=1024"),
+        ({"accumulate": 0}, "accumulate=0 is less than 1"),
         ({"augment.mix_prob": 1.5}, r"augment.mix_prob=1.5 is outside \[0, 1\]"),
         ({"augment.erase_prob": -0.1}, r"augment.erase_prob=-0.1 is outside \[0, 1\]"),
         ({"augment.cutmix_alpha": -1.0}, "augment.cutmix_alpha=-1.0 is less than 0"),
@@ -253,8 +255,14 @@ def test_a_step_mixes_and_erases_as_configured(monkeypatch):
     assert options["erase"].keywords == dict(prob=0.25, area=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
     assert options["label_smoothing"] == 0.1 and options["ema_decay"] == 0.99996
     assert options["gradient_dtype"] == "float32"
+    assert options["mix_steps"] is None and not options["ema_warmup"]
+    assert options["accumulate"] == 1
     options = Experiment(digits.get_config(), **sizes).make_train_step()
     assert options["mix"] is None and options["erase"] is None
+    config = default.get_config()
+    config.accumulate, config.ema.warmup, config.augment.mix_off_epochs = 4, True, 20
+    options = Experiment(config, **sizes).make_train_step()
+    assert options["mix_steps"] == 2900 and options["ema_warmup"] and options["accumulate"] == 4
 
 
 @pytest.mark.parametrize("argument", ["", ":b"])

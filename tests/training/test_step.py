@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import functools
 import types
 
 import flax.linen as nn
@@ -11,7 +12,10 @@ import pytest
 from tnt_flax.core.trees import named_leaves
 from tnt_flax.models import TNT
 from tnt_flax.models.pyramid_tnt import BatchNorm
+from tnt_flax.runtime import sharding
+from tnt_flax.tools.hlo import Program
 from tnt_flax.training import mixup
+from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.optimizer import Optimizer, make_optimizer
 from tnt_flax.training.step import (
     Scores,
@@ -21,6 +25,7 @@ from tnt_flax.training.step import (
     make_train_step,
     score,
     sum_scores,
+    warm_up_decay,
 )
 
 HALF = (0.5, 0.5, 0.5)
@@ -43,12 +48,13 @@ def batch():
     return {"image": jnp.asarray(images), "label": jnp.arange(6)}
 
 
-def start(model=None, tx=None, ema_decay=0.9, **changes):
+def start(model=None, tx=None, ema_decay=0.9, ema_warmup=False, accumulate=1, **changes):
     model, tx = model or Linear(), tx or optax.sgd(0.5)
+    options = dict(ema_decay=ema_decay, ema_warmup=ema_warmup, accumulate=accumulate)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)), train=False)
     augment = make_augment(model.num_classes, **OPTIONS | changes)
     schedule = optax.constant_schedule(0.5)
-    step = jax.jit(make_train_step(model, Optimizer(tx, schedule), augment, ema_decay=ema_decay))
+    step = jax.jit(make_train_step(model, Optimizer(tx, schedule), augment, **options))
     return TrainState.create(variables, tx), step
 
 
@@ -87,7 +93,7 @@ def test_frozen_statistics_normalize_as_in_evaluation(batch, freeze, moving):
     schedule = optax.constant_schedule(0.5)
     step = make_train_step(model, Optimizer(tx, schedule, freeze), augment, ema_decay=0.9)
     new, metrics = jax.jit(step)(state, batch, jax.random.key(1))
-    images, targets = augment(batch, None, None)
+    images, targets = augment(batch, None, None, 0)
     logits, _ = model.apply(variables, images, train=moving, mutable=["batch_stats"])
     expected = optax.softmax_cross_entropy(logits, targets).mean()
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
@@ -95,6 +101,117 @@ def test_frozen_statistics_normalize_as_in_evaluation(batch, freeze, moving):
     for tree in (new.batch_stats, new.ema["batch_stats"]):
         changed = tree["batch_norm"]["mean"] != old
         assert changed.all() if moving else not changed.any()
+
+
+class Noisy(nn.Module):
+    """Logits that depend on the key of dropout only."""
+
+    num_classes: int = 7
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        scale = self.param("scale", nn.initializers.ones, ())
+        key = self.make_rng("dropout") if train else jax.random.key(0)
+        return scale * jax.random.normal(key, (len(images), self.num_classes))
+
+
+def mirror(key, images, targets):
+    """Mixing that needs the whole batch."""
+    return images[::-1], 0.5 * (targets + targets[::-1])
+
+
+def test_micro_batches_give_the_loss_and_the_update_of_the_whole_batch(batch):
+    results = []
+    for accumulate in (1, 2, 3):
+        state, step = start(tx=optax.adam(0.1), accumulate=accumulate, mix=mirror)
+        losses = []
+        for _ in range(3):
+            state, metrics = step(state, batch, jax.random.key(1))
+            losses += [metrics["loss"], metrics["grad_norm"]]
+        results.append((losses, state))
+    for losses, state in results[1:]:
+        np.testing.assert_allclose(losses, results[0][0], rtol=1e-6)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+        jax.tree.map(close, state, results[0][1])
+
+
+def test_micro_batches_have_their_own_statistics_and_dropout(batch):
+    state, step = start(Normed(), accumulate=2)
+    new, metrics = step(state, batch, jax.random.key(1))
+    images, targets = make_augment(7, **OPTIONS)(batch, None, None, 0)
+    stats, losses = state.batch_stats, []
+    for i in range(2):  # rows 0, 2, 4, then 1, 3, 5
+        variables = {"params": state.params, "batch_stats": stats}
+        logits, updated = Normed().apply(
+            variables, images[i::2], train=True, mutable=["batch_stats"]
+        )
+        stats = updated["batch_stats"]
+        losses.append(optax.softmax_cross_entropy(logits, targets[i::2]).mean())
+    np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-6)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, new.batch_stats, stats)
+
+    losses = {}
+    same = {"image": batch["image"], "label": jnp.zeros(6, int)}
+    for accumulate in (1, 2):
+        state, step = start(Noisy(), accumulate=accumulate)
+        losses[accumulate] = step(state, same, jax.random.key(1))[1]["loss"]
+    assert losses[1] != losses[2]
+
+
+@pytest.mark.slow
+def test_micro_batches_on_a_mesh_sum_gradients_in_turn_and_exchange_nothing_else(smoke_config):
+    """Mixing crosses micro-batches; the loss and the update are those of the whole batch."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (48, 32, 32, 3), np.uint8)
+    batch = {"image": images, "label": random.integers(0, 10, 48, np.int32)}
+    changes = dict(augment__mixup_alpha=0.8, augment__mix_groups=3, ema__warmup=True)
+    changes |= dict(model__outer_dim=16, model__outer_heads=2, mesh__fsdp=2)
+    metrics, exchanged = [], []
+    for accumulate in (3, 1):
+        config = smoke_config(**changes, accumulate=accumulate)
+        experiment = Experiment(config, num_classes=10, steps_per_epoch=29)
+        state, key = experiment.init_or_load_state(), experiment.keys[1]
+        inputs = sharding.to_global(batch, experiment.mesh)
+        step = experiment.train_step.lower(state, inputs, key).compile()
+        metrics.append([])
+        for _ in range(3):
+            state, found = step(state, inputs, key)
+            metrics[-1] += [found["loss"], found["grad_norm"]]
+        collectives = Program(step.as_text()).collectives()
+        exchanged.append({x for x in collectives if (x.kind, x.dtype) != ("all-reduce", "f32")})
+    np.testing.assert_allclose(*metrics, rtol=2e-6)
+    assert exchanged[0] == exchanged[1]
+
+
+def test_the_decay_of_the_ema_warms_up(batch):
+    state, step = start(ema_decay=0.4, ema_warmup=True)
+    ema = state.params["head"]["kernel"]
+    for decay in (0, 1 - 2 ** (-2 / 3), 0.4, 0.4):  # the third would be 0.519
+        state, _ = step(state, batch, jax.random.key(1))
+        ema = decay * ema + (1 - decay) * state.params["head"]["kernel"]
+        np.testing.assert_allclose(state.ema["params"]["head"]["kernel"], ema, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.oracle
+def test_the_decay_of_every_step_is_timms():
+    import torch
+    from timm.utils import ModelEmaV3
+
+    theirs = ModelEmaV3(torch.nn.Linear(1, 1), decay=0.9997, use_warmup=True)
+    steps = np.unique(np.geomspace(1, 10**6, 200).astype(int))
+    expected = [theirs.get_decay(int(step)) for step in steps]  # the first update is step 1
+    found = warm_up_decay(0.9997, jnp.asarray(steps - 1))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-7)
+
+
+def test_mixing_ends_after_its_last_step(batch):
+    augment = make_augment(7, **OPTIONS, mix=mirror, mix_steps=3)
+    plain = make_augment(7, **OPTIONS)(batch, None, None, 0)
+    mixed = make_augment(7, **OPTIONS, mix=mirror)(batch, None, None, 0)
+    for step, expected in ((2, mixed), (3, plain)):
+        found = jax.jit(augment)(batch, None, None, step)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_an_ema_without_decay_copies_the_weights(batch):
@@ -128,7 +245,7 @@ def test_each_purpose_has_its_own_key(batch):
 def test_images_are_mixed_then_normalized_then_erased(batch):
     mix = lambda key, images, targets: (images // 2, targets)  # of uint8
     erase = lambda key, images: images + 10
-    images, _ = make_augment(7, **OPTIONS, mix=mix, erase=erase)(batch, None, None)
+    images, _ = make_augment(7, **OPTIONS, mix=mix, erase=erase)(batch, None, None, 0)
     expected = (batch["image"] // 2).astype(jnp.float32) / 127.5 - 1 + 10
     np.testing.assert_allclose(images, expected, rtol=1e-6)
 
@@ -198,7 +315,7 @@ def test_mixed_targets_are_smoothed_once():
     sampled = mixup.Mix(jnp.array([0.25, 0.5]), jnp.zeros((2, 4), jnp.int32))
     options = OPTIONS | dict(mix=lambda key, *args: mixup.apply_mix(*args, sampled))
     batch = {"image": jnp.zeros((4, 1, 1, 3), jnp.uint8), "label": jnp.array([3, 0, 5, 5])}
-    _, targets = make_augment(1000, **options)(batch, None, None)
+    _, targets = make_augment(1000, **options)(batch, None, None, 0)
     np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-5)
     on, off = 0.9001, 0.0001  # reference values at 1000 classes and smoothing 0.1
     np.testing.assert_allclose(targets[0, 3], 0.25 * on + 0.75 * off, rtol=1e-5)

@@ -190,6 +190,7 @@ def test_other_classes_get_a_new_head(finished, smoke_config, capsys):
     [
         (dict(init_from="none.pth"), "cannot read none.pth: No such file or directory"),
         (dict(batch_size=44), "batch_size=44 is not divisible by the 8 devices"),
+        (dict(accumulate=4), "batch_size / accumulate=12 is not divisible by the 8 devices"),
         (dict(eval__batch_size=12), "eval.batch_size=12 is not divisible by the 8 devices"),
         (dict(batch_size=1440), "1437.*1440"),
         (dict(data__image_size=40), "data.image_size=40 is not divisible by the patch size 16"),

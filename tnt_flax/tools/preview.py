@@ -102,7 +102,7 @@ def first_samples(config: ConfigDict) -> tuple[np.ndarray, np.ndarray, tuple[str
     class_names = tuple(experiment.train_source.class_names)
     augment = jax.jit(experiment.make_augment(len(class_names)))
     inputs = {name: batch[name] for name in ("image", "label")}
-    images, weights = jax.device_get(augment(inputs, mix_key, erase_key))
+    images, weights = jax.device_get(augment(inputs, mix_key, erase_key, 0))
     return images, weights, class_names
 
 

@@ -19,11 +19,11 @@ RULES = (
     (lambda x: x >= 0, "is less than 0", (
         "optimizer.warmup_epochs", "optimizer.cooldown_epochs", "data.workers",
         "data.retry_seconds", "stall_minutes", "augment.mixup_alpha", "augment.cutmix_alpha",
-        "augment.color_jitter", "seed",
+        "augment.color_jitter", "augment.mix_off_epochs", "seed",
     )),
     (lambda x: x >= 1, "is less than 1", (
-        "epochs", "batch_size", "checkpoint.keep", "data.threads", "augment.repeats", "mesh.fsdp",
-        "mesh.tensor",
+        "epochs", "batch_size", "accumulate", "checkpoint.keep", "data.threads", "augment.repeats",
+        "mesh.fsdp", "mesh.tensor",
     )),
     (lambda x: 0 <= x <= 1, "is outside [0, 1]", (
         "augment.mix_prob", "augment.mix_switch_prob", "augment.erase_prob",
@@ -61,6 +61,10 @@ def check_config(config: ConfigDict) -> None:
         raise InputError(
             f"mesh.gradient_dtype='bfloat16' needs model.dtype='bfloat16', not "
             f"{config.model.dtype!r}: change one of them"
+        )
+    if config.batch_size % config.accumulate:
+        raise InputError(
+            f"accumulate={config.accumulate} does not divide batch_size={config.batch_size}"
         )
     augment, groups = config.augment, config.augment.mix_groups
     if augment.randaugment:

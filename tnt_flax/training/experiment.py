@@ -279,7 +279,9 @@ class Experiment:
         """The mesh of all devices. Every device gets equally many rows of a batch."""
         axes = {axis: self.config.mesh[axis] for axis in sharding.AXES}
         mesh = sharding.make_mesh(self._devices, **axes)
-        sharding.check_batch_size("batch_size", self.config.batch_size, mesh)
+        accumulate = self.config.accumulate
+        key = "batch_size" if accumulate == 1 else "batch_size / accumulate"
+        sharding.check_batch_size(key, self.config.batch_size // accumulate, mesh)
         sharding.check_batch_size("eval.batch_size", self.config.eval.batch_size, mesh)
         return mesh
 
@@ -345,8 +347,11 @@ class Experiment:
         return dict(mean=self.config.data.mean, std=self.config.data.std)
 
     def make_augment(self, num_classes: int) -> step.AugmentFn:
-        """Returns `augment(batch, mix_key, erase_key)`; see `step.make_augment`."""
+        """Returns `augment(batch, mix_key, erase_key, step)`; see `step.make_augment`."""
         options = self.config.augment
+        mix_steps = None
+        if options.mix_off_epochs:
+            mix_steps = max(self.total_steps - options.mix_off_epochs * self.steps_per_epoch, 0)
         mixes = options.mixup_alpha or options.cutmix_alpha
         mix = functools.partial(
             mixup.mix,
@@ -362,6 +367,7 @@ class Experiment:
             num_classes,
             label_smoothing=options.label_smoothing,
             mix=mix if mixes else None,
+            mix_steps=mix_steps,
             erase=erase if prob else None,
             **self._normalization,
         )
@@ -388,6 +394,8 @@ class Experiment:
             self.make_augment(self.model.num_classes),
             ema_decay=self.config.ema.decay,
             loss_fn=self.loss_fn,
+            ema_warmup=self.config.ema.warmup,
+            accumulate=self.config.accumulate,
             gradient_dtype=self.config.mesh.gradient_dtype,
         )
 

@@ -4,6 +4,7 @@
 All are pure and not yet jitted. The trainer, the tools and the tests jit the same functions.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,8 +21,8 @@ from tnt_flax.training.optimizer import Optimizer, select, trainable_mask
 
 Batch = dict[str, jax.Array]
 Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}, as `model.apply` takes them
-# (batch, key of mixing, key of erasing) -> (images float32 [B, H, W, 3], targets float32 [B, K])
-AugmentFn = Callable[[Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+# (batch, key of mixing, key of erasing, step) -> (images float32 [B, H, W, 3], targets [B, K])
+AugmentFn = Callable[[Batch, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 CALIBRATION_BINS = 15  # of equal width, as in Guo et al. (arXiv 1706.04599)
 
@@ -38,7 +39,7 @@ class TrainState:
 
     @classmethod
     def create(cls, variables: Variables, tx: optax.GradientTransformation) -> "TrainState":
-        """Returns the state of step 0. The EMA starts at the weights, without warm-up."""
+        """Returns the state of step 0. The EMA starts at the weights."""
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         ema = {"params": params, "batch_stats": batch_stats}
         ema = jax.tree.map(jnp.copy, ema)  # its own buffers: the step donates both
@@ -64,9 +65,10 @@ def make_augment(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     mix: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None,
+    mix_steps: int | None = None,
     erase: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> AugmentFn:
-    """Returns `augment(batch, mix_key, erase_key) -> (images, targets)`, the network's input.
+    """Returns `augment(batch, mix_key, erase_key, step) -> (images, targets)`.
 
     `batch` holds `image` uint8 [B, H, W, 3] and `label` int32 [B]. The images are float32
     [B, H, W, 3], normalized; the targets are float32 [B, num_classes].
@@ -77,14 +79,19 @@ def make_augment(
         mean: per channel, for pixels in [0, 1].
         std: per channel, for pixels in [0, 1].
         mix: `mix(key, images, targets)` for uint8 images and smoothed targets; None disables.
+        mix_steps: mix in the first `mix_steps` steps only; None: in all.
         erase: `erase(key, images)` for normalized images; None disables.
     """
 
-    def augment(batch, mix_key, erase_key):
+    def augment(batch, mix_key, erase_key, step):
         images, targets = batch["image"], jax.nn.one_hot(batch["label"], num_classes)
         targets = optax.smooth_labels(targets, label_smoothing)
         if mix:
-            images, targets = mix(mix_key, images, targets)
+            mixed = mix(mix_key, images, targets)
+            if mix_steps is not None:
+                choose = functools.partial(jnp.where, step < mix_steps)
+                mixed = jax.tree.map(choose, mixed, (images, targets))
+            images, targets = mixed
         images = normalize(images, mean, std)
         if erase:
             images = erase(erase_key, images)
@@ -123,6 +130,46 @@ def make_loss(
     return loss
 
 
+def split_into_micro_batches(loss_and_grads: Callable, count: int) -> Callable:
+    """Returns a function that evaluates `loss_and_grads` on `count` micro-batches in turn.
+
+    The result has the same arguments and results: loss and gradients are means over the
+    micro-batches, summed in float32. Only the activations of one micro-batch are in memory at a
+    time. Micro-batch i has the rows i, i + count, ...: every device keeps its rows. Dropout differs
+    between micro-batches, and BatchNorm uses, and averages, the statistics of each. With a `count`
+    of 1, `loss_and_grads` itself is returned.
+
+    Args:
+        loss_and_grads: `jax.value_and_grad` of a function of `make_loss`.
+        count: must divide the batch.
+    """
+    if count == 1:
+        return loss_and_grads
+
+    def split(x):
+        return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+
+    def accumulated(params, batch_stats, images, targets, key):
+        def add(carry, micro_batch):
+            sums, batch_stats = carry
+            index, images, targets = micro_batch
+            (loss, batch_stats), grads = loss_and_grads(
+                params, batch_stats, images, targets, jax.random.fold_in(key, index)
+            )
+            sums = jax.tree.map(
+                lambda total, x: total + x.astype(total.dtype) / count, sums, (loss, grads)
+            )
+            return (sums, batch_stats), None
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x)), (0.0, params))
+        micro_batches = (jnp.arange(count), *jax.tree.map(split, (images, targets)))
+        (sums, batch_stats), _ = jax.lax.scan(add, (zeros, batch_stats), micro_batches)
+        loss, grads = sums
+        return (loss, batch_stats), grads
+
+    return accumulated
+
+
 def make_train_step(
     model: nn.Module,
     optimizer: Optimizer,
@@ -130,6 +177,8 @@ def make_train_step(
     *,
     ema_decay: float,
     loss_fn: LossFn = optax.softmax_cross_entropy,
+    ema_warmup: bool = False,
+    accumulate: int = 1,
     gradient_dtype: str = "float32",
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]]:
     """Returns `train_step(state, batch, key) -> (state, metrics)`.
@@ -144,16 +193,20 @@ def make_train_step(
         augment: see `make_augment`.
         ema_decay: decay of the exponential moving average; 0 copies the weights.
         loss_fn: see `losses.make_loss_fn`.
+        ema_warmup: see `warm_up_decay`.
+        accumulate: number of micro-batches, see `split_into_micro_batches`.
         gradient_dtype: "float32" sums gradients over devices in float32. "bfloat16" rounds the
             kernels to bfloat16 and differentiates with respect to them. That halves the traffic
             if the model computes in bfloat16, as `config.check_config` requires.
     """
     freeze = optimizer.freeze
-    loss_and_grads = jax.value_and_grad(make_loss(model, loss_fn, freeze), has_aux=True)
+    loss_and_grads = split_into_micro_batches(
+        jax.value_and_grad(make_loss(model, loss_fn, freeze), has_aux=True), accumulate
+    )
 
     def train_step(state, batch, key):
         dropout_key, mix_key, erase_key = step_keys(key, state.step)
-        images, targets = augment(batch, mix_key, erase_key)
+        images, targets = augment(batch, mix_key, erase_key, state.step)
         cast_params = cast_kernels(state.params, gradient_dtype)
         (loss, batch_stats), grads = loss_and_grads(
             cast_params, state.batch_stats, images, targets, dropout_key
@@ -166,7 +219,8 @@ def make_train_step(
             params = select(trainable_mask(params, freeze), params, state.params)
             mask = trainable_mask(batch_stats, freeze)
             batch_stats = select(mask, batch_stats, state.batch_stats)
-        ema = update_ema(state.ema, {"params": params, "batch_stats": batch_stats}, ema_decay)
+        decay = warm_up_decay(ema_decay, state.step) if ema_warmup else ema_decay
+        ema = update_ema(state.ema, {"params": params, "batch_stats": batch_stats}, decay)
         grad_norm = optax.tree.norm(grads)
         metrics = {
             "loss": loss,
@@ -192,7 +246,16 @@ def cast_kernels(params: Any, dtype: Any) -> Any:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def update_ema(ema: Variables, variables: Variables, decay: float) -> Variables:
+def warm_up_decay(decay: float, step: jax.Array) -> jax.Array:
+    """Returns the decay of the EMA after `step` earlier updates: it rises from 0 to `decay`.
+
+    So the EMA averages over about the last step^(2/3) updates, until that exceeds
+    1 / (1 - `decay`). Source: timm's `ModelEmaV3` with `use_warmup`.
+    """
+    return jnp.minimum(1 - (1.0 + step) ** (-2 / 3), decay)
+
+
+def update_ema(ema: Variables, variables: Variables, decay: float | jax.Array) -> Variables:
     """Returns decay * ema + (1 - decay) * variables.
 
     The EMA of a constant is exactly that constant, which keeps frozen weights bit-identical.
