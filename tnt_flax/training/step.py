@@ -199,10 +199,9 @@ def make_train_step(
             kernels to bfloat16 and differentiates with respect to them. That halves the traffic
             if the model computes in bfloat16, as `config.check_config` requires.
     """
-    freeze = optimizer.freeze
-    loss_and_grads = split_into_micro_batches(
-        jax.value_and_grad(make_loss(model, loss_fn, freeze), has_aux=True), accumulate
-    )
+    loss = make_loss(model, loss_fn, optimizer.freeze)
+    loss_and_grads = jax.value_and_grad(loss, has_aux=True)
+    loss_and_grads = split_into_micro_batches(loss_and_grads, accumulate)
 
     def train_step(state, batch, key):
         dropout_key, mix_key, erase_key = step_keys(key, state.step)
@@ -213,28 +212,40 @@ def make_train_step(
         )
         # No operation unless the kernels were cast.
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
-        updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        if freeze:
-            params = select(trainable_mask(params, freeze), params, state.params)
-            mask = trainable_mask(batch_stats, freeze)
-            batch_stats = select(mask, batch_stats, state.batch_stats)
         decay = warm_up_decay(ema_decay, state.step) if ema_warmup else ema_decay
-        ema = update_ema(state.ema, {"params": params, "batch_stats": batch_stats}, decay)
+        new_state = update_state(state, optimizer, grads, batch_stats, decay)
         grad_norm = optax.tree.norm(grads)
         metrics = {
             "loss": loss,
             "learning_rate": optimizer.schedule(state.step),
             "grad_norm": grad_norm,
             "finite": finite_flags(
-                {"params": grads, "batch_stats": batch_stats},
+                {"params": grads, "batch_stats": new_state.batch_stats},
                 state.variables,
                 skip=jnp.isfinite(loss) & jnp.isfinite(grad_norm),
             ),
         }
-        return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
+        return new_state, metrics
 
     return train_step
+
+
+def update_state(
+    state: TrainState,
+    optimizer: Optimizer,
+    grads: Any,
+    batch_stats: Any,
+    ema_decay: float | jax.Array,
+) -> TrainState:
+    """Returns the state after one update; what the optimizer freezes keeps its values."""
+    updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    if optimizer.freeze:
+        params = select(trainable_mask(params, optimizer.freeze), params, state.params)
+        mask = trainable_mask(batch_stats, optimizer.freeze)
+        batch_stats = select(mask, batch_stats, state.batch_stats)
+    ema = update_ema(state.ema, {"params": params, "batch_stats": batch_stats}, ema_decay)
+    return TrainState(state.step + 1, params, batch_stats, opt_state, ema)
 
 
 def cast_kernels(params: Any, dtype: Any) -> Any:
