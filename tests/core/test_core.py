@@ -49,12 +49,21 @@ def test_atomic_path_moves_a_folder_and_keeps_the_suffix(tmp_path):
     assert (tmp_path / "a.onnx" / "part").read_text() == "all"
 
 
-def test_cache_folder(monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert str(cache_folder()) == "/cache/tnt_flax"
+def test_cache_folder(monkeypatch, unprivileged_folder):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(unprivileged_folder / "cache"))
+    assert cache_folder() == unprivileged_folder / "cache" / "tnt_flax"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    monkeypatch.setenv("HOME", "/home/x")
-    assert str(cache_folder()) == "/home/x/.cache/tnt_flax"
+    monkeypatch.setenv("HOME", str(unprivileged_folder))
+    assert cache_folder() == unprivileged_folder / ".cache" / "tnt_flax"
+    monkeypatch.setenv("HOME", "/")  # read-only
+    assert cache_folder() is None
+    monkeypatch.chdir(unprivileged_folder)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # a user without an entry
+    assert cache_folder() is None
+    assert [path.name for path in unprivileged_folder.iterdir() if path.name != "cache"] == [
+        ".cache"
+    ]
 
 
 def test_error_texts():

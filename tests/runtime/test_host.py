@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from tnt_flax.core.errors import RunError
 from tnt_flax.runtime import host
 
 
@@ -72,3 +74,25 @@ def test_compiled_programs_are_cached(root, tmp_path):
         subprocess.run(run, cwd=root, env=environment | own, capture_output=True, check=True)
     assert list((tmp_path / "cache" / "tnt_flax" / "compiled").iterdir())
     assert list((tmp_path / "own").iterdir())
+
+
+def test_no_home_folder_means_no_cache_and_one_line(monkeypatch, caplog):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setattr(host, "cache_folder", lambda: None)
+    before = jax.config.jax_compilation_cache_dir
+    host.cache_compilations()
+    assert jax.config.jax_compilation_cache_dir == before
+    (line,) = caplog.messages
+    assert line.startswith("compiled programs are not cached: ") and "XDG_CACHE_HOME" in line
+
+
+def test_out_of_memory_names_the_keys_that_help():
+    with pytest.raises(RunError) as error, host.explain_out_of_memory():
+        jax.block_until_ready(jax.jit(lambda: jnp.zeros(2**45))())
+    text = str(error.value)
+    assert text.startswith("out of memory on the device (JaxRuntimeError: RESOURCE_EXHAUSTED")
+    assert "\n" not in text
+    for key in ("batch_size", "model.remat", "mesh.fsdp", "eval.batch_size"):
+        assert key in text
+    with pytest.raises(ZeroDivisionError), host.explain_out_of_memory():
+        raise ZeroDivisionError

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The lock of a workdir, its config.json and its free space."""
 
+import errno
+import fcntl
 import json
 import subprocess
 import sys
@@ -26,6 +28,23 @@ def test_one_trainer_per_workdir(tmp_path, root):
     assert subprocess.run(command, cwd=root).returncode == 0  # free again
 
 
+@pytest.mark.parametrize("missing", ["flock", "fcntl"])
+def test_a_file_system_or_platform_without_locks_is_a_warning(
+    tmp_path, monkeypatch, caplog, missing
+):
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    if missing == "flock":
+        monkeypatch.setattr(fcntl, "flock", flock)
+    else:
+        monkeypatch.setitem(sys.modules, "fcntl", None)  # Windows
+    with open_workdir(tmp_path, CONFIG), open_workdir(tmp_path, CONFIG):
+        assert len(caplog.messages) == 2
+    assert caplog.messages[0].startswith(f"warning: cannot lock workdir {tmp_path} (")
+    assert "a second trainer in it would not be detected" in caplog.messages[0]
+
+
 @pytest.mark.parametrize("result", ["checkpoints/10/x", "metrics.jsonl", "weights.safetensors"])
 def test_results_of_another_config_are_refused_by_key(tmp_path, result):
     with open_workdir(tmp_path, CONFIG):
@@ -33,9 +52,10 @@ def test_results_of_another_config_are_refused_by_key(tmp_path, result):
     (tmp_path / result).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / result).write_text("{}")
     other = CONFIG | {"batch_size": 8}
-    with pytest.raises(InputError, match=r"another config \(batch_size: 4 -> 8\)"):
+    with pytest.raises(InputError, match=r"another config \(batch_size: 4 -> 8\)") as error:
         with open_workdir(tmp_path, other):
             pass
+    assert f"choose another workdir and set --config.init_from={tmp_path}" in str(error.value)
     assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training runs: intervals, files, resumption, kills, NaN, and errors of config and data."""
 
+import concurrent.futures
 import functools
 import os
 import shutil
@@ -336,6 +337,49 @@ def test_unavailable_data_end_the_run_with_its_state_saved(smoke_config, tmp_pat
     assert 2 <= saved < 9  # the regular checkpoint is every 10 steps
     os.rename(tmp_path / "away", tmp_path / "data")
     assert train_and_evaluate(config, tmp_path / "run")["fingerprint"] == expected["fingerprint"]
+
+
+def test_an_exhausted_device_is_one_line(smoke_config, tmp_path, at):
+    at("step 2 ", lambda: jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(2**45))()))
+    with pytest.raises(RunError, match="out of memory on the device .*reduce batch_size"):
+        train_and_evaluate(smoke_config(), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [0, 20])
+def test_64_bit_types_change_nothing(finished, tmp_path, start):
+    """JAX_ENABLE_X64=1, in a run of its own and in one that resumes."""
+    config, workdir, result = finished
+    if start:
+        shutil.copytree(workdir, tmp_path / "run")
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
+    with jax.enable_x64(True):
+        assert train_and_evaluate(config, tmp_path / "run") == result
+
+
+@pytest.mark.slow
+def test_training_runs_in_any_thread(finished, tmp_path):
+    config, _, result = finished
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train_and_evaluate, config, tmp_path).result() == result
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_notebook_saves_and_raises(finished, tmp_path, at):
+    config, _, result = finished
+    sent = []
+
+    def interrupt(reached):
+        if reached not in sent:
+            sent.append(reached)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    at("state ready", lambda: interrupt("set-up"))
+    at("step 7 ", lambda: interrupt("step 7"))
+    for kind in (KeyboardInterrupt, Stopped):
+        with pytest.raises(kind):
+            train_and_evaluate(config, tmp_path)
+    assert train_and_evaluate(config, tmp_path) == result
 
 
 def test_a_disk_too_small_for_the_state_is_an_error(smoke_config, tmp_path, monkeypatch):

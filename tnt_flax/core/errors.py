@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exceptions, their exit codes, and helpers for messages: one line with what, where, what to do."""
 
+import contextlib
 import difflib
 import importlib.util
 import sys
@@ -80,11 +81,13 @@ def require_extras(purpose: str, *extras: str) -> None:
 
 def print_error(error: BaseException) -> int:
     """Prints an error to stderr, a bug with its traceback, and returns the exit code."""
+    with contextlib.suppress(OSError):  # stderr is a closed terminal
+        if isinstance(error, Stopped):
+            print(f"stopped: {error}", file=sys.stderr, flush=True)
+        elif isinstance(error, InputError | RunError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exception(error)
     if isinstance(error, Stopped):
-        print(f"stopped: {error}", file=sys.stderr)
         return STOPPED
-    if isinstance(error, InputError | RunError):
-        print(f"error: {error}", file=sys.stderr)
-    else:
-        traceback.print_exception(error)
     return BAD_INPUT if isinstance(error, InputError) else FAILED

@@ -72,10 +72,18 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def cache_folder() -> pathlib.Path:
-    """Returns $XDG_CACHE_HOME/tnt_flax, by default ~/.cache/tnt_flax. Does not create it."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return pathlib.Path(cache) / "tnt_flax"
+def cache_folder() -> pathlib.Path | None:
+    """Returns $XDG_CACHE_HOME/tnt_flax, by default ~/.cache/tnt_flax; creates it if necessary.
+
+    Returns None if the user has no home folder, as in a container, or may not write there.
+    """
+    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    folder = pathlib.Path(cache) / "tnt_flax"
+    if cache.startswith("~"):  # not expanded: there is no home folder
+        return None
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder if os.access(folder, os.W_OK) else None
 
 
 @contextlib.contextmanager

@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of this process that make JAX faster; to be applied before JAX starts."""
 
+import contextlib
 import ctypes
 import glob
+import logging
 import os
+import sys
+from collections.abc import Iterator
 
 import jax
 
+from tnt_flax.core.errors import RunError, one_line
 from tnt_flax.core.files import cache_folder
 
 # Devices of TPUs, NVIDIA GPUs and AMD GPUs.
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
 # Parameters of mallopt(3), from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+
+logger = logging.getLogger("tnt_flax")
 
 
 def runs_on_cpu() -> bool:
@@ -35,8 +42,10 @@ def keep_memory() -> bool:
     Returns:
         True if the settings were applied, which requires glibc.
     """
+    if not sys.platform.startswith("linux") or not runs_on_cpu():
+        return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or not runs_on_cpu():
+    if mallopt is None:
         return False
     settings = {M_ARENA_MAX: 1, M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}
     return all([mallopt(name, value) for name, value in settings.items()])
@@ -44,5 +53,27 @@ def keep_memory() -> bool:
 
 def cache_compilations() -> None:
     """Caches compiled programs in ~/.cache/tnt_flax/compiled or $JAX_COMPILATION_CACHE_DIR."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    if folder := cache_folder():
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    else:
+        logger.warning(
+            "compiled programs are not cached: there is no writable home folder; "
+            "set XDG_CACHE_HOME to a writable folder"
+        )
+
+
+@contextlib.contextmanager
+def explain_out_of_memory() -> Iterator[None]:
+    """Turns a device's out-of-memory error into a RunError with the config keys that help."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise RunError(
+            f"out of memory on the device ({one_line(error)}): reduce batch_size, or "
+            "eval.batch_size if it happened in an evaluation, set model.remat='block', or shard "
+            "the state over more devices with mesh.fsdp; tnt-flax compile-check tells what fits"
+        ) from None

@@ -107,10 +107,9 @@ def exit_now(code: int) -> NoReturn:
     """Exits without running exit handlers, which could wait for other processes forever."""
     for child in multiprocessing.active_children():
         child.kill()
-    for handler in logger.handlers:
-        handler.flush()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (*logger.handlers, sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # of a closed terminal
+            stream.flush()
     os._exit(code)
 
 

@@ -4,6 +4,7 @@
 No port is opened: processes communicate through JAX's coordinator.
 """
 
+import ctypes
 import faulthandler
 import json
 import logging
@@ -20,11 +21,22 @@ from typing import TypeVar
 import jax
 from jax.experimental import multihost_utils
 
-from tnt_flax.core.errors import INTERRUPTED, STALLED, STOPPED, Stopped, one_line, print_error
+from tnt_flax.core.errors import (
+    INTERRUPTED,
+    STALLED,
+    STOPPED,
+    RunError,
+    Stopped,
+    one_line,
+    print_error,
+)
 from tnt_flax.runtime import processes
 from tnt_flax.runtime.processes import exit_now
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)  # from schedulers; from Ctrl-C
+# SIGTERM from schedulers, SIGINT from Ctrl-C; SIGHUP from a closed terminal and SIGUSR1 from Slurm
+# unless they are ignored, as by nohup, or handled by somebody else. Windows lacks the last two.
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+OPTIONAL_SIGNALS = tuple(getattr(signal, x) for x in ("SIGHUP", "SIGUSR1") if hasattr(signal, x))
 POLL_INTERVAL = 1.0  # seconds between checks of the clock and of the other processes
 # Seconds that a failed process 0 waits before it exits, so that the others can read the cause:
 # its exit ends the coordinator and with it the others.
@@ -44,6 +56,13 @@ class _SignalWhileWaiting(BaseException):
     """Interrupts the wait for a batch."""
 
 
+class _Stalled(RunError):
+    """Raised in the thread of a stalled run by its watchdog, which can pass no arguments."""
+
+    def __init__(self):
+        super().__init__("no progress for stall_minutes: see the stacks of all threads on stderr")
+
+
 class Watchdog:
     """Watches one run from a thread, as a context manager.
 
@@ -51,16 +70,26 @@ class Watchdog:
     an evaluation. If it does not for `stall_minutes`, the watchdog prints the stacks of all threads
     and exits with code 75. 0 disables this.
 
-    *Signal*: SIGTERM or Ctrl-C to any process stops the run: `progress` raises Stopped, in all
-    processes at the same call. During the set-up there is nothing to save, and a single process
-    exits at once.
+    *Signal*: SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C to any process stops the run: `progress` raises
+    Stopped, in all processes at the same call. During the set-up there is nothing to save, and a
+    single process exits at once; a second Ctrl-C also exits at once.
 
     *Failure*: if one of several processes fails, all exit with its cause and exit code.
+
+    Args:
+        stall_minutes: the timeout.
+        owns_process: exit as described, as a command may. Otherwise, in a notebook for instance, a
+            run of a single process never exits: signals during the set-up raise KeyboardInterrupt
+            or Stopped, the second Ctrl-C KeyboardInterrupt, and a stall RunError, in the thread of
+            the run. A thread that hangs in XLA cannot be interrupted; the stall is only logged.
     """
 
-    def __init__(self, stall_minutes: float):
+    def __init__(self, stall_minutes: float, *, owns_process: bool = False):
         self.stall_seconds = 60 * stall_minutes
         self._distributed = jax.process_count() > 1
+        self._may_exit = owns_process or self._distributed
+        self._run_thread = threading.get_ident()
+        self._interrupts = 0  # number of Ctrl-C that `_handle` has seen
         self._counter = 0  # calls of `progress`, equal on all processes
         self._last = "start"  # the last progress
         self._idle = 0.0  # seconds since then
@@ -76,7 +105,9 @@ class Watchdog:
         self._handlers = {}
         if threading.current_thread() is threading.main_thread():
             # With several processes JAX handles SIGTERM itself and informs all of them.
-            for number in SIGNALS if not self._distributed else (signal.SIGINT,):
+            numbers = [signal.SIGINT] if self._distributed else list(SIGNALS)
+            numbers += [x for x in OPTIONAL_SIGNALS if signal.getsignal(x) == signal.SIG_DFL]
+            for number in numbers:
                 self._handlers[number] = signal.signal(number, self._handle)
             # Wakes the thread even while the main thread executes XLA code.
             self._old_wakeup = signal.set_wakeup_fd(self._wakeup_end, warn_on_full_buffer=False)
@@ -86,6 +117,7 @@ class Watchdog:
     def __exit__(self, kind, error, trace) -> None:
         self.abort(error)
         self._done.set()
+        os.write(self._wakeup_end, b"\0")  # the thread need not wait for its next check
         if self._handlers:
             signal.set_wakeup_fd(self._old_wakeup)
             for number, handler in self._handlers.items():
@@ -152,14 +184,19 @@ class Watchdog:
         """Signal handler, in the main thread."""
         if self._distributed:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX forwards SIGTERM to all processes
-        else:
-            self._signal_received = True
-            if self._waiting and not self._in_setup:
-                raise _SignalWhileWaiting
+            return
+        self._signal_received = True
+        self._interrupts += number == signal.SIGINT
+        if not self._may_exit and (self._in_setup or self._interrupts > 1):
+            raise KeyboardInterrupt if number == signal.SIGINT else Stopped(NOTHING_TO_SAVE)
+        if self._waiting and not self._in_setup:
+            raise _SignalWhileWaiting
 
     def _on_signal(self, number, interrupts):
         """Called at once, in the watchdog's thread. `interrupts` counts Ctrl-C."""
         name = signal.Signals(number).name
+        if not self._may_exit and (self._in_setup or interrupts > 1):
+            return  # `_handle` raises
         if self._in_setup and not self._distributed:
             logger.warning(f"stopped: {name} before the first step: nothing to save")
             exit_now(STOPPED)
@@ -175,7 +212,7 @@ class Watchdog:
         while not self._done.is_set():
             if select.select([self._wakeup], [], [], POLL_INTERVAL)[0]:
                 for number in os.read(self._wakeup, 64):
-                    if number in SIGNALS:
+                    if number in self._handlers:
                         interrupts += number == signal.SIGINT
                         self._on_signal(number, interrupts)
             now = time.monotonic()
@@ -185,15 +222,19 @@ class Watchdog:
             if self._distributed:
                 self._check_other_processes()
             if 0 < self.stall_seconds < self._idle:
-                self._exit_stalled()
+                self._end_stalled()
+                return
 
-    def _exit_stalled(self):
+    def _end_stalled(self):
         faulthandler.dump_traceback(file=sys.__stderr__)
         cause = f"no progress for {self._idle:.0f} s (stall_minutes); last: {self._last}"
         hint = "; another process may be dead: see its log" if self._distributed else ""
         logger.error(f"error: {cause}; stacks of all threads above{hint}")
-        self._report_failure(STALLED, cause)
-        exit_now(STALLED)
+        if self._may_exit:
+            self._report_failure(STALLED, cause)
+            exit_now(STALLED)
+        thread, error = ctypes.c_ulong(self._run_thread), ctypes.py_object(_Stalled)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)
 
     def _check_other_processes(self):
         try:

@@ -3,7 +3,6 @@
 
 import contextlib
 import datetime
-import fcntl
 import importlib.metadata
 import json
 import logging
@@ -12,12 +11,12 @@ import pathlib
 import platform
 import shutil
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import jax
 from ml_collections import ConfigDict
 
-from tnt_flax.core.errors import InputError
+from tnt_flax.core.errors import InputError, one_line
 from tnt_flax.core.files import write_atomic
 from tnt_flax.core.trees import diff_nested
 from tnt_flax.runtime import processes
@@ -52,19 +51,31 @@ def open_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> Iterator[None
     except OSError as error:
         raise InputError(f"cannot write to workdir {workdir}: {error.strerror}") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            raise InputError(
-                f"another trainer (process {lock.read() or 'unknown'}) is using workdir {workdir}: "
-                "wait for it or choose another workdir"
-            ) from error
+        _lock(lock, workdir)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
         _update_config(workdir, config)
         yield
+
+
+def _lock(file: IO, workdir: pathlib.Path) -> None:
+    """Locks the open file of a workdir until it is closed. Raises InputError if it is locked."""
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise InputError(
+            f"another trainer (process {file.read() or 'unknown'}) is using workdir {workdir}: "
+            "wait for it or choose another workdir"
+        ) from error
+    except (ImportError, OSError) as error:  # Lustre, EFS, FUSE and the like may have no locks
+        logger.warning(
+            f"warning: cannot lock workdir {workdir} ({one_line(error)}): a second trainer in it "
+            "would not be detected; make sure that there is none"
+        )
 
 
 def has_results(workdir: pathlib.Path) -> bool:
@@ -115,8 +126,9 @@ def _update_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     differences = "; ".join(changed)
     if changed and has_results(workdir):
         raise InputError(
-            f"workdir {workdir} belongs to another config ({differences}): "
-            "choose another workdir or restore the old values"
+            f"workdir {workdir} belongs to another config ({differences}): choose another workdir "
+            "or restore the old values; to train its weights further, choose another workdir and "
+            f"set --config.init_from={workdir}"
         )
     if changed:
         logger.info(f"workdir {workdir} has no results yet; config changed: {differences}")

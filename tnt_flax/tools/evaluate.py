@@ -35,5 +35,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     # Imported late: no import may initialize JAX's backend before `processes.start`.
     from tnt_flax.training.evaluate import evaluate_checkpoint
 
-    result = evaluate_checkpoint(args.config, args.workdir, args.checkpoint, args.per_class)
+    result = evaluate_checkpoint(
+        args.config, args.workdir, args.checkpoint, args.per_class, owns_process=True
+    )
     return result if processes.is_main_process() else None

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
     if args.workdir is None:
         raise InputError("training needs --workdir=FOLDER")
-    result = train_and_evaluate(args.config, args.workdir)
+    result = train_and_evaluate(args.config, args.workdir, owns_process=True)
     return result if processes.is_main_process() else None
 
 

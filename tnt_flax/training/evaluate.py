@@ -25,7 +25,7 @@ from tnt_flax.data.labels import (
     select_classes,
 )
 from tnt_flax.data.sources import Source, storage
-from tnt_flax.runtime import processes, sharding
+from tnt_flax.runtime import host, processes, sharding
 from tnt_flax.runtime.watchdog import Watchdog
 from tnt_flax.training.experiment import Batches, Experiment
 from tnt_flax.training.step import CALIBRATION_BINS, calibration_bin
@@ -104,7 +104,12 @@ def mean_per_class(per_class: np.ndarray) -> float:
 
 
 def evaluate_checkpoint(
-    config: ConfigDict, run: pathlib.Path | None, which: str, per_class: str | None = None
+    config: ConfigDict,
+    run: pathlib.Path | None,
+    which: str,
+    per_class: str | None = None,
+    *,
+    owns_process: bool = False,
 ) -> dict[str, float | str]:
     """Evaluates weights on `config`'s evaluation split; class names are mapped where they differ.
 
@@ -113,6 +118,7 @@ def evaluate_checkpoint(
         run: workdir of the run that "best" and "last" refer to.
         which: "best" or "last", or weights of any framework: file, workdir, hf:// address.
         per_class: table to write, with a row for each class that has images.
+        owns_process: see `train_and_evaluate`.
 
     Returns:
         The metrics of `evaluate`; `ece`, the expected calibration error; `mean_per_class`, the mean
@@ -128,7 +134,11 @@ def evaluate_checkpoint(
         if run is None:
             raise InputError(f"--checkpoint={which} needs the --workdir of a run")
         path, checkpoint = str(run), which
-    with Watchdog(config.stall_minutes) as watchdog, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.enable_x64(False))
+        watchdog = Watchdog(config.stall_minutes, owns_process=owns_process)
+        stack.enter_context(watchdog)
+        stack.enter_context(host.explain_out_of_memory())
         experiment = Experiment(config, weights=path, checkpoint=checkpoint)
         mesh, write_row = experiment.mesh, None
         if per_class and processes.is_main_process():

@@ -43,7 +43,9 @@ def log(text: str) -> None:
 
 
 @contextlib.contextmanager
-def open_run(workdir: pathlib.Path, experiment: Experiment) -> Iterator[Watchdog]:
+def open_run(
+    workdir: pathlib.Path, experiment: Experiment, owns_process: bool
+) -> Iterator[Watchdog]:
     """Opens `workdir` on all processes of a run; yields the watchdog of the run.
 
     Process 0 locks the workdir. All processes must see it, and agree on program and config.
@@ -54,7 +56,8 @@ def open_run(workdir: pathlib.Path, experiment: Experiment) -> Iterator[Watchdog
     """
     config = config_to_json(experiment.config)
     stall_minutes = experiment.config.stall_minutes
-    with Watchdog(stall_minutes) as watchdog, contextlib.ExitStack() as stack:
+    watchdog = Watchdog(stall_minutes, owns_process=owns_process)
+    with watchdog, contextlib.ExitStack() as stack:
         lock = open_workdir(workdir, config)
         processes.run_on_main("workdir", lambda: stack.enter_context(lock))
         processes.check_same_program()

@@ -7,11 +7,12 @@ import logging
 import pathlib
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError, Stopped
 from tnt_flax.data.sources.storage import StorageUnavailable
-from tnt_flax.runtime import processes
+from tnt_flax.runtime import host, processes
 from tnt_flax.runtime.checkpoints import Checkpoints
 from tnt_flax.runtime.sharding import to_global
 from tnt_flax.runtime.watchdog import Watchdog
@@ -23,8 +24,18 @@ from tnt_flax.training.step import TrainState
 logger = logging.getLogger(__name__)
 
 
-def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def train_and_evaluate(
+    config: ConfigDict, workdir: pathlib.Path, *, owns_process: bool = False
+) -> dict[str, Any]:
     """Trains and evaluates what `config` describes; resumes an earlier run in `workdir`.
+
+    Computes in float32 even where JAX's 64-bit types are enabled.
+
+    Args:
+        config: see `configs/default.py`.
+        workdir: folder of the run.
+        owns_process: the run may exit the process, as that of a command, see `Watchdog`. Otherwise,
+            a run of a single process ends by an exception only.
 
     Returns:
         The last evaluation (top1, top5, loss, images, skipped), the step, and the SHA-256
@@ -32,13 +43,16 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
 
     Raises:
         InputError: the config, the data or the workdir is wrong.
-        RunError: the loss became NaN or infinite, checkpoints could not be saved, or the data
-            became unavailable.
-        Stopped: a signal came (SIGTERM, Ctrl-C); the state is saved.
+        RunError: the loss became NaN or infinite, checkpoints could not be saved, the data became
+            unavailable, or a device has too little memory.
+        Stopped: a signal came (SIGTERM, Ctrl-C and the like); the state is saved.
     """
-    experiment = Experiment(config)
-    experiment.check_training()
-    with run.open_run(workdir, experiment) as watchdog, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.enable_x64(False))
+        experiment = Experiment(config)
+        experiment.check_training()
+        watchdog = stack.enter_context(run.open_run(workdir, experiment, owns_process))
+
         # ---------------------------------------------------------------- data
         run.check_data(experiment)
         watchdog.progress("data opened", setup=True)
@@ -49,6 +63,7 @@ def train_and_evaluate(config: ConfigDict, workdir: pathlib.Path) -> dict[str, A
         # Runs before `checkpoints.close`, which would wait for the other processes: an error ends
         # them first.
         stack.push(lambda kind, error, trace: watchdog.abort(error))
+        stack.enter_context(host.explain_out_of_memory())
         state = checkpoints.restore_latest(experiment.abstract_state)
         if state is None:
             state = experiment.init_or_load_state()

@@ -60,8 +60,10 @@ def fetch(address: str) -> Fetched:
 
 def _download(repo: str, revision: str, files: tuple[str, ...]) -> tuple[str, pathlib.Path]:
     """Returns the first of `files` that exists, and its path in the cache."""
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import constants, errors, hf_hub_download
 
+    if constants.HF_HUB_CACHE.startswith("~"):
+        raise FileNotFoundError("there is no home folder: set HF_HOME to a writable folder")
     failure: Exception | None = None
     for file in files:
         # If the server does not respond, only search the cache: a retry takes 20 seconds.

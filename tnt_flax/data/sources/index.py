@@ -207,10 +207,12 @@ def _candidate_paths(files, kind):
     names = "\n".join([VERSION, kind, *map(os.path.basename, files)])
     name = f"{os.path.basename(files[0])}.{digest(names)[:8]}.index"
     folder = os.path.dirname(files[0])
-    if storage.is_remote(folder):
-        return [str(cache_folder() / digest(folder)[:16] / name)]
-    folder = os.path.abspath(folder)
-    return [os.path.join(folder, name), str(cache_folder() / digest(folder)[:16] / name)]
+    remote = storage.is_remote(folder)
+    folder = folder if remote else os.path.abspath(folder)
+    paths = [] if remote else [os.path.join(folder, name)]
+    if cache := cache_folder():
+        paths.append(str(cache / digest(folder)[:16] / name))
+    return paths
 
 
 def _first_writable(paths):
@@ -220,7 +222,8 @@ def _first_writable(paths):
             os.makedirs(folder, exist_ok=True)
         if os.access(folder, os.W_OK):
             return path
-    raise InputError(f"cannot write an index to {folder}: set XDG_CACHE_HOME to a writable folder")
+    where = os.path.dirname(paths[0]) if paths else "a cache folder"
+    raise InputError(f"cannot write an index to {where}: set XDG_CACHE_HOME to a writable folder")
 
 
 def _read(path: str) -> tuple[dict[str, Any], np.ndarray]:
