@@ -3,6 +3,7 @@
 
 import json
 import pickle
+import socket
 import subprocess
 import sys
 
@@ -106,6 +107,19 @@ def test_data_sets_of_tfds_are_read(tmp_path):
         write_tfds(tmp_path, name, str(info.version), info.features, {"train": [example]})
         source = TfdsSource(name, "train", str(tmp_path))
         assert source[0] == (values["image"], 7) and source.class_names[7] == label
+
+
+def test_a_data_set_on_disk_is_opened_without_a_request(tmp_path, monkeypatch):
+    """Also one whose name tfds knows, and would prepare from the network."""
+
+    def refuse(*args):
+        raise AssertionError(f"request: {args}")
+
+    write_tfds(tmp_path, "cifar10", "3.0.2", FEATURES, {"train": examples(2)})
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert len(TfdsSource("cifar10", "train", str(tmp_path))) == 2
 
 
 def test_multi_label_data_sets(tmp_path):
