@@ -65,6 +65,13 @@ def cache_compilations() -> None:
 
 
 @contextlib.contextmanager
+def float32() -> Iterator[None]:
+    """Disables JAX's 64-bit types, as they are by default, in this thread."""
+    with jax.enable_x64(False):
+        yield
+
+
+@contextlib.contextmanager
 def explain_out_of_memory() -> Iterator[None]:
     """Turns a device's out-of-memory error into a RunError with the config keys that help."""
     try:

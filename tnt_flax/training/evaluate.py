@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 PER_CLASS_COLUMNS = {"class": str, "name": str, "images": int, "top1": float, "top5": float}
 
 
+@host.explain_out_of_memory()
 def evaluate(
     eval_step: Callable[..., dict[str, jax.Array]],
     variables: Any,
@@ -103,6 +104,7 @@ def mean_per_class(per_class: np.ndarray) -> float:
     return float((top1 / images).mean())
 
 
+@host.float32()
 def evaluate_checkpoint(
     config: ConfigDict,
     run: pathlib.Path | None,
@@ -129,16 +131,9 @@ def evaluate_checkpoint(
         InputError: something is missing or does not fit; also if labels and classes do not fit
             together, see `data.labels`.
     """
-    path, checkpoint = which, "best"
-    if which in ("best", "last"):
-        if run is None:
-            raise InputError(f"--checkpoint={which} needs the --workdir of a run")
-        path, checkpoint = str(run), which
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.enable_x64(False))
-        watchdog = Watchdog(config.stall_minutes, owns_process=owns_process)
-        stack.enter_context(watchdog)
-        stack.enter_context(host.explain_out_of_memory())
+    path, checkpoint = _find_weights(which, run)
+    watchdog = Watchdog(config.stall_minutes, owns_process=owns_process)
+    with watchdog, contextlib.ExitStack() as stack:
         experiment = Experiment(config, weights=path, checkpoint=checkpoint)
         mesh, write_row = experiment.mesh, None
         if per_class and processes.is_main_process():
@@ -170,6 +165,15 @@ def evaluate_checkpoint(
         if write_row:
             write_per_class(write_row, sums["per_class"], class_names)
     return {**metrics, "checkpoint": found.path}
+
+
+def _find_weights(which: str, run: pathlib.Path | None) -> tuple[str, str]:
+    """Returns the path of the weights and, for a workdir, which of its checkpoints."""
+    if which not in ("best", "last"):
+        return which, "best"
+    if run is None:
+        raise InputError(f"--checkpoint={which} needs the --workdir of a run")
+    return str(run), which
 
 
 def open_labeled_source(experiment: Experiment) -> Source:

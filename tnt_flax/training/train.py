@@ -7,7 +7,6 @@ import logging
 import pathlib
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError, Stopped
@@ -24,6 +23,7 @@ from tnt_flax.training.step import TrainState
 logger = logging.getLogger(__name__)
 
 
+@host.float32()
 def train_and_evaluate(
     config: ConfigDict, workdir: pathlib.Path, *, owns_process: bool = False
 ) -> dict[str, Any]:
@@ -48,7 +48,6 @@ def train_and_evaluate(
         Stopped: a signal came (SIGTERM, Ctrl-C and the like); the state is saved.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.enable_x64(False))
         experiment = Experiment(config)
         experiment.check_training()
         watchdog = stack.enter_context(run.open_run(workdir, experiment, owns_process))
