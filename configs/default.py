@@ -63,10 +63,16 @@ def get_config() -> ConfigDict:
     config.data.holdout = 0.0  # fraction held out for evaluation if a folder has no eval_split
     config.data.class_list = ""  # file with one class per line; "" is the natural sort order
     config.data.eval_labels = ""  # imagenet_tars: label file; "" searches root for one
-    config.data.image_size = 224  # pixels per side
+    config.data.image_size = config_dict.FieldReference(224, object)  # pixels, or (height, width)
     config.data.crop_fraction = 0.9  # evaluation: resize to image_size / crop_fraction, then crop
     config.data.mean = (0.5, 0.5, 0.5)  # per channel, pixels scaled to [0, 1]
     config.data.std = (0.5, 0.5, 0.5)
+    # How images become 8-bit RGB; the defaults give timm's pixels.
+    config.data.exif = False  # turn images upright by their EXIF orientation
+    config.data.background = ()  # RGB color, 0 to 255, behind transparency; () drops alpha
+    # Of 16 bits and floats: "clip" to 0..255, each image's "minmax", or (low, high) as 0 and 255.
+    config.data.deep_pixels = config_dict.FieldReference("clip", object)
+    config.data.max_pixels = -1  # larger images are corrupt; -1 is Pillow's limit, 0 is no limit
     config.data.corrupt = "error"  # or "skip": replace unreadable images by neighbors, and count
     config.data.threads = 8  # per worker process, for decoding and augmentation
     config.data.workers = 0  # processes per host, each with data.threads; 0: in the main process

@@ -15,6 +15,7 @@ from tests.helpers.photos import all_photos
 from tests.helpers.randaugment_cases import FILL, cases, photographs
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import opencv, randaugment, transforms
+from tnt_flax.data.images import decode
 from tnt_flax.data.plan import sample_generator
 from tnt_flax.data.randaugment import GEOMETRIC, PLAIN, RESAMPLE, SIGNED
 from tnt_flax.training.experiment import Experiment
@@ -24,7 +25,7 @@ BILINEAR, BICUBIC = RESAMPLE
 OPENCV_TRANSFORM = functools.partial(
     transforms.train_transform, resampler=transforms.resampler("opencv")
 )
-PHOTOS = {name: transforms.decode(encoded) for name, encoded in all_photos().items()}
+PHOTOS = {name: decode(encoded) for name, encoded in all_photos().items()}
 RECIPE = dict(size=224, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5)
 PUBLISHED = randaugment.parse("rand-m9-mstd0.5-inc1", mean=(0.5, 0.5, 0.5))
 
@@ -36,8 +37,8 @@ def differences(ours, theirs):
 def both(image, key, **options):
     """Returns a sample by OpenCV and by Pillow; both must consume the same random numbers."""
     generators = [sample_generator(key) for _ in range(2)]
-    pixels = OPENCV_TRANSFORM(image, generators[0], **RECIPE, **options)
-    theirs = transforms.train_transform(image, generators[1], **RECIPE, **options)
+    (pixels,) = OPENCV_TRANSFORM(image, generators[:1], **RECIPE, **options)
+    (theirs,) = transforms.train_transform(image, generators[1:], **RECIPE, **options)
     assert generators[0].random() == generators[1].random()
     assert (pixels.dtype, pixels.shape) == (np.uint8, (224, 224, 3))
     return pixels, theirs
@@ -76,7 +77,7 @@ def test_resizing_is_close_to_pillow(name, scale, resample, larger):
     side = round(scale * size)
     crop = PHOTOS[name].crop((5, 20, 5 + side, 20 + side))
     difference = differences(
-        opencv.resize(np.asarray(crop), size, resample), crop.resize((size, size), resample)
+        opencv.resize(np.asarray(crop), (size, size), resample), crop.resize((size, size), resample)
     )
     assert difference.mean() < (3.0 if scale > 1 else larger)
     assert difference.max() <= (1 if scale <= 1 and resample == BILINEAR else 40)
@@ -86,13 +87,13 @@ def test_each_side_is_smoothed_by_its_own_scale():
     """Stripes one pixel wide become grey if their side shrinks and stay otherwise."""
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
-    shrunk = opencv.resize(np.repeat(stripes, 3, 0), 64, BILINEAR)
+    shrunk = opencv.resize(np.repeat(stripes, 3, 0), (64, 64), BILINEAR)
     np.testing.assert_allclose(shrunk, stripes, atol=1)
     for scale in (2, 3):
         image = np.tile(stripes, (1, scale, 1))
         turned = np.ascontiguousarray(image.swapaxes(0, 1))
-        assert differences(opencv.resize(image, 64, BILINEAR)[:, 2:-2], 127).max() < 25
-        assert differences(opencv.resize(turned, 64, BILINEAR)[2:-2], 127).max() < 25
+        assert differences(opencv.resize(image, (64, 64), BILINEAR)[:, 2:-2], 127).max() < 25
+        assert differences(opencv.resize(turned, (64, 64), BILINEAR)[2:-2], 127).max() < 25
 
 
 @pytest.mark.parametrize("name, mean, worst", [("china", 1.4, 2.4), ("flower", 0.7, 1.2)])

@@ -17,13 +17,13 @@ import pytest
 from tests.helpers.source_checks import wait_until
 from tests.helpers.tars import write_images
 from tnt_flax.core.errors import InputError
-from tnt_flax.data import pipeline
+from tnt_flax.data.images import decode
 from tnt_flax.data.pipeline import ReadOptions, eval_batches, train_batches
 from tnt_flax.data.plan import TrainPlan, sample_generator
 from tnt_flax.data.randaugment import parse
 from tnt_flax.data.sources import Digits, ImageFolder
 from tnt_flax.data.sources.storage import DamagedError
-from tnt_flax.data.transforms import decode, eval_transform, resampler, train_transform
+from tnt_flax.data.transforms import PILLOW, eval_transform, resampler, train_transform
 
 AUGMENT = functools.partial(
     train_transform, size=12, scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5
@@ -161,7 +161,7 @@ def test_evaluation_has_every_image_once(count, batch_size, num_hosts):
 
 
 @pytest.mark.parametrize("num_hosts, threads", [(1, 0), (1, 5), (2, 2), (4, 3), (16, 0)])
-def test_a_record_is_read_and_decoded_once_for_all_its_views(num_hosts, threads, monkeypatch):
+def test_a_record_is_read_and_decoded_once_for_all_its_views(num_hosts, threads):
     read, decoded = collections.Counter(), collections.Counter()
 
     class Counted(Digits):
@@ -169,23 +169,23 @@ def test_a_record_is_read_and_decoded_once_for_all_its_views(num_hosts, threads,
             read[index] += 1
             return super().__getitem__(index)
 
-    def count(image):
+    def count(image, policy):
         decoded["images"] += 1
-        return decode(image)
+        return decode(image, policy)
 
-    monkeypatch.setattr(pipeline, "decode", count)
+    transform = functools.partial(PUBLISHED, resampler=PILLOW._replace(open=count))
     for host in range(num_hosts):
         read.clear()
         decoded.clear()
         step = dict(start_step=7, num_steps=1, host=host, num_hosts=num_hosts)
-        (batch,) = published(source=Counted("test"), threads=threads, **step)
+        (batch,) = published(source=Counted("test"), threads=threads, transform=transform, **step)
         rows = range(16 // num_hosts * host, 16 // num_hosts * (host + 1))
         plans = [PUBLISHED_PLAN.lookup(7, row) for row in rows]
         assert read == dict.fromkeys((record for record, _ in plans), 1)
         assert decoded["images"] == len(read)
         for i, (record, key) in enumerate(plans):  # the images are those of single reads
             image, label = DIGITS[record]
-            alone = PUBLISHED(image, sample_generator(key))
+            (alone,) = PUBLISHED(image, [sample_generator(key)])
             np.testing.assert_array_equal(batch["image"][i], alone)
             assert batch["label"][i] == label
 

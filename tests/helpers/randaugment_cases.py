@@ -6,8 +6,8 @@ import hashlib
 from PIL import Image
 
 from tests.helpers.photos import all_photos
+from tnt_flax.data.images import decode
 from tnt_flax.data.randaugment import GEOMETRIC, PLAIN, RESAMPLE, SIGNED
-from tnt_flax.data.transforms import decode
 
 FILL = (128, 128, 128)
 NO_ARGUMENT = {"AutoContrast", "Equalize", "Invert"}

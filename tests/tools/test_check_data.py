@@ -13,6 +13,7 @@ from PIL import Image
 from tests.helpers.photos import all_photos, jpeg, png
 from tnt_flax.__main__ import main
 from tnt_flax.core.errors import InputError
+from tnt_flax.data.images import TIMM
 from tnt_flax.tools import check_data
 from tnt_flax.tools.check_data import inspect_image, open_findings
 
@@ -136,11 +137,11 @@ def test_an_interrupted_check_resumes(config, tmp_path, monkeypatch, capsys):
     assert "val: 1 images, 1 classes" in tables
     original, read, stop = check_data.check_record, [], 10
 
-    def interrupted(source, index):
+    def interrupted(source, policy, index):
         if index == stop:
             raise KeyboardInterrupt
         read.append(index)
-        return original(source, index)
+        return original(source, policy, index)
 
     monkeypatch.setattr(check_data, "check_record", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -196,7 +197,7 @@ def test_a_file_that_vanishes_is_corrupt(config, folder):
 
     source = Experiment(config).train_source
     (folder / "train/cat/bomb.png").unlink()
-    label, (line,) = check_data.check_record(source, 0)
+    label, (line,) = check_data.check_record(source, TIMM, 0)
     assert label is None and line["finding"] == "corrupt"
     assert line["detail"] == "cannot be read: No such file or directory"
 

@@ -115,7 +115,8 @@ def test_unreadable_images_have_an_error(classifier, folder):
         f"{folder}/sub/img9.jpg is not a usable image: not an image format that PIL reads",
         f"{folder}/none.png cannot be read: No such file or directory",
         "image 2 is of type float: give paths, PIL images or uint8 arrays",
-        "image 3 is not a usable image: pixels are float64, not uint8",
+        "image 3 is not a usable image: pixels are float64, not uint8: convert them, or set "
+        "deep_pixels",
         "image 4 is not a usable image: the file is empty",
         None,
     ]

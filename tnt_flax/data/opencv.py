@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from tnt_flax.core.errors import InputError, one_line
+from tnt_flax.data.images import Encoded, Policy, decode
 from tnt_flax.data.randaugment import MATRICES, Pixels
 
 try:
@@ -23,15 +24,30 @@ except ImportError as error:
 cv2.setNumThreads(0)  # the pipeline has its own threads
 
 
-def resize(image: Pixels, size: int, resample: Image.Resampling) -> np.ndarray:
-    """Resizes to `size` x `size`, bilinear or bicubic; returns uint8 [size, size, 3].
+def open_image(image: Encoded, policy: Policy) -> Image.Image:
+    """Decodes an image to RGB, see `images.decode`."""
+    return decode(image, policy)
+
+
+def crop(
+    image: Image.Image,
+    box: tuple[int, int, int, int],
+    size: tuple[int, int],
+    resample: Image.Resampling,
+) -> np.ndarray:
+    """Crops and resizes an opened image; returns uint8 [H, W, 3] with (H, W) = size."""
+    return resize(np.asarray(image.crop(box)), size, resample)
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
+    """Resizes to size = (height, width), bilinear or bicubic; returns uint8 [H, W, 3].
 
     Unlike Pillow, OpenCV does not widen its filters when it shrinks an image and would skip pixels,
     so shrinking smooths first: beyond a scale of 2 by a Gaussian with the variance of Pillow's
     bilinear filter, below by three weights (w, 1 - 2w, w) that approximate both filters.
     """
-    pixels = np.asarray(image)
-    scales = [side / size for side in pixels.shape[1::-1]]
+    width_height = size[::-1]
+    scales = [side / to for side, to in zip(pixels.shape[1::-1], width_height, strict=True)]
     if max(scales) > 2:
         x, y = (math.sqrt(max(scale**2 - 1, 1e-6) / 6) for scale in scales)  # OpenCV replaces 0
         pixels = cv2.GaussianBlur(pixels, (0, 0), x, sigmaY=y, borderType=cv2.BORDER_REPLICATE)
@@ -39,7 +55,7 @@ def resize(image: Pixels, size: int, resample: Image.Resampling) -> np.ndarray:
         weights = (max(scale - 1, 0) / 4 for scale in scales)
         kernels = [np.array([w, 1 - 2 * w, w]) for w in weights]
         pixels = cv2.sepFilter2D(pixels, -1, *kernels, borderType=cv2.BORDER_REPLICATE)
-    return cv2.resize(pixels, (size, size), interpolation=_interpolation(resample))
+    return cv2.resize(pixels, width_height, interpolation=_interpolation(resample))
 
 
 def flip(image: Pixels) -> np.ndarray:

@@ -16,17 +16,18 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
 from tnt_flax.core.errors import InputError
+from tnt_flax.data.images import CorruptImageError, Encoded
 from tnt_flax.data.plan import TrainPlan, sample_generator, views_of_records
 from tnt_flax.data.sources import Source
 from tnt_flax.data.sources.storage import RetryingReader, StorageUnavailable
-from tnt_flax.data.transforms import CorruptImageError, Encoded, decode
 
 logger = logging.getLogger("tnt_flax")
 
@@ -63,7 +64,7 @@ def train_batches(
     source: Source,
     plan: TrainPlan,
     *,
-    transform: Callable[[Encoded, np.random.Generator], np.ndarray],
+    transform: Callable[[Encoded, Sequence[np.random.Generator]], list[np.ndarray]],
     start_step: int,
     num_steps: int,
     options: ReadOptions = ReadOptions(),
@@ -130,7 +131,7 @@ class _View:
     reader: RetryingReader
     corrupt: str
     rows: range  # of the global batch
-    transform: Callable[..., np.ndarray]
+    transform: Callable[..., Any]
 
     def refuse_or_log(self, record: int, reason: CorruptImageError | OSError) -> None:
         """Raises InputError for an unreadable record, or logs it if `corrupt` is "skip"."""
@@ -179,10 +180,9 @@ class _TrainView(_View):
             candidate = (record + replacements) % len(self.reader.source)
             try:
                 encoded, label = self.reader[candidate]
-                image = decode(encoded)
                 # New generators for each candidate: the images of the replacement must not depend
                 # on random numbers consumed for the unreadable record.
-                images = [self.transform(image, sample_generator(key)) for key in keys]
+                images = self.transform(encoded, [sample_generator(key) for key in keys])
                 return images, label, replacements > 0
             except (CorruptImageError, OSError) as reason:
                 self.refuse_or_log(candidate, reason)

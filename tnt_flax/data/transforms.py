@@ -6,98 +6,55 @@ filters are those of timm and torchvision, and training pixels are bit-identical
 Normalization, mixup and erasing are not here; they run on the device.
 """
 
-import io
 import math
-import warnings
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from tnt_flax.core.errors import one_line
+from tnt_flax.core.errors import InputError
+from tnt_flax.data.images import TIMM, CorruptImageError, Encoded, Policy, decode
 from tnt_flax.data.randaugment import Pixels, Warp, as_image, warp
 
-# Set once at import, because `warnings.catch_warnings()` in each call is not thread-safe. The error
-# is Pillow's documented way to refuse decompression bombs; its UserWarnings are about metadata.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-
-Encoded = bytes | np.ndarray | Image.Image  # an image, decoded or not
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 CROP_TRIES = 10  # before taking the central crop, as in torchvision and timm
+Size = int | Sequence[int]  # pixels: of both sides, or (height, width)
 
 
-class CorruptImageError(ValueError):
-    """An image cannot be decoded or used. The message is one line without the file's name."""
-
-
-# ------------------------------------------------------------------------------------- decoding
-
-
-def decode(image: Encoded) -> Image.Image:
-    """Decodes an encoded file, or uint8 pixels [H, W] or [H, W, C], to a PIL image in RGB.
-
-    A PIL image in RGB is returned unchanged. As in timm, other modes are converted by
-    `convert("RGB")` (grey is repeated, alpha dropped, 16 bits clipped to 255), and the EXIF
-    orientation is ignored.
-
-    Raises CorruptImageError for truncated or empty data, a format that PIL does not read, and an
-    image of no pixels or of more than `PIL.Image.MAX_IMAGE_PIXELS`.
-    """
-    try:
-        if isinstance(image, np.ndarray):
-            image = _from_pixels(image)
-        elif not isinstance(image, Image.Image):
-            image = _from_file(image)
-        return _in_rgb(image)
-    except (CorruptImageError, MemoryError):
-        raise
-    except Image.UnidentifiedImageError:  # PIL's message contains a memory address
-        raise CorruptImageError("not an image format that PIL reads") from None
-    except Exception as error:  # PIL's readers raise OSError, SyntaxError, struct.error...
-        raise CorruptImageError(one_line(error)) from None
-
-
-def _from_file(encoded):
-    if not encoded:
-        raise CorruptImageError("the file is empty")
-    return Image.open(io.BytesIO(encoded))
-
-
-def _in_rgb(image):
-    if image.mode == "RGB":  # `convert` would copy it
-        image.load()
-        return image
-    return image.convert("RGB")
-
-
-def _from_pixels(pixels):
-    if pixels.dtype != np.uint8:
-        raise CorruptImageError(f"pixels are {pixels.dtype}, not uint8")
-    if not pixels.size:
-        raise CorruptImageError(f"an array of shape {pixels.shape} has no pixels")
-    if pixels.ndim == 3 and pixels.shape[-1] == 1:
-        pixels = pixels[..., 0]
-    return Image.fromarray(pixels)
+def height_width(size: Size) -> tuple[int, int]:
+    """Returns the height and width in pixels. Raises InputError for anything else."""
+    match (size, size) if isinstance(size, int) else size:
+        case int(height), int(width):
+            return height, width
+    raise InputError(f"image_size={size!r} is neither a number of pixels nor (height, width)")
 
 
 # ------------------------------------------------------------------------------------ resampling
 
 
-class Resampler(NamedTuple):
-    """The geometric operations of `train_transform`, as implemented by one library."""
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
-    resize: Callable[[Image.Image, int, Image.Resampling], Pixels]  # to size x size
+
+class Resampler(NamedTuple):
+    """Decoding and the geometric operations of `train_transform`, as implemented by one library.
+
+    Opened images have a `size`, (width, height). An opened image is returned unchanged by `open`.
+    """
+
+    open: Callable[[Encoded, Policy], Any]
+    # (opened image, box, (height, width), filter) -> pixels of the box, resized
+    crop: Callable[[Any, Box, tuple[int, int], Image.Resampling], Pixels]
     flip: Callable[[Pixels], Pixels]  # left to right
     warp: Warp
 
 
-def _resize(image, size, resample):
-    return image.resize((size, size), resample)
+def _crop(image, box, size, resample):
+    # `resize(box=...)` would filter beyond the box: up to 7 levels of difference at its border.
+    return image.crop(box).resize(size[::-1], resample)
 
 
-PILLOW = Resampler(resize=_resize, flip=ImageOps.mirror, warp=warp)
+PILLOW = Resampler(open=decode, crop=_crop, flip=ImageOps.mirror, warp=warp)
 
 
 def resampler(name: str) -> Resampler:
@@ -109,7 +66,7 @@ def resampler(name: str) -> Resampler:
         return PILLOW
     from tnt_flax.data import opencv
 
-    return Resampler(resize=opencv.resize, flip=opencv.flip, warp=opencv.warp)
+    return Resampler(open=opencv.open_image, crop=opencv.crop, flip=opencv.flip, warp=opencv.warp)
 
 
 # ------------------------------------------------------------------------------------- training
@@ -161,93 +118,113 @@ def color_jitter(image: Pixels, generator: np.random.Generator, strength: float)
 
 def train_transform(
     image: Encoded,
-    generator: np.random.Generator,
+    generators: Sequence[np.random.Generator],
     *,
-    size: int,
+    size: Size,
     scale: tuple[float, float],
     ratio: tuple[float, float],
     flip: float,
     jitter: float = 0.0,
     randaugment: Callable[..., Pixels] | None = None,
     resampler: Resampler = PILLOW,
-) -> np.ndarray:
-    """Returns one augmented training sample, uint8 [size, size, 3], possibly read-only.
+    policy: Policy = TIMM,
+) -> list[np.ndarray]:
+    """Returns one augmented training sample per generator, uint8 [H, W, 3], possibly read-only.
 
-    The image is cropped, resized (bilinear or bicubic with equal odds, the interpolation "random"
-    of timm), flipped left to right, and augmented, in the order of timm. Random numbers do not
-    depend on the resampler.
+    The image is decoded once. For each sample it is cropped, resized (bilinear or bicubic with
+    equal odds, the interpolation "random" of timm), flipped left to right, and augmented, in the
+    order of timm. Random numbers do not depend on the resampler.
 
     Args:
-        image, generator: the record's image, and the sample's source of random numbers.
+        image, generators: the record's image, and each sample's source of random numbers.
         size: height and width of the result.
         scale, ratio: ranges of area and aspect ratio, see `random_crop_box`.
         flip: probability of the flip.
         jitter: strength of `color_jitter`, which is used if there is no `randaugment`, as in timm.
         randaugment: a `RandAugment`, called with (image, generator, resampler.warp).
-        resampler: implementation of the geometric operations.
+        resampler: implementation of decoding and of the geometric operations.
+        policy: how the image becomes RGB.
 
     Raises:
         CorruptImageError: the image cannot be decoded.
     """
-    image = decode(image)
-    box = random_crop_box(*image.size, generator, scale, ratio)
-    interpolation = BICUBIC if generator.random() < 0.5 else BILINEAR
-    # `resize(box=...)` would filter beyond the box: up to 7 levels of difference at its border.
-    image = resampler.resize(image.crop(box), size, interpolation)
-    if generator.random() < flip:
-        image = resampler.flip(image)
-    if randaugment is not None:
-        image = randaugment(image, generator, resampler.warp)
-    elif jitter:
-        image = color_jitter(image, generator, jitter)
-    return np.asarray(image)
+    opened, size, samples = resampler.open(image, policy), height_width(size), []
+    for generator in generators:
+        box = random_crop_box(*opened.size, generator, scale, ratio)
+        interpolation = BICUBIC if generator.random() < 0.5 else BILINEAR
+        sample = resampler.crop(opened, box, size, interpolation)
+        if generator.random() < flip:
+            sample = resampler.flip(sample)
+        if randaugment is not None:
+            sample = randaugment(sample, generator, resampler.warp)
+        elif jitter:
+            sample = color_jitter(sample, generator, jitter)
+        samples.append(np.asarray(sample))
+    return samples
 
 
 # ------------------------------------------------------------------------------------- evaluation
 
 
-def short_side_size(image: Image.Image, short: int) -> tuple[int, int]:
-    """Returns the (width, height) with the shorter side at `short`, the longer rounded down.
+def resized_size(
+    image_size: tuple[int, int], target: tuple[int, int], policy: Policy = TIMM
+) -> tuple[int, int]:
+    """Returns the (width, height) of an image resized to cover `target` = (height, width).
 
-    Raises CorruptImageError for more than `PIL.Image.MAX_IMAGE_PIXELS`: resizing an image of one
-    pixel by thousands would exhaust the memory.
+    Keeps the aspect ratio. For a square target the shorter side fits and the longer one is rounded
+    down (torchvision's Resize); else both are rounded (timm's ResizeKeepRatio).
+
+    Raises CorruptImageError for more pixels than the policy's limit: resizing an image of one pixel
+    by thousands would exhaust the memory.
     """
-    long = int(short * max(image.size) / min(image.size))
-    if short * long > Image.MAX_IMAGE_PIXELS:
-        raise CorruptImageError(f"{image.width} x {image.height} pixels are too long and thin")
-    return (short, long) if image.width <= image.height else (long, short)
+    width, height = image_size
+    if target[0] == target[1]:
+        short, long = target[0], int(target[0] * max(image_size) / min(image_size))
+        resized = (short, long) if width <= height else (long, short)
+    else:
+        ratio = min(height / target[0], width / target[1])
+        resized = round(width / ratio), round(height / ratio)
+    if resized[0] * resized[1] > policy.pixel_limit:
+        raise CorruptImageError(f"{width} x {height} pixels are too long and thin")
+    return resized
 
 
-def resized_center(image: Image.Image, resized: tuple[int, int], size: int) -> Image.Image:
-    """Resizes (bicubic) to `resized` = (width, height) and crops the central `size` x `size`.
+def resized_center(
+    image: Image.Image, resized: tuple[int, int], size: tuple[int, int]
+) -> Image.Image:
+    """Resizes (bicubic) to `resized` = (width, height) and crops the center `size` = (H, W).
 
     Like `image.resize(resized, BICUBIC)` and torchvision's `center_crop`, but computes only the
     cropped pixels. PIL's box has single precision, so about one value in a thousand differs, by one
     level.
     """
     width, height = resized
-    left, top = round((width - size) / 2), round((height - size) / 2)
+    rows, columns = size
+    left, top = round((width - columns) / 2), round((height - rows) / 2)
     if image.height > 2 * image.width:  # Pillow 13 filters the columns first: other roundings
-        return image.resize(resized, BICUBIC).crop((left, top, left + size, top + size))
-    x, x_end = (column * image.width / width for column in (left, left + size))
-    y, y_end = (row * image.height / height for row in (top, top + size))
+        return image.resize(resized, BICUBIC).crop((left, top, left + columns, top + rows))
+    x, x_end = (column * image.width / width for column in (left, left + columns))
+    y, y_end = (row * image.height / height for row in (top, top + rows))
     # Rows of the image within reach of the filter.
     reach = 2 * max(image.height / height, 1.0)
     first, last = max(0, math.floor(y - reach)), min(image.height, math.ceil(y_end + reach))
-    rows = last - first
     # One pass at a time, because the order in which PIL does both depends on the box.
     strip = image.crop((0, first, image.width, last))
-    strip = strip.resize((size, rows), BICUBIC, (x, 0, x_end, rows))
-    box = (0, y - first, size, y_end - first)
-    return strip.resize((size, size), BICUBIC, box)
+    strip = strip.resize((columns, last - first), BICUBIC, (x, 0, x_end, last - first))
+    box = (0, y - first, columns, y_end - first)
+    return strip.resize((columns, rows), BICUBIC, box)
 
 
-def eval_transform(image: Encoded, *, size: int, crop_fraction: float) -> np.ndarray:
-    """Returns an evaluation sample, read-only uint8 [size, size, 3], preprocessed as in timm.
+def eval_transform(
+    image: Encoded, *, size: Size, crop_fraction: float, policy: Policy = TIMM
+) -> np.ndarray:
+    """Returns an evaluation sample, read-only uint8 [H, W, 3], preprocessed as in timm.
 
     Resizes the shorter side to `floor(size / crop_fraction)` (0.9: 224 -> 248) and crops the
-    center. `crop_fraction` is at most 1. Raises CorruptImageError.
+    center; for (height, width) that differ, resizes to cover both sides' fractions. `crop_fraction`
+    is at most 1. Raises CorruptImageError.
     """
-    image = decode(image)
-    resized = short_side_size(image, math.floor(size / crop_fraction))
+    image, size = decode(image, policy), height_width(size)
+    covered = tuple(math.floor(side / crop_fraction) for side in size)
+    resized = resized_size(image.size, covered, policy)
     return np.asarray(resized_center(image, resized, size))

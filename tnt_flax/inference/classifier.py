@@ -14,9 +14,10 @@ import numpy as np
 from PIL import Image
 
 from tnt_flax.core.errors import InputError
+from tnt_flax.data.images import CorruptImageError
 from tnt_flax.data.labels import display_names
 from tnt_flax.data.sources.names import read_class_list
-from tnt_flax.data.transforms import CorruptImageError, eval_transform
+from tnt_flax.data.transforms import eval_transform
 from tnt_flax.runtime import sharding
 from tnt_flax.training.mixup import normalize
 from tnt_flax.weights.read import LoadedWeights, read_checkpoint

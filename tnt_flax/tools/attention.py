@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.data.transforms import CorruptImageError, eval_transform
+from tnt_flax.data.images import CorruptImageError
+from tnt_flax.data.transforms import eval_transform
 from tnt_flax.models import block_outputs
 from tnt_flax.models.network import BlockLayout, Grid
 from tnt_flax.training import step

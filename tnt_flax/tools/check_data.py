@@ -15,7 +15,6 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
-import io
 import itertools
 import json
 import logging
@@ -26,12 +25,20 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 from tqdm import tqdm
 
 from tnt_flax.core.errors import InputError, RunError, one_line
+from tnt_flax.data.images import (
+    TIMM,
+    CorruptImageError,
+    EmptyFileError,
+    HugeImageError,
+    Policy,
+    decode,
+    open_image,
+    unusual,
+)
 from tnt_flax.data.sources import Source
-from tnt_flax.data.transforms import CorruptImageError, decode
 from tnt_flax.tools.command_line import Parser
 
 logger = logging.getLogger(__name__)
@@ -39,13 +46,13 @@ ON_INTERRUPT = "with --out, the same command resumes"
 MEANING = {  # kinds of findings, in the order of the table
     "corrupt": 'stops training; with data.corrupt="skip", replaced by the next image',
     "empty": "zero bytes; also counted as corrupt",
-    "huge": "more pixels than Pillow opens; also counted as corrupt",
-    "rotated": "EXIF orientation, which training ignores, as timm does",
+    "huge": "more pixels than data.max_pixels; also counted as corrupt",
+    "rotated": "EXIF orientation, which training ignores unless data.exif=true",
     "animated": "several frames; only the first is used",
-    "16-bit": "more than 8 bits per channel; gray values above 255 become white",
+    "16-bit": "more than 8 bits; grey above 255 is white unless data.deep_pixels is set",
     "cmyk": "converted to RGB without a color profile",
     "palette": "indexed colors; converted to RGB",
-    "alpha": "transparency is dropped; hidden pixels become visible",
+    "alpha": "hidden pixels become visible unless data.background is a color",
     "grey": "one channel; repeated three times",
     "small": "a side below 32 pixels",
 }
@@ -53,7 +60,6 @@ SMALL = 32  # pixels
 FEW = 10  # classes with fewer images are reported
 SHOWN = 3  # examples per finding, and classes with the fewest and most images
 CHUNK = 256  # records between two progress lines in the file
-ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 # Keys of config.data that do not affect the check.
 OTHER_KEYS = ("image_size", "crop_fraction", "mean", "std", "corrupt", "threads", "workers")
 
@@ -92,7 +98,7 @@ def check_data(config: ConfigDict, split: str = "train", out: str | None = None)
         for name, source in sources.items():
             lines = [line for line in earlier if line["split"] == name]
             start = lines[-1]["checked"] if lines else 0
-            for chunk in check_records(source, start, config.data.threads):
+            for chunk in check_records(source, start, config.data.threads, experiment.policy):
                 if file:
                     append(file, [{"split": name} | line for line in chunk])
                 lines += chunk
@@ -131,9 +137,11 @@ def summarize(lines: list[dict[str, Any]], source: Source, split: str) -> dict[s
     return counts | {"classes_with_none": none, "classes_with_few": few}
 
 
-def check_records(source: Source, start: int, threads: int) -> Iterator[list[dict[str, Any]]]:
+def check_records(
+    source: Source, start: int, threads: int, policy: Policy
+) -> Iterator[list[dict[str, Any]]]:
     """Yields the findings of the records from `start` on, in chunks that end with the progress."""
-    check = functools.partial(check_record, source)
+    check = functools.partial(check_record, source, policy)
     bar = tqdm(total=len(source), initial=start, unit="image", disable=None, file=sys.stderr)
     with bar, concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for begin in range(start, len(source), CHUNK):
@@ -147,68 +155,35 @@ def check_records(source: Source, start: int, threads: int) -> Iterator[list[dic
             yield [*lines, {"checked": end, "labels": labels}]
 
 
-def check_record(source: Source, index: int) -> tuple[int | None, list[dict[str, Any]]]:
+def check_record(
+    source: Source, policy: Policy, index: int
+) -> tuple[int | None, list[dict[str, Any]]]:
     """Returns label and findings of a record. The label is None if the record cannot be read."""
     label, class_name = None, None
     try:
         image, label = source[index]
         class_name = source.class_names[label]
-        found = inspect_image(image)
+        found = inspect_image(image, policy)
     except OSError as error:  # the file vanished, the disk failed
         found = {"corrupt": f"cannot be read: {error.strerror or error}"}
     about = {"index": index, "name": source.name_of(index), "class": class_name}
     return label, [about | {"finding": kind, "detail": text} for kind, text in found.items()]
 
 
-def inspect_image(image: bytes | np.ndarray) -> dict[str, str]:
+def inspect_image(image: bytes | np.ndarray, policy: Policy = TIMM) -> dict[str, str]:
     """Returns the findings about an image: kind -> detail."""
     found = {}
     try:
-        width, height = decode(image).size
+        opened = open_image(image, policy)
+        found = unusual(opened)
+        width, height = decode(opened, policy).size
     except CorruptImageError as error:
         found["corrupt"] = str(error)
-        if len(image) == 0:
-            return found | {"empty": "0 bytes"}
-    else:
-        if min(width, height) < SMALL:
-            found["small"] = f"{width} x {height} pixels"
-    with contextlib.suppress(Exception):  # a damaged header, which `decode` reports
-        found |= _of_pixels(image) if isinstance(image, np.ndarray) else _of_file(image)
-    return found
-
-
-def _of_pixels(pixels):
-    channels = pixels.shape[2] if pixels.ndim == 3 else 1
-    return {1: {"grey": "one channel"}, 4: {"alpha": "four channels"}}.get(channels, {})
-
-
-def _of_file(encoded):
-    found = {}
-    try:
-        image = Image.open(io.BytesIO(encoded))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        return {"huge": str(error).partition(",")[0]}
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # with warnings ignored
-        found["huge"] = f"{image.width} x {image.height} pixels"
-    # A 16-bit color PNG has the mode RGB; only its tiles show the layout in the file.
-    layout = f"{image.mode} {[tile[3] for tile in image.tile]}"
-    if image.mode in ("I", "F") or ";16" in layout:
-        found["16-bit"] = f"mode {image.mode}"
-    if image.mode == "CMYK":
-        found["cmyk"] = f"a {image.format}"
-    if image.mode in ("P", "PA"):
-        found["palette"] = f"a {image.format}"
-    if image.has_transparency_data:
-        found["alpha"] = f"mode {image.mode}"
-    if image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;"):
-        found["grey"] = f"mode {image.mode}"
-    if getattr(image, "is_animated", False):
-        found["animated"] = f"{image.n_frames} frames"
-    # Pillow rotates TIFFs itself. In a PNG the tag may follow the pixels: read it only if present.
-    if image.format != "TIFF" and (image.format != "PNG" or b"eXIf" in encoded):
-        orientation = image.getexif().get(ORIENTATION, 1)
-        if orientation != 1:
-            found["rotated"] = f"orientation {orientation}"
+        if kind := {EmptyFileError: "empty", HugeImageError: "huge"}.get(type(error)):
+            found[kind] = str(error)
+        return found
+    if min(width, height) < SMALL:
+        found["small"] = f"{width} x {height} pixels"
     return found
 
 

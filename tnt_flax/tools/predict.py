@@ -22,7 +22,8 @@ from typing import Any
 
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.files import open_table
-from tnt_flax.data.sources.names import is_image, natural_key
+from tnt_flax.data.images import is_image
+from tnt_flax.data.sources.names import natural_key
 from tnt_flax.runtime import host
 from tnt_flax.tools.command_line import Parser, add_weights_options, weights_arguments
 

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.data import randaugment
+from tnt_flax.data import images, randaugment, transforms
 from tnt_flax.models import MODELS, Network, create_model
 from tnt_flax.training.losses import LOSSES
 from tnt_flax.weights import identify
@@ -57,6 +57,8 @@ def check_config(config: ConfigDict) -> None:
         for key in keys:
             if not valid(value := attrgetter(key)(config)):
                 raise InputError(f"{key}={value} {problem}")
+    images.Policy(**{key: config.data[key] for key in images.POLICY_KEYS})
+    transforms.height_width(config.data.image_size)
     if config.mesh.gradient_dtype == "bfloat16" and config.model.dtype != "bfloat16":
         raise InputError(
             f"mesh.gradient_dtype='bfloat16' needs model.dtype='bfloat16', not "

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.data import pipeline, randaugment, sources, transforms
+from tnt_flax.data import images, pipeline, randaugment, sources, transforms
 from tnt_flax.data.plan import TrainPlan
 from tnt_flax.models import Network, create_model
 from tnt_flax.runtime import processes, sharding
@@ -139,6 +139,16 @@ class Experiment:
         text = self.config.augment.randaugment
         return randaugment.parse(text, self.config.data.mean) if text else None
 
+    @property
+    def policy(self) -> images.Policy:
+        """How images become 8-bit RGB."""
+        return images.Policy(**{key: self.config.data[key] for key in images.POLICY_KEYS})
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the network's images in pixels."""
+        return transforms.height_width(self.config.data.image_size)
+
     def train_batches(self, start_step: int, num_steps: int) -> Batches:
         """Yields this process's rows of the batches of `num_steps` steps from `start_step` on.
 
@@ -159,6 +169,7 @@ class Experiment:
             jitter=options.color_jitter,
             randaugment=self.randaugment,
             resampler=transforms.resampler(options.resampling),
+            policy=self.policy,
         )
         return pipeline.train_batches(
             self.train_source,
@@ -180,6 +191,7 @@ class Experiment:
             transforms.eval_transform,
             size=self.config.data.image_size,
             crop_fraction=self.config.data.crop_fraction,
+            policy=self.policy,
         )
         return pipeline.eval_batches(
             self.eval_source if source is None else source,
@@ -212,11 +224,10 @@ class Experiment:
             )
         fields = {k: v for k, v in config.model.items() if k != "name" and v is not None}
         model = create_model(config.model.name, num_classes=num_classes, **fields)
-        size = config.data.image_size
-        if size < 1 or size % model.patch_size:
+        if any(side < 1 or side % model.patch_size for side in self.image_size):
             raise InputError(
-                f"data.image_size={size} is not divisible by the patch size {model.patch_size}: "
-                f"use a multiple of {model.patch_size}"
+                f"data.image_size={config.data.image_size} is not divisible by the patch size "
+                f"{model.patch_size}: use multiples of {model.patch_size}"
             )
         if model.outer_heads % config.mesh.tensor:
             raise InputError(
@@ -233,8 +244,7 @@ class Experiment:
 
     def init_variables(self, key: jax.Array) -> step.Variables:
         """Returns initial parameters and statistics; to jit or to `jax.eval_shape`."""
-        size = self.config.data.image_size
-        return self.model.init(key, jnp.zeros((1, size, size, 3)), train=False)
+        return self.model.init(key, jnp.zeros((1, *self.image_size, 3)), train=False)
 
     def load_variables(
         self, path: str, class_names: Sequence[str] | None = None, *, checkpoint: str = "best"
@@ -252,7 +262,7 @@ class Experiment:
             InputError: the weights cannot be read (see `weights.read.read_checkpoint`), or are of
                 another network.
         """
-        model, image_size = self.make_model(num_classes=0), self.config.data.image_size
+        model, image_size = self.make_model(num_classes=0), self.image_size
         kind = "ema" if class_names else self.config.eval.weights
         fields = unstored_fields(model)
         found = read_checkpoint(path, weights=kind, checkpoint=checkpoint, **fields)
@@ -420,8 +430,8 @@ class Experiment:
     @property
     def step_shapes(self) -> tuple[TrainState, step.Batch, jax.Array]:
         """Shapes of the arguments of `train_step`: state, batch, key."""
-        rows, size = self.config.batch_size, self.config.data.image_size
-        images = jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8)
+        rows = self.config.batch_size
+        pixels = jax.ShapeDtypeStruct((rows, *self.image_size, 3), jnp.uint8)
         labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
         _, key = jax.eval_shape(self.split_seed)
-        return self.state_shapes, {"image": images, "label": labels}, key
+        return self.state_shapes, {"image": pixels, "label": labels}, key

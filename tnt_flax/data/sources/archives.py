@@ -17,11 +17,10 @@ from typing import BinaryIO
 import numpy as np
 
 from tnt_flax.core.errors import InputError, listed, one_line
+from tnt_flax.data.images import image_suffixes, is_image
 from tnt_flax.data.sources import storage
 from tnt_flax.data.sources.index import Index, Part, open_index
 from tnt_flax.data.sources.names import (
-    IMAGE_SUFFIXES,
-    is_image,
     natural_key,
     order_classes,
     read_class_list,
@@ -213,7 +212,6 @@ def _devkit_lines(path, data):
 
 # ------------------------------------------------------------------------------ webdataset shards
 
-_EXTENSIONS = {suffix[1:] for suffix in IMAGE_SUFFIXES}
 # Compressed shards are matched too, so that they are refused instead of overlooked.
 _SHARD = re.compile(r"[^.].*\.(tar|tar\.(gz|bz2|xz|zst)|tgz)")
 
@@ -287,9 +285,9 @@ def _scan_shard(file, part, shard):
         what = f"{shard}: sample {key!r}"
         files = {member.name[len(key) + 1 :].lower(): member for member in group}
         text = _label(file, files, what)
-        images = [member for extension, member in files.items() if extension in _EXTENSIONS]
+        images = [member for suffix, member in files.items() if f".{suffix}" in image_suffixes()]
         if len(images) != 1:
-            problem = "two images" if images else f"no image ({', '.join(sorted(_EXTENSIONS))})"
+            problem = "two images" if images else f"no image among {', '.join(files)}"
             raise InputError(f"{what} has {problem}")
         yield images[0].offset_data, images[0].size, text
 

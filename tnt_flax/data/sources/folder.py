@@ -8,8 +8,9 @@ import pathlib
 from typing import NamedTuple
 
 from tnt_flax.core.errors import InputError, listed
+from tnt_flax.data.images import is_image, log_left_out
 from tnt_flax.data.sources import storage
-from tnt_flax.data.sources.names import is_image, natural_key, order_classes, split_names
+from tnt_flax.data.sources.names import natural_key, order_classes, split_names
 
 logger = logging.getLogger("tnt_flax")
 
@@ -48,8 +49,9 @@ class ImageFolder:
         self.class_names = order_classes(found, class_list, self.storage_path)
         self._files = []  # relative paths as strings: ImageNet has 1.3 million
         self.labels = []
+        left_out: list[str] = []
         for label, class_name in enumerate(self.class_names):
-            files = _images_below(folder / class_name)
+            files = _images_below(folder / class_name, left_out)
             if not files:
                 raise InputError(
                     f"class folder {folder / class_name} has no images: add some, or remove it"
@@ -58,6 +60,7 @@ class ImageFolder:
                 files = _part_of(files, class_name, part, holdout.share)
             self._files += [os.path.join(class_name, file) for file in files]
             self.labels += [label] * len(files)
+        log_left_out(left_out, self.storage_path)
         if part == "held out":
             if not self._files:
                 raise InputError(f"no class in {folder} has two images, so none can be held out")
@@ -124,8 +127,11 @@ def _folders_in(path, what):
     return sorted((name for name in names if not name.startswith(".")), key=natural_key)
 
 
-def _images_below(folder):
-    """Returns the images below a class folder as relative paths, in natural order."""
+def _images_below(folder, left_out):
+    """Returns the images below a class folder as relative paths, in natural order.
+
+    Names of other files are added to `left_out`.
+    """
 
     def refuse(error):  # os.walk would silently skip a folder that it cannot list
         raise InputError(f"cannot read the class folder {error.filename}: {error.strerror}")
@@ -134,5 +140,7 @@ def _images_below(folder):
     for directory, subfolders, names in os.walk(folder, followlinks=True, onerror=refuse):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         below = os.path.relpath(directory, folder)
-        files += [os.path.normpath(os.path.join(below, name)) for name in names if is_image(name)]
+        images = set(filter(is_image, names))
+        files += [os.path.normpath(os.path.join(below, name)) for name in images]
+        left_out += set(names) - images
     return sorted(files, key=natural_key)

@@ -2,28 +2,17 @@
 """Names in data sets: class lists, image files, and their natural order."""
 
 import collections
-import os
 import re
 from collections.abc import Sequence
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.data.sources import storage
 
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-)
-
 
 def natural_key(name: str) -> tuple:
     """Sort key that compares runs of digits as numbers and ignores case, as in timm."""
     parts = re.split(r"(\d+)", name.lower())  # text and digits alternate, beginning with text
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
-
-
-def is_image(name: str) -> bool:
-    """True for an image suffix; False for hidden files (macOS adds a "._NAME" to every NAME)."""
-    base = os.path.basename(name)
-    return not base.startswith(".") and os.path.splitext(base)[1].lower() in IMAGE_SUFFIXES
 
 
 def split_names(split: str) -> tuple[str, ...]:
