@@ -10,8 +10,8 @@ import sys
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "tnt_flax"
-ROWS = [{"core"}, {"models", "data"}, {"runtime"}, {"weights"}, {"training"}, {"inference"}]
-ROWS += [{"tools"}, {"__main__"}]
+ROWS = [{"core"}, {"models", "data"}, {"runtime"}, {"weights"}, {"training"}]
+ROWS += [{"inference", "nnx"}, {"tools"}, {"__main__"}]
 RANK = {folder: i for i, row in enumerate(ROWS) for folder in row}
 BANNED = {  # packages that a folder must not import
     "core": {"flax", "optax", "orbax", "ml_collections", "grain"},
