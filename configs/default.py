@@ -52,6 +52,7 @@ def get_config() -> ConfigDict:
     config.model.inner_stride = config_dict.placeholder(int)  # pixels between words
     config.model.mlp_ratio = config_dict.placeholder(float)  # hidden width of the MLPs / width
     config.model.se = config_dict.placeholder(bool)  # squeeze-and-excitation (paper Table 12)
+    config.model.layer_scale = config_dict.placeholder(bool)  # learned factors of all updates
     config.model.vanilla_blocks = config_dict.placeholder(tuple)  # no words (paper Table 5)
 
     config.data = ConfigDict()

@@ -93,12 +93,12 @@ def transformer(model, block, x, heads):
     update, weights = attention(
         block["attention"], layer_norm(block["norm1"], x, model.norm_eps), heads
     )
-    x = x + update
+    x = x + block.get("layer_scale1", 1.0) * update
     hidden = dense(block["fc1"], layer_norm(block["norm2"], x, model.norm_eps))
     update = dense(block["fc2"], GELU[model.gelu](hidden))
     if "se" in block:
         update = update + squeeze_excite(block["se"], update, model.norm_eps)
-    return x + update, weights
+    return x + block.get("layer_scale2", 1.0) * update, weights
 
 
 def attention(block, x, heads):

@@ -17,6 +17,7 @@ from tests.helpers.networks import (
 from tnt_flax.models import VARIANTS, block_outputs, layers
 from tnt_flax.models.kernels import gpu
 
+VARIANT_FIELDS = VARIANTS | {"layer_scale": {"layer_scale": True}}
 build = functools.partial(networks.build, inner_dim=4, depth=2)
 GPU = dict(inner_impl="gpu", outer_impl="gpu")
 REFERENCE = dict(inner_impl="reference", outer_impl="reference")
@@ -25,9 +26,9 @@ EVEN = (2, 16, 48, 3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("variant", [*VARIANTS, "layer_scale"])
 def test_every_variant_gives_the_references_values_and_gradients(variant):
-    model, params, images = build(ODD, **GPU, **VARIANTS[variant])
+    model, params, images = build(ODD, **GPU, **VARIANT_FIELDS[variant])
     expected = value_and_gradients(model.clone(**REFERENCE), params, images)
     check_same(value_and_gradients(model, params, images), expected)
 

@@ -17,14 +17,15 @@ from tests.helpers.networks import (
 from tnt_flax.models import VARIANTS, layers
 from tnt_flax.models.kernels import lanes
 
+VARIANT_FIELDS = VARIANTS | {"layer_scale": {"layer_scale": True}}
 build = functools.partial(networks.build, inner_dim=12, depth=2)
 
 
 # The next test covers the official variant.
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["legacy", "mindspore", "mindspore_pets"])
+@pytest.mark.parametrize("variant", ["legacy", "mindspore", "mindspore_pets", "layer_scale"])
 def test_every_variant_gives_the_references_values_and_gradients(variant):
-    model, params, images = build(inner_impl="lanes", **VARIANTS[variant])
+    model, params, images = build(inner_impl="lanes", **VARIANT_FIELDS[variant])
     expected = value_and_gradients(model.clone(inner_impl="reference"), params, images)
     check_same(value_and_gradients(model, params, images), expected, 2e-5)
 

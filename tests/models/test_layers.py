@@ -71,7 +71,7 @@ def test_large_logits_do_not_overflow():
     "fields",
     [
         {},
-        {"se": True},
+        {"se": True, "layer_scale": True},
         {"mlp_ratio": 2.5},
         {"qkv_bias": True, "output_bias": False, "norm_eps": 1e-7, "gelu": "tanh"},
     ],

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import tnt_flax
 from tests.goldens.scripts.pyramid import CLASSES, FIELDS, GOLDEN, LABELS, SIZE, digest, images
+from tests.helpers import numpy_tnt
 from tests.helpers.networks import jit
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import fingerprint, named_leaves
@@ -57,6 +59,29 @@ def test_logits_and_stages_equal_the_official_code(found, expected):
         theirs = expected[f"stage_{i}"]
         ours = sentences_of_stage(state, i).reshape(theirs.shape)
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
+
+
+@pytest.mark.slow
+def test_layer_scale_multiplies_the_outputs_of_attention_and_mlp():
+    """As if the kernels and biases of `out` and `fc2` were multiplied."""
+    model = PyramidTNT(**TINY, layer_scale=True)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.asarray(images()))
+    params = flatten_dict(numpy_tnt.random_params(shapes["params"]))
+    plain = {path: x for path, x in params.items() if not path[-1].startswith("layer_scale")}
+    assert len(plain) < len(params)
+    for *block, name in set(params) - set(plain):
+        layer = ("fc2",) if name == "layer_scale2" else ("attention", "out")
+        for leaf in ("kernel", "bias"):
+            scale, path = params[*block, name], (*block, *layer, leaf)
+            plain[path] = plain[path] * (scale[:, None] if leaf == "kernel" else scale)
+    stats = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes["batch_stats"])
+
+    def logits(model, params):
+        variables = {"params": unflatten_dict(params), "batch_stats": stats}
+        return jit(model.apply)(variables, jnp.asarray(images()))
+
+    expected = logits(PyramidTNT(**TINY), plain)
+    np.testing.assert_allclose(logits(model, params), expected, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def outputs(model, params, images):
     "fields",
     [
         *VARIANTS.values(),
-        dict(se=True, mlp_ratio=2.5),
+        dict(se=True, layer_scale=True, mlp_ratio=2.5),
         dict(vanilla_blocks=(1,), depth=4),
         dict(depth=1, num_classes=0, outer_heads=1, inner_heads=4),
         dict(patch_size=8, inner_stride=3, depth=1),  # words of 3x3 = ceil(8 / 3) squared

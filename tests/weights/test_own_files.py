@@ -17,7 +17,7 @@ from tnt_flax.core.trees import fingerprint
 from tnt_flax.models import TNT, VARIANTS
 from tnt_flax.runtime.checkpoints import Checkpoints
 from tnt_flax.training.step import TrainState
-from tnt_flax.weights import identify
+from tnt_flax.weights import identify, names
 from tnt_flax.weights.read import read_checkpoint
 from tnt_flax.weights.write import save_weights
 
@@ -139,6 +139,29 @@ def test_a_file_without_its_header_is_identified(workdir, tmp_path):
         found = read_checkpoint(tmp_path / "x.safetensors", **HEADS)
         assert identify.variant_of(found.network.model) == variant
         assert fingerprint(found.params) == fingerprint(params)
+
+
+def test_layer_scale_is_written_and_read_and_never_dropped(tmp_path):
+    model = TNT(**SMALL, layer_scale=True)
+    params = random_params("official", layer_scale=True)
+    path, bare = tmp_path / "x.safetensors", tmp_path / "bare.safetensors"
+    fields = {k: v for k, v in SMALL.items() if k != "num_classes"} | {"layer_scale": True}
+    described = {"name": "tnt_s_patch16_224", **fields}
+    save_weights(path, params, {"config": {"model": described}})
+    save_weights(bare, params, {})
+    for found in (read_checkpoint(path), read_checkpoint(bare, **HEADS)):
+        assert found.network.model == model
+        assert fingerprint(found.params) == fingerprint(params)
+    with pytest.raises(InputError, match="layer_scale: True -> False"):
+        read_checkpoint(path, layer_scale=False)
+    with pytest.raises(InputError, match="timm has no place for blocks/0/inner/layer_scale1"):
+        dict(names.export("timm", params))
+    save_weights(path, random_params("official"), {"config": {"model": described}})
+    with pytest.raises(InputError, match="layer_scale"):
+        read_checkpoint(path)
+    save_weights(path, params, {"config": {"model": described | {"layer_scale": None}}})
+    with pytest.raises(InputError, match="layer_scale"):
+        read_checkpoint(path)
 
 
 @pytest.mark.parametrize(

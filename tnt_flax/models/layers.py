@@ -88,6 +88,9 @@ GELU: dict[str, Callable[[Array], Array]] = {
 }
 
 
+LAYER_SCALE_INIT = 1e-4  # as in DeiT-III
+
+
 class DropPath(nn.Module):
     """Drops the update of a whole sequence, or scales it by 1 / (1 - rate) (stochastic depth).
 
@@ -207,6 +210,9 @@ def mlp(x: Tokens, fc1: Callable, gelu: Callable, dropout: Callable, fc2: Callab
 class TransformerBlock(nn.Module):
     """Pre-norm attention and MLP, each added to its input: an inner or an outer transformer.
 
+    LayerScale (Touvron et al., arXiv 2103.17239) multiplies the channels of both updates by learned
+    factors, before drop path. They start at LAYER_SCALE_INIT.
+
     Args of the call:
         x: tokens.
         drop_path_rate: rate of both updates; None disables drop path.
@@ -220,6 +226,7 @@ class TransformerBlock(nn.Module):
     qkv_bias: bool = False
     output_bias: bool = True  # of the attention's output and of fc2
     se: bool = False  # squeeze-excite after the MLP
+    layer_scale: bool = False
     norm_eps: float = 1e-5
     gelu: str = "erf"
     dropout: float = 0.0
@@ -247,6 +254,13 @@ class TransformerBlock(nn.Module):
         dense = functools.partial(Dense, dtype=self.dtype, matmul_fn=self.matmul_fn)
         dropout = functools.partial(nn.Dropout, self.dropout, deterministic=not train)
 
+        def scaled(name, update):
+            if not self.layer_scale:
+                return update
+            init = nn.initializers.constant(LAYER_SCALE_INIT)
+            scale = self.param(name, init, update.shape[-1:])
+            return mixed_precision.multiply(update, jnp.asarray(scale))
+
         attention = Attention(
             num_heads=self.num_heads,
             qkv_bias=self.qkv_bias,
@@ -264,6 +278,7 @@ class TransformerBlock(nn.Module):
         update = attention(
             normalized, num_queries=num_queries, context=context, bias=bias, train=train
         )
+        update = scaled("layer_scale1", update)
         x = x[..., :num_queries, :] + DropPath()(update, drop_path_rate)
 
         width = x.shape[-1]
@@ -277,6 +292,7 @@ class TransformerBlock(nn.Module):
         update = dropout()(update)
         if self.se:
             update = update + SqueezeExcite(self.norm_eps, self.dtype, name="se")(update)
+        update = scaled("layer_scale2", update)
         return x + DropPath()(update, drop_path_rate)
 
 

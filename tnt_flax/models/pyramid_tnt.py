@@ -281,6 +281,7 @@ class PyramidTNT(nn.Module):
     num_classes: int = 1000  # 0: no head
     mlp_ratio: float = 4.0
     se: bool = False  # squeeze-excite after the outer MLP
+    layer_scale: bool = False  # LayerScale of the updates of both transformers (DeiT-III)
 
     # -- Regularization
     dropout: float = 0.0  # of sentence positions, attention outputs and MLPs
@@ -357,6 +358,7 @@ class PyramidTNT(nn.Module):
         """Returns a block with words of stage `i`, unbound."""
         common = dict(
             mlp_ratio=self.mlp_ratio,
+            layer_scale=self.layer_scale,
             dropout=self.dropout,
             attention_dropout=self.attention_dropout,
             dtype=self.dtype,

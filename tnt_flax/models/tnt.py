@@ -88,6 +88,7 @@ class TNT(nn.Module):
     inner_stride: int = 4  # pixels from word to word
     mlp_ratio: float = 4.0
     se: bool = False  # squeeze-excite after the outer MLP (paper, Table 12)
+    layer_scale: bool = False  # LayerScale of the updates of both transformers (DeiT-III)
     vanilla_blocks: tuple[int, ...] = ()  # indices of blocks without words (paper, Table 5)
 
     # -- Regularization
@@ -196,6 +197,7 @@ class TNT(nn.Module):
         """
         common = dict(
             mlp_ratio=self.mlp_ratio,
+            layer_scale=self.layer_scale,
             qkv_bias=self.qkv_bias,
             output_bias=self.output_bias,
             norm_eps=self.norm_eps,

@@ -127,6 +127,7 @@ def identify(
         raise InputError(f"{path} is not a complete {naming} TNT: {missing} is missing") from error
     fields["num_classes"] = shapes["head/kernel"][-1] if "head/kernel" in shapes else 0
     fields["se"] = f"{first_block}/outer/se/fc1/kernel" in shapes
+    fields["layer_scale"] = f"{first_block}/outer/layer_scale1" in shapes
     fields |= _heads(path, fields, name, overrides, network)
     return _sized(path, create_model(network.base_name, **(fields | overrides)), shapes, name)
 

@@ -64,6 +64,10 @@ inner/fc2              inner_mlp.fc2      mlp_in.fc2       inner_block.ffn.layer
 proj/norm1             proj_norm1         norm1_proj       norm_proj                           proj_norm1       pixel2patch.norm_proj  proj_norm1
 proj/dense             proj               proj             projection                          proj             pixel2patch.proj       proj
 proj/norm2             proj_norm2         norm2_proj       -                                   proj_norm2       -                      proj_norm2
+inner/layer_scale1     -                  -                -                                   -                -                      -
+inner/layer_scale2     -                  -                -                                   -                -                      -
+outer/layer_scale1     -                  -                -                                   -                -                      -
+outer/layer_scale2     -                  -                -                                   -                -                      -
 outer/norm1            outer_norm1        norm_out         outer_block.norm_attn               outer_norm1      outer_norm1            outer_norm1
 outer/attention/query  outer_attn.qk:0/2  attn_out.qk:0/2  outer_block.attn.attn.in_proj_:0/3  outer_attn.q     outer_attn.qk:0/2      outer_attn.q
 outer/attention/key    outer_attn.qk:1/2  attn_out.qk:1/2  outer_block.attn.attn.in_proj_:1/3  outer_attn.k     outer_attn.qk:1/2      outer_attn.kv:0/2
@@ -81,6 +85,7 @@ outer/reduce/norm      -                  -                -                    
 
 # Rows that are a tensor, without leaves.
 SINGLE = ("word_pos", "cls_token", "sentence_pos", "relative_pos")
+SINGLE += ("layer_scale1", "layer_scale2")
 # Leaves of each kind of layer: ours, torch's, MindSpore's.
 LAYER_LEAVES = [("kernel", "weight", "weight"), ("bias", "bias", "bias")]
 NORM_LEAVES = [("scale", "weight", "gamma"), ("bias", "bias", "beta")]

@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tnt_flax.models import layers
+from tnt_flax.models.kernels.mixed_precision import multiply
 from tnt_flax.models.kernels.platform import platform
 from tnt_flax.models.layers import GELU, Dense, DropPath
 from tnt_flax.models.scan import SAVED
@@ -159,7 +160,9 @@ class WordsTransformer(nn.Module):
             layer = Dense(features, use_bias="bias" in params, dtype=self.dtype, parent=None)
             return layer.apply({"params": params}, x)
 
-        def drop(update):
+        def drop(update, name):
+            if name in params:
+                update = multiply(update, jnp.asarray(params[name]))
             if drop_path_rate is None:
                 return update
             ones = jnp.ones((x.shape[0], self.count, 1, 1), x.dtype)  # sampled as in the reference
@@ -173,9 +176,9 @@ class WordsTransformer(nn.Module):
         qkv = dense(joined, norm("norm1"))
         qkv = qkv.reshape(*x.shape[:-1], 3, self.num_heads, width // self.num_heads)
         update = attend_words(qkv, qkv.shape[-1] ** -0.5).reshape(x.shape)
-        x = x + drop(dense(attention["out"], update))
+        x = x + drop(dense(attention["out"], update), "layer_scale1")
         hidden = GELU[self.gelu](dense(params["fc1"], norm("norm2")))
-        return checkpoint_name(x + drop(dense(params["fc2"], hidden)), SAVED)
+        return checkpoint_name(x + drop(dense(params["fc2"], hidden), "layer_scale2"), SAVED)
 
 
 # -- LayerNorm

@@ -31,8 +31,8 @@ def fold(params: dict, heads: int) -> Weights:
     """Returns the weights of `layers.TransformerBlock` as four matrices [inputs + 1, outputs].
 
     They are query, key and value side by side, out, fc1 and fc2, each with its bias as last row.
-    Each LayerNorm's affine is folded into the next matrix, and head_dim**-0.5 * log2(e) into the
-    query, so that softmax is 2**score / sum.
+    Each LayerNorm's affine is folded into the next matrix, LayerScale into the matrix before it,
+    and head_dim**-0.5 * log2(e) into the query, so that softmax is 2**score / sum.
     """
     attention = params["attention"]
     scale = math.log2(math.e) * (attention["query"]["kernel"].shape[1] // heads) ** -0.5
@@ -40,9 +40,9 @@ def fold(params: dict, heads: int) -> Weights:
     qkv = jnp.concatenate([parts[0] * scale, *parts[1:]], axis=1)
     return (
         behind_norm(params["norm1"], qkv),
-        with_bias(attention["out"]),
+        scaled(params, "layer_scale1", with_bias(attention["out"])),
         behind_norm(params["norm2"], with_bias(params["fc1"])),
-        with_bias(params["fc2"]),
+        scaled(params, "layer_scale2", with_bias(params["fc2"])),
     )
 
 
@@ -57,6 +57,11 @@ def behind_norm(norm: dict, weight: Array) -> Array:
     """Returns `weight` with the affine of the LayerNorm before it folded in."""
     kernel, bias = weight[:-1], weight[-1]
     return jnp.concatenate([norm["scale"][:, None] * kernel, (norm["bias"] @ kernel + bias)[None]])
+
+
+def scaled(params: dict, name: str, weight: Array) -> Array:
+    """Returns `weight` with the LayerScale `name` after it folded in, if there is one."""
+    return weight * params[name][None] if name in params else weight
 
 
 def normalize(x: Array, axes: int | tuple[int, ...], norm_eps: float) -> Array:

@@ -59,8 +59,17 @@ def matmul(x: Array, kernel: Array) -> Array:
 
 def add(x: Array, weight: Array) -> Array:
     """Returns `x + weight` in the dtype of `x`, with `weight` broadcast to the shape of `x`."""
+    return x + _broadcast(weight, x)
+
+
+def multiply(x: Array, weight: Array) -> Array:
+    """Returns `x * weight` in the dtype of `x`, with `weight` broadcast to the shape of `x`."""
+    return x * _broadcast(weight, x)
+
+
+def _broadcast(weight, x):
     if x.dtype == weight.dtype:
         # No explicit broadcast: jax2onnx takes the length of a surrounding scan for its batch size.
-        return x + jnp.expand_dims(weight, range(x.ndim - weight.ndim))
+        return jnp.expand_dims(weight, range(x.ndim - weight.ndim))
     # The broadcast comes before the cast, so that its transpose, a sum, comes after a cast.
-    return x + jnp.broadcast_to(weight, x.shape).astype(x.dtype)
+    return jnp.broadcast_to(weight, x.shape).astype(x.dtype)
