@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 1024  # images per step, over all devices and hosts
     config.accumulate = 1  # micro-batches that a step computes in turn, to save memory
     config.stall_minutes = 30.0  # watchdog timeout without a finished step or batch; 0 disables
+    config.deterministic = False  # bit-identical resume on GPUs, at some speed; CPUs and TPUs are
     config.init_from = ""  # initial weights of any framework: file, workdir or hf:// address
 
     # Device mesh. The sizes may change on resume (results then differ by rounding).

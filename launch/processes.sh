@@ -1,6 +1,8 @@
 #!/bin/sh
 # Trains in several processes (here 2) on this machine, without a launcher:
 #   launch/processes.sh 2 --config=configs/digits.py --workdir=runs/digits
+# For several GPUs of one machine no launcher is needed: one process uses all of them, or some of them:
+#   CUDA_VISIBLE_DEVICES=0,1,2,3 python main.py --config=configs/tnt_s.py --workdir=runs/tnt_s
 # On N machines, run the python command below on each machine I, with --process-id=I,
 # --num-processes=N and the address of machine 0 instead of 127.0.0.1.
 processes=${1:?number of processes}

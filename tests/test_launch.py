@@ -26,6 +26,7 @@ def launch(root, tmp_path):
         (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
         for name, text in {
             program: 'printf "%s\\n" "$0" "$@" >>"$OUTPUT"\n'
+            '[ -z "$SRUN_CPUS_PER_TASK" ] || echo "$SRUN_CPUS_PER_TASK CPUs per task" >>"$OUTPUT"\n'
             'code=$(head -n 1 "$CODES"); sed -i 1d "$CODES"; exit "${code:-0}"\n',
             "scontrol": 'echo "scontrol $*" >>"$OUTPUT"\n',
         }.items():
@@ -86,6 +87,11 @@ def test_slurm_requeues_after_resumable_exit_codes(launch, code, restarts, again
         *FLAGS,
         *(["scontrol requeue 17"] if again else []),
     ]
+
+
+def test_slurm_passes_the_cpus_of_a_task_to_srun(launch):
+    _, output = launch("slurm.sbatch", FLAGS, "srun", [0], SLURM_CPUS_PER_TASK="16")
+    assert output[-1] == "16 CPUs per task"
 
 
 def test_tpu_vm_sh_restarts_after_resumable_exit_codes(launch):

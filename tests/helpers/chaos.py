@@ -4,6 +4,7 @@
     python tests/helpers/chaos.py    # every fault once, in runs of 1 and 2 processes
     python tests/helpers/chaos.py --only=kills --kills=50     # kill -9 of one run at random times
     python tests/helpers/chaos.py --only=kills --processes=2  # the same for one of two processes
+    python tests/helpers/chaos.py --only=kills --platform=cuda  # on a GPU, with deterministic=True
 
 A run on the digits is interrupted by a fault and restarted with the same command. It must end
 bit-identical to an uninterrupted run. The last line on stdout is one JSON object. The exit code is
@@ -46,9 +47,12 @@ PHASES = (*SETUP, "step 7 ", "batch 2 of", "save 8")
 class Run:
     """The processes of one start of a training run; see faulty.py for `fault`."""
 
+    platform = "cpu"  # JAX's name; elsewhere, each process gets one device and deterministic steps
+
     def __init__(self, workdir, count=1, fault=None, keys=(), devices=1):
-        flags = [f"--config.{key}={value}" for key, value in (KEYS | dict(keys)).items()]
-        env = {"JAX_PLATFORMS": "cpu", "FAULT": json.dumps(fault or {})}
+        keys = KEYS | {"deterministic": self.platform != "cpu"} | dict(keys)
+        flags = [f"--config.{key}={value}" for key, value in keys.items()]
+        env = {"JAX_PLATFORMS": self.platform, "FAULT": json.dumps(fault or {})}
         self.logs = [pathlib.Path(f"{workdir}.{process}.log") for process in range(count)]
         program = "tests/helpers/faulty.py"
         with contextlib.ExitStack() as stack:
@@ -280,7 +284,9 @@ def main(argv):
     parser.add_argument("--kills", type=int, default=3, help="number of kills")
     parser.add_argument("--processes", type=int, default=1, help="number of processes of that run")
     parser.add_argument("--seed", type=int, default=0, help="seed of the times of the kills")
+    parser.add_argument("--platform", default="cpu", help="cpu, cuda or tpu, as JAX names it")
     args = parser.parse_args(argv)
+    Run.platform = args.platform
     others = {"kills": kills, "full disk": full_disk}
     if args.only in ("", "full disk") and os.geteuid():
         raise InputError("a full disk needs root to mount a small file system: use --only")

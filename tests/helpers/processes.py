@@ -30,16 +30,17 @@ def start(
 
     `logs` are files for the stderr of each process; by default it is a pipe.
     """
-    environment = os.environ | {
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        **(env or {}),
-    }
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | (env or {})
+    on_cpu = environment.get("JAX_PLATFORMS", "cpu") == "cpu"
+    if on_cpu:
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     command = [sys.executable, program, "--config=configs/digits.py", f"--workdir={workdir}"]
     port = free_port()
     started = []
     for process in range(count):
         own = [*flags]
+        if count > 1 and not on_cpu:
+            environment["CUDA_VISIBLE_DEVICES"] = str(process)
         if count > 1:
             own += [f"--coordinator=localhost:{port}", f"--num-processes={count}"]
             own += [f"--process-id={process}"]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tnt_flax.core.errors import RunError
+from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.runtime import host
 
 
@@ -87,12 +87,23 @@ def test_no_home_folder_means_no_cache_and_one_line(monkeypatch, caplog):
 
 
 def test_out_of_memory_names_the_keys_that_help():
-    with pytest.raises(RunError) as error, host.explain_out_of_memory():
+    with pytest.raises(RunError) as error, host.explain_device_errors():
         jax.block_until_ready(jax.jit(lambda: jnp.zeros(2**45))())
     text = str(error.value)
     assert text.startswith("out of memory on the device (JaxRuntimeError: RESOURCE_EXHAUSTED")
     assert "\n" not in text
-    for key in ("batch_size", "model.remat", "mesh.fsdp", "eval.batch_size"):
+    for key in ("batch_size", "accumulate", "model.remat", "mesh.fsdp", "eval.batch_size"):
         assert key in text
-    with pytest.raises(ZeroDivisionError), host.explain_out_of_memory():
+    with pytest.raises(InputError, match="deterministic=True needs another version of jaxlib"):
+        with host.explain_device_errors():
+            jax.jit(lambda: 0, compiler_options={"xla_gpu_no_such_option": True})()
+    with pytest.raises(ZeroDivisionError), host.explain_device_errors():
         raise ZeroDivisionError
+
+
+def test_compilations_are_kept_in_a_folder_and_the_settings_restored(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    with host.keep_compilations(tmp_path / "compiled"):
+        jax.jit(lambda x: jnp.cos(x) - 3)(1.0)
+    assert list((tmp_path / "compiled").iterdir())
+    assert jax.config.jax_compilation_cache_dir == before

@@ -79,23 +79,50 @@ def test_a_single_host_binds_the_loopback_interface(
     ]
 
 
-def test_a_launcher_that_jax_recognizes(initialize, monkeypatch):
-    """With the variables that `srun` of Slurm sets."""
-    for name, value in {
-        "SLURM_JOB_ID": "5000",
-        "SLURM_STEP_NODELIST": "node[01-02]",
-        "SLURM_STEP_NUM_NODES": "2",
-        "SLURM_NTASKS": "2",
-        "SLURM_PROCID": "1",
-        "SLURM_LOCALID": "0",
-    }.items():
-        monkeypatch.setenv(name, value)
+# The variables that `srun` of Slurm sets on the second of two hosts.
+SLURM = {"SLURM_JOB_ID": "5000", "SLURM_STEP_NODELIST": "node[01-02]", "SLURM_STEP_NUM_NODES": "2"}
+
+
+@pytest.fixture
+def slurm(monkeypatch):
+    """Function that sets the variables of a Slurm process."""
+
+    def set_variables(tasks, process, local, gpus=""):
+        numbers = {"SLURM_NTASKS": tasks, "SLURM_PROCID": process, "SLURM_LOCALID": local}
+        variables = SLURM | {name: str(number) for name, number in numbers.items()}
+        for name, value in (variables | {"CUDA_VISIBLE_DEVICES": gpus}).items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+@pytest.mark.parametrize(
+    "tasks, process, local, gpus, expected",
+    [
+        (2, 1, 0, "0,1,2,3", None),  # one process per host: all cards
+        (8, 6, 2, "0,1,2,3", [2]),  # one per card, all of which it sees
+        (8, 6, 2, "0", None),  # one per card, which is all it sees: --gpus-per-task=1
+        (4, 3, 1, "", [1]),  # no GPUs, or all of the host
+    ],
+)
+def test_a_process_of_slurm_gets_its_gpus(initialize, slurm, tasks, process, local, gpus, expected):
+    slurm(tasks, process, local, gpus)
     processes.start()
     ((arguments, options),) = initialize
-    assert arguments == ("node01:62344", 2, 1) and options["local_device_ids"] == [0]
-    monkeypatch.setenv("SLURM_NTASKS", "1")  # an interactive shell, for instance
+    assert arguments == ("node01:62344", tasks, process)
+    assert options["local_device_ids"] == expected
+
+
+def test_more_processes_than_gpus_on_a_host(initialize, slurm):
+    slurm(16, 14, 6, "0,1,2,3")
+    with pytest.raises(InputError, match="no GPU is left for process 6 of this host: 4 are"):
+        processes.start()
+
+
+def test_a_single_process_of_slurm_is_not_distributed(initialize, slurm):
+    slurm(1, 0, 0)
     processes.start()
-    assert len(initialize) == 1
+    assert not initialize
 
 
 def test_a_launcher_with_missing_variables(initialize, monkeypatch):

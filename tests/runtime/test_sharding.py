@@ -2,6 +2,7 @@
 """Shardings of arrays, and that training gives the same results on any mesh."""
 
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,15 @@ def test_a_training_step_sees_the_mesh_that_it_runs_on():
     assert seen[0] == mesh.abstract_mesh and seen[0].shape["data"] == 4
     assert before.is_deleted() and after.devices() == set(jax.devices()[2:6])
     assert (after[0], metrics["mean"]) == (28, 3.5)
+
+
+@pytest.mark.parametrize("platform, expected", [("gpu", sharding.DETERMINISTIC), ("cpu", {})])
+def test_deterministic_kernels_are_asked_of_gpus(platform, expected):
+    devices = np.array([types.SimpleNamespace(platform=platform)])
+    mesh = types.SimpleNamespace(devices=devices)
+    assert sharding.compiler_options(mesh, True) == expected
+    assert sharding.compiler_options(mesh, False) == {}
+    assert jax.jit(lambda: 7, compiler_options=expected)() == 7  # jaxlib knows the options
 
 
 def random_batch():

@@ -4,12 +4,14 @@
 import errno
 import fcntl
 import json
+import pathlib
 import subprocess
 import sys
 from collections import namedtuple
 
 import pytest
 
+from tnt_flax.__main__ import main as run_tnt_flax
 from tnt_flax.core.errors import InputError
 from tnt_flax.runtime.workdir import check_space, config_from_json, config_to_json, open_workdir
 
@@ -96,6 +98,17 @@ def test_an_unwritable_workdir(tmp_path):
         with pytest.raises(InputError, match=f"cannot write to workdir .*/{path}: {problem}"):
             with open_workdir(tmp_path / path, CONFIG):
                 pass
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://b", "file:///tmp/run", "hf://a/b"])
+def test_an_address_is_refused_before_anything_is_made(tmp_path, monkeypatch, address, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"workdir {address.replace('///', '//')} is not a folder"):
+        with open_workdir(pathlib.Path(address), CONFIG):
+            pass
+    assert run_tnt_flax(["train", "--config=digits", f"--workdir={address}"]) == 2
+    assert "is not a folder: train in a folder on a disk" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_config_json(tmp_path):

@@ -358,6 +358,21 @@ def test_64_bit_types_change_nothing(finished, tmp_path, start):
 
 
 @pytest.mark.slow
+def test_a_deterministic_run_keeps_its_programs(finished, tmp_path, at):
+    config, _, result = finished
+    config = config.copy_and_resolve_references()
+    config.deterministic = True
+    at("step 7 ", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):
+        train_and_evaluate(config, tmp_path)
+    (step,) = (tmp_path / "compiled").glob("jit_train_step*-cache")
+    written = step.stat().st_mtime_ns
+    assert train_and_evaluate(config, tmp_path)["fingerprint"] == result["fingerprint"]
+    assert [x.stat().st_mtime_ns for x in step.parent.glob("jit_train_step*-cache")] == [written]
+    assert read_environments(tmp_path)[0]["environment"]["compiler_options"] == {}  # of a CPU
+
+
+@pytest.mark.slow
 def test_training_runs_in_any_thread(finished, tmp_path):
     config, _, result = finished
     with concurrent.futures.ThreadPoolExecutor(1) as pool:

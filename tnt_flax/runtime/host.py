@@ -6,12 +6,15 @@ import ctypes
 import glob
 import logging
 import os
+import pathlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
-from tnt_flax.core.errors import RunError, one_line
+from tnt_flax.core.errors import InputError, RunError, one_line
 from tnt_flax.core.files import cache_folder
 
 # Devices of TPUs, NVIDIA GPUs and AMD GPUs.
@@ -65,6 +68,32 @@ def cache_compilations() -> None:
 
 
 @contextlib.contextmanager
+def keep_compilations(folder: pathlib.Path) -> Iterator[None]:
+    """Stores all compiled programs in `folder`, with XLA's autotuning results.
+
+    Compiling a program again for a GPU may choose other kernels, by timing them. A run that stores
+    its programs continues with the same ones.
+    """
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        _set_compilation_cache(settings)
+        yield
+    finally:
+        _set_compilation_cache(before)
+
+
+def _set_compilation_cache(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # JAX opens it once
+
+
+@contextlib.contextmanager
 def float32() -> Iterator[None]:
     """Disables JAX's 64-bit types, as they are by default, in this thread."""
     with jax.enable_x64(False):
@@ -72,15 +101,24 @@ def float32() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explain_out_of_memory() -> Iterator[None]:
-    """Turns a device's out-of-memory error into a RunError with the config keys that help."""
+def explain_device_errors() -> Iterator[None]:
+    """Turns a device's out-of-memory error into a RunError with the config keys that help.
+
+    Raises an InputError if `config.deterministic` needs another version of jaxlib.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" in str(error):
+            raise InputError(
+                f"deterministic=True needs another version of jaxlib ({one_line(error)}): "
+                "install one, or set deterministic=False"
+            ) from None
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise RunError(
             f"out of memory on the device ({one_line(error)}): reduce batch_size, or "
-            "eval.batch_size if it happened in an evaluation, set model.remat='block', or shard "
-            "the state over more devices with mesh.fsdp; tnt-flax compile-check tells what fits"
+            "eval.batch_size if it happened in an evaluation; set accumulate=2 or more, or "
+            "model.remat='block'; or shard the state over more devices with mesh.fsdp; "
+            "tnt-flax compile-check tells what fits"
         ) from None

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -160,7 +160,35 @@ def _job_from_launcher(timeout: int) -> Job | None:
             f"cannot read the settings of this process's launcher: {one_line(error)}; use "
             "--coordinator, --num-processes and --process-id"
         ) from error
-    return None if None in detected[:3] else Job(*detected)
+    if None in detected[:3]:
+        return None
+    coordinator, num_processes, process_id, local = detected
+    return Job(coordinator, num_processes, process_id, _local_gpus(num_processes, local))
+
+
+def _local_gpus(num_processes: int, local: Sequence[int] | None) -> list[int] | None:
+    """Returns the GPUs of this process among the visible ones; None for all of them.
+
+    JAX assumes a process per GPU, all of which every process sees (`local` is the number of the
+    process on its host). A process that is alone on its host would use one GPU of several, and one
+    that sees only its own GPU (`srun --gpus-per-task=1`) would find none:
+    github.com/jax-ml/jax/issues/16788, 23452, 28194, 29669.
+
+    Raises:
+        InputError: there are more processes than GPUs on this host.
+    """
+    env = os.environ
+    visible = [x for x in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if x]
+    alone = env.get("SLURM_STEP_NUM_NODES") == str(num_processes)
+    alone = alone or env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    if local is None or alone or len(visible) == 1 or "JAX_LOCAL_DEVICE_IDS" in env:
+        return None
+    if visible and max(local) >= len(visible):
+        raise InputError(
+            f"no GPU is left for process {max(local)} of this host: {len(visible)} are visible "
+            f"(CUDA_VISIBLE_DEVICES={','.join(visible)}); start one process per GPU or per host"
+        )
+    return list(local)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from tnt_flax.models.kernels.platform import TENSOR
 FSDP = "fsdp"
 BATCH = ("data", FSDP)
 AXES = (*BATCH, TENSOR)
+DETERMINISTIC = {"xla_gpu_exclude_nondeterministic_ops": True}  # openxla.org/xla/determinism
 
 # (end of a parameter's name, mesh axes over which its last dimensions are sharded); the first rule
 # that matches counts. Parameters without a rule are small and replicated.
@@ -159,10 +160,12 @@ def on_mesh(function: Callable, mesh: Mesh) -> Callable:
     return wrapped
 
 
-def jit_train_step(train_step: Callable, mesh: Mesh, state: Any) -> Callable:
+def jit_train_step(
+    train_step: Callable, mesh: Mesh, state: Any, deterministic: bool = False
+) -> Callable:
     """Jits the function of `step.make_train_step` for `mesh`; it donates the state.
 
-    `state` is an example: arrays or their shapes.
+    `state` is an example: arrays or their shapes. See `compiler_options` for `deterministic`.
     """
     everywhere, state_shardings = replicated(mesh), shardings(state, mesh)
     return jax.jit(
@@ -170,12 +173,25 @@ def jit_train_step(train_step: Callable, mesh: Mesh, state: Any) -> Callable:
         in_shardings=(state_shardings, batch_sharding(mesh), everywhere),
         out_shardings=(state_shardings, everywhere),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh, deterministic),
     )
 
 
-def jit_eval_step(eval_step: Callable, mesh: Mesh) -> Callable:
+def jit_eval_step(eval_step: Callable, mesh: Mesh, deterministic: bool = False) -> Callable:
     """Jits the function of `step.make_eval_step` for `mesh`; see `unshard_fsdp`."""
-    return jax.jit(on_mesh(eval_step, mesh), out_shardings=replicated(mesh))
+    options = compiler_options(mesh, deterministic)
+    step = on_mesh(eval_step, mesh)
+    return jax.jit(step, out_shardings=replicated(mesh), compiler_options=options)
+
+
+def compiler_options(mesh: Mesh, deterministic: bool) -> dict[str, bool]:
+    """Returns the options of XLA that make the kernels of GPUs deterministic, if so asked.
+
+    Those of CPUs and TPUs always are. Unlike $XLA_FLAGS, options take effect after JAX has started,
+    and an unknown one is an exception instead of the end of the process.
+    """
+    on_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm")
+    return dict(DETERMINISTIC) if deterministic and on_gpu else {}
 
 
 # --------------------------------------------------------------------------------------- batches

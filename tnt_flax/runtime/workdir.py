@@ -9,6 +9,7 @@ import logging
 import os
 import pathlib
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from typing import IO, Any
@@ -34,6 +35,19 @@ PACKAGES = "tnt_flax jax jaxlib flax optax orbax-checkpoint grain numpy pillow".
 logger = logging.getLogger("tnt_flax")
 
 
+def check_is_folder(workdir: pathlib.Path) -> None:
+    """Raises InputError if `workdir` is an address, such as gs://BUCKET/RUN.
+
+    An object store has no lock that a killed trainer releases, no atomic rename and no appending.
+    """
+    if match := re.match(r"([a-zA-Z][\w.+-]+):/+", str(workdir)):  # pathlib removes a slash
+        address = f"{match[1]}://{str(workdir)[match.end() :]}"
+        raise InputError(
+            f"workdir {address} is not a folder: train in a folder on a disk or a shared file "
+            "system, and copy the finished run there"
+        )
+
+
 @contextlib.contextmanager
 def open_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> Iterator[None]:
     """Creates `workdir` if necessary, locks it for one trainer and writes config.json.
@@ -45,6 +59,7 @@ def open_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> Iterator[None
         InputError: `workdir` is not writable, used by another trainer or has results of another
             config.
     """
+    check_is_folder(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = open(workdir / ".lock", "a+")
@@ -149,6 +164,7 @@ def current_environment() -> dict[str, Any]:
         "processes": jax.process_count(),
         "hosts": len(set(processes.hosts())),
         "machine": platform.platform(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.runtime import host, processes
+from tnt_flax.runtime.workdir import check_is_folder
 from tnt_flax.tools.command_line import Parser, positive
 
 ON_INTERRUPT = "resume from the last checkpoint with the same command"
@@ -51,6 +52,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def start_processes(args: argparse.Namespace) -> None:
     """Sets up this process and connects it with the others; makes `args.workdir` absolute."""
+    if args.workdir:
+        check_is_folder(args.workdir)
     host.keep_memory()
     host.cache_compilations()
     args.workdir = args.workdir and args.workdir.resolve()

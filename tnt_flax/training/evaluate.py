@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 PER_CLASS_COLUMNS = {"class": str, "name": str, "images": int, "top1": float, "top5": float}
 
 
-@host.explain_out_of_memory()
+@host.explain_device_errors()
 def evaluate(
     eval_step: Callable[..., dict[str, jax.Array]],
     variables: Any,

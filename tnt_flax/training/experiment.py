@@ -420,12 +420,15 @@ class Experiment:
     @functools.cached_property
     def train_step(self) -> Callable:
         """The function of `make_train_step`, compiled for `mesh`; it donates the state."""
-        return sharding.jit_train_step(self.make_train_step(), self.mesh, self.state_shapes)
+        return sharding.jit_train_step(
+            self.make_train_step(), self.mesh, self.state_shapes, self.config.deterministic
+        )
 
     @functools.cached_property
     def eval_step(self) -> Callable:
         """The function of `make_eval_step` for `model`, compiled for `mesh`."""
-        return sharding.jit_eval_step(self.make_eval_step(self.model), self.mesh)
+        eval_step = self.make_eval_step(self.model)
+        return sharding.jit_eval_step(eval_step, self.mesh, self.config.deterministic)
 
     @property
     def step_shapes(self) -> tuple[TrainState, step.Batch, jax.Array]:

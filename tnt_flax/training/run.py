@@ -14,7 +14,7 @@ from clu import parameter_overview
 from tnt_flax.core.errors import RunError
 from tnt_flax.core.trees import fingerprint, named_leaves
 from tnt_flax.data.sources import check_same_classes
-from tnt_flax.runtime import processes, sharding
+from tnt_flax.runtime import host, processes, sharding
 from tnt_flax.runtime.checkpoints import Checkpoints
 from tnt_flax.runtime.watchdog import Watchdog
 from tnt_flax.runtime.workdir import (
@@ -63,6 +63,8 @@ def open_run(
         processes.check_same_program()
         processes.check_same_on_all_processes("config", config)
         processes.check_shared_workdir(workdir)
+        if experiment.config.deterministic:
+            stack.enter_context(host.keep_compilations(workdir / "compiled"))
         yield watchdog
 
 
@@ -86,6 +88,9 @@ def check_data(experiment: Experiment) -> None:
 def log_start(experiment: Experiment, workdir: pathlib.Path, start_step: int) -> None:
     """Logs data, devices and steps; writes environment.json and parameters.txt."""
     environment = current_environment()  # a collective: on all processes
+    environment["compiler_options"] = sharding.compiler_options(
+        experiment.mesh, experiment.config.deterministic
+    )
     if processes.is_main_process():
         record_environment(workdir, start_step, environment)
         params = experiment.state_shapes.params

@@ -62,7 +62,7 @@ def train_and_evaluate(
         # Runs before `checkpoints.close`, which would wait for the other processes: an error ends
         # them first.
         stack.push(lambda kind, error, trace: watchdog.abort(error))
-        stack.enter_context(host.explain_out_of_memory())
+        stack.enter_context(host.explain_device_errors())
         state = checkpoints.restore_latest(experiment.abstract_state)
         if state is None:
             state = experiment.init_or_load_state()
