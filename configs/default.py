@@ -106,15 +106,19 @@ def get_config() -> ConfigDict:
     # "balanced": in inverse proportion to the images of a class; or a CSV file: class,weight
     config.loss.class_weights = ""
 
-    config.optimizer = ConfigDict()  # AdamW
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # or "nadamw", "lamb", "lion", "muon", "sgd"
+    config.optimizer.schedule = "cosine"  # or "linear"; "constant" falls in the cool-down
+    config.optimizer.schedule_interval = "epoch"  # as published; or "step": change in every step
     config.optimizer.learning_rate = 1e-3  # peak; not scaled by the batch size
     config.optimizer.warmup_learning_rate = 1e-6  # of the first epoch
-    config.optimizer.min_learning_rate = 1e-5  # at the end of the cosine and in the cool-down
+    config.optimizer.min_learning_rate = 1e-5  # at the end of the cosine and in its cool-down
     config.optimizer.warmup_epochs = 5
     config.optimizer.cooldown_epochs = 10
     config.optimizer.beta1 = 0.9
     config.optimizer.beta2 = 0.999
     config.optimizer.eps = 1e-8
+    config.optimizer.momentum = 0.9  # of sgd and muon; the others have beta1
     config.optimizer.weight_decay = 0.05  # of kernels; multiplied by the learning rate
     config.optimizer.clip_norm = 0.0  # global gradient norm; 0 disables clipping
     config.optimizer.layer_decay = 1.0  # layer-wise learning-rate decay factor; 1 disables

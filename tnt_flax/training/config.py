@@ -11,6 +11,8 @@ from tnt_flax.core.errors import InputError
 from tnt_flax.data import images, randaugment, transforms
 from tnt_flax.models import MODELS, Network, create_model
 from tnt_flax.training.losses import LOSSES
+from tnt_flax.training.optimizer import OPTIMIZERS
+from tnt_flax.training.schedules import SCHEDULES
 from tnt_flax.weights import identify
 from tnt_flax.weights.read import read_checkpoint
 
@@ -28,7 +30,9 @@ RULES = (
     (lambda x: 0 <= x <= 1, "is outside [0, 1]", (
         "augment.mix_prob", "augment.mix_switch_prob", "augment.erase_prob",
     )),
-    (lambda x: 0 <= x < 1, "is outside [0, 1)", ("data.holdout", "ema.decay")),
+    (lambda x: 0 <= x < 1, "is outside [0, 1)", (
+        "data.holdout", "ema.decay", "optimizer.momentum",
+    )),
     (lambda x: 0 < x <= 1, "is outside (0, 1]", ("optimizer.layer_decay", "data.crop_fraction")),
     (lambda x: 0 < x[0] <= x[1], "is not a valid range: use (low, high), above 0", (
         "augment.erase_area", "augment.erase_ratio",
@@ -41,6 +45,9 @@ CHOICES = {
     "eval.weights": ("ema", "raw"),
     "loss.name": LOSSES,
     "mesh.gradient_dtype": ("float32", "bfloat16"),
+    "optimizer.name": OPTIMIZERS,
+    "optimizer.schedule": SCHEDULES,
+    "optimizer.schedule_interval": ("epoch", "step"),
 }
 
 

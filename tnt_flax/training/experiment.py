@@ -24,13 +24,11 @@ from tnt_flax.runtime.workdir import check_space, config_to_json
 from tnt_flax.training import losses, mixup, step
 from tnt_flax.training.config import check_config, resolve_model_config, steps_of
 from tnt_flax.training.optimizer import (
-    ADAMW_KEYS,
     Optimizer,
     check_freeze,
-    epoch_learning_rates,
     make_optimizer,
-    per_epoch_schedule,
 )
+from tnt_flax.training.schedules import SCHEDULE_KEYS, make_schedule
 from tnt_flax.training.step import TrainState
 from tnt_flax.weights.identify import check_same, unstored_fields
 from tnt_flax.weights.load import adapt
@@ -297,10 +295,10 @@ class Experiment:
 
     @functools.cached_property
     def optimizer(self) -> Optimizer:
-        schedule_options = dict(self.config.optimizer.items())
-        adamw_options = {key: schedule_options.pop(key) for key in ADAMW_KEYS}
-        rates = epoch_learning_rates(self.config.epochs, **schedule_options)
-        return make_optimizer(per_epoch_schedule(rates, self.steps_per_epoch), **adamw_options)
+        options = dict(self.config.optimizer.items())
+        schedule_options = {key: options.pop(key) for key in SCHEDULE_KEYS}
+        schedule = make_schedule(self.config.epochs, self.steps_per_epoch, **schedule_options)
+        return make_optimizer(schedule, **options)
 
     def split_seed(self) -> tuple[jax.Array, jax.Array]:
         """Returns the keys of the initial weights and of all steps (see `step.step_keys`)."""

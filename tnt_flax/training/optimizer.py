@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW with the published learning rates and weight decay (timm 0.3.2), and fine-tuning.
+"""AdamW with the published weight decay (timm 0.3.2), other optimizers, and fine-tuning.
 
-Fine-tuning adds layer-wise learning rates and freezing by name. Parameters of equal blocks are
+Fine-tuning adds layer-wise learning rates and freezing by name. Weight decay, clipping, layer-wise
+learning rates and freezing apply to every optimizer. Parameters of equal blocks are
 stacked on a leading axis. Names here are per block, "blocks/3/inner/fc1/kernel", as everywhere in
 the user interface; a property of one block is one element of an array [blocks, 1, ...].
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import named_leaves
 
-# Keys of the config's optimizer for `make_optimizer`; the others are for `epoch_learning_rates`.
-ADAMW_KEYS = ("beta1", "beta2", "eps", "weight_decay", "clip_norm", "layer_decay", "freeze")
+OPTIMIZERS = ("adamw", "nadamw", "lamb", "lion", "muon", "sgd")
 STEM = ("word_embed", "word_pos", "proj", "cls_token", "sentence_pos")
 
 
@@ -29,42 +31,6 @@ class Optimizer(NamedTuple):
     tx: optax.GradientTransformation
     schedule: optax.Schedule  # learning rate as a function of the step
     freeze: str = ""  # regular expression of frozen parameters, see `trainable_mask`
-
-
-def epoch_learning_rates(
-    epochs: int,
-    *,
-    learning_rate: float,
-    warmup_learning_rate: float,
-    min_learning_rate: float,
-    warmup_epochs: int,
-    cooldown_epochs: int,
-) -> np.ndarray:
-    """Returns the learning rates of all `epochs + cooldown_epochs` epochs.
-
-    Linear from `warmup_learning_rate` towards `learning_rate`, then a cosine, then constant at
-    `min_learning_rate`. The cosine spans all `epochs`: warm-up replaces its beginning and does not
-    shift it (timm's CosineLRScheduler with warmup_prefix=False).
-    """
-    epoch = np.arange(epochs + cooldown_epochs, dtype=np.float64)
-    height = learning_rate - min_learning_rate
-    rates = min_learning_rate + 0.5 * height * (1 + np.cos(np.pi * epoch / epochs))
-    rates = np.where(epoch < epochs, rates, min_learning_rate)
-    if warmup_epochs:
-        height = learning_rate - warmup_learning_rate
-        rising = warmup_learning_rate + epoch * height / warmup_epochs
-        rates = np.where(epoch < warmup_epochs, rising, rates)
-    return rates
-
-
-def per_epoch_schedule(rates: np.ndarray, steps_per_epoch: int) -> optax.Schedule:
-    """Returns a schedule that changes once per epoch and stays at the last rate."""
-
-    def schedule(step):
-        epoch = jnp.minimum(step // steps_per_epoch, len(rates) - 1)
-        return jnp.asarray(rates, jnp.float32)[epoch]
-
-    return schedule
 
 
 def decay_mask(params) -> dict:
@@ -81,29 +47,46 @@ def decay_mask(params) -> dict:
 def make_optimizer(
     schedule: optax.Schedule,
     *,
+    name: str = "adamw",
     beta1: float,
     beta2: float,
     eps: float,
+    momentum: float = 0.9,
     weight_decay: float,
     clip_norm: float,
     layer_decay: float = 1.0,
     freeze: str = "",
 ) -> Optimizer:
-    """Returns AdamW as `torch.optim.AdamW` computes it.
+    """Returns one of OPTIMIZERS; its updates equal those of timm's optimizer of that name.
+
+    "adamw" is `torch.optim.AdamW`. "sgd" has Nesterov momentum, and adds the decayed weights to the
+    gradient, as torch does. For "lamb" and "muon" see `scale_by_trust_ratio` and `scale_by_muon`.
 
     Args:
         schedule: learning rate as a function of the step.
+        name: one of OPTIMIZERS.
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         eps: added to the root of the second moment.
+        momentum: of "sgd" and "muon".
         weight_decay: of the parameters in `decay_mask`, multiplied by the learning rate.
         clip_norm: largest global norm of the gradient; 0 disables.
         layer_decay: see `layer_scales`; 1 disables.
         freeze: regular expression, see `trainable_mask`; "" disables. Tensors that match in all
             blocks get no moments. `step.make_train_step` keeps all that match.
     """
-
-    tx = optax.adamw(schedule, beta1, beta2, eps, weight_decay=weight_decay, mask=decay_mask)
+    decay = optax.add_decayed_weights(weight_decay, decay_mask)
+    adam = optax.scale_by_adam(beta1, beta2, eps)
+    rules = {
+        "adamw": (adam, decay),
+        "nadamw": (scale_by_nadam(beta1, beta2, eps), decay),
+        # As in timm, without weight decay there is no trust ratio.
+        "lamb": (adam, decay, *[scale_by_trust_ratio()] * bool(weight_decay)),
+        "lion": (optax.scale_by_lion(beta1, beta2), decay),
+        "muon": (scale_by_muon(momentum, adam), decay),
+        "sgd": (decay, optax.trace(momentum, nesterov=True)),
+    }
+    tx = optax.chain(*rules[name], optax.scale_by_learning_rate(schedule))
     if clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
     if freeze:
@@ -115,9 +98,90 @@ def make_optimizer(
     return Optimizer(tx, schedule, freeze)
 
 
+def scale_by_nadam(beta1: float, beta2: float, eps: float) -> optax.GradientTransformation:
+    """Adam with Nesterov momentum, as in timm and mlcommons/algorithmic-efficiency.
+
+    In the first steps it differs from `optax.scale_by_adam(nesterov=True)`, which corrects the bias
+    of the momentum by another power of `beta1`.
+    """
+    adam = optax.scale_by_adam(beta1, beta2, eps)
+
+    def update(grads, state, params=None):
+        _, state = adam.update(grads, state, params)
+        first = optax.tree.update_moment(grads, state.mu, beta1, 1)
+        first = optax.tree.bias_correction(first, beta1, state.count)
+        second = optax.tree.bias_correction(state.nu, beta2, state.count)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), first, second), state
+
+    return optax.GradientTransformation(adam.init, update)
+
+
+def scale_by_trust_ratio() -> optax.GradientTransformation:
+    """Multiplies the update of each decayed parameter by norm(parameter) / norm(update).
+
+    This is LAMB's layer-wise adaptation (You et al., arXiv 1904.00962), with the norms of each
+    block where blocks are stacked.
+    """
+    ratio = optax.scale_by_trust_ratio()
+
+    def scale(path, update, param):
+        one = lambda update, param: ratio.update(update, optax.EmptyState(), param)[0]
+        return (jax.vmap(one) if is_stacked(path) else one)(update, param)
+
+    tx = optax.stateless(lambda x, params: jax.tree_util.tree_map_with_path(scale, x, params))
+    return optax.masked(tx, decay_mask)
+
+
+# (a, b, c) of the polynomials a x + b x^3 + c x^5 that push all singular values towards 1. Source:
+# timm's "quintic" and optax's "dion".
+NEWTON_SCHULZ = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
+
+def scale_by_muon(
+    momentum: float, others: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Orthogonalizes the momentum of the matrices in blocks; all others are updated by `others`.
+
+    Where blocks are stacked, each matrix [in, out] of [blocks, in, out] is orthogonalized by
+    itself. Updates are scaled by 0.2 * sqrt(max(in, out)), which gives them the size of AdamW's
+    (Liu et al., arXiv 2502.16982): learning rate and weight decay are AdamW's. Computes in float32.
+    """
+
+    def labels(tree):
+        is_matrix = lambda path: is_stacked(path) and path[-1].key == "kernel"
+        label = lambda path, _: "muon" if is_matrix(path) else "others"
+        return jax.tree_util.tree_map_with_path(label, tree)
+
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    muon = optax.contrib.scale_by_muon(
+        NEWTON_SCHULZ,
+        len(NEWTON_SCHULZ),
+        momentum,
+        nesterov=False,
+        weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: axes, tree),
+    )
+    scale = lambda x: 0.2 * math.sqrt(max(x.shape[-2:])) * x
+    scale_all = optax.stateless(lambda tree, params: jax.tree.map(scale, tree))
+    return optax.partition({"muon": optax.chain(muon, scale_all), "others": others}, labels)
+
+
+STACKED = re.compile(r"(|.*/)blocks_(\d+)/(.*)")
+
+
+def is_stacked(path: Any) -> bool:
+    """Returns True if the parameter at `path` has a leading axis of blocks."""
+    return bool(STACKED.fullmatch(jax.tree_util.keystr(path, simple=True, separator="/")))
+
+
 def names_per_block(name: str, leaf: Any) -> list[str]:
     """Returns the names of a parameter: one, or one per block if it is stacked."""
-    stacked = re.fullmatch(r"(|.*/)blocks_(\d+)/(.*)", name)
+    stacked = STACKED.fullmatch(name)
     if not stacked:
         return [name]
     before, first, rest = stacked.groups()
