@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict()
     config.model.name = "tnt_s_patch16_224"  # of tnt_flax.list_models(); "": that of the weights
     config.model.drop_path = 0.1  # stochastic depth rate of the last block, linear from 0
+    config.model.uniform_drop_path = False  # the rate of all blocks (DeiT-III)
     config.model.dropout = 0.0  # after position embeddings, attention projections and MLP layers
     config.model.attention_dropout = 0.0  # of attention weights
     config.model.dtype = "bfloat16"  # activations; weights, norms and softmax are float32
@@ -84,8 +85,10 @@ def get_config() -> ConfigDict:
     config.augment.scale = (0.08, 1.0)  # random resized crop: area as a fraction of the image
     config.augment.ratio = (3 / 4, 4 / 3)  # random resized crop: aspect ratio
     config.augment.resampling = "pillow"  # same pixels as timm; "opencv": faster, slightly off
+    config.augment.interpolation = "random"  # of bicubic and bilinear; or one of them
     config.augment.flip = 0.5  # probability of a horizontal flip
     config.augment.randaugment = "rand-m9-mstd0.5-inc1"  # in timm's notation; "" disables
+    config.augment.three_augment = False  # DeiT-III's 3-Augment, before color_jitter
     config.augment.color_jitter = 0.4  # brightness, contrast, saturation; not with randaugment
     config.augment.repeats = 3  # views per image; an epoch covers 1/repeats of the images
     config.augment.label_smoothing = 0.1

@@ -214,6 +214,7 @@ def test_the_plan_is_the_published_one(smoke_config):
         ({"augment.mix_groups": 0}, "augment.mix_groups=0 groups"),
         ({"accumulate": 3}, "accumulate=3 does not divide batch_size=1024"),
         ({"accumulate": 0}, "accumulate=0 is less than 1"),
+        ({"augment.three_augment": True}, 'three_augment is not .* set augment.randaugment=""'),
         ({"augment.mix_prob": 1.5}, r"augment.mix_prob=1.5 is outside \[0, 1\]"),
         ({"augment.erase_prob": -0.1}, r"augment.erase_prob=-0.1 is outside \[0, 1\]"),
         ({"augment.cutmix_alpha": -1.0}, "augment.cutmix_alpha=-1.0 is less than 0"),

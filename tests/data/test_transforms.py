@@ -283,6 +283,57 @@ def test_color_jitter_is_off_with_randaugment():
     np.testing.assert_array_equal(run(jitter=0.4, randaugment=lambda image, *_: image), plain)
 
 
+def test_three_augment_applies_each_operation_equally_often():
+    """By NumPy: grey is repeated, solarization inverts from 128 on, and blurring keeps the mean."""
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    grey = np.array(Image.fromarray(image).convert("L"))[..., None].repeat(3, axis=2)
+    solarized = np.where(image < 128, image, 255 - image)
+    counts = np.zeros(3, int)
+    for seed in range(300):
+        found = np.array(transforms.three_augment(image, generator(seed)))
+        known = [np.array_equal(found, x) for x in (grey, solarized)]
+        counts[known.index(True) if any(known) else 2] += 1
+        if not any(known):
+            assert abs(found.mean() - image.mean()) < 2 and found.std() < image.std()
+    assert (counts > 70).all()
+
+
+def test_three_augment_comes_before_the_color_jitter():
+    def augment(image, generator, warp):
+        return transforms.color_jitter(transforms.three_augment(image, generator), generator, 0.3)
+
+    run = lambda **options: train_transform(PHOTOS["china"], generator(3), **options)
+    np.testing.assert_array_equal(run(three_augments=True, jitter=0.3), run(randaugment=augment))
+
+
+def test_interpolation_is_random_or_fixed():
+    def filters(interpolation):
+        crop = lambda image, box, size, resample: used.append(resample) or np.zeros(3, np.uint8)
+        used, resampler = [], transforms.PILLOW._replace(crop=crop)
+        for seed in range(20):
+            options = dict(interpolation=interpolation, resampler=resampler, flip=0.0)
+            train_transform(PHOTOS["china"], generator(seed), **options)
+        return set(used)
+
+    both = set(RESAMPLE)
+    assert filters("random") == both
+    assert filters("bicubic") | filters("bilinear") == both
+    assert filters("bicubic") == {Image.Resampling.BICUBIC}
+
+
+@pytest.mark.oracle
+def test_three_augment_equals_torchvision():
+    """Grey and solarization as in DeiT; the blur is Pillow's own."""
+    from torchvision.transforms import Grayscale, RandomSolarize
+
+    image, found = Image.open(io.BytesIO(PHOTOS["china"])), {}
+    for seed in range(20):
+        kind = int(generator(seed).integers(3))
+        found[kind] = np.array(transforms.three_augment(image, generator(seed)))
+    np.testing.assert_array_equal(found[0], np.array(Grayscale(3)(image)))
+    np.testing.assert_array_equal(found[1], np.array(RandomSolarize(128, p=1.0)(image)))
+
+
 @pytest.mark.oracle
 def test_color_jitter_equals_torchvision():
     """With the same order and factors."""

@@ -11,7 +11,7 @@ import pytest
 from tests.helpers import numpy_tnt
 from tests.helpers.jaxprs import equations
 from tests.helpers.networks import normal, random_variables
-from tnt_flax.models import layers
+from tnt_flax.models import TNT, PyramidTNT, layers
 
 # -- LayerNorm and GELU
 
@@ -108,6 +108,17 @@ def test_drop_path_samples_once_per_sequence():
     assert 0.6 < np.mean(samples > 0) < 0.8  # 320 samples: 4 sigma
     assert (samples != samples[:, :1]).any()  # not per image
     assert (samples != samples[:1]).any()  # nor the same for all images
+
+
+@pytest.mark.parametrize(
+    "model",
+    [TNT(24, 8, 3, 2, depth=3, drop_path=0.2), PyramidTNT(8, 4, 1, 1, (1, 2, 1, 1), drop_path=0.2)],
+)
+def test_drop_path_rates_increase_linearly_or_are_uniform(model):
+    rates = layers.drop_path_rates(model)
+    np.testing.assert_allclose(rates, [0.2 * i / (model.depth - 1) for i in range(model.depth)])
+    uniform = layers.drop_path_rates(model.clone(uniform_drop_path=True))
+    np.testing.assert_array_equal(uniform, np.full(model.depth, 0.2, np.float32))
 
 
 def test_drop_path_of_rate_none_or_0_keeps_everything():

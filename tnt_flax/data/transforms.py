@@ -11,13 +11,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.data.images import TIMM, CorruptImageError, Encoded, Policy, decode
 from tnt_flax.data.randaugment import Pixels, Warp, as_image, warp
 
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
+INTERPOLATIONS = {  # two filters with equal odds
+    "random": (BICUBIC, BILINEAR),
+    "bicubic": (BICUBIC, BICUBIC),
+    "bilinear": (BILINEAR, BILINEAR),
+}
+BLUR_RADIUS = (0.1, 2.0)  # of `three_augment`, in pixels
 CROP_TRIES = 10  # before taking the central crop, as in torchvision and timm
 Size = int | Sequence[int]  # pixels: of both sides, or (height, width)
 
@@ -116,6 +122,23 @@ def color_jitter(image: Pixels, generator: np.random.Generator, strength: float)
     return image
 
 
+def three_augment(image: Pixels, generator: np.random.Generator) -> Image.Image:
+    """Returns the image in grey, solarized or blurred, with equal odds.
+
+    Solarization inverts values from 128 on; the radius of the Gaussian blur is uniform in
+    BLUR_RADIUS. Source: 3-Augment of DeiT-III (Touvron et al., arXiv 2204.07118), which a color
+    jitter follows.
+    """
+    image = as_image(image)
+    match generator.integers(3):
+        case 0:
+            return image.convert("L").convert("RGB")
+        case 1:
+            return ImageOps.solarize(image)
+        case _:
+            return image.filter(ImageFilter.GaussianBlur(generator.uniform(*BLUR_RADIUS)))
+
+
 def train_transform(
     image: Encoded,
     generators: Sequence[np.random.Generator],
@@ -124,6 +147,8 @@ def train_transform(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     flip: float,
+    interpolation: str = "random",
+    three_augments: bool = False,
     jitter: float = 0.0,
     randaugment: Callable[..., Pixels] | None = None,
     resampler: Resampler = PILLOW,
@@ -131,15 +156,16 @@ def train_transform(
 ) -> list[np.ndarray]:
     """Returns one augmented training sample per generator, uint8 [H, W, 3], possibly read-only.
 
-    The image is decoded once. For each sample it is cropped, resized (bilinear or bicubic with
-    equal odds, the interpolation "random" of timm), flipped left to right, and augmented, in the
-    order of timm. Random numbers do not depend on the resampler.
+    The image is decoded once. For each sample it is cropped, resized, flipped left to right, and
+    augmented, in the order of timm. Random numbers do not depend on the resampler.
 
     Args:
         image, generators: the record's image, and each sample's source of random numbers.
         size: height and width of the result.
         scale, ratio: ranges of area and aspect ratio, see `random_crop_box`.
         flip: probability of the flip.
+        interpolation: of INTERPOLATIONS, the filter of the resizing; "random" is that of timm.
+        three_augments: apply `three_augment`.
         jitter: strength of `color_jitter`, which is used if there is no `randaugment`, as in timm.
         randaugment: a `RandAugment`, called with (image, generator, resampler.warp).
         resampler: implementation of decoding and of the geometric operations.
@@ -151,10 +177,12 @@ def train_transform(
     opened, size, samples = resampler.open(image, policy), height_width(size), []
     for generator in generators:
         box = random_crop_box(*opened.size, generator, scale, ratio)
-        interpolation = BICUBIC if generator.random() < 0.5 else BILINEAR
-        sample = resampler.crop(opened, box, size, interpolation)
+        resample = INTERPOLATIONS[interpolation][int(generator.random() >= 0.5)]
+        sample = resampler.crop(opened, box, size, resample)
         if generator.random() < flip:
             sample = resampler.flip(sample)
+        if three_augments:
+            sample = three_augment(sample, generator)
         if randaugment is not None:
             sample = randaugment(sample, generator, resampler.warp)
         elif jitter:

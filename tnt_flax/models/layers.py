@@ -108,6 +108,12 @@ class DropPath(nn.Module):
         return update * (jnp.floor(keep + sample) / keep).astype(update.dtype)
 
 
+def drop_path_rates(model: nn.Module) -> Float[Array, " depth"]:
+    """Returns the drop-path rate of every block of a network."""
+    first = model.drop_path if model.uniform_drop_path else 0
+    return jnp.linspace(first, model.drop_path, model.depth)
+
+
 # -- The transformer
 
 

@@ -33,6 +33,7 @@ from tnt_flax.models.layers import (
     TransformerBlock,
     check_fields,
     check_images,
+    drop_path_rates,
     position_table,
     resample,
 )
@@ -287,6 +288,7 @@ class PyramidTNT(nn.Module):
     dropout: float = 0.0  # of sentence positions, attention outputs and MLPs
     attention_dropout: float = 0.0
     drop_path: float = 0.0  # of the last block, increasing linearly from 0 in the first
+    uniform_drop_path: bool = False  # the same rate in every block (DeiT-III)
 
     # -- Execution: same function, see `models.kernels.select`
     dtype: DTypeLike = jnp.float32  # of the computation; weights, norms, softmax stay float32
@@ -315,7 +317,7 @@ class PyramidTNT(nn.Module):
         rates = [None] * len(grids)
         if train and self.drop_path:
             ends = list(itertools.accumulate(self.depths))
-            rates = jnp.split(jnp.linspace(0, self.drop_path, self.depth), ends[:-1])
+            rates = jnp.split(drop_path_rates(self), ends[:-1])
         for i, (grid, own_rates) in enumerate(zip(grids, rates, strict=True)):
             if i:
                 words, sentences = self.merge(i, words, sentences, grids[i - 1])

@@ -29,6 +29,7 @@ from tnt_flax.models.layers import (
     TransformerBlock,
     check_fields,
     check_images,
+    drop_path_rates,
     position_table,
     resample,
     token_init,
@@ -95,6 +96,7 @@ class TNT(nn.Module):
     dropout: float = 0.0  # of positions, attention outputs and MLPs
     attention_dropout: float = 0.0
     drop_path: float = 0.0  # of the last block, increasing linearly from 0 in the first
+    uniform_drop_path: bool = False  # the same rate in every block (DeiT-III)
 
     # -- Variant: see VARIANTS
     conv_first: bool = False  # convolve the image, then cut patches; otherwise the reverse
@@ -130,7 +132,7 @@ class TNT(nn.Module):
         counts = dict(num_sentences=words.shape[1], num_tokens=sentences.shape[1])
         # From here on words and sentences may have the shapes of an implementation.
         words, sentences = select.to_layout(inner_impl, outer_impl, words, sentences, train=train)
-        rates = jnp.linspace(0, self.drop_path, self.depth) if train and self.drop_path else None
+        rates = drop_path_rates(self) if train and self.drop_path else None
         # The head reads the class token alone. In the last block no other sentence needs an update,
         # which saves 6 % of TNT-S, unless squeeze-excite reads the mean over all.
         last_queries = None if self.se else dict(num_queries=1)

@@ -41,6 +41,7 @@ RULES = (
 )  # fmt: skip
 CHOICES = {
     "data.corrupt": ("error", "skip"),
+    "augment.interpolation": tuple(transforms.INTERPOLATIONS),
     "augment.resampling": ("pillow", "opencv"),
     "eval.weights": ("ema", "raw"),
     "loss.name": LOSSES,
@@ -76,6 +77,8 @@ def check_config(config: ConfigDict) -> None:
             f"accumulate={config.accumulate} does not divide batch_size={config.batch_size}"
         )
     augment, groups = config.augment, config.augment.mix_groups
+    if augment.three_augment and augment.randaugment:
+        raise InputError('augment.three_augment is not for RandAugment: set augment.randaugment=""')
     if augment.randaugment:
         randaugment.parse(augment.randaugment, config.data.mean)
     mixes = augment.mixup_alpha or augment.cutmix_alpha

@@ -164,6 +164,8 @@ class Experiment:
             scale=options.scale,
             ratio=options.ratio,
             flip=options.flip,
+            interpolation=options.interpolation,
+            three_augments=options.three_augment,
             jitter=options.color_jitter,
             randaugment=self.randaugment,
             resampler=transforms.resampler(options.resampling),
