@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -38,6 +39,28 @@ def test_labels_are_mapped_for_weights_without_class_names():
     r = imagenet_synsets("imagenet-r")
     assert map_to_network(r, None, 1000)[:4].tolist() == [1, 2, 4, 6]
     assert map_to_network([f"class {i}" for i in range(1000)], None, 1000)[7] == 7
+
+
+@pytest.mark.parametrize(
+    "natural, warns",
+    [
+        (("0", "1", "2", "10"), r"natural order \(2, 10 from class 2\).*as strings \(10, 2\)"),
+        (
+            ("apple", "Banana"),
+            r"natural order \(apple, Banana from class 0\).*class_order='string'",
+        ),
+        (("a", "b"), None),
+        (("2", "10", "1"), None),  # the order of a class list
+        (("1", "10", "2"), None),
+    ],
+)
+def test_an_uncertain_order_of_classes_is_a_warning(caplog, natural, warns):
+    labels = map_to_network(natural, None, len(natural))
+    assert labels.tolist() == list(range(len(natural)))
+    assert bool(caplog.text) == bool(warns) and re.search(warns or "", caplog.text)
+    caplog.clear()
+    map_to_network(natural, natural, len(natural))
+    assert not caplog.text
 
 
 def test_numbers_are_imagenet_classes_as_in_imagenet_v2():

@@ -22,7 +22,7 @@ def assert_same(found, expected):
         for a, b in zip(found, expected, strict=True):
             assert_same(a, b)
     elif expected is Stub:
-        assert type(found) is Stub
+        assert isinstance(found, Stub)
     elif isinstance(expected, np.ndarray):
         assert type(found) is np.ndarray
         assert found.dtype == expected.dtype and found.shape == expected.shape

@@ -233,6 +233,14 @@ def test_a_different_normalization_is_logged(weights, tmp_path, capsys):
     assert "warning: made with data.mean=(0.5, 0.5, 0.5), used with (0.4" in capsys.readouterr().err
 
 
+def test_an_uncertain_order_of_classes_is_logged(weights, tmp_path, capsys):
+    found, path = read_checkpoint(weights), tmp_path / "unnamed.safetensors"
+    save_weights(path, found.params, {"config": found.info["config"]})
+    names = tuple(map(str, range(8, 18)))
+    Experiment(finetune_config(path, tmp_path)).load_variables(str(path), names)
+    assert "natural order (8, 9, 10 from class 0); torchvision" in capsys.readouterr().err
+
+
 def test_an_unknown_kind_of_fine_tuning():
     with pytest.raises(InputError, match="finetune.py:head: the argument after the colon"):
         finetune.get_config("head")

@@ -150,14 +150,14 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     path, heads = golden("huawei")
     found = read_checkpoint(path, **heads)
     target = write.to_framework(found, "timm")
-    real = write.read_checkpoint
+    real = write.read_file
 
     def damaged(*arguments, **options):
         again = real(*arguments, **options)
         again.params["cls_token"] = again.params["cls_token"] + 1
         return again
 
-    monkeypatch.setattr(write, "read_checkpoint", damaged)
+    monkeypatch.setattr(write, "read_file", damaged)
     with pytest.raises(RuntimeError, match="did not read back as it was written"):
         write.write(tmp_path / "x.pth", "timm", target, found)
     assert list(tmp_path.iterdir()) == []

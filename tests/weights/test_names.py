@@ -36,7 +36,8 @@ PUBLISHED = [
 
 @pytest.mark.parametrize("framework, name, shapes", PUBLISHED, ids=lambda x: str(x)[:30])
 def test_every_published_network_is_identified(framework, name, shapes):
-    naming = names.detect_naming("file", shapes)
+    naming, known = names.detect_naming(shapes)
+    assert known == len(shapes)
     assert naming == framework.removesuffix("_legacy")
     weights = {n: s for n, s in shapes.items() if names.ignored_reason(naming, n) is None}
     ours = {
@@ -84,9 +85,7 @@ def test_unmapped_tensors_are_listed():
         list(names.export("timm", params))
 
 
-def test_other_networks_are_refused():
-    with pytest.raises(InputError, match="holds no known TNT: .* of its 2 tensors; .*'conv1"):
-        names.detect_naming("resnet.pth", ["conv1.weight", "fc.bias"])
+def test_numbers_of_blocks_are_decimal():
     assert names.our_names("timm", "blocks.00.norm_in.weight") == []  # 0 is written 0
     assert names.our_names("timm", "blocks.99999.norm_in.weight") == []
 

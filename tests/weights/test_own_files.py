@@ -110,7 +110,9 @@ def test_preprocessing_is_stored_with_the_weights(workdir, tmp_path):
     info = {"config": {"model": workdir[3]["config"]["model"], "data": {"crop_fraction": 0.8}}}
     save_weights(tmp_path / "y.safetensors", workdir[2], info)
     found = read_checkpoint(tmp_path / "y.safetensors")
-    assert found.preprocessing == dict(mean=(0.5,) * 3, std=(0.5,) * 3, crop_fraction=0.8)
+    assert found.preprocessing == dict(
+        mean=(0.5,) * 3, std=(0.5,) * 3, crop_fraction=0.8, interpolation="bicubic"
+    )
 
 
 def test_damaged_or_other_folders_are_refused(workdir, tmp_path):
@@ -195,6 +197,6 @@ def test_empty_blocks_are_refused(tmp_path):
     with pytest.raises(InputError, match="holds no known TNT"):
         read_checkpoint(tmp_path / "x.safetensors", **HEADS)
     for info in ({"config": 3}, {"config": {"model": {}}}, {"config": {"model": {"name": 3}}}):
-        save_weights(tmp_path / "x.safetensors", {"cls_token": np.zeros(3, np.float32)}, info)
+        save_weights(tmp_path / "x.safetensors", random_params("official"), info)
         with pytest.raises(InputError, match="describes an impossible network"):
             read_checkpoint(tmp_path / "x.safetensors")

@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from tests.goldens.scripts.weights import FIELDS, GOLDEN, images
 from tests.helpers.foreign_weights import FILES, HEADS, golden, random_params, run, state
-from tests.helpers.torch_files import archive, global_name, opcodes, program, tensor
+from tests.helpers.torch_files import archive, opcodes, program
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import fingerprint
 from tnt_flax.weights import identify
@@ -54,7 +54,7 @@ def test_ema_weights_are_preferred_and_reported(tmp_path, prefix, keys):
     assert found.weights == "ema" and fingerprint(found.params) == fingerprint(ema_params)
     notes = " | ".join(found.notes)
     assert f"took the EMA weights, {keys[1]}; weights='raw' takes {keys[0]}" in notes
-    assert "ignored steps" in notes and "ignored outer_tokens" in notes
+    assert "ignored steps" in notes and f"ignored {prefix}outer_tokens" in notes
     assert (f"removed the prefix {prefix!r}" in notes) == bool(prefix)
 
     found = read_checkpoint(path, weights="raw", **HEADS)
@@ -67,8 +67,7 @@ def test_ema_weights_are_preferred_and_reported(tmp_path, prefix, keys):
 
 def test_objects_beside_the_weights_are_ignored_and_listed(tmp_path):
     path = GOLDEN.parent / "torch" / "trainer.pth.tar"  # with a Namespace and NumPy's objects
-    content = open_file(path, "ema")
-    assert sorted(content.tensors) == ["bias", "weight"]
+    content = open_file(path)
     (note,) = (note for note in content.notes if note.startswith("ignored objects of "))
     assert "argparse.Namespace, numpy." in note and ".multiarray.scalar" in note
     with pytest.raises(InputError, match="holds no known TNT"):
@@ -84,21 +83,12 @@ def test_objects_beside_the_weights_are_ignored_and_listed(tmp_path):
         read_checkpoint(tmp_path / "x.pth")
 
 
-def test_a_tensor_that_depends_on_an_unknown_object_is_an_error(tmp_path):
-    rebuilt = global_name("torch._utils", "_rebuild_qtensor") + b"(" + tensor(0, (6,), (1,)) + b"tR"
-    parts = [opcodes("w"), tensor(0, (6,), (1,)), opcodes("quantized"), rebuilt]
-    for before, after in [(b"}(", b"u"), (b"}(" + opcodes("state_dict") + b"}(", b"uu")]:
-        (tmp_path / "x.pth").write_bytes(archive(program(before, *parts, after)))
-        with pytest.raises(InputError, match="'quantized' is not a tensor, but an object of torch"):
-            read_checkpoint(tmp_path / "x.pth", **HEADS)
-
-
 @pytest.mark.parametrize(
     "content, message",
     [
         ({"epoch": 3}, "holds no set of named tensors, but 'epoch'"),
         ({}, "holds no set of named tensors, but nothing"),
-        ([1, 2], "holds a list, not a dictionary of tensors"),
+        ([1, 2], "holds no set of named tensors, but a list"),
         ({"state_dict": {"a": 1}}, "holds no set of named tensors, but 'state_dict'"),
     ],
 )
@@ -177,7 +167,7 @@ def test_all_mismatches_are_printed(changed):
     path = changed(**dict.fromkeys(names), extra=np.zeros(3, np.float32))
     error = run("--check", path, "--inner-heads=2", "--outer-heads=3", code=2)
     first, *details = error.splitlines()
-    assert first.startswith("error: ") and first.endswith("and 2 more")
+    assert first.startswith("error: ") and "and 2 more; extra would be left out with" in first
     assert [line.strip().split(" ")[:2] for line in details] == [["+", "extra"]] + [
         ["-", name] for name in sorted(names)
     ]
@@ -240,7 +230,7 @@ def test_unknown_numbers_of_heads_are_requested(tmp_path):
     "content, message",
     [
         (b"", "it is empty"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "it is a git-lfs pointer"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "it is a git-lfs pointer; fetch"),
         (b"\n<!DOCTYPE html><html>", "it is a web page"),
         (b"\x80\x04\x95 paddle", "it is a pickle that torch.save did not write"),
         (b"x" * 257 + b"ustar" + b"x" * 300, "it is a tar archive"),

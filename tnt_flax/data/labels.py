@@ -8,6 +8,7 @@ WordNet's (imagenet_classes.LICENSE).
 import functools
 import importlib.resources
 import json
+import logging
 import re
 from collections.abc import Sequence
 
@@ -15,8 +16,9 @@ import numpy as np
 
 from tnt_flax.core.errors import InputError, listed
 from tnt_flax.data.sources import Source, storage
-from tnt_flax.data.sources.names import read_class_list
+from tnt_flax.data.sources.names import natural_key, read_class_list
 
+logger = logging.getLogger("tnt_flax")
 IMAGENET_SUBSETS = {"imagenet-a": "a", "imagenet-r": "r"}  # marks in imagenet_classes.tsv
 NO_LABEL = -1
 _VALIDATION_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})")
@@ -83,11 +85,32 @@ def map_to_network(
     if not unknown:
         return np.array([position[name] for name in data_names], np.int32)
     if network_names is None and len(data_names) == num_classes:
+        if warning := class_order_warning(data_names):
+            logger.warning(warning)
         return np.arange(num_classes, dtype=np.int32)
     described = listed(known) if known else "of unknown names"
     raise InputError(
         f"the weights have {num_classes} classes ({described}) and none is called {unknown[0]!r}, "
         f"one of the data's {len(data_names)} ({listed(data_names)})"
+    )
+
+
+def class_order_warning(data_names: Sequence[str]) -> str | None:
+    """Returns a warning for weights without class names, if the order of the data is uncertain.
+
+    torchvision and Keras number classes in the order of strings ("1", "10", "2"), timm and this
+    package in natural order ("1", "2", "10"). Returns None where both are equal, or the data are in
+    another order.
+    """
+    natural, strings = sorted(data_names, key=natural_key), sorted(data_names)
+    if list(data_names) != natural or natural == strings:
+        return None
+    first = next(i for i, (a, b) in enumerate(zip(natural, strings, strict=True)) if a != b)
+    here, there = (", ".join(names[first : first + 3]) for names in (natural, strings))
+    return (
+        f"warning: the weights bring no class names, so classes are taken in natural order ({here} "
+        f"from class {first}); torchvision and Keras sort them as strings ({there}): for weights "
+        "trained there, set data.class_order='string' or data.class_list=FILE"
     )
 
 

@@ -191,6 +191,7 @@ def add_weights_options(parser: Parser) -> None:
     )
     add("--weights", choices=["ema", "raw"], default="ema", help="which, if CHECKPOINT has both")
     add("--checkpoint", choices=["best", "last"], default="best", help="which one of a workdir")
+    add("--state", help="which network, if CHECKPOINT has several, such as student and teacher")
     add("--name", help="network that CHECKPOINT must contain; any other is an error")
     for field in ARCHITECTURE_FIELDS:
         help_text = "needed only if CHECKPOINT has an unpublished size"
@@ -200,7 +201,7 @@ def add_weights_options(parser: Parser) -> None:
 def weights_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the weights options as arguments of `read_checkpoint` and `load_classifier`."""
     arguments = {"path": args.source}
-    for name in ("name", "weights", "checkpoint", *ARCHITECTURE_FIELDS):
+    for name in ("name", "weights", "checkpoint", "state", *ARCHITECTURE_FIELDS):
         if getattr(args, name) is not None:
             arguments[name] = getattr(args, name)
     return arguments

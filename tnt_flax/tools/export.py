@@ -123,8 +123,7 @@ def to_onnx(found: LoadedWeights, path: pathlib.Path) -> Run:
 def to_timm(found: LoadedWeights, path: pathlib.Path) -> Run:
     target = write.to_framework(found, "timm")
     write.write_hub_folder(path, target, found)
-    heads = {key: getattr(target.model, key) for key in ("inner_heads", "outer_heads")}
-    written = read_checkpoint(path / write.HUB_WEIGHTS, patch_size=target.model.patch_size, **heads)
+    written = read_checkpoint(path)
     return jax.jit(lambda images: written.network.model.apply(written.variables, images))
 
 

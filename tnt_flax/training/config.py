@@ -117,7 +117,8 @@ def resolve_model_config(config: ConfigDict, path: str = "", checkpoint: str = "
         return config
     known = {name: config.model[name] for name in identify.UNSTORED_FIELDS}
     known = {name: value for name, value in known.items() if value is not None}
-    found = read_checkpoint(path, checkpoint=checkpoint, put=lambda name, x: None, **known)
+    ignore = dict(other_head=True, put=lambda name, x: None)  # only the body counts
+    found = read_checkpoint(path, checkpoint=checkpoint, **ignore, **known)
     config = config.copy_and_resolve_references()
     for field, value in describe_model(found.path, found.network.model).items():
         if field not in config.model:

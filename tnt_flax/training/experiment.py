@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import images, pipeline, randaugment, sources, transforms
+from tnt_flax.data.labels import class_order_warning
 from tnt_flax.data.plan import TrainPlan
 from tnt_flax.models import Network, create_model
 from tnt_flax.runtime import processes, sharding
@@ -265,7 +266,9 @@ class Experiment:
         model, image_size = self.make_model(num_classes=0), self.image_size
         kind = "ema" if class_names else self.config.eval.weights
         fields = unstored_fields(model)
-        found = read_checkpoint(path, weights=kind, checkpoint=checkpoint, **fields)
+        found = read_checkpoint(
+            path, weights=kind, checkpoint=checkpoint, other_head=bool(class_names), **fields
+        )
         for key, given in self._normalization.items():
             stored, given = tuple(found.preprocessing[key]), tuple(given)
             if stored != given:
@@ -275,6 +278,8 @@ class Experiment:
             renamed = found.class_names not in (None, tuple(class_names))
             new_head = renamed or len(class_names) != num_classes
             num_classes = len(class_names)
+            if not new_head and found.class_names is None:
+                found.notes += filter(None, [class_order_warning(class_names)])
         # Changes `found.variables` in place.
         adapted = adapt(found, num_classes, image_size, in_channels=3, new_head=new_head)
         description = f"the {self.config.model.name} that the config describes"

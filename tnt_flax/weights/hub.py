@@ -12,18 +12,28 @@ import pathlib
 import re
 
 from tnt_flax.core.errors import InputError, one_line
+from tnt_flax.models import MODELS
 
 HUB = {  # our name -> repository of its weights; the other models have none
     "tnt_b_patch16_224": "timm/tnt_b_patch16_224.in1k",
     "tnt_s_legacy_patch16_224": "timm/tnt_s_legacy_patch16_224.in1k",
     "tnt_s_patch16_224": "timm/tnt_s_patch16_224.in1k",
 }
+LOCAL = "local-dir:"  # timm's name for a folder
+DESCRIPTIONS = ("config.json", "preprocessor_config.json")
 DEFAULT_FILES = ("model.safetensors", "pytorch_model.bin")
 GRAMMAR = "hf://OWNER/NAME[@REVISION][/FILE]"
 ADDRESS = re.compile(
     r"hf://([\w.-]+/[\w.-]+)(?:@(refs/pr/\d+|\w[\w.+-]*))?((?:/(?!\.\.?(?:/|$))[^/\\\s]+)*)",
     re.ASCII,
 )
+# Addresses as timm's users and the hub's web pages write them.
+HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+WEB_PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)"
+    r"(?:/(?:tree|blob|resolve)/([^/?]+)(/[^?]+?)?)?/?(?:\?.*)?"
+)
+OF_TIMM = re.compile(rf"timm/[\w.-]*tnt[\w.-]*|(?:{'|'.join(MODELS)})\.[\w.-]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,32 +43,55 @@ class Fetched:
     revision: str  # the commit: 40 hexadecimal digits
 
 
-def is_address(text: str) -> bool:
-    return text.startswith("hf://") or text in HUB
+def address_of(text: str) -> str | None:
+    """Returns the address that `text` means: a name in HUB or hf://..., or None for a path.
+
+    Raises:
+        InputError: `text` is a network without published weights, or of another server.
+    """
+    if text.startswith("hf://") or text in HUB:
+        return text
+    if text in MODELS:
+        known = f"{', '.join(HUB)} or {GRAMMAR}"
+        raise InputError(f"no weights of {text!r} are published: use {known}")
+    if page := WEB_PAGE.fullmatch(text):
+        return f"hf://{page[1]}@{page[2] or 'main'}{page[3] or ''}"
+    for prefix in HUB_PREFIXES:
+        if text.startswith(prefix):
+            return f"hf://{text.removeprefix(prefix)}"
+    if OF_TIMM.fullmatch(text):
+        return f"hf://timm/{text.removeprefix('timm/')}"
+    if re.match(r"\w+://", text):
+        raise InputError(f"cannot read {text}: download the file and give its path, or {GRAMMAR}")
+    return None
 
 
 def fetch(address: str) -> Fetched:
-    """Downloads a file unless it is cached. Cached files are also found without a network.
+    """Downloads a file and the JSON files beside it unless they are cached.
+
+    Cached files are also found without a network.
 
     Raises:
         InputError: the address is invalid, or the file is neither on the hub nor in the cache.
     """
-    if not is_address(address):
-        known = f"{', '.join(HUB)} or {GRAMMAR}"
-        raise InputError(f"no weights of {address!r} are published: use {known}")
     match = ADDRESS.fullmatch(f"hf://{HUB[address]}" if address in HUB else address)
     if match is None:
         raise InputError(f"{address!r} is not a valid address: write {GRAMMAR}")
     repo, revision, file = match[1], match[2] or "main", match[3].removeprefix("/")
     try:
         file, path = _download(repo, revision, (file,) if file else DEFAULT_FILES)
+        folder = file.rpartition("/")[0]
+        for name in DESCRIPTIONS:
+            _download(repo, revision, (f"{folder}/{name}".lstrip("/"),), optional=True)
     except Exception as error:  # many types, including those of the HTTP client
         raise InputError(f"cannot fetch {address}: {_explain(error, repo)}") from error
     commit = path.parents[file.count("/")].name  # .../snapshots/COMMIT/FILE
     return Fetched(path, f"hf://{repo}@{revision}/{file}", commit)
 
 
-def _download(repo: str, revision: str, files: tuple[str, ...]) -> tuple[str, pathlib.Path]:
+def _download(
+    repo: str, revision: str, files: tuple[str, ...], *, optional: bool = False
+) -> tuple[str, pathlib.Path] | None:
     """Returns the first of `files` that exists, and its path in the cache."""
     from huggingface_hub import constants, errors, hf_hub_download
 
@@ -73,7 +106,9 @@ def _download(repo: str, revision: str, files: tuple[str, ...]) -> tuple[str, pa
             return file, pathlib.Path(path)
         except errors.EntryNotFoundError as error:
             failure = failure if offline else error
-    raise failure
+    if not optional:
+        raise failure
+    return None
 
 
 def _explain(error: Exception, repo: str) -> str:

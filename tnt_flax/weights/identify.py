@@ -147,6 +147,14 @@ def _tnt_fields(path: Any, naming: str, shapes: Mapping, patch_size: int) -> dic
     return fields | variant_fields(_variant(naming, shapes, inner))
 
 
+def sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Returns the sizes of a TNT that its tensors determine alone; empty if they are missing."""
+    if "sentence_pos" not in shapes or "word_pos" not in shapes:
+        return {}
+    found = {"outer_dim": shapes["sentence_pos"][-1], "inner_dim": shapes["word_pos"][-1]}
+    return found | {"depth": _count(shapes, "blocks/")}
+
+
 def _pyramid_fields(shapes: Mapping) -> dict[str, Any]:
     return dict(
         outer_dim=shapes["sentence_pos"][-1],

@@ -23,6 +23,7 @@ def load(
     *,
     weights: str = "ema",
     checkpoint: str = "best",
+    state: str | None = None,
     num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     in_channels: int | None = None,
@@ -32,8 +33,9 @@ def load(
     """Loads weights of any framework and logs a summary.
 
     Args:
-        path, name, weights, checkpoint, overrides: see `weights.read.read_checkpoint`.
-        num_classes: a number other than that of the weights creates a new head; 0 removes it.
+        path, name, weights, checkpoint, state, overrides: see `weights.read.read_checkpoint`.
+        num_classes: a number other than that of the weights creates a new head; 0 removes it. With
+            a number, tensors outside of the network are left out, for instance a head of layers.
         image_size: pixels, one number or (height, width); a size other than that of the weights
             resamples the positions.
         in_channels: a number other than that of the weights adapts the stem.
@@ -54,7 +56,14 @@ def load(
         return jax.device_put(x, where)
 
     found = read_checkpoint(
-        path, name, weights=weights, checkpoint=checkpoint, put=put, **overrides
+        path,
+        name,
+        weights=weights,
+        checkpoint=checkpoint,
+        state=state,
+        other_head=num_classes is not None,
+        put=put,
+        **overrides,
     )
     summary = found.summary()
     model = adapt(found, num_classes, image_size, in_channels, put=put)

@@ -110,25 +110,15 @@ def ignored_reason(naming: str, theirs: str) -> str | None:
     return reasons.get(NUMBER.sub("#", theirs))
 
 
-def detect_naming(path: Any, names: Iterable[str]) -> str:
-    """Returns the naming that has the most of `names`.
-
-    Raises:
-        InputError: no naming has at least half of them.
-    """
-    names = list(names)
+def detect_naming(theirs: Iterable[str]) -> tuple[str, int]:
+    """Returns the naming that knows the most of these names, and their number."""
+    theirs = list(theirs)
     known = {
-        naming: sum(bool(our_names(naming, n) or ignored_reason(naming, n)) for n in names)
+        naming: sum(bool(our_names(naming, n) or ignored_reason(naming, n)) for n in theirs)
         for naming in NAMINGS
     }
     best = max(known, key=known.get)
-    if 2 * known[best] <= len(names):
-        unknown = [n for n in names if not our_names(best, n)]
-        raise InputError(
-            f"{path} holds no known TNT: the best match, {best}, has {known[best]} of its "
-            f"{len(names)} tensors; unknown are {', '.join(map(repr, unknown[:3]))}"
-        )
-    return best
+    return best, known[best]
 
 
 def to_ours(naming: str, ours: str, place: Place, x: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 from tnt_flax.core.errors import InputError, listed, one_line
 from tnt_flax.core.trees import check_tensors_match
 from tnt_flax.models import MODELS, create_model
-from tnt_flax.weights import hub, identify, name_tables, names
+from tnt_flax.weights import folders, hub, identify, inputs, names, states
 from tnt_flax.weights.formats import Content, open_file
 
 logger = logging.getLogger("tnt_flax")
@@ -32,6 +32,7 @@ class LoadedWeights:
     variables: dict[str, Any]  # by collection, float32; for `network.model.apply`
     weights: str | None  # "ema" or "raw" if the file states it
     info: dict[str, Any]  # header of our own files: config and class names of the run
+    inputs: inputs.Inputs  # preprocessing and class names
     renamed: dict[str, str]  # their name -> our per-block names, joined by " + "
     notes: list[str]  # what was chosen, ignored or converted, for the user
 
@@ -46,17 +47,12 @@ class LoadedWeights:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        names = self.info.get("class_names")
-        return None if names is None else tuple(names)
+        return self.inputs.class_names
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """Mean, standard deviation and crop of its images, see `identify.PREPROCESSING`."""
-        published = identify.PREPROCESSING.get(
-            identify.variant_of(self.network.model), identify.PREPROCESSING["official"]
-        )
-        data = (self.info.get("config") or {}).get("data") or {}
-        return {key: data.get(key, value) for key, value in published.items()}
+        """Mean, standard deviation, crop and interpolation of its images."""
+        return self.inputs.preprocessing
 
     @property
     def num_params(self) -> int:
@@ -86,18 +82,23 @@ def read_checkpoint(
     *,
     weights: str = "ema",
     checkpoint: str = "best",
+    state: str | None = None,
+    other_head: bool = False,
     put: Callable[[str, np.ndarray], Any] = lambda name, x: x,
     **overrides: Any,
 ) -> LoadedWeights:
     """Reads weights of any framework.
 
     Args:
-        path: a file (torch's .pth and .bin, .safetensors, MindSpore's .ckpt), a training workdir of
-            ours or one of its steps, an address "hf://OWNER/NAME", or a name whose published
-            weights are on the Hugging Face hub.
+        path: a file (torch's .pth and .bin, .safetensors, MindSpore's .ckpt), a folder with one and
+            perhaps its config.json, a training workdir of ours or one of its steps, an address
+            "hf://OWNER/NAME", or a name whose published weights are on the Hugging Face hub.
         name: the network that it must be, one of `list_models()`.
         weights: "ema" or "raw", for files that hold both; must be "ema" for EMA weights alone.
         checkpoint: "best" or "last", of a workdir.
+        state: which network of a file with several, such as "teacher".
+        other_head: the head will be replaced: leaves out heads of another kind, and tensors that do
+            not belong to the network.
         put: called with the name and array of each variable as soon as it is complete. Its result
             is stored, so no second copy of all variables is needed.
         overrides: fields of the network. `inner_heads` and `outer_heads` are needed for unpublished
@@ -112,77 +113,163 @@ def read_checkpoint(
     if name is not None and name not in MODELS:
         create_model(name)  # raises with the list of names
     notes, source = [], str(path)
-    if (hub.is_address(source) or source in MODELS) and not pathlib.Path(source).exists():
-        fetched = hub.fetch(source)  # raises for networks without published weights
+    address = None if pathlib.Path(source).exists() else hub.address_of(source)
+    if address:
+        fetched = hub.fetch(address)  # raises for networks without published weights
         name = name or (source if source in MODELS else None)  # the file must be that network
         path, source = fetched.path, fetched.address
         notes.append(f"fetched revision {fetched.revision}")
-    path = pathlib.Path(path)
+    path = pathlib.Path(path if address else source.removeprefix(hub.LOCAL))
+    folders.check_exists(path)
+    if path.is_dir() and not folders.is_run(path):
+        path = folders.find_weights(path)
+        source = str(path)
     if path.is_dir():
         found = _read_run(path, name, weights, checkpoint, put, overrides)
     else:
-        content = open_file(path, weights)
-        found = _read_content(source, content, name, put, overrides)
+        described = inputs.from_folder(path.parent)
+        options = dict(weights=weights, state=state, other_head=other_head, put=put)
+        found = read_file(path, source, described, name, **options, **overrides)
     found.notes = notes + found.notes
     return found
 
 
-def _read_content(
-    source: str, content: Content, name: str | None, put: Callable, overrides: Mapping[str, Any]
+def read_file(
+    path: pathlib.Path,
+    source: str,
+    described: inputs.Description | None = None,
+    name: str | None = None,
+    *,
+    weights: str = "ema",
+    state: str | None = None,
+    other_head: bool = False,
+    put: Callable[[str, np.ndarray], Any] = lambda name, x: x,
+    **overrides: Any,
 ) -> LoadedWeights:
-    notes = list(content.notes)
-    naming = names.detect_naming(source, content.tensors)
-    ignored = _ignored(source, naming, content)
-    if ignored:
-        notes.append(f"ignored {listed([*ignored], limit=3)} ({next(iter(ignored.values()))})")
-    tensors = {theirs: x for theirs, x in content.tensors.items() if theirs not in ignored}
+    """Reads one file.
+
+    Args:
+        path: the file.
+        source: what the user called it, for messages.
+        described: what a config.json beside it states; a header in the file replaces it.
+        name, weights, state, other_head, put, overrides: see `read_checkpoint`.
+    """
+    content = open_file(path)
+    network_state, which, notes = states.choose(source, content.tree, weights, state)
+    assigned = states.assign(source, network_state, other_head=other_head)
+    notes += [*assigned.notes, *content.notes]
+    naming, tensors = network_state.naming, {n: x for n, (_, x) in assigned.weights.items()}
     found = {theirs: names.our_names(naming, theirs) for theirs in tensors}
     places = {ours: place for pairs in found.values() for ours, place in pairs}
-    shapes = {
-        ours: names.to_ours(naming, ours, place, names.shapes_only(tensors[place.name])).shape
-        for ours, place in places.items()
-    }
+    if naming == names.OURS and not content.info.get("config"):
+        notes.append("no config in its header: inferred the network from its tensors")
     with _sizes_of(source):
-        if config := content.info.get("config"):
-            network = identify.from_config(source, config, shapes, name, overrides)
-        else:
-            network = identify.identify(source, naming, shapes, name, overrides)
-            if naming == names.OURS:
-                notes.append("no config in its header: inferred the network from its tensors")
+        shapes = {
+            ours: names.to_ours(naming, ours, at, names.shapes_only(tensors[at.name])).shape
+            for ours, at in places.items()
+        }
+        described = _describe(source, described, content, shapes, notes)
+        network = _identify(source, described, content, naming, shapes, name, overrides)
         abstract = network.abstract_variables()
         expected = names.exported_shapes(naming, names.join_collections(abstract))
-        check_tensors_match(source, _as_converted(tensors), _as_converted(expected))
-    for dtype in {x.dtype: None for x in tensors.values() if _is_float(x)}:
-        if dtype != np.float32:
-            converted = [theirs for theirs, x in tensors.items() if x.dtype == dtype]
-            notes.append(f"converted {listed(converted, limit=3)} from {dtype} to float32")
+    _check_tensors(source, tensors, expected, assigned.unexpected)
+    notes += _conversions(tensors)
 
     def read_block(ours: str) -> np.ndarray:
         place = places[ours]
         return names.to_ours(naming, ours, place, tensors[place.name].read())
 
-    renamed = {theirs: " + ".join(ours for ours, _ in pairs) for theirs, pairs in found.items()}
+    stored_as = {theirs: stored for theirs, (stored, _) in assigned.weights.items()}
+    renamed = {stored_as[n]: " + ".join(ours for ours, _ in pairs) for n, pairs in found.items()}
     return LoadedWeights(
         path=source,
         file_format=content.file_format,
         naming=naming,
         network=network,
+        inputs=_inputs_of(described, network, notes),
         variables=_read_variables(abstract, read_block, put, notes),
-        weights=content.weights,
+        weights=which,
         info=content.info,
-        renamed=renamed | {theirs: f"ignored: {why}" for theirs, why in ignored.items()},
+        renamed=renamed | {x: f"{states.verb(why)}: {why}" for x, why in assigned.left_out.items()},
         notes=notes,
     )
 
 
-def _ignored(source: str, naming: str, content: Content) -> dict[str, str]:
-    """Returns {name: reason} for tensors that are not weights; raises if one should be zero."""
-    reasons = {theirs: names.ignored_reason(naming, theirs) for theirs in content.tensors}
-    ignored = {theirs: why for theirs, why in reasons.items() if why}
-    for theirs, why in ignored.items():
-        if why == name_tables.ZERO and np.any(content.tensors[theirs].read()):
-            raise InputError(f"{source}: {theirs} is not zero, unlike in published {naming} files")
-    return ignored
+def _identify(
+    source: str,
+    described: inputs.Description,
+    content: Content,
+    naming: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    name: str | None,
+    overrides: Mapping[str, Any],
+) -> identify.SizedNetwork:
+    """Returns the network of the header of our own files, else that of the tensors."""
+    if config := content.info.get("config"):
+        return identify.from_config(source, config, shapes, name, overrides)
+    stated = {k: x for k, x in described.fields.items() if k in identify.UNSTORED_FIELDS}
+    return identify.identify(source, naming, shapes, name, stated | dict(overrides))
+
+
+def _inputs_of(
+    described: inputs.Description, network: identify.SizedNetwork, notes: list[str]
+) -> inputs.Inputs:
+    """Returns what is described, completed by the published preprocessing of the variant."""
+    variant = identify.variant_of(network.model)
+    defaults = identify.PREPROCESSING.get(variant, identify.PREPROCESSING["official"])
+    return described.inputs(defaults, network.model.num_classes, notes)
+
+
+def _describe(
+    source: str,
+    described: inputs.Description | None,
+    content: Content,
+    shapes: Mapping[str, tuple[int, ...]],
+    notes: list[str],
+) -> inputs.Description:
+    """Returns what the header of our own files states, else what a config.json does.
+
+    A config.json of another network is ignored. Class names in a trainer's file replace its own.
+    """
+    if content.info.get("config"):
+        return inputs.from_header(source, content.info)
+    sizes = identify.sizes(shapes)
+    wrong = {k: x for k, x in described.fields.items() if sizes.get(k, x) != x} if described else {}
+    if wrong:
+        stated = ", ".join(f"{field}={x}, not {sizes[field]}" for field, x in wrong.items())
+        notes.append(f"warning: ignored {described.source}, which is of another network ({stated})")
+        described = None
+    elif described:
+        notes.append(f"read {described.source}")
+    described = described or inputs.Description(source)
+    if class_names := inputs.class_names_in(content.tree):
+        notes.append(f"took {len(class_names)} class names from the file")
+        described = dataclasses.replace(described, class_names=class_names)
+    return described
+
+
+def _check_tensors(
+    source: str, tensors: Mapping[str, Any], expected: Mapping, unexpected: Mapping[str, Any]
+) -> None:
+    """Raises InputError unless the tensors are exactly those of the network."""
+    more = {(f"{n} (again)" if n in tensors else n): x for n, x in unexpected.items()}
+    try:
+        check_tensors_match(source, _as_converted({**tensors, **more}), _as_converted(expected))
+    except InputError as error:
+        if not more:
+            raise
+        advice = (
+            f"{listed([*more], limit=3)} would be left out with num_classes=0, or =N for a new head"
+        )
+        raise InputError(f"{error}; {advice}", error.details) from error
+
+
+def _conversions(tensors: Mapping[str, Any]) -> Iterator[str]:
+    """Yields a note for each floating-point type other than float32."""
+    for dtype in {x.dtype: None for x in tensors.values() if _is_float(x)}:
+        if dtype != np.float32:
+            converted = [theirs for theirs, x in tensors.items() if x.dtype == dtype]
+            yield f"converted {listed(converted, limit=3)} from {dtype} to float32"
 
 
 def _is_float(x: Any) -> bool:
@@ -251,7 +338,7 @@ def _read_run(
     with _sizes_of(step_folder):
         network = identify.from_config(step_folder, info["config"], shapes, name, overrides)
         abstract = network.abstract_variables()
-    stored = run_checkpoints.read_weights(step_folder, weights, abstract)
+    stored, notes = run_checkpoints.read_weights(step_folder, weights, abstract), []
     variables = {collection: names.map_named(put, tree) for collection, tree in stored.items()}
     return LoadedWeights(
         path=str(step_folder),
@@ -261,6 +348,7 @@ def _read_run(
         variables=variables,
         weights=weights,
         info=info,
+        inputs=_inputs_of(inputs.from_header(str(step_folder), info), network, notes),
         renamed={},
-        notes=[],
+        notes=notes,
     )

@@ -16,7 +16,8 @@ from tnt_flax.core.trees import fingerprint, named_leaves
 from tnt_flax.models import Network
 from tnt_flax.weights import hub, identify, names
 from tnt_flax.weights.formats import HEADER, mindspore, torch
-from tnt_flax.weights.read import LoadedWeights, read_checkpoint
+from tnt_flax.weights.inputs import TIMM_ARGUMENTS
+from tnt_flax.weights.read import LoadedWeights, read_file
 
 # File extensions of each framework. The keys are the choices of `--to`.
 SUFFIXES = {
@@ -55,6 +56,8 @@ def header_info(loaded: LoadedWeights) -> dict[str, Any]:
     data = loaded.preprocessing | ({"image_size": loaded.network.image_size} if grid else {})
     name = loaded.name or model.base_name  # `fields` override all of its fields
     info = {"config": {"model": {"name": name} | fields, "data": data}, "source": loaded.naming}
+    if loaded.class_names:
+        info["class_names"] = loaded.class_names
     return json.loads(json.dumps(info))  # tuples become lists
 
 
@@ -169,7 +172,7 @@ def write(
             _write_tensors(path, framework, tensors, loaded)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
-    again = read_checkpoint(path, **identify.unstored_fields(target.model))
+    again = read_file(path, str(path), **identify.unstored_fields(target.model))
     if fingerprint(names.join_collections(again.variables)) != fingerprint(target.params):
         path.unlink()
         raise RunError(f"{path} did not read back as it was written, and was removed")
@@ -208,6 +211,7 @@ def facts(loaded: LoadedWeights) -> dict[str, Any]:
         "mean": list(prepared["mean"]),
         "std": list(prepared["std"]),
         "crop_fraction": prepared["crop_fraction"],
+        "interpolation": prepared["interpolation"],
         "num_classes": model.num_classes,
         "class_names": list(loaded.class_names) if loaded.class_names else None,
     }
@@ -218,18 +222,9 @@ def timm_arguments(target: ForeignWeights, loaded: LoadedWeights) -> dict[str, A
     model = target.model
     return {
         "img_size": facts(loaded)["image_size"],
-        "patch_size": model.patch_size,
         "in_chans": loaded.network.channels,
         "num_classes": model.num_classes,
-        "embed_dim": model.outer_dim,
-        "inner_dim": model.inner_dim,
-        "depth": model.depth,
-        "num_heads_inner": model.inner_heads,
-        "num_heads_outer": model.outer_heads,
-        "mlp_ratio": model.mlp_ratio,
-        "qkv_bias": model.qkv_bias,
-        "first_stride": model.inner_stride,
-        "legacy": model.norm_each_word,
+        **{theirs: getattr(model, ours) for ours, theirs in TIMM_ARGUMENTS.items()},
     }
 
 
@@ -256,7 +251,7 @@ def _hub_config(target: ForeignWeights, loaded: LoadedWeights) -> dict[str, Any]
         "pretrained_cfg": {
             "input_size": [loaded.network.channels, size, size],
             "fixed_input_size": True,
-            "interpolation": "bicubic",
+            "interpolation": known["interpolation"],
             "crop_pct": known["crop_fraction"],
             "mean": known["mean"],
             "std": known["std"],
@@ -286,14 +281,14 @@ network: {loaded.num_params:,} parameters, {model.depth} blocks, images of {size
 {f"{count} classes" if count else "features, no head"}.
 Converted by tnt_flax from {loaded.naming} weights.
 {notes}
-Images are resized to {size} / {known["crop_fraction"]:.4g} pixels (bicubic), center-cropped, and
-normalized with mean {tuple(known["mean"])} and standard deviation {tuple(known["std"])}.
+Images are resized to {size} / {known["crop_fraction"]:.4g} pixels ({known["interpolation"]}),
+center-cropped, and normalized with mean {tuple(known["mean"])} and standard deviation
+{tuple(known["std"])}.
 
 ```python
 model = timm.create_model("local-dir:FOLDER", pretrained=True)  # or hf-hub:OWNER/NAME
 
-model, variables = tnt_flax.load(
-    "FOLDER/{HUB_WEIGHTS}", inner_heads={model.inner_heads}, outer_heads={model.outer_heads}
-)
+model, variables = tnt_flax.load("FOLDER")  # or hf://OWNER/NAME
+classifier = tnt_flax.load_classifier("FOLDER")
 ```
 """

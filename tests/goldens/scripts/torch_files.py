@@ -52,7 +52,7 @@ ZOO = PLAIN | {
     "same_storage": ramp(2, 5)[:, 1:3],
     "parameter": ramp(3, start=3),
     "labelled_parameter": ramp(3, start=3),
-    "uint16": Stub,
+    "uint16": np.array([1], np.uint16),
     "size": Stub,
     "dtype": Stub,
 }

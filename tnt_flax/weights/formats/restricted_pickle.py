@@ -47,15 +47,34 @@ STORAGES = {
 }
 
 
+NUMBERS = frozenset("f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1".split())  # NumPy's codes
+
+
 class InvalidFile(Exception):
     """A file is damaged or not supported. The message continues a sentence that starts with it."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Stub:
     """An inert placeholder for a class, function or object of the file."""
 
     name: str  # "module.qualified_name"
+
+
+@dataclasses.dataclass(eq=False)
+class NumpyArray(Stub):
+    """A pickled array of numbers; one of objects has no value."""
+
+    name: str = "numpy.ndarray"
+    value: np.ndarray | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class EncodedBytes(Stub):
+    """Bytes, which protocol 2 stores as text."""
+
+    name: str = "_codecs.encode"
+    text: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +170,7 @@ class RestrictedUnpickler(pickle._Unpickler):
     def load_reduce(self) -> None:
         arguments = self.stack.pop()
         function = self.stack[-1]
-        if type(function) is Stub:
+        if isinstance(function, Stub):
             return  # a stub is also its result
         if type(function) is not types.FunctionType or type(arguments) is not tuple:
             raise InvalidFile(f"asks to call {_kind(function)} in an unknown way: refused")
@@ -162,26 +181,31 @@ class RestrictedUnpickler(pickle._Unpickler):
         self.load_reduce()
 
     def load_build(self) -> None:
-        self.stack.pop()
-        if type(self.stack[-1]) not in (dict, Stub):  # `_metadata` of a state_dict is not needed
-            raise InvalidFile(f"asks to set attributes of {_kind(self.stack[-1])}: refused")
+        state, target = self.stack.pop(), self.stack[-1]
+        if type(target) is NumpyArray:
+            target.value = _numpy_array(state)
+        elif isinstance(target, np.dtype):
+            if type(state) is not tuple or state[1:2] not in (("<",), ("|",), ("=",)):
+                raise InvalidFile("has a NumPy array that is not little-endian: refused")
+        elif not isinstance(target, dict | Stub):  # `_metadata` of a state_dict is not needed
+            raise InvalidFile(f"asks to set attributes of {_kind(target)}: refused")
 
     def _extend(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is list:
             target.extend(items)
-        elif type(target) is not Stub:
+        elif not isinstance(target, Stub):
             raise InvalidFile(f"asks to append to {_kind(target)}: refused")
 
     def _set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
-        if type(target) is Stub:
+        if isinstance(target, Stub):
             return
         if type(target) is not dict or len(items) % 2:
             raise InvalidFile(f"asks to set items of {_kind(target)}: refused")
         for key, value in zip(items[::2], items[1::2], strict=True):
             # Hashing nested tuples can take forever, and larger integers can all collide.
-            if type(key) not in (*KEYS, Stub) or (type(key) is int and abs(key) >= 2**63):
+            if not isinstance(key, (*KEYS, Stub)) or (type(key) is int and abs(key) >= 2**63):
                 raise InvalidFile(f"has a dict with {_kind(key)} as a key: refused")
             target[key] = value
 
@@ -265,6 +289,47 @@ def _rebuild_tensor(
     return np.ndarray(size, storage.dtype, storage.raw, start, strides)
 
 
+def _rebuild_tensor_v3(
+    storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None
+) -> np.ndarray | Stub:
+    """Returns a view of a storage of bytes, for the dtypes that have no storage type."""
+    if type(storage) is not Storage or not isinstance(dtype, np.dtype):
+        return Stub("torch._utils._rebuild_tensor_v3")
+    size_in_elements = storage.size * storage.dtype.itemsize // dtype.itemsize
+    typed = Storage(dtype, size_in_elements, storage.raw)
+    return _rebuild_tensor(typed, offset, size, stride, metadata=metadata)
+
+
+def _rebuild_from_type(function, kind, arguments, state) -> Any:
+    """Returns a tensor with attributes, without them; of a subclass, a stub."""
+    plain = isinstance(kind, Stub) and kind.name in ("torch.Tensor", "torch.nn.parameter.Parameter")
+    if not plain or function not in (_rebuild_tensor, _rebuild_tensor_v3):
+        return Stub("torch._tensor._rebuild_from_type_v2") if not isinstance(kind, Stub) else kind
+    return function(*arguments)
+
+
+def _numpy_dtype(text, *flags) -> np.dtype | Stub:
+    """Returns the dtype of a number, as `numpy.dtype("f4", False, True)` does."""
+    return np.dtype(f"<{text}") if text in NUMBERS else Stub("numpy.dtype")
+
+
+def _numpy_array(state) -> np.ndarray | None:
+    """Returns the array that `ndarray.__setstate__` would make; None if it is not of numbers."""
+    match state:
+        case (
+            int(),
+            tuple(shape),
+            np.dtype() as dtype,
+            bool(fortran),
+            EncodedBytes() | bytes() as data,
+        ):
+            data = data.text.encode("latin1") if isinstance(data, EncodedBytes) else data
+            if not _are_counts(shape) or math.prod(shape) * dtype.itemsize != len(data):
+                raise InvalidFile("has a NumPy array of an absurd shape: refused")
+            return np.ndarray(shape, dtype, data, order="F" if fortran else "C")
+    return None
+
+
 # The names that have a meaning here; every other name is a stub.
 WHITELIST = {f"torch.{name}": dtype for name, dtype in STORAGES.items()} | {
     "torch.storage.UntypedStorage": np.dtype("uint8"),
@@ -273,4 +338,13 @@ WHITELIST = {f"torch.{name}": dtype for name, dtype in STORAGES.items()} | {
     "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
+    **{f"torch.{name}": np.dtype(name) for name in ("uint16", "uint32", "uint64")},
+    "collections.defaultdict": lambda *_: {},
+    "_codecs.encode": lambda text, encoding: EncodedBytes(text=text),
+    "__builtin__.bytes": lambda *_: EncodedBytes(),  # without any
+    "numpy.dtype": _numpy_dtype,
+    "numpy.core.multiarray._reconstruct": lambda *_: NumpyArray(),  # NumPy 1
+    "numpy._core.multiarray._reconstruct": lambda *_: NumpyArray(),
 }

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the weights in a folder: a training workdir of ours, or a folder of another framework."""
+
+import pathlib
+
+from tnt_flax.core.errors import InputError, listed
+from tnt_flax.weights.formats import INDEX
+from tnt_flax.weights.hub import ADDRESS, DEFAULT_FILES
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
+# What trainers save beside the weights: optimizer.bin, scheduler.pt, training_args.bin ...
+OTHERS = ("optimizer", "scheduler", "training_args", "random_states", "rng_state", "scaler")
+
+
+def check_exists(path: pathlib.Path) -> None:
+    """Raises InputError if there is no such file or folder; names the form of hub addresses."""
+    if not path.exists():
+        hint = ""
+        if ADDRESS.fullmatch(f"hf://{path}") and not _is_weights_file(path.name):
+            hint = f" (write hf://{path} if it is on the Hugging Face hub)"
+        raise InputError(f"cannot read {path}: No such file or directory{hint}")
+
+
+def is_run(folder: pathlib.Path) -> bool:
+    """Whether `folder` is a workdir of ours, its folder of checkpoints, or one of them."""
+    steps = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    numbered = any(child.name.isdecimal() for child in steps.iterdir())
+    return numbered or (folder.name.isdecimal() and (folder / "info").exists())
+
+
+def find_weights(folder: pathlib.Path) -> pathlib.Path:
+    """Returns the file, or the index of several, that holds the weights.
+
+    Raises:
+        InputError: there is none, there are several, or they are in a sharded format.
+    """
+    names = {child.name for child in folder.iterdir()}
+    for name in DEFAULT_FILES:
+        for candidate in (name, f"{name}{INDEX}"):
+            if candidate in names:
+                return folder / candidate
+    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
+        raise InputError(
+            f"{folder} is a distributed checkpoint of torch: join it by python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE.pth"
+        )
+    files = sorted(name for name in names if _is_weights_file(name))
+    if len(files) == 1:
+        return folder / files[0]
+    if files:
+        raise InputError(f"{folder} has several weights files: give one of {listed(files)}")
+    levels = ("*/*", "*/*/*", "*/*/*/*")
+    below = [x for level in levels for x in folder.glob(level) if _is_weights_file(x.name)]
+    advice = f"give {below[0]}" if below else "train first or name other weights"
+    raise InputError(f"no intact checkpoint in {folder}, and no weights file: {advice}")
+
+
+def _is_weights_file(name: str) -> bool:
+    return name.endswith(SUFFIXES) and not name.startswith((*OTHERS, "."))
