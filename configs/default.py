@@ -135,6 +135,9 @@ def get_config() -> ConfigDict:
     config.eval.every = "1 epochs"  # and after the last step
     config.eval.batch_size = 1024
     config.eval.weights = "ema"  # or "raw"; also selects the best checkpoint
+    config.eval.patience = (
+        0  # evaluations without a better checkpoint.best that end the run; 0: none
+    )
     # Only for tnt-flax eval:
     config.eval.classes = ""  # restrict to "imagenet-a", "imagenet-r" or a file's classes; "" all
     config.eval.real_labels = ""  # ReaL's real.json, in data.root; replaces the labels
@@ -142,6 +145,7 @@ def get_config() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = "1 epochs"  # and at every evaluation
     config.checkpoint.keep = 3  # latest checkpoints to keep, besides the best
+    config.checkpoint.best = "top1"  # or "mean_per_class", "top5"; "loss" and "ece": the lowest
 
     config.log = ConfigDict()
     config.log.every = "50 steps"

@@ -98,6 +98,15 @@ def test_the_best_checkpoint_is_kept_after_a_restart(folder):
     assert steps(folder) == [2, 5, 6]
 
 
+def test_the_best_checkpoint_is_that_of_the_metric_of_the_config(tmp_path):
+    info = INFO | {"config": {"checkpoint": {"best": "loss"}}}
+    manager = Checkpoints(tmp_path, keep=1, info=info, best="loss")
+    with contextlib.closing(manager) as checkpoints:
+        for step, loss in enumerate([0.4, 0.2, 0.3], start=1):
+            checkpoints.save_async(make_state(step), step, {"loss": loss, "top1": loss})
+    assert steps(tmp_path) == [2, 3] and find_checkpoint(tmp_path, "best").name == "2"
+
+
 def test_every_commit_contains_a_manifest_of_its_files(folder):
     for step_folder in step_folders(folder):
         listed = json.loads((step_folder / MANIFEST).read_text())

@@ -358,6 +358,27 @@ def test_64_bit_types_change_nothing(finished, tmp_path, start):
 
 
 @pytest.mark.slow
+def test_early_stopping_ends_a_resumed_run_at_the_same_step(smoke_config, tmp_path, at, caplog):
+    """The learning rate is 0: the first evaluation stays the best."""
+    keys = dict(eval__every="4 steps", eval__patience=2, checkpoint__best="loss")
+    keys |= dict(optimizer__learning_rate=0.0, optimizer__min_learning_rate=0.0)
+    config = smoke_config(**keys, checkpoint__every="3 steps")
+    caplog.set_level("INFO", "tnt_flax")
+    whole = train_and_evaluate(config, tmp_path / "whole")
+    assert whole["step"] == 12 and whole["images"] == 360
+    assert "stopping after 2 evaluations without a better loss than 2." in caplog.text
+    assert " of step 4 (eval.patience)" in caplog.text
+    assert train_and_evaluate(config, tmp_path / "whole") == whole  # a finished run stays so
+
+    at("step 9 ", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):
+        train_and_evaluate(config, tmp_path / "resumed")
+    assert train_and_evaluate(config, tmp_path / "resumed") == whole
+    longer = smoke_config(**keys | {"eval__patience": 3}, checkpoint__every="3 steps")
+    assert train_and_evaluate(longer, tmp_path / "whole")["step"] == 16  # patience may change
+
+
+@pytest.mark.slow
 def test_a_deterministic_run_keeps_its_programs(finished, tmp_path, at):
     config, _, result = finished
     config = config.copy_and_resolve_references()

@@ -9,6 +9,7 @@ In a run of several processes, all must call these functions at the same step.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ MANIFEST = "MANIFEST.json"
 NOT_IN_MANIFEST = {MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"}  # Orbax writes them late
 VERIFY_TIMEOUT = 600  # seconds that process 0 may take to read and hash all checkpoints
 MAX_FAILURES = 3  # consecutive failed saves that end the run
+LOWER_IS_BETTER = ("loss", "ece")  # of the metrics of an evaluation
 RETRY_DELAY = 10  # seconds between attempts of `save_blocking`
 
 logger = logging.getLogger("tnt_flax")
@@ -57,9 +59,12 @@ class Checkpoints:
         folder: of the checkpoints, one folder per step.
         keep: number of newest checkpoints to keep, besides the best one.
         info: JSON values stored in every checkpoint: "config" and "class_names".
+        best: the metric that ranks the checkpoints, see `score`.
     """
 
-    def __init__(self, folder: pathlib.Path, *, keep: int, info: dict[str, Any]):
+    def __init__(
+        self, folder: pathlib.Path, *, keep: int, info: dict[str, Any], best: str = "top1"
+    ):
         self.folder, self.info = folder, info
         # The other processes wait for process 0, so that all see the same checkpoints.
         self.found_damage = processes.run_on_main(
@@ -72,14 +77,15 @@ class Checkpoints:
         # Orbax calls it in a thread of process 0, just before the rename that commits the step.
         add_manifest = lambda: write_manifest(self._temporary_folder(self._saving_step))
         newest = checkpoint_managers.LatestN(keep)
-        best = checkpoint_managers.BestN(
-            get_metric_fn=_top1, n=1, keep_checkpoints_without_metrics=False
+        rank = functools.partial(score, metric=best)
+        best_one = checkpoint_managers.BestN(
+            get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False
         )
         self._manager = _Manager(
             folder,
             options=ocp.CheckpointManagerOptions(
-                best_fn=_top1,  # without it Orbax drops the metrics silently
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
+                best_fn=rank,  # without it Orbax drops the metrics silently
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best_one]),
                 save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
                 cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=add_manifest),
@@ -125,7 +131,7 @@ class Checkpoints:
         return state
 
     def save_async(self, state: Any, step: int, metrics: dict[str, float] | None = None) -> None:
-        """Starts a save; returns once the arrays are copied. `metrics["top1"]` ranks checkpoints.
+        """Starts a save; returns once the arrays are copied. `metrics` rank the checkpoints.
 
         Raises:
             RunError: MAX_FAILURES consecutive saves have failed, or `step` exists already.
@@ -227,8 +233,9 @@ def step_folders(folder: pathlib.Path) -> list[pathlib.Path]:
 def find_checkpoint(folder: pathlib.Path, which: str) -> pathlib.Path:
     """Returns the folder of an intact checkpoint; logs a warning for each damaged one.
 
-    `which` is "last", or "best" by top-1 accuracy (the last one if none was evaluated). Only reads:
-    a run may be training in `folder`. Raises InputError if there is no intact checkpoint.
+    `which` is "last", or "best" by `checkpoint.best` of the run's config (the last one if none was
+    evaluated). Only reads: a run may be training in `folder`. Raises InputError if there is no
+    intact checkpoint.
     """
     intact = []
     for step_folder in step_folders(folder):
@@ -239,7 +246,8 @@ def find_checkpoint(folder: pathlib.Path, which: str) -> pathlib.Path:
     if not intact:
         raise InputError(f"no intact checkpoint in {folder}: train first or name other weights")
     if which == "best":
-        return max(intact, key=lambda p: (_top1(read_metrics(p)), int(p.name)))
+        metric = read_info(intact[-1])["config"].get("checkpoint", {}).get("best", "top1")
+        return max(intact, key=lambda p: (score(read_metrics(p), metric), int(p.name)))
     return intact[-1]
 
 
@@ -317,8 +325,11 @@ def _open_reader() -> Iterator[ocp.Checkpointer]:
         absl.logging.set_verbosity(verbosity)
 
 
-def _top1(metrics: dict[str, float]) -> float:
-    return metrics.get("top1", float("-inf"))
+def score(metrics: dict[str, float], metric: str) -> float:
+    """Returns a metric such that higher is better; -infinity if it was not evaluated."""
+    if metric not in metrics:
+        return float("-inf")
+    return -metrics[metric] if metric in LOWER_IS_BETTER else metrics[metric]
 
 
 # ------------------------------------------------------------------------------------ integrity

@@ -20,8 +20,8 @@ from tnt_flax.weights.read import read_checkpoint
 RULES = (
     (lambda x: x >= 0, "is less than 0", (
         "optimizer.warmup_epochs", "optimizer.cooldown_epochs", "data.workers",
-        "data.retry_seconds", "stall_minutes", "augment.mixup_alpha", "augment.cutmix_alpha",
-        "augment.color_jitter", "augment.mix_off_epochs", "seed",
+        "data.retry_seconds", "stall_minutes", "eval.patience", "augment.mixup_alpha",
+        "augment.cutmix_alpha", "augment.color_jitter", "augment.mix_off_epochs", "seed",
     )),
     (lambda x: x >= 1, "is less than 1", (
         "epochs", "batch_size", "accumulate", "checkpoint.keep", "data.threads", "augment.repeats",
@@ -40,6 +40,7 @@ RULES = (
     (lambda x: len(x) == 3, "must have three values, one per channel", ("data.mean", "data.std")),
 )  # fmt: skip
 CHOICES = {
+    "checkpoint.best": ("top1", "mean_per_class", "top5", "loss", "ece"),
     "data.corrupt": ("error", "skip"),
     "augment.interpolation": tuple(transforms.INTERPOLATIONS),
     "augment.resampling": ("pillow", "opencv"),

@@ -53,7 +53,9 @@ def evaluate(
         progress: called with "batch 1 of an evaluation" and so on; may raise.
 
     Returns:
-        The metrics: top1 and top5 (fractions), loss (mean), images, skipped (unreadable images).
+        The metrics: top1 and top5 (fractions), loss (mean), ece (expected calibration error),
+        mean_per_class (mean of the top-1 accuracies of the classes), images, skipped (unreadable
+        images).
         The sums of `eval_step` over all batches, in float64.
 
     Raises:
@@ -82,6 +84,8 @@ def evaluate(
     metrics = {name: totals[name].item() / images for name in ("top1", "top5", "loss")}
     if not math.isfinite(metrics["loss"]):
         raise RunError(f"the evaluation loss is {metrics['loss']}: these weights are not usable")
+    metrics["ece"] = calibration_error(totals["calibration"])
+    metrics["mean_per_class"] = mean_per_class(totals["per_class"])
     return {**metrics, "images": images, "skipped": processes.sum_over_processes(skipped)}, totals
 
 
@@ -123,9 +127,8 @@ def evaluate_checkpoint(
         owns_process: see `train_and_evaluate`.
 
     Returns:
-        The metrics of `evaluate`; `ece`, the expected calibration error; `mean_per_class`, the mean
-        of the top-1 accuracies of the classes; `classes`, the number of classes that predictions
-        are restricted to; `checkpoint`, the path of the weights.
+        The metrics of `evaluate`; `classes`, the number of classes that predictions are restricted
+        to; `checkpoint`, the path of the weights.
 
     Raises:
         InputError: something is missing or does not fit; also if labels and classes do not fit
@@ -156,9 +159,8 @@ def evaluate_checkpoint(
         # `setup`: there is nothing to save, so a signal may end the process at once.
         progress = functools.partial(watchdog.progress, setup=True)
         metrics, sums = evaluate(eval_step, variables, batches, mesh, progress)
-        metrics["ece"] = calibration_error(sums["calibration"])
-        if not multi_label:
-            metrics["mean_per_class"] = mean_per_class(sums["per_class"])
+        if multi_label:  # an image counts for one of its classes
+            del metrics["mean_per_class"]
         metrics["classes"] = len(classes) if classes else num_classes
         if per_class:
             metrics["per_class"] = per_class

@@ -351,7 +351,8 @@ class Experiment:
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.state_shapes))
         processes.run_on_main("space", lambda: check_space(workdir, size))
         keep = self.config.checkpoint.keep
-        return Checkpoints(workdir / "checkpoints", keep=keep, info=self.info)
+        best = self.config.checkpoint.best
+        return Checkpoints(workdir / "checkpoints", keep=keep, info=self.info, best=best)
 
     def eval_variables(self, state: TrainState) -> step.Variables:
         """Returns the variables of `state` that are evaluated, see `eval.weights`."""

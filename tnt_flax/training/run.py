@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 from clu import parameter_overview
+from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import RunError
 from tnt_flax.core.trees import fingerprint, named_leaves
 from tnt_flax.data.sources import check_same_classes
 from tnt_flax.runtime import host, processes, sharding
-from tnt_flax.runtime.checkpoints import Checkpoints
+from tnt_flax.runtime.checkpoints import Checkpoints, score
 from tnt_flax.runtime.watchdog import Watchdog
 from tnt_flax.runtime.workdir import (
     config_to_json,
@@ -124,12 +125,47 @@ def evaluate_state(
     return metrics
 
 
+class EarlyStopping:
+    """Ends a run after `eval.patience` evaluations without a better `checkpoint.best`.
+
+    Depends on the evaluations in metrics.jsonl only, so a resumed run decides as an uninterrupted
+    one would, and all processes decide alike.
+    """
+
+    def __init__(self, config: ConfigDict, metrics_file: pathlib.Path):
+        self.patience, self.metric = config.eval.patience, config.checkpoint.best
+        key = f"eval/{self.metric}"
+        read = lambda: [(m["step"], m[key]) for m in read_metrics_file(metrics_file) if key in m]
+        self._values = dict(processes.run_on_main("evaluations", read))
+
+    def add(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds the metrics of an evaluation; logs whether the run ends."""
+        self._values[step] = metrics[self.metric]
+        if self.ends_run:
+            best = self._best_step
+            log(
+                f"stopping after {self.patience} evaluations without a better {self.metric} than "
+                f"{self._values[best]:.4f} of step {best} (eval.patience)"
+            )
+
+    @property
+    def _best_step(self) -> int:
+        rank = lambda step: (score({self.metric: self._values[step]}, self.metric), -step)
+        return max(self._values, key=rank)
+
+    @property
+    def ends_run(self) -> bool:
+        if not self.patience or not self._values:
+            return False
+        return sum(step > self._best_step for step in self._values) >= self.patience
+
+
 def write_final_artifacts(
     experiment: Experiment, state: TrainState, workdir: pathlib.Path, writer: MetricWriter
 ) -> str:
     """Writes weights and plots of a finished run; returns the fingerprint of its parameters."""
     digest = fingerprint(join_collections(state.variables), sharding.fetch)
-    writer.write(experiment.total_steps, {"fingerprint": digest})
+    writer.write(int(state.step), {"fingerprint": digest})
     log(f"SHA-256 of the final parameters: {digest}")
     evaluated = experiment.eval_variables(state)
     ema, evaluated = jax.tree.map(sharding.fetch, (state.ema, evaluated))  # on all processes

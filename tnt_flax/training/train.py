@@ -66,7 +66,7 @@ def train_and_evaluate(
         state = checkpoints.restore_latest(experiment.abstract_state)
         if state is None:
             state = experiment.init_or_load_state()
-        start_step, total_steps = int(state.step), experiment.total_steps
+        start_step = int(state.step)
         run.log_start(experiment, workdir, start_step)
         watchdog.progress("state ready", setup=True)
 
@@ -75,11 +75,12 @@ def train_and_evaluate(
         state, metrics = train_loop(experiment, state, checkpoints, writer, watchdog)
 
         # ---------------------------------------------------------------- final artifacts
-        checkpoints.save_blocking(state, total_steps, metrics)  # unless the loop's save succeeded
+        step = int(state.step)
+        checkpoints.save_blocking(state, step, metrics)  # unless the loop's save succeeded
         digest = run.write_final_artifacts(experiment, state, workdir, writer)
         # A process that exits much earlier than the others would count as dead.
         processes.barrier("end", run.ONE_HOUR)
-        return {**metrics, "step": total_steps, "fingerprint": digest}
+        return {**metrics, "step": step, "fingerprint": digest}
 
 
 def train_loop(
@@ -91,6 +92,7 @@ def train_loop(
 ) -> tuple[TrainState, dict[str, float]]:
     """Runs all steps from `state` on; returns the final state and the metrics of its evaluation.
 
+    `eval.patience` may end the run earlier.
     A signal makes `watchdog` raise Stopped: after a step or a batch of an evaluation, or while the
     loop waits for data. The loop then saves the state. It also does if a single process cannot read
     its data; one of several ends the run at once.
@@ -102,13 +104,15 @@ def train_loop(
     evaluate = functools.partial(run.evaluate_state, experiment, writer, watchdog)
     check = functools.partial(run.check_finite, experiment, checkpoints)
     meter = StepMeter(experiment.plan.batch_size, experiment.steps_per_epoch, total_steps, check)
+    early = run.EarlyStopping(experiment.config, writer.path)
     batches = experiment.train_batches(step, total_steps - step)
     try:
         metrics = checkpoints.metrics(step)
         if step and due("eval", step) and not metrics:  # a signal interrupted this evaluation
             metrics = evaluate(state, step)
             checkpoints.add_metrics(step, metrics)
-        while step < total_steps:
+            early.add(step, metrics)
+        while step < total_steps and not early.ends_run:
             with meter.wait_for_data():
                 batch = watchdog.next_batch(batches)
             meter.replaced_images += int(batch.pop("replaced").sum())
@@ -126,6 +130,8 @@ def train_loop(
                 with meter.pause():
                     metrics = evaluate(state, step) if due("eval", step) else {}
                     checkpoints.save_async(state, step, metrics)
+                if metrics:
+                    early.add(step, metrics)
     except (Stopped, InputError, StorageUnavailable) as error:
         watchdog.abort(error)  # returns if this is the only process, or for Stopped
         meter.fetch_pending_metrics()
