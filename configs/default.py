@@ -149,6 +149,8 @@ def get_config() -> ConfigDict:
 
     config.log = ConfigDict()
     config.log.every = "50 steps"
+    config.log.trackers = ""  # beside TensorBoard: "wandb", "mlflow", "trackio", or "wandb,mlflow"
+    config.log.project = "tnt_flax"  # name of the project (MLflow: experiment) of the trackers
     return config.lock()
 
 

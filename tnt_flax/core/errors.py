@@ -65,6 +65,9 @@ EXTRAS = {
     "opencv": "cv2",
     "onnx": "onnx onnx_ir onnxruntime",
     "tpu": "libtpu",
+    "wandb": "wandb",
+    "mlflow": "mlflow sqlalchemy alembic",
+    "trackio": "trackio",
     "cuda-compile": "jax_cuda13_plugin",
 }
 

@@ -31,6 +31,7 @@ from tnt_flax.training.optimizer import (
 )
 from tnt_flax.training.schedules import SCHEDULE_KEYS, make_schedule
 from tnt_flax.training.step import TrainState
+from tnt_flax.training.trackers import parse_trackers
 from tnt_flax.weights.identify import check_same, unstored_fields
 from tnt_flax.weights.load import adapt
 from tnt_flax.weights.read import LoadedWeights, read_checkpoint
@@ -83,6 +84,7 @@ class Experiment:
                 not installed, or `optimizer.freeze` matches no parameter or all of them.
         """
         transforms.resampler(self.config.augment.resampling)
+        parse_trackers(self.config.log.trackers)
         self.make_model(num_classes=1)
         if self.config.optimizer.freeze:
             # Names do not depend on the number of classes, which only the data tell.

@@ -14,21 +14,33 @@ import jax
 
 from tnt_flax.core.files import write_atomic
 from tnt_flax.runtime import processes
+from tnt_flax.training.trackers import Sender
 
 logger = logging.getLogger(__name__)
 
 
 class MetricWriter:
-    """Appends scalars to `metrics.jsonl` and to TensorBoard event files, without TensorFlow.
+    """Appends scalars to `metrics.jsonl`, TensorBoard event files (without TensorFlow), trackers.
 
     Does nothing in processes other than 0. A resumed run first drops the lines that a killed run
     wrote after `start_step`. If the disk is full, lines are lost and training continues.
+
+    Args:
+        workdir: of the run.
+        start_step: of the checkpoint from which the run starts.
+        open_trackers: opens the trackers of the run, see `trackers.open_trackers`.
     """
 
-    def __init__(self, workdir: pathlib.Path, start_step: int):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        start_step: int,
+        open_trackers: Callable[[], list[Sender]] = list,
+    ):
         self.path = workdir / "metrics.jsonl"
         if not processes.is_main_process():
             return
+        self._trackers = open_trackers()
         from tensorboard.summary import Writer  # slow to import; evaluation does not need it
 
         kept = [m for m in read_metrics_file(self.path) if m["step"] <= start_step]
@@ -38,7 +50,7 @@ class MetricWriter:
         self._events = self._open_events()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Writes values by name, such as "train/loss"; TensorBoard gets the numbers only."""
+        """Writes values by name, such as "train/loss"; text to metrics.jsonl only."""
         if not processes.is_main_process():
             return
         try:
@@ -46,10 +58,13 @@ class MetricWriter:
             self._file.flush()
         except OSError as error:
             logger.error(f"error: cannot write {self.path}: {error.strerror}")
+        numbers = {name: x for name, x in values.items() if isinstance(x, int | float)}
+        if numbers:
+            for tracker in self._trackers:
+                tracker.log(numbers, step)
         try:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._events.add_scalar(name, value, step)
+            for name, value in numbers.items():
+                self._events.add_scalar(name, value, step)
             self._events.flush()
         except OSError as error:  # TensorBoard's writer would raise it again at every call
             logger.error(f"error: cannot write TensorBoard's events: {error.strerror}")
@@ -57,7 +72,7 @@ class MetricWriter:
 
     def close(self) -> None:
         if processes.is_main_process():
-            for file in (self._file, self._events):
+            for file in (self._file, self._events, *self._trackers):
                 with contextlib.suppress(OSError):
                     file.close()
 

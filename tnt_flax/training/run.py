@@ -2,6 +2,7 @@
 """What a training run does besides its steps: checks, logs, evaluations and final files."""
 
 import contextlib
+import functools
 import logging
 import pathlib
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from tnt_flax.training.evaluate import evaluate
 from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.metrics import MetricWriter, read_metrics_file
 from tnt_flax.training.step import TrainState
+from tnt_flax.training.trackers import open_trackers
 from tnt_flax.weights import write
 from tnt_flax.weights.names import join_collections
 
@@ -103,6 +105,14 @@ def log_start(experiment: Experiment, workdir: pathlib.Path, start_step: int) ->
         f"{sharding.describe(experiment.mesh)}, {experiment.steps_per_epoch} steps per epoch; "
         f"from step {start_step} to {experiment.total_steps}; logs and checkpoints in {workdir}"
     )
+
+
+def open_metrics(experiment: Experiment, workdir: pathlib.Path, start_step: int) -> MetricWriter:
+    """Opens metrics.jsonl, TensorBoard's events and `log.trackers`."""
+    options = experiment.config.log
+    config = config_to_json(experiment.config)
+    trackers = functools.partial(open_trackers, options.trackers, options.project, workdir, config)
+    return MetricWriter(workdir, start_step, trackers)
 
 
 def evaluate_state(

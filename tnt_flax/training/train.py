@@ -71,7 +71,8 @@ def train_and_evaluate(
         watchdog.progress("state ready", setup=True)
 
         # ---------------------------------------------------------------- loop
-        writer = stack.enter_context(contextlib.closing(MetricWriter(workdir, start_step)))
+        writer = run.open_metrics(experiment, workdir, start_step)
+        stack.enter_context(contextlib.closing(writer))
         state, metrics = train_loop(experiment, state, checkpoints, writer, watchdog)
 
         # ---------------------------------------------------------------- final artifacts
