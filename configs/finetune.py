@@ -41,7 +41,8 @@ def get_config(mode="all"):
     config.optimizer.cooldown_epochs = 0
     config.optimizer.layer_decay = 0.75
     config.optimizer.clip_norm = 1.0
-    config.ema.decay = 0.99
+    config.ema.decay = 0.9999
+    config.ema.warmup = True  # few steps: the EMA would hold on to the initial weights
     config.eval.batch_size = 64
     config.log.every = "10 steps"
 

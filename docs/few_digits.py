@@ -101,6 +101,7 @@ def small(method, weights, count):
     config.epochs = STEPS // (count * len(NEW) // BATCH)
     config.optimizer.warmup_epochs = config.epochs // 20
     config.optimizer.cooldown_epochs = 0
+    config.ema.update(finetune.get_config().ema)
     return config
 
 

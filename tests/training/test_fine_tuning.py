@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import digits, finetune
+from configs import default, digits, finetune
 from tests.helpers.random_weights import random_params
 from tests.helpers.smoke import SMOKE
 from tnt_flax import create_model
@@ -212,7 +212,7 @@ def test_fine_tuning_on_an_image_folder(weights, tmp_path, capsys):
     result = train_and_evaluate(config, tmp_path / "run")
     err = capsys.readouterr().err
     assert "has no split 'validation': holding out a fixed set of 6 images" in err
-    assert "a new head for 3 classes" in err
+    assert "a new head for 3 classes" in err and "of the EMA" not in err
     assert (result["images"], result["step"]) == (6, 3)
     found = read_checkpoint(tmp_path / "run", weights="raw")
     assert found.class_names == ("cat", "dog", "emu")
@@ -239,6 +239,24 @@ def test_an_uncertain_order_of_classes_is_logged(weights, tmp_path, capsys):
     names = tuple(map(str, range(8, 18)))
     Experiment(finetune_config(path, tmp_path)).load_variables(str(path), names)
     assert "natural order (8, 9, 10 from class 0); torchvision" in capsys.readouterr().err
+
+
+def test_settings_that_will_probably_fail_are_reported():
+    """1,500 images with the published EMA; DeiT-III's learning rate without its optimizer."""
+
+    def warnings(config):
+        return Experiment(config, num_classes=10, steps_per_epoch=46).training_warnings()
+
+    config = default.get_config()
+    config.epochs, config.optimizer.cooldown_epochs = 30, 0
+    (ema,) = warnings(config)
+    assert ema.startswith("after all 1380 steps, 95% of the EMA will still be the initial weights")
+    config.ema.warmup, config.optimizer.learning_rate = True, 4e-3
+    (rate,) = warnings(config)
+    assert rate.startswith("optimizer.learning_rate=0.004 often diverges with adamw")
+    config.optimizer.name = "lamb"
+    assert not warnings(config)
+    assert not warnings(finetune.get_config())
 
 
 def test_an_unknown_kind_of_fine_tuning():

@@ -92,6 +92,22 @@ class Experiment:
             shapes = jax.eval_shape(init_variables, jax.random.key(0))
             check_freeze(shapes, self.config.optimizer.freeze)
 
+    def training_warnings(self) -> list[str]:
+        """Returns what is probably wrong in the config, given the number of steps."""
+        found, options, decay = [], self.config.optimizer, self.config.ema.decay
+        if options.name in ("adamw", "nadamw") and options.learning_rate >= 4e-3:
+            found.append(
+                f"optimizer.learning_rate={options.learning_rate} often diverges with "
+                f"{options.name}: DeiT-III's 4e-3 is for optimizer.name=lamb"
+            )
+        share = 0 if self.config.ema.warmup else decay**self.total_steps
+        if share > 0.1:
+            found.append(
+                f"after all {self.total_steps} steps, {share:.0%} of the EMA will still be the "
+                f"initial weights, with ema.decay={decay}: set ema.warmup=True"
+            )
+        return found
+
     # ---------------------------------------------------------------------------- data
 
     def open_source(self, split: str, *, multi_label: bool = False) -> sources.Source:

@@ -68,6 +68,8 @@ def train_and_evaluate(
             state = experiment.init_or_load_state()
         start_step = int(state.step)
         run.log_start(experiment, workdir, start_step)
+        for warning in experiment.training_warnings():
+            run.log(f"warning: {warning}")
         watchdog.progress("state ready", setup=True)
 
         # ---------------------------------------------------------------- loop
