@@ -2,6 +2,7 @@
 """The same batches with any number of hosts, threads and worker processes, and after a restart."""
 
 import collections
+import errno
 import functools
 import logging
 import multiprocessing
@@ -10,6 +11,7 @@ import pathlib
 import re
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -17,12 +19,13 @@ import pytest
 from tests.helpers.source_checks import wait_until
 from tests.helpers.tars import write_images
 from tnt_flax.core.errors import InputError
+from tnt_flax.data import pipeline
 from tnt_flax.data.images import decode
 from tnt_flax.data.pipeline import ReadOptions, eval_batches, train_batches
 from tnt_flax.data.plan import TrainPlan, sample_generator
 from tnt_flax.data.randaugment import parse
 from tnt_flax.data.sources import Digits, ImageFolder
-from tnt_flax.data.sources.storage import DamagedError
+from tnt_flax.data.sources.storage import DamagedError, StorageUnavailable
 from tnt_flax.data.transforms import PILLOW, eval_transform, resampler, train_transform
 
 AUGMENT = functools.partial(
@@ -345,3 +348,35 @@ def test_worker_processes_evaluate_the_same_and_raise_the_same_error(tmp_path):
     message = error_of(stream)
     assert message == f"{source.name_of(8)} cannot be read: No such file or directory{REMEDY}"
     assert wait_until(lambda: not multiprocessing.active_children())
+
+
+@pytest.mark.parametrize(
+    "error, advice",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "/dev/shm is full; .* --shm-size"),
+        (
+            RuntimeError("Worker process was terminated unexpectedly with exit code -7."),
+            "shm is full",
+        ),
+        (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
+        (
+            RuntimeError("Worker process was terminated unexpectedly with exit code -9."),
+            "was killed",
+        ),
+    ],
+)
+def test_worker_processes_without_shared_memory_files_or_memory(error, advice):
+    class Failing:
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            raise error
+
+        def close(self):
+            pass
+
+    reader = types.SimpleNamespace(closed=threading.Event())
+    with pytest.raises(StorageUnavailable, match=rf"\(data.workers\) failed: .*{advice}"):
+        next(pipeline._iterate(Failing(), reader))
+    assert reader.closed.is_set()

@@ -107,3 +107,18 @@ def test_compilations_are_kept_in_a_folder_and_the_settings_restored(tmp_path):
         jax.jit(lambda x: jnp.cos(x) - 3)(1.0)
     assert list((tmp_path / "compiled").iterdir())
     assert jax.config.jax_compilation_cache_dir == before
+
+
+@pytest.mark.parametrize(
+    "device, platforms, warns",
+    [("/dev/nvidia0", None, True), ("/dev/nvidia0", "cpu", False), ("/dev/kvm", None, False)],
+)
+def test_an_unused_gpu_is_a_warning(device, platforms, warns, monkeypatch, caplog):
+    monkeypatch.setattr(host.glob, "glob", lambda pattern: fnmatch.filter([device], pattern))
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", platforms)
+    try:
+        host.warn_of_unused_gpu()
+    finally:
+        jax.config.update("jax_platforms", before)
+    assert ('pip install "tnt_flax[cuda]"' in caplog.text) == warns

@@ -10,10 +10,12 @@ Global batches do not depend on the number of hosts, threads or worker processes
 """
 
 import dataclasses
+import errno
 import functools
 import logging
 import multiprocessing.connection
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -273,6 +275,24 @@ def _make_batch(rows, elements):
     return batch
 
 
+def _worker_failure(error: Exception) -> str | None:
+    """Explains the errors of Grain's worker processes that the machine causes."""
+    exit_code = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+    signal_number = -int(exit_code[1]) if exit_code else None
+    number = getattr(error, "errno", None)
+    # Batches are handed over in shared memory. Writing where none is left raises SIGBUS.
+    if number == errno.ENOSPC or signal_number == signal.SIGBUS:
+        return (
+            "/dev/shm is full; give the container more (docker run --shm-size=8g or --ipc=host), "
+            "or set data.workers=0"
+        )
+    if number == errno.EMFILE:
+        return "too many open files; raise the limit (ulimit -n 65536) or reduce data.workers"
+    if signal_number == signal.SIGKILL:
+        return "one was killed, perhaps for lack of memory; reduce data.workers or data.threads"
+    return None
+
+
 def _iterate(batches, reader):
     """Yields batches; stops threads and processes at the end, on an error and on `close()`."""
     iterator = iter(batches)
@@ -286,6 +306,10 @@ def _iterate(batches, reader):
             }
     except (InputError, StorageUnavailable) as error:
         raise type(error)(*error.args) from None  # drop the notes that Grain adds
+    except (OSError, RuntimeError) as error:
+        if not (cause := _worker_failure(error)):
+            raise
+        raise StorageUnavailable(f"the worker processes (data.workers) failed: {cause}") from None
     finally:
         reader.closed.set()
         iterator.close()

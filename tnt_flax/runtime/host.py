@@ -18,7 +18,8 @@ from tnt_flax.core.errors import InputError, RunError, one_line
 from tnt_flax.core.files import cache_folder
 
 # Devices of TPUs, NVIDIA GPUs and AMD GPUs.
-ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
+NVIDIA = "/dev/nvidia[0-9]*"
+ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", NVIDIA, "/dev/kfd")
 # Parameters of mallopt(3), from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
@@ -32,6 +33,15 @@ def runs_on_cpu() -> bool:
     """
     platforms = jax.config.jax_platforms
     return platforms == "cpu" if platforms else not any(glob.glob(x) for x in ACCELERATORS)
+
+
+def warn_of_unused_gpu() -> None:
+    """Warns if this machine has an NVIDIA GPU but JAX, once started, uses the CPU."""
+    if jax.default_backend() == "cpu" and not jax.config.jax_platforms and glob.glob(NVIDIA):
+        logger.warning(
+            "warning: this machine has an NVIDIA GPU, but JAX uses the CPU: "
+            'pip install "tnt_flax[cuda]" (JAX_PLATFORMS=cpu silences this)'
+        )
 
 
 def keep_memory() -> bool:

@@ -90,6 +90,7 @@ def check_data(experiment: Experiment) -> None:
 
 def log_start(experiment: Experiment, workdir: pathlib.Path, start_step: int) -> None:
     """Logs data, devices and steps; writes environment.json and parameters.txt."""
+    host.warn_of_unused_gpu()
     environment = current_environment()  # a collective: on all processes
     environment["compiler_options"] = sharding.compiler_options(
         experiment.mesh, experiment.config.deterministic
