@@ -109,6 +109,12 @@ def get_config() -> ConfigDict:
     # "balanced": in inverse proportion to the images of a class; or a CSV file: class,weight
     config.loss.class_weights = ""
 
+    config.distill = ConfigDict()
+    config.distill.teacher = ""  # trained weights of any network: file, workdir or hf:// address
+    config.distill.kind = "soft"  # KL divergence; "hard": the class that the teacher predicts
+    config.distill.temperature = 1.0  # divides all logits, for "soft"
+    config.distill.weight = 0.5  # of the distillation in the loss; 1: without labels
+
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # or "nadamw", "lamb", "lion", "muon", "sgd"
     config.optimizer.schedule = "cosine"  # or "linear"; "constant" falls in the cool-down

@@ -161,16 +161,22 @@ def on_mesh(function: Callable, mesh: Mesh) -> Callable:
 
 
 def jit_train_step(
-    train_step: Callable, mesh: Mesh, state: Any, deterministic: bool = False
+    train_step: Callable, mesh: Mesh, state: Any, deterministic: bool = False, *others: Any
 ) -> Callable:
     """Jits the function of `step.make_train_step` for `mesh`; it donates the state.
 
-    `state` is an example: arrays or their shapes. See `compiler_options` for `deterministic`.
+    `state`, and `others`, further arguments that are sharded like parameters, are examples: arrays
+    or their shapes. See `compiler_options` for `deterministic`.
     """
     everywhere, state_shardings = replicated(mesh), shardings(state, mesh)
     return jax.jit(
         on_mesh(train_step, mesh),
-        in_shardings=(state_shardings, batch_sharding(mesh), everywhere),
+        in_shardings=(
+            state_shardings,
+            batch_sharding(mesh),
+            everywhere,
+            *(shardings(tree, mesh) for tree in others),
+        ),
         out_shardings=(state_shardings, everywhere),
         donate_argnums=0,
         compiler_options=compiler_options(mesh, deterministic),

@@ -84,7 +84,7 @@ def compile_check(
     count = len(target.devices)
     experiment = Experiment(config, devices=target.devices, num_classes=classes, steps_per_epoch=1)
     jitted, arguments = make_program(experiment, program)
-    _, batch, _ = experiment.step_shapes
+    _, batch, *_ = experiment.step_shapes
     batch_size, size, _, _ = batch["image"].shape
     logger.info(
         f"{experiment.config.model.name}, {program}, {size} pixels, batch size {batch_size}, "
@@ -127,7 +127,7 @@ def make_program(experiment: Experiment, program: str) -> tuple[Callable, tuple]
     """Returns one of PROGRAMS as a jitted function and the shapes of its arguments."""
     if program == "step":
         return experiment.train_step, experiment.step_shapes
-    state, batch, _ = experiment.step_shapes
+    state, batch, *_ = experiment.step_shapes
     variables = experiment.eval_variables(state)
     if program == "eval":
         mask = jax.ShapeDtypeStruct(batch["label"].shape, bool)

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import images, randaugment, transforms
 from tnt_flax.models import MODELS, Network, create_model
+from tnt_flax.training import distillation
 from tnt_flax.training.losses import LOSSES
 from tnt_flax.training.optimizer import OPTIMIZERS
 from tnt_flax.training.schedules import SCHEDULES
@@ -28,8 +29,9 @@ RULES = (
         "mesh.fsdp", "mesh.tensor",
     )),
     (lambda x: 0 <= x <= 1, "is outside [0, 1]", (
-        "augment.mix_prob", "augment.mix_switch_prob", "augment.erase_prob",
+        "augment.mix_prob", "augment.mix_switch_prob", "augment.erase_prob", "distill.weight",
     )),
+    (lambda x: x > 0, "is not greater than 0", ("distill.temperature",)),
     (lambda x: 0 <= x < 1, "is outside [0, 1)", (
         "data.holdout", "ema.decay", "optimizer.momentum",
     )),
@@ -42,6 +44,7 @@ RULES = (
 CHOICES = {
     "checkpoint.best": ("top1", "mean_per_class", "top5", "loss", "ece"),
     "data.corrupt": ("error", "skip"),
+    "distill.kind": distillation.KINDS,
     "augment.interpolation": tuple(transforms.INTERPOLATIONS),
     "augment.resampling": ("pillow", "opencv"),
     "eval.weights": ("ema", "raw"),

@@ -22,7 +22,7 @@ from tnt_flax.models import Network, create_model
 from tnt_flax.runtime import processes, sharding
 from tnt_flax.runtime.checkpoints import Checkpoints
 from tnt_flax.runtime.workdir import check_space, config_to_json
-from tnt_flax.training import losses, mixup, step
+from tnt_flax.training import distillation, losses, mixup, step
 from tnt_flax.training.config import check_config, resolve_model_config, steps_of
 from tnt_flax.training.optimizer import (
     Optimizer,
@@ -418,14 +418,42 @@ class Experiment:
             weights = losses.balanced_class_weights(labels, len(self.class_names))
         elif weights:
             weights = losses.read_class_weights(weights, self.class_names)
-        return losses.make_loss_fn(**options, class_weights=weights)
+        loss_fn = losses.make_loss_fn(**options, class_weights=weights)
+        if self.teacher is None:
+            return loss_fn
+        keys = ("kind", "temperature", "weight")
+        options = {key: self.config.distill[key] for key in keys}
+        return distillation.make_distillation_loss(loss_fn, **options)
+
+    @functools.cached_property
+    def teacher(self) -> distillation.Teacher | None:
+        """The teacher of `distill.teacher`, for the classes of the training data."""
+        if not self.config.distill.teacher:
+            return None
+        return distillation.load_teacher(
+            self.config.distill.teacher,
+            self.class_names if self._num_classes is None else self._num_classes,
+            image_size=self.image_size,
+            dtype=self.config.model.dtype,
+            **self._normalization,
+        )
+
+    @functools.cached_property
+    def teacher_variables(self) -> tuple[step.Variables, ...]:
+        """The teacher's variables, sharded: the last argument of `train_step` if there is one."""
+        if self.teacher is None:
+            return ()
+        return (sharding.put_global(self.teacher.variables, self.mesh),)
 
     def make_train_step(self) -> Callable:
-        """Returns `train_step(state, batch, key)`; see `step.make_train_step`."""
+        """Returns `train_step(state, batch, key, ...)`; see `step.make_train_step`."""
+        augment = self.make_augment(self.model.num_classes)
+        if self.teacher:
+            augment = distillation.add_teacher(augment, self.teacher)
         return step.make_train_step(
             self.model,
             self.optimizer,
-            self.make_augment(self.model.num_classes),
+            augment,
             ema_decay=self.config.ema.decay,
             loss_fn=self.loss_fn,
             ema_warmup=self.config.ema.warmup,
@@ -444,8 +472,9 @@ class Experiment:
     @functools.cached_property
     def train_step(self) -> Callable:
         """The function of `make_train_step`, compiled for `mesh`; it donates the state."""
+        state, _, _, *teacher = self.step_shapes
         return sharding.jit_train_step(
-            self.make_train_step(), self.mesh, self.state_shapes, self.config.deterministic
+            self.make_train_step(), self.mesh, state, self.config.deterministic, *teacher
         )
 
     @functools.cached_property
@@ -455,10 +484,11 @@ class Experiment:
         return sharding.jit_eval_step(eval_step, self.mesh, self.config.deterministic)
 
     @property
-    def step_shapes(self) -> tuple[TrainState, step.Batch, jax.Array]:
-        """Shapes of the arguments of `train_step`: state, batch, key."""
+    def step_shapes(self) -> tuple[Any, ...]:
+        """Shapes of the arguments of `train_step`: state, batch, key, the teacher's variables."""
         rows = self.config.batch_size
         pixels = jax.ShapeDtypeStruct((rows, *self.image_size, 3), jnp.uint8)
         labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
         _, key = jax.eval_shape(self.split_seed)
-        return self.state_shapes, {"image": pixels, "label": labels}, key
+        teacher = [jax.eval_shape(lambda: self.teacher.variables)] if self.teacher else []
+        return self.state_shapes, {"image": pixels, "label": labels}, key, *teacher

@@ -75,7 +75,7 @@ def check_data(experiment: Experiment) -> None:
     """Opens the data; checks that both splits have the same classes, and all hosts the same data.
 
     Raises:
-        InputError: they differ, or the data or their class weights cannot be read.
+        InputError: they differ, or the data, their class weights or the teacher cannot be read.
     """
     check_same_classes(experiment.train_source, experiment.eval_source)
     _ = experiment.loss_fn

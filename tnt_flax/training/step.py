@@ -180,8 +180,8 @@ def make_train_step(
     ema_warmup: bool = False,
     accumulate: int = 1,
     gradient_dtype: str = "float32",
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]]:
-    """Returns `train_step(state, batch, key) -> (state, metrics)`.
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """Returns `train_step(state, batch, key, *more) -> (state, metrics)`.
 
     Randomness depends on `key` and `state.step` only: a resumed run and any number of devices use
     the same random numbers. `metrics` are the scalars loss, learning_rate and grad_norm (before
@@ -190,7 +190,7 @@ def make_train_step(
     Args:
         model: TNT or PyramidTNT.
         optimizer: see `optimizer.make_optimizer`. Its `freeze` also applies to statistics.
-        augment: see `make_augment`.
+        augment: see `make_augment`. `more` are further arguments of it.
         ema_decay: decay of the exponential moving average; 0 copies the weights.
         loss_fn: see `losses.make_loss_fn`.
         ema_warmup: see `warm_up_decay`.
@@ -203,9 +203,9 @@ def make_train_step(
     loss_and_grads = jax.value_and_grad(loss, has_aux=True)
     loss_and_grads = split_into_micro_batches(loss_and_grads, accumulate)
 
-    def train_step(state, batch, key):
+    def train_step(state, batch, key, *more):
         dropout_key, mix_key, erase_key = step_keys(key, state.step)
-        images, targets = augment(batch, mix_key, erase_key, state.step)
+        images, targets = augment(batch, mix_key, erase_key, state.step, *more)
         cast_params = cast_kernels(state.params, gradient_dtype)
         (loss, batch_stats), grads = loss_and_grads(
             cast_params, state.batch_stats, images, targets, dropout_key

@@ -102,7 +102,7 @@ def train_loop(
     """
     total_steps = experiment.total_steps
     step = int(state.step)  # number of updates applied to `state`
-    _, step_key = experiment.keys
+    step_args = (experiment.keys[1], *experiment.teacher_variables)
     due = functools.partial(is_due, experiment)
     evaluate = functools.partial(run.evaluate_state, experiment, writer, watchdog)
     check = functools.partial(run.check_finite, experiment, checkpoints)
@@ -120,7 +120,7 @@ def train_loop(
                 batch = watchdog.next_batch(batches)
             meter.replaced_images += int(batch.pop("replaced").sum())
             batch = to_global(batch, experiment.mesh)
-            state, step_metrics = experiment.train_step(state, batch, step_key)
+            state, step_metrics = experiment.train_step(state, batch, *step_args)
             step += 1
             meter.add(step, step_metrics)  # fetches those of step - 1: the device never waits
             if due("log", step):

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distillation: the losses by their equations, teachers of other networks, and whole steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.helpers import small_network
+from tnt_flax.core.errors import InputError
+from tnt_flax.runtime import sharding
+from tnt_flax.training.distillation import load_teacher, make_distillation_loss
+from tnt_flax.training.experiment import Experiment
+from tnt_flax.weights.load import load
+
+random = np.random.default_rng(0)
+LOGITS, TEACHER = random.normal(0, 3, (2, 6, 5)).astype(np.float32)
+TARGETS = random.dirichlet(np.ones(5), 6).astype(np.float32)
+LABELS = optax.softmax_cross_entropy(LOGITS, TARGETS)
+HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def distill(**options):
+    options = dict(kind="soft", temperature=1.0, weight=1.0) | options
+    return make_distillation_loss(optax.softmax_cross_entropy, **options)
+
+
+def softmax(x):
+    return np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_soft_distillation_follows_its_equation(weight):
+    ours, theirs = softmax(LOGITS / 2), softmax(TEACHER / 2)
+    expected = weight * 4 * (theirs * np.log(theirs / ours)).sum(axis=1) + (1 - weight) * LABELS
+    found = distill(temperature=2.0, weight=weight)(LOGITS, (TARGETS, TEACHER))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hard_distillation_is_the_cross_entropy_of_the_teachers_prediction():
+    hard = -np.log(softmax(LOGITS))[np.arange(6), TEACHER.argmax(axis=1)]
+    found = distill(kind="hard", weight=0.5)(LOGITS, (TARGETS, TEACHER))
+    np.testing.assert_allclose(found, (hard + LABELS) / 2, rtol=1e-5)
+
+
+def test_a_student_equal_to_its_teacher_has_neither_loss_nor_gradient():
+    loss = lambda logits: distill(temperature=3.0)(logits, (TARGETS, LOGITS)).sum()
+    value, gradient = jax.value_and_grad(loss)(LOGITS)
+    np.testing.assert_allclose(value, 0, atol=1e-6)
+    np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------- teachers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tnt_s_patch16_224", "ptnt_s_patch16_256"])
+def test_a_teacher_is_renormalized_resampled_and_has_the_classes_of_the_data(name, tmp_path):
+    path = small_network.save(tmp_path, name, 32, data={"mean": [0.3, 0.4, 0.5]})
+    model, variables = load(path, image_size=64)
+    pixels = random.uniform(0, 1, (2, 64, 64, 3)).astype(np.float32)
+    theirs = (pixels - np.float32([0.3, 0.4, 0.5])) / 0.25
+    expected = jax.jit(model.apply)(variables, theirs)[:, jnp.array([7, 2])]
+    options = dict(image_size=(64, 64), dtype="float32")
+    teacher = load_teacher(str(path), ("class 7", "class 2"), **HALF, **options)
+    found = jax.jit(teacher.logits)(teacher.variables, pixels * 2 - 1)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+    with pytest.raises(InputError, match="none is called 'dog'"):
+        load_teacher(str(path), ("class 7", "dog"), **HALF, **options)
+
+
+def test_a_teacher_needs_a_head(tmp_path):
+    path = small_network.save(tmp_path, num_classes=0)
+    with pytest.raises(InputError, match="has no head"):
+        load_teacher(str(path), 3, **HALF, image_size=(48, 48), dtype="float32")
+
+
+# ---------------------------------------------------------------------------------------- steps
+
+
+@pytest.mark.slow
+def test_a_step_distils_on_a_mesh_with_micro_batches(smoke_config, tmp_path):
+    """Sharding and micro-batches change nothing; a student that is its teacher has no loss."""
+    path = small_network.save(tmp_path, size=32, class_names=[*"0123456789"], data=dict(HALF))
+    model = {f"model__{k}": x for k, x in small_network.SMALL.items() if k != "num_classes"}
+    images = random.integers(0, 256, (48, 32, 32, 3), np.uint8)
+    batch = {"image": images, "label": random.integers(0, 10, 48, np.int32)}
+
+    def first_step(**changes):
+        config = smoke_config(**model | changes, distill__teacher=str(path), distill__weight=1.0)
+        experiment = Experiment(config, num_classes=10, steps_per_epoch=29)
+        state, inputs = experiment.init_or_load_state(), sharding.to_global(batch, experiment.mesh)
+        step, key = experiment.train_step, experiment.keys[1]
+        _, metrics = step(state, inputs, key, *experiment.teacher_variables)
+        return metrics
+
+    alone = first_step(mesh__data=1, mesh__fsdp=8)
+    split = first_step(accumulate=2, mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+    assert alone["loss"] > 0.1
+    np.testing.assert_allclose(alone["loss"], split["loss"], rtol=1e-5)
+    np.testing.assert_allclose(alone["grad_norm"], split["grad_norm"], rtol=1e-4)
+
+    same = first_step(init_from=str(path))
+    np.testing.assert_allclose(same["loss"], 0, atol=1e-5)
+    assert same["grad_norm"] < 1e-3
