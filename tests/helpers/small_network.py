@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.helpers.photos import jpeg
+from tnt_flax.data.transforms import height_width
 from tnt_flax.models import create_model
 from tnt_flax.weights import write
 from tnt_flax.weights.names import join_collections
@@ -20,7 +21,7 @@ del PYRAMID["depth"]
 def save(
     folder: pathlib.Path,
     name: str = "tnt_s_patch16_224",
-    size: int = 48,
+    size: int | tuple[int, int] = 48,
     *,
     class_names: list[str] | None = None,
     data: dict | None = None,
@@ -31,14 +32,14 @@ def save(
     Args:
         folder: gets the file small.safetensors.
         name: network.
-        size: of its images, in pixels.
+        size: of its images, in pixels, or (height, width).
         class_names: by default "class 0", ...; [] stores none.
         data: changes to the stored preprocessing.
         **fields: of the network.
     """
     small = PYRAMID if name.startswith("ptnt_") else SMALL
     model = create_model(name, **(small | fields))
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *height_width(size), 3), jnp.float32)
     shapes = join_collections(jax.eval_shape(model.init, jax.random.key(0), images))
     random = np.random.default_rng(0)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Classifier` and `predict`: inputs, class names, tables, errors."""
 
+import concurrent.futures
 import csv
 import io
 import json
@@ -141,8 +142,152 @@ def test_class_names(tmp_path):
     with pytest.raises(InputError, match="2 class names for the 10 classes of .*safetensors"):
         names_of(path, class_list=str(class_list))
     small_network.save(tmp_path, num_classes=0)
-    with pytest.raises(InputError, match="has no head"):
-        names_of(path)
+    headless = tnt_flax.load_classifier(path)
+    assert headless.class_names == ()
+    with pytest.raises(InputError, match="has no head.*: use features"):
+        headless.predict(all_photos()["small"])
+
+
+# ------------------------------------------------------------------ batches, features, policy
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Compiles for one device: for eight, all small batches are padded to eight rows."""
+    one = jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda: one)
+
+
+def test_services_compile_once_per_power_of_two(one_device, weights):
+    classifier = tnt_flax.load_classifier(weights)
+    photos = list(all_photos().values())
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:  # threads share the programs
+        sizes = [1, 3, 2, 5, 6, 3, 1]
+        found = list(pool.map(lambda n: classifier.predict(photos[:n], top=1), sizes))
+    assert sorted(rows for _, rows in classifier._programs) == [1, 2, 4, 8]
+    before = dict(classifier._programs)
+    classifier.predict(photos[:7])
+    assert classifier._programs == before
+    for predictions, size in zip(found, sizes, strict=True):
+        assert [p.index for (p,) in predictions] == [p.index for (p,) in found[4][:size]]
+
+
+@pytest.mark.parametrize("num_classes", [10, 0])
+def test_features_are_the_heads_input(one_device, tmp_path, num_classes):
+    path = small_network.save(tmp_path, size=32, num_classes=num_classes)
+    classifier = tnt_flax.load_classifier(path)
+    photos = [all_photos()[name] for name in ("china", "small")]
+    features = classifier.features(photos)
+    assert (features.shape, features.dtype) == ((2, 24), np.float32)
+    if num_classes:
+        head = classifier.variables["params"]["head"]
+        logits = features @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
+        expected = np.exp(logits - logits.max(1, keepdims=True))
+        expected /= expected.sum(1, keepdims=True)
+        for row, predictions in zip(expected, classifier.predict(photos, top=10), strict=True):
+            for p in predictions:
+                assert p.probability == pytest.approx(row[p.index], abs=1e-5)
+    np.testing.assert_allclose(classifier.features(photos[1])[0], features[1], atol=1e-5)
+    assert classifier.features([]).shape == (0, 24)
+
+
+def test_feature_tables(one_device, folder, tmp_path):
+    path = small_network.save(tmp_path, size=32, num_classes=0)
+    tables = {}
+    for suffix in ("PARQUET", "jsonl", "Csv"):  # in any case
+        out = tmp_path / f"f.{suffix}"
+        result = run(path, folder / "small.png", folder / "sub", "--features", f"--out={out}")
+        assert result == {"images": 2, "unreadable": 1, "out": str(out)}
+        tables[suffix] = out
+    table = pyarrow.parquet.read_table(tables["PARQUET"])
+    assert table.schema.field("features").type == pyarrow.list_(pyarrow.float32())
+    expected = tnt_flax.load_classifier(path).features(folder / "small.png")[0]
+    lines = [json.loads(line) for line in tables["jsonl"].read_text().splitlines()]
+    with open(tables["Csv"], newline="") as file:
+        rows = list(csv.DictReader(file))
+    for vector in (
+        table["features"][0].as_py(),
+        lines[0]["features"],
+        json.loads(rows[0]["features"]),
+    ):
+        np.testing.assert_allclose(np.float32(vector), expected, atol=1e-5)
+    assert rows[1]["features"] == "" and lines[1]["features"] is None and lines[1]["error"]
+    with pytest.raises(InputError, match="--features needs a table: --out=FILE.parquet"):
+        run(path, folder, "--features")
+
+
+def test_names_that_are_not_utf_8(weights, folder, tmp_path, capsysbinary):
+    name = os.fsencode(folder / "sub") + b"/caf\xe9.png"
+    with open(name, "wb") as file:
+        file.write(all_photos()["small"])
+    os.rename(folder / "sub/img9.jpg", os.fsencode(folder / "sub") + b"/br\xf6ken.jpg")
+    for suffix in ("csv", "jsonl", "parquet"):
+        assert run(weights, folder / "sub", f"--out={tmp_path / 'a'}.{suffix}")["unreadable"] == 1
+    assert b"br\xef\xbf\xbdken.jpg is not a usable image" in (tmp_path / "a.csv").read_bytes()
+    assert "caf\ufffd.png" in (tmp_path / "a.jsonl").read_text("utf-8")
+    run(weights, folder / "sub")
+    out, err = capsysbinary.readouterr()
+    assert "caf\ufffd.png: ".encode() in out and "br\ufffdken.jpg".encode() in err
+
+
+def test_policy_of_the_classifier(one_device, weights, tmp_path, caplog):
+    upright = Image.open(io.BytesIO(all_photos()["portrait"]))
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    turned, clear = tmp_path / "turned.png", tmp_path / "clear.png"
+    upright.rotate(90, expand=True).save(turned, exif=tags)
+    alpha = Image.new("L", upright.size, 0)
+    Image.merge("RGBA", [*upright.split(), alpha]).save(clear)
+    plain = tnt_flax.load_classifier(weights)
+    for _ in range(2):
+        rotated, hidden = plain.predict([turned, clear])
+    expected, white = plain.predict([upright, Image.new("RGB", upright.size, "white")])
+    assert rotated != expected and hidden == expected
+    warnings = [record.message for record in caplog.records if "loaded" not in record.message]
+    assert len(warnings) == 2  # once each
+    assert f"{turned} has an EXIF orientation" in warnings[0] and "exif=True" in warnings[0]
+    assert f"{clear} has transparent pixels" in warnings[1] and "background=" in warnings[1]
+
+    caplog.clear()
+    covered = tnt_flax.load_classifier(weights, exif=True, background=(255, 255, 255))
+    assert covered.predict([turned, clear]) == [expected, white]
+    assert not [record for record in caplog.records if "loaded" not in record.message]
+    with pytest.raises(InputError, match="background=.* is not a color"):
+        tnt_flax.load_classifier(weights, background=(1, 2))
+
+    stored = {"exif": True, "background": [255, 255, 255]}  # as in the config of a run
+    small_network.save(tmp_path, size=32, class_names=NAMES, data=DATA | stored)
+    again = tnt_flax.load_classifier(tmp_path / "small.safetensors")
+    assert again.predict([turned, clear]) == [expected, white]
+
+
+def test_policy_options_of_the_command(one_device, weights, tmp_path, monkeypatch):
+    deep = tmp_path / "deep.png"
+    deep.write_bytes(png(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)))
+    classified = []
+    monkeypatch.setattr(predict, "ranked", lambda found: classified.append(found) or {})
+    out = f"--out={tmp_path / 'a.csv'}"
+    for option in ("clip", "minmax", "0,4095"):
+        run(weights, deep, f"--deep-pixels={option}", out)
+    assert classified[0] != classified[1] == classified[2]
+    with pytest.raises(RunError, match="no image could be read"):
+        run(weights, deep, "--max-pixels=100", out)
+    run(weights, deep, "--max-pixels=0", "--exif", "--background=255,0,0", out)
+    with pytest.raises(InputError, match="background='red' is not a color"):
+        run(weights, deep, "--background=red")
+
+
+def test_rectangular_images(one_device, tmp_path):
+    size = (32, 64)
+    path = small_network.save(tmp_path, size=size, class_names=NAMES, data=DATA)
+    classifier = tnt_flax.load_classifier(path)
+    assert classifier.image_size == size
+    photo = all_photos()["china"]
+    pixels = eval_transform(photo, size=size, crop_fraction=CROP)
+    images = (pixels[None] / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
+    logits = np.asarray(jax.jit(classifier.model.apply)(classifier.variables, images))[0]
+    (found,) = classifier.predict(photo, top=10)
+    assert [p.index for p in found] == np.argsort(-logits).tolist()
 
 
 # ---------------------------------------------------------------------------------- command

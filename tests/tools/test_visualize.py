@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.helpers import small_network
 from tnt_flax.__main__ import main
+from tnt_flax.inference.preprocess import Preprocessor
 from tnt_flax.models.network import BlockLayout
 from tnt_flax.tools import attention as tracing
 from tnt_flax.tools import figures, visualize
@@ -102,7 +103,7 @@ def test_overlay_heatmap_darkens_small_weights():
 def test_trace_of_tnt(tmp_path):
     """Traces two images; the class token of the last block gives the prediction by hand."""
     found = read_checkpoint(small_network.save(tmp_path))
-    pixels = tracing.load_image(found, small_network.photo(tmp_path))
+    pixels = Preprocessor(found).read(small_network.photo(tmp_path))
     assert pixels.shape == (48, 48, 3)
     first, second = tracing.trace_attention(found, np.stack([pixels, pixels[::-1]]))
     assert first.grid == (3, 3)
@@ -127,7 +128,7 @@ def test_trace_of_a_pyramid(tmp_path):
     found = read_checkpoint(
         small_network.save(tmp_path, "ptnt_ti_patch16_192", 64, depths=(1, 2, 1, 1))
     )
-    pixels = tracing.load_image(found, small_network.photo(tmp_path))
+    pixels = Preprocessor(found).read(small_network.photo(tmp_path))
     (trace,) = tracing.trace_attention(found, pixels[None])
     assert trace.grid == (8, 8) and [layout.side for layout in trace.layouts] == [1, 2, 2, 4, 8]
     maps = [(8, 8, 8), (4, 4, 16), (4, 4, 16), (2, 2, 32), (1, 1, 32)]

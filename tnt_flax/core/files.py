@@ -13,6 +13,8 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from tnt_flax.core.errors import InputError, RunError, require_extras
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -39,6 +41,11 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
                 temporary.unlink()
 
 
+def as_unicode(text: str) -> str:
+    """Returns `text` with U+FFFD for what UTF-8 cannot encode: file names need not be UTF-8."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def write_atomic(
     path: str | os.PathLike,
     content: str | bytes | Callable[[BinaryIO], object],
@@ -54,7 +61,7 @@ def write_atomic(
             power failure.
     """
     if isinstance(content, str):
-        content = content.encode()
+        content = as_unicode(content).encode()
     with atomic_path(path) as temporary:
         with open(temporary, "xb") as file:
             if callable(content):
@@ -93,12 +100,14 @@ def open_table(
     """Opens a table for atomic writing; the suffix chooses the format: .csv, .jsonl, .parquet.
 
     Yields `write(row)`, for rows {column: value or None}. A column missing in a row is left empty.
+    Types are str, int, float, and np.ndarray for vectors of float32 (in .csv as JSON).
 
     Raises:
         InputError: unknown suffix, or `path` cannot be written.
         RunError: the disk is full.
     """
-    if path.suffix not in _TABLES:
+    suffix = path.suffix.lower()
+    if suffix not in _TABLES:
         raise InputError(f"{path} is not a known kind of table: use {', '.join(_TABLES)}")
     with contextlib.ExitStack() as stack:
         try:
@@ -109,26 +118,37 @@ def open_table(
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from error
         try:
-            with file, _TABLES[path.suffix](file, columns) as write:
-                yield write
+            with file, _TABLES[suffix](file, columns) as write:
+                yield lambda row: write({k: _storable(x) for k, x in row.items()})
         except OSError as error:
             if error.errno not in FULL_DISK:
                 raise
             raise RunError(f"cannot write {path}: {error.strerror}") from error
 
 
+def _storable(value):
+    return as_unicode(value) if isinstance(value, str) else value
+
+
 @contextlib.contextmanager
 def _write_csv(file, columns):
+    as_text = lambda x: json.dumps(_as_list(x)) if isinstance(x, np.ndarray) else x
     with open(file.fileno(), "w", encoding="utf-8", newline="", closefd=False) as text:
         writer = csv.DictWriter(text, list(columns))
         writer.writeheader()
-        yield writer.writerow
+        yield lambda row: writer.writerow({k: as_text(x) for k, x in row.items()})
+
+
+def _as_list(vector):
+    """Returns the shortest decimals that are the same float32 numbers."""
+    return [float(str(x)) for x in vector]
 
 
 @contextlib.contextmanager
 def _write_json_lines(file, columns):
     def write(row):
         full = {column: row.get(column) for column in columns}
+        full = {k: _as_list(x) if isinstance(x, np.ndarray) else x for k, x in full.items()}
         file.write(json.dumps(full, ensure_ascii=False).encode() + b"\n")
 
     yield write
@@ -140,6 +160,7 @@ def _write_parquet(file, columns):
     import pyarrow.parquet  # a slow import that only this format needs
 
     types = {str: pyarrow.string(), float: pyarrow.float64(), int: pyarrow.int64()}
+    types[np.ndarray] = pyarrow.list_(pyarrow.float32())
     schema = pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
     rows = []
 

@@ -67,7 +67,9 @@ class Policy:
     def __post_init__(self):
         color, deep = self.background, self.deep_pixels
         if len(color) not in (0, 3) or not all(value in range(256) for value in color):
-            raise InputError(f"background={color} is not a color: give three numbers from 0 to 255")
+            raise InputError(
+                f"background={color!r} is not a color: give three numbers from 0 to 255"
+            )
         is_range = isinstance(deep, tuple) and len(deep) == 2 and deep[0] < deep[1]
         if deep not in (CLIP, MINMAX) and not is_range:
             raise InputError(
@@ -237,6 +239,15 @@ def orientation_of(image: Image.Image) -> int:
         found = image.getexif().get(ORIENTATION, 1)
         return found if found in range(1, 9) else 1
     return 1
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """True if a pixel of an opened image is not opaque; False for a damaged image."""
+    if not image.has_transparency_data:
+        return False
+    with contextlib.suppress(Exception):  # what `decode` reports
+        return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    return False
 
 
 def _upright(image):

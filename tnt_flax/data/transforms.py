@@ -218,11 +218,14 @@ def resized_size(
 
 
 def resized_center(
-    image: Image.Image, resized: tuple[int, int], size: tuple[int, int]
+    image: Image.Image,
+    resized: tuple[int, int],
+    size: tuple[int, int],
+    filter: Image.Resampling = BICUBIC,
 ) -> Image.Image:
-    """Resizes (bicubic) to `resized` = (width, height) and crops the center `size` = (H, W).
+    """Resizes to `resized` = (width, height) and crops the center `size` = (H, W).
 
-    Like `image.resize(resized, BICUBIC)` and torchvision's `center_crop`, but computes only the
+    Like `image.resize(resized, filter)` and torchvision's `center_crop`, but computes only the
     cropped pixels. PIL's box has single precision, so about one value in a thousand differs, by one
     level.
     """
@@ -230,7 +233,7 @@ def resized_center(
     rows, columns = size
     left, top = round((width - columns) / 2), round((height - rows) / 2)
     if image.height > 2 * image.width:  # Pillow 13 filters the columns first: other roundings
-        return image.resize(resized, BICUBIC).crop((left, top, left + columns, top + rows))
+        return image.resize(resized, filter).crop((left, top, left + columns, top + rows))
     x, x_end = (column * image.width / width for column in (left, left + columns))
     y, y_end = (row * image.height / height for row in (top, top + rows))
     # Rows of the image within reach of the filter.
@@ -238,21 +241,26 @@ def resized_center(
     first, last = max(0, math.floor(y - reach)), min(image.height, math.ceil(y_end + reach))
     # One pass at a time, because the order in which PIL does both depends on the box.
     strip = image.crop((0, first, image.width, last))
-    strip = strip.resize((columns, last - first), BICUBIC, (x, 0, x_end, last - first))
+    strip = strip.resize((columns, last - first), filter, (x, 0, x_end, last - first))
     box = (0, y - first, columns, y_end - first)
-    return strip.resize((columns, rows), BICUBIC, box)
+    return strip.resize((columns, rows), filter, box)
 
 
 def eval_transform(
-    image: Encoded, *, size: Size, crop_fraction: float, policy: Policy = TIMM
+    image: Encoded,
+    *,
+    size: Size,
+    crop_fraction: float,
+    interpolation: str = "bicubic",
+    policy: Policy = TIMM,
 ) -> np.ndarray:
     """Returns an evaluation sample, read-only uint8 [H, W, 3], preprocessed as in timm.
 
     Resizes the shorter side to `floor(size / crop_fraction)` (0.9: 224 -> 248) and crops the
     center; for (height, width) that differ, resizes to cover both sides' fractions. `crop_fraction`
-    is at most 1. Raises CorruptImageError.
+    is at most 1, `interpolation` "bicubic" or "bilinear". Raises CorruptImageError.
     """
     image, size = decode(image, policy), height_width(size)
     covered = tuple(math.floor(side / crop_fraction) for side in size)
     resized = resized_size(image.size, covered, policy)
-    return np.asarray(resized_center(image, resized, size))
+    return np.asarray(resized_center(image, resized, size, INTERPOLATIONS[interpolation][0]))

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tnt_flax.load_classifier`: from files, PIL images or arrays to class names and probabilities."""
+"""`tnt_flax.load_classifier`: from files, PIL images or arrays to classes or feature vectors."""
 
 import collections
 import concurrent.futures
 import itertools
 import os
 import pathlib
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,15 +15,12 @@ import numpy as np
 from PIL import Image
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.data.images import CorruptImageError
 from tnt_flax.data.labels import display_names
 from tnt_flax.data.sources.names import read_class_list
-from tnt_flax.data.transforms import eval_transform
+from tnt_flax.inference.preprocess import Input, Preprocessor
 from tnt_flax.runtime import sharding
 from tnt_flax.training.mixup import normalize
 from tnt_flax.weights.read import LoadedWeights, read_checkpoint
-
-Input = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 
 class Prediction(NamedTuple):
@@ -40,6 +38,13 @@ class Outcome(NamedTuple):
     error: str | None = None
 
 
+class FeatureOutcome(NamedTuple):
+    """Result for one image: the head's input, float32 [D], or an error."""
+
+    features: np.ndarray | None
+    error: str | None = None
+
+
 def load_classifier(
     path: str | pathlib.Path,
     name: str | None = None,
@@ -47,6 +52,10 @@ def load_classifier(
     weights: str = "ema",
     checkpoint: str = "best",
     class_list: str | None = None,
+    exif: bool | None = None,
+    background: tuple[int, int, int] | None = None,
+    deep_pixels: str | tuple[float, float] | None = None,
+    max_pixels: int | None = None,
     **overrides: Any,
 ) -> "Classifier":
     """Loads weights of any framework as an image classifier. Logs a summary of the weights.
@@ -55,13 +64,17 @@ def load_classifier(
         path, name, weights, checkpoint, overrides: see `tnt_flax.load`.
         class_list: file with one class name per line. By default, names are those stored with the
             weights, or ImageNet's for 1,000 classes.
+        exif, background, deep_pixels, max_pixels: see `data.images.Policy`. None is what the
+            weights were trained with; for foreign weights, as timm does.
 
     Raises:
-        InputError: see `tnt_flax.load`; also if the network has no head or does not take square
-            images of three channels, or if the class list has another length.
+        InputError: see `tnt_flax.load`; also if the network does not take images of three channels
+            and known size, or if the class list has another length.
     """
     found = read_checkpoint(path, name, weights=weights, checkpoint=checkpoint, **overrides)
-    classifier = Classifier(found, read_class_list(class_list) if class_list else None)
+    policy = dict(exif=exif, background=background, deep_pixels=deep_pixels, max_pixels=max_pixels)
+    names = read_class_list(class_list) if class_list else None
+    classifier = Classifier(found, names, **policy)
     found.log_notes(found.summary())
     return classifier
 
@@ -69,47 +82,38 @@ def load_classifier(
 class Classifier:
     """A network with the preprocessing and class names of its weights.
 
+    All methods may be called from several threads. Batches are padded to a power of two, so that a
+    service with batches of any size compiles a few programs, each once.
+
     Attributes:
         model, variables: for `model.apply(variables, images)`; see `tnt_flax.load`.
-        class_names: one name per class.
-        image_size: pixels, each side.
+        class_names: one name per class; empty without a head.
+        image_size: pixels of each side, or (height, width).
         crop_fraction: the share of the resized image that the central crop keeps.
         mean, std: per channel, on the scale 0..1.
     """
 
-    def __init__(self, found: LoadedWeights, class_names: Sequence[str] | None = None):
-        network = found.network
-        self.model = network.model
+    def __init__(
+        self, found: LoadedWeights, class_names: Sequence[str] | None = None, **policy: Any
+    ):
+        self._path = found.path
+        self.model = found.network.model
         classes = self.model.num_classes
-        if not classes:
-            raise InputError(f"{found.path} has no head: it cannot classify")
-        if network.grid is None or network.channels != 3:
-            raise InputError(
-                f"{found.path} takes images of {network.sentences} patches and {network.channels} "
-                "channels; a classifier needs square images of 3 channels"
-            )
+        self._preprocessor = Preprocessor(found, **policy)
         if class_names is None:
-            class_names = display_names(found.class_names, classes)
+            class_names = display_names(found.class_names, classes) if classes else ()
         if len(class_names) != classes:
             raise InputError(
                 f"{len(class_names)} class names for the {classes} classes of {found.path}"
             )
         self.class_names = tuple(class_names)
-        self.image_size = network.image_size
-        self.crop_fraction = found.preprocessing["crop_fraction"]
+        self.image_size = found.network.image_size
+        self.crop_fraction = self._preprocessor.crop_fraction
         self.mean, self.std = map(tuple, (found.preprocessing[key] for key in ("mean", "std")))
         self._mesh = sharding.make_mesh(jax.local_devices())
-        everywhere = sharding.replicated(self._mesh)
-        self.variables = jax.device_put(found.variables, everywhere)
-        rows = sharding.batch_sharding(self._mesh)
-        self._predict_step = jax.jit(
-            sharding.on_mesh(self._probabilities, self._mesh), in_shardings=(everywhere, rows)
-        )
-
-    def _probabilities(self, variables: dict[str, Any], images: jax.Array) -> jax.Array:
-        """Evaluates uint8 images [B, S, S, 3]; returns probabilities [B, classes]."""
-        logits = self.model.apply(variables, normalize(images, self.mean, self.std))
-        return jax.nn.softmax(logits)
+        self.variables = jax.device_put(found.variables, sharding.replicated(self._mesh))
+        self._programs: dict[tuple[str, int], Any] = {}  # (function, rows) -> compiled
+        self._compiling = threading.Lock()
 
     def predict(
         self, images: Input | Iterable[Input], top: int = 5, batch_size: int = 64
@@ -120,18 +124,21 @@ class Classifier:
         [H, W, C], or one array [B, H, W, C]. The preprocessing is that of the evaluation.
 
         Raises:
-            InputError: an image cannot be read; `outcomes` yields an error instead.
+            InputError: the network has no head, or an image cannot be read; `outcomes` yields an
+                error instead.
         """
-        if isinstance(images, str | os.PathLike | bytes | Image.Image):
-            images = [images]
-        elif isinstance(images, np.ndarray) and images.ndim < 4:
-            images = [images]
-        predicted = []
-        for outcome in self.outcomes(images, top, batch_size):
-            if outcome.error:
-                raise InputError(outcome.error)
-            predicted.append(outcome.predictions)
-        return predicted
+        outcomes = self.outcomes(_several(images), top, batch_size)
+        return [outcome.predictions for outcome in _without_errors(outcomes)]
+
+    def features(self, images: Input | Iterable[Input], batch_size: int = 64) -> np.ndarray:
+        """Returns the head's input for each image, float32 [B, D], for search or clustering.
+
+        It is the class token after the last norm, or for PyramidTNT the mean of the sentences.
+        `images` is what `predict` takes. Raises InputError if an image cannot be read.
+        """
+        outcomes = self.feature_outcomes(_several(images), batch_size)
+        rows = [outcome.features for outcome in _without_errors(outcomes)]
+        return np.stack(rows) if rows else np.zeros((0, self.model.num_features), np.float32)
 
     def outcomes(
         self, images: Iterable[Input], top: int = 5, batch_size: int = 64, threads: int = 8
@@ -139,52 +146,110 @@ class Classifier:
         """Yields an `Outcome` for each image in order, reading ahead in `threads` threads.
 
         `images` may be a generator; two batches are held in memory. Batches are split over all
-        local devices. An unreadable image has an `error` and no predictions.
+        local devices. An unreadable image has an `error` and no predictions. Raises InputError if
+        the network has no head.
         """
-        for name, value in dict(top=top, batch_size=batch_size, threads=threads).items():
-            if value < 1:
-                raise InputError(f"{name}={value} is less than 1")
+        if not self.model.num_classes:
+            raise InputError(
+                f"{self._path} has no head, so it cannot classify: use features (--features)"
+            )
+        _check_positive(top=top, batch_size=batch_size, threads=threads)
+        for row, error in self._evaluate(self._probabilities, images, batch_size, threads):
+            if error:
+                yield Outcome([], error)
+                continue
+            best = np.argsort(-row, kind="stable")[:top]
+            yield Outcome([Prediction(self.class_names[i], float(row[i]), int(i)) for i in best])
+
+    def feature_outcomes(
+        self, images: Iterable[Input], batch_size: int = 64, threads: int = 8
+    ) -> Iterator[FeatureOutcome]:
+        """Yields a `FeatureOutcome` for each image in order; otherwise as `outcomes`."""
+        _check_positive(batch_size=batch_size, threads=threads)
+        for row, error in self._evaluate(self._features, images, batch_size, threads):
+            yield FeatureOutcome(row, error)
+
+    # ------------------------------------------------------------------------------- evaluation
+
+    def _probabilities(self, variables: dict[str, Any], images: jax.Array) -> jax.Array:
+        """Evaluates uint8 images [B, H, W, 3]; returns probabilities [B, classes]."""
+        logits = self.model.apply(variables, normalize(images, self.mean, self.std))
+        return jax.nn.softmax(logits)
+
+    def _features(self, variables: dict[str, Any], images: jax.Array) -> jax.Array:
+        """Evaluates uint8 images [B, H, W, 3]; returns features [B, D]."""
+        body = self.model.clone(num_classes=0)
+        return body.apply(variables, normalize(images, self.mean, self.std)).astype(np.float32)
+
+    def _evaluate(self, function, images, batch_size, threads):
+        """Yields (row of the function's result, None) or (None, error) for each image in order."""
         numbered, rows = enumerate(images), 0
         ahead: collections.deque[list[concurrent.futures.Future]] = collections.deque()
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        pool = concurrent.futures.ThreadPoolExecutor(threads)
+        try:
             while True:
                 batch = list(itertools.islice(numbered, batch_size))
                 ahead.append([pool.submit(self._read, *image) for image in batch])
                 if len(ahead) == 2:  # the next batch is being read while this one is computed
                     read = [future.result() for future in ahead.popleft()]
-                    rows = max(rows, len(read))  # a last, smaller batch is padded, not compiled for
-                    yield from self._classify(read, top, rows)
+                    bucket = min(1 << (len(read) - 1).bit_length(), batch_size)
+                    rows = max(rows, bucket)  # a last, smaller batch needs no other program
+                    yield from self._evaluate_batch(function, read, rows)
                 if not batch:
                     return
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _read(self, number: int, image: Input) -> np.ndarray | str:
         """Returns preprocessed pixels, or an error message."""
-        what = f"image {number}"
         try:
-            if isinstance(image, str | os.PathLike):
-                what = os.fspath(image)
-                with open(image, "rb") as file:
-                    image = file.read()
-            elif not isinstance(image, bytes | Image.Image | np.ndarray):
-                kind = type(image).__name__
-                return f"{what} is of type {kind}: give paths, PIL images or uint8 arrays"
-            return eval_transform(image, size=self.image_size, crop_fraction=self.crop_fraction)
-        except CorruptImageError as error:
-            return f"{what} is not a usable image: {error}"
-        except OSError as error:
-            return f"{what} cannot be read: {error.strerror or error}"
+            return self._preprocessor.read(image, f"image {number}")
+        except InputError as error:
+            return str(error)
 
-    def _classify(self, read: Sequence[np.ndarray | str], top: int, rows: int) -> Iterator[Outcome]:
-        devices = self._mesh.size
-        pixels = np.zeros((-(-rows // devices) * devices, *[self.image_size] * 2, 3), np.uint8)
+    def _evaluate_batch(self, function, read, rows):
+        rows = -(-rows // self._mesh.size) * self._mesh.size
+        pixels = np.zeros((rows, *self._preprocessor.image_size, 3), np.uint8)
         for row, image in enumerate(read):
             if not isinstance(image, str):
                 pixels[row] = image
-        probabilities = np.asarray(self._predict_step(self.variables, pixels))
-        for image, row in zip(read, probabilities, strict=False):
-            if isinstance(image, str) or not np.isfinite(row).all():
-                error = image if isinstance(image, str) else "its prediction is not finite"
-                yield Outcome([], error)
-                continue
-            best = np.argsort(-row, kind="stable")[:top]
-            yield Outcome([Prediction(self.class_names[i], float(row[i]), int(i)) for i in best])
+        results = np.asarray(self._compiled(function, rows)(self.variables, pixels))
+        for image, row in zip(read, results, strict=False):
+            if isinstance(image, str):
+                yield None, image
+            elif not np.isfinite(row).all():
+                yield None, "its result is not finite"
+            else:
+                yield row, None
+
+    def _compiled(self, function, rows):
+        """Returns the function for batches of `rows`, compiled once."""
+        key = function.__name__, rows
+        with self._compiling:
+            if key not in self._programs:
+                where = sharding.replicated(self._mesh), sharding.batch_sharding(self._mesh)
+                jitted = jax.jit(sharding.on_mesh(function, self._mesh), in_shardings=where)
+                shape = (rows, *self._preprocessor.image_size, 3)
+                images = jax.ShapeDtypeStruct(shape, np.uint8)
+                self._programs[key] = jitted.lower(self.variables, images).compile()
+        return self._programs[key]
+
+
+def _several(images):
+    """Returns an iterable of images for one image or several."""
+    if isinstance(images, str | os.PathLike | bytes | Image.Image):
+        return [images]
+    return [images] if isinstance(images, np.ndarray) and images.ndim < 4 else images
+
+
+def _without_errors(outcomes):
+    for outcome in outcomes:
+        if outcome.error:
+            raise InputError(outcome.error)
+        yield outcome
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise InputError(f"{name}={value} is less than 1")

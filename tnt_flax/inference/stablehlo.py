@@ -17,6 +17,7 @@ import numpy as np
 from jax import export as jax_export
 
 from tnt_flax.core.errors import InputError, one_line
+from tnt_flax.data.transforms import Size, height_width
 
 PROGRAM, INFO = "program", "export.json"
 
@@ -75,9 +76,9 @@ def save_exported(path: pathlib.Path, program: jax_export.Exported, info: dict[s
         file.writestr(PROGRAM, bytes(program.serialize()))
 
 
-def trace(function: Any, image_size: int, platforms: tuple[str, ...]) -> jax_export.Exported:
-    """Exports `function` of images [B, S, S, 3] with symbolic B for all `platforms`."""
+def trace(function: Any, image_size: Size, platforms: tuple[str, ...]) -> jax_export.Exported:
+    """Exports `function` of images [B, H, W, 3] with symbolic B for all `platforms`."""
     (batch,) = jax_export.symbolic_shape("batch")
-    shape = (batch, image_size, image_size, 3)
+    shape = (batch, *height_width(image_size), 3)
     images = jax.ShapeDtypeStruct(shape, np.float32)
     return jax_export.export(jax.jit(function), platforms=platforms)(images)

@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention and features of a network on one image, as arrays; `tools.figures` plots them."""
 
-import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from tnt_flax.core.errors import InputError
-from tnt_flax.data.images import CorruptImageError
-from tnt_flax.data.transforms import eval_transform
 from tnt_flax.models import block_outputs
 from tnt_flax.models.network import BlockLayout, Grid
 from tnt_flax.training import step
@@ -20,13 +15,13 @@ from tnt_flax.weights.read import LoadedWeights
 
 
 class Trace(NamedTuple):
-    """Activations of a network on one image of S x S pixels. Lists have one entry per block.
+    """Activations of a network on one image of H x W pixels. Lists have one entry per block.
 
     A block has N = rows * columns sentences. TNT prepends a class token: T = K = N + 1 tokens.
     PyramidTNT has none: its T = N sentences attend to K averages of sentences.
     """
 
-    pixels: np.ndarray  # uint8 [S, S, 3], input of the network before normalization
+    pixels: np.ndarray  # uint8 [H, W, 3], input of the network before normalization
     layouts: list[BlockLayout]
     has_class_token: bool
     outer_attention: list[np.ndarray]  # [heads, T, K]
@@ -108,7 +103,7 @@ def averaging_matrix(grid: Grid, side: int, squares: Grid) -> np.ndarray:
 
 
 def trace_attention(found: LoadedWeights, images: np.ndarray) -> list[Trace]:
-    """Runs the network on uint8 images [B, S, S, 3], see `load_image`; returns one Trace each."""
+    """Runs the network on uint8 images [B, H, W, 3]; returns one Trace each."""
     model, variables = found.network.model, found.variables
     mean, std = (tuple(found.preprocessing[key]) for key in ("mean", "std"))
     run = jax.jit(lambda v, x: block_outputs(model, v, normalize(x, mean, std)))
@@ -131,24 +126,6 @@ def trace_attention(found: LoadedWeights, images: np.ndarray) -> list[Trace]:
         )
         for row, image in enumerate(images)
     ]
-
-
-def load_image(found: LoadedWeights, image: str | os.PathLike) -> np.ndarray:
-    """Reads an image file with the evaluation preprocessing of the weights: uint8 [S, S, 3].
-
-    Raises:
-        InputError: the file is not a readable image.
-    """
-    size = found.network.image_size
-    try:
-        encoded = pathlib.Path(image).read_bytes()
-        return eval_transform(
-            encoded, size=size, crop_fraction=found.preprocessing["crop_fraction"]
-        )
-    except OSError as error:
-        raise InputError(f"cannot read the image {image}: {error.strerror or error}") from None
-    except CorruptImageError as error:
-        raise InputError(f"{image} is not a usable image: {error}") from None
 
 
 def rollout(attention: Sequence[np.ndarray]) -> np.ndarray:

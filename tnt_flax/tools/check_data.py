@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from tnt_flax.core.errors import InputError, RunError, one_line
+from tnt_flax.core.files import as_unicode
 from tnt_flax.data.images import (
     TIMM,
     CorruptImageError,
@@ -240,4 +241,4 @@ def append(file: BinaryIO, lines: list[dict[str, Any]]) -> None:
 
 
 def _encode(line: dict[str, Any]) -> bytes:
-    return (json.dumps(line, ensure_ascii=False) + "\n").encode()
+    return (as_unicode(json.dumps(line, ensure_ascii=False)) + "\n").encode()

@@ -25,6 +25,7 @@ from tnt_flax.core.errors import (
     print_error,
 )
 
+POLICY_KEYS = ("exif", "background", "deep_pixels", "max_pixels")  # of data.images.Policy
 PACKAGE = pathlib.Path(__file__).parents[1]
 # Fields of a network that weights of an unpublished size do not determine.
 ARCHITECTURE_FIELDS = ("inner_heads", "outer_heads", "patch_size")
@@ -207,6 +208,29 @@ def weights_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return arguments
 
 
+def add_policy_options(parser: Parser) -> None:
+    """Adds the options of a command that reads image files; `policy_arguments` uses them."""
+    add = parser.add_argument
+    add("--exif", action="store_true", default=None, help="turn images upright by their EXIF tag")
+    add("--background", type=_numbers, metavar="R,G,B", help="color behind transparent pixels")
+    text = "of 16-bit grey and floats: clip, minmax, or the values that become black and white"
+    add("--deep-pixels", type=_numbers, metavar="LOW,HIGH", help=text)
+    text = "largest image; 0 is no limit (default: Pillow's, 89 million)"
+    add("--max-pixels", type=int, metavar="N", help=text)
+
+
+def policy_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the policy options as arguments of `load_classifier`; None where not given."""
+    return {key: getattr(args, key) for key in POLICY_KEYS}
+
+
+def _numbers(text: str) -> Any:
+    """Parses "0,4095" into a tuple of numbers; other text stays."""
+    if not re.fullmatch(r"[-\d.,e ]*\d[-\d.,e ]*", text):
+        return text
+    return tuple(ast.literal_eval(f"({text},)"))
+
+
 def read_weights(args: argparse.Namespace, *, square_rgb: bool = False):
     """Reads the weights that the options select; returns a `weights.read.LoadedWeights`.
 
@@ -248,6 +272,8 @@ def run(
     try:
         args = parser.parse_args(argv)
         setup_logging()
+        if hasattr(sys.stdout, "reconfigure"):  # names that stdout cannot encode are escaped
+            sys.stdout.reconfigure(errors="backslashreplace")
         result = command(args)
         if result is not None:
             print(json.dumps(result), flush=True)

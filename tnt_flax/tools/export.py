@@ -7,7 +7,7 @@
 
 OUT.stablehlo is for JAX on CPUs, GPUs and TPUs (`tnt_flax.load_exported`; readable for 180 days),
 OUT.onnx for ONNX Runtime, a folder for timm and the Hugging Face hub. Both files take normalized
-images [B, S, S, 3] with any B. Every export is verified: its outputs on random images are compared
+images [B, H, W, 3] with any B. Every export is verified: its outputs on random images are compared
 with the source's. The last line on stdout is one JSON object. Exit code 1 means that the export
 could not be written or differs from its source, 2 that the input was wrong.
 """
@@ -24,6 +24,7 @@ import numpy as np
 
 from tnt_flax.core.errors import InputError, RunError, one_line
 from tnt_flax.core.files import atomic_path
+from tnt_flax.data.transforms import height_width
 from tnt_flax.inference.stablehlo import load_exported, save_exported, trace
 from tnt_flax.runtime import host
 from tnt_flax.tools.command_line import Parser, add_weights_options, read_weights
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         RunError: the export cannot be written, or its outputs differ from the source's.
     """
     out = args.out
-    file_format = out.suffix.removeprefix(".") or "timm"
+    file_format = out.suffix.lower().removeprefix(".") or "timm"
     if file_format not in FORMATS:
         raise InputError(f"{out}: give FILE.stablehlo, FILE.onnx, or a folder without an ending")
     if out.exists():
@@ -100,7 +101,7 @@ def to_onnx(found: LoadedWeights, path: pathlib.Path) -> Run:
 
             model = jax2onnx.to_onnx(
                 plain(found),
-                inputs=[("batch", size, size, 3)],
+                inputs=[("batch", *height_width(size), 3)],
                 input_names=["images"],
                 output_names=["logits" if found.network.model.num_classes else "features"],
                 model_name=found.name or "tnt",
@@ -147,8 +148,8 @@ def verify(found: LoadedWeights, run: Run, out: str) -> float:
         RunError: the difference is above the tolerance.
     """
     model, variables = found.network.model, found.variables
-    size = found.network.image_size
-    images = np.random.default_rng(0).standard_normal((4, size, size, 3), np.float32)
+    shape = (4, *height_width(found.network.image_size), 3)
+    images = np.random.default_rng(0).standard_normal(shape, np.float32)
     with jax.default_matmul_precision("highest"):
         source = np.asarray(jax.jit(model.apply)(variables, images))
     different = [

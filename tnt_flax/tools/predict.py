@@ -3,11 +3,11 @@
 
     tnt-flax predict tnt_s_81.5.pth.tar cat.jpg holiday/ 'more/*.png'
     find photos -name '*.jpg' | tnt-flax predict runs/pets - --out=predictions.csv
+    tnt-flax predict tnt_s_81.5.pth.tar photos/ --features --out=features.parquet
 
 A path is a file, a folder (with all images below it), a pattern, or - for a list of files on stdin.
-Images are preprocessed as in the evaluation of the weights. Unreadable images are reported and
-left out. The last line on stdout is one JSON object. Exit code 1 means that no image could be read,
-2 that the input was wrong.
+Images are preprocessed as in evaluation; unreadable ones are reported. The last line on stdout is
+one JSON object. Exit code 1 means that no image could be read, 2 that the input was wrong.
 """
 
 import argparse
@@ -20,12 +20,20 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+
 from tnt_flax.core.errors import InputError, RunError
-from tnt_flax.core.files import open_table
-from tnt_flax.data.images import is_image
+from tnt_flax.core.files import as_unicode, open_table
+from tnt_flax.data.images import is_image, log_left_out
 from tnt_flax.data.sources.names import natural_key
 from tnt_flax.runtime import host
-from tnt_flax.tools.command_line import Parser, add_weights_options, weights_arguments
+from tnt_flax.tools.command_line import (
+    Parser,
+    add_policy_options,
+    add_weights_options,
+    policy_arguments,
+    weights_arguments,
+)
 
 STDIN = "-"
 ON_INTERRUPT = "no table was written"
@@ -40,6 +48,8 @@ def add_arguments(parser: Parser) -> None:
     add("--batch-size", type=int, default=64, help="images per batch")
     add("--threads", type=int, default=8, help="threads that decode images")
     add("--class-list", help="file with one class name per line")
+    add("--features", action="store_true", help="write feature vectors instead of predictions")
+    add_policy_options(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -51,22 +61,33 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     from tnt_flax.inference.classifier import load_classifier
 
-    table = open_table(args.out, columns(args.top)) if args.out else contextlib.nullcontext()
+    if args.features and not args.out:
+        raise InputError("--features needs a table: --out=FILE.parquet, .jsonl or .csv")
+    layout = {"features": np.ndarray} if args.features else columns(args.top)
+    layout = {"image": str, "error": str} | layout
+    table = open_table(args.out, layout) if args.out else contextlib.nullcontext()
     with table as write_row:
         files = find_images(args.paths, sys.stdin)
         host.cache_compilations()
-        classifier = load_classifier(**weights_arguments(args), class_list=args.class_list)
+        classifier = load_classifier(
+            **weights_arguments(args), **policy_arguments(args), class_list=args.class_list
+        )
         counts = {"images": 0, "unreadable": 0}
-        outcomes = classifier.outcomes(files, args.top, args.batch_size, args.threads)
+        reading = dict(batch_size=args.batch_size, threads=args.threads)
+        if args.features:
+            outcomes = classifier.feature_outcomes(files, **reading)
+        else:
+            outcomes = classifier.outcomes(files, args.top, **reading)
         outcomes, write = with_progress(outcomes, len(files))
-        for file, (predictions, error) in zip(map(as_text, files), outcomes, strict=True):
+        for file, (result, error) in zip(map(as_unicode, files), outcomes, strict=True):
             counts["unreadable" if error else "images"] += 1
             if error:
-                write(f"left out: {error}", file=sys.stderr)
+                write(f"left out: {as_unicode(error)}", file=sys.stderr)
             if write_row:
-                write_row(row(file, predictions, error))
+                found = {"features": result} if args.features else ranked(result)
+                write_row({"image": file, "error": error} | found)
             elif not error:
-                text = "  ".join(f"{a.label} {a.probability:.1%}" for a in predictions)
+                text = "  ".join(f"{a.label} {a.probability:.1%}" for a in result)
                 write(f"{file}: {text}", file=sys.stdout)
         if not counts["images"] and write_row:
             raise RunError("no image could be read: no table was written")
@@ -86,21 +107,17 @@ def failed(result: dict[str, Any]) -> bool:
     return not result["images"]
 
 
-def as_text(file: str) -> str:
-    """Returns a printable file name: names need not be valid Unicode."""
-    return os.fsencode(file).decode("utf-8", "replace")
-
-
 def columns(top: int) -> dict[str, type]:
-    """Returns name and type of each column of the table."""
+    """Returns name and type of each column of predictions."""
     ranked = {}
     for rank in range(1, top + 1):
         ranked |= {f"label_{rank}": str, f"probability_{rank}": float, f"index_{rank}": int}
-    return {"image": str, "error": str} | ranked
+    return ranked
 
 
-def row(file: str, predictions: Iterable[Any], error: str | None) -> dict[str, Any]:
-    values = {"image": file, "error": error}
+def ranked(predictions: Iterable[Any]) -> dict[str, Any]:
+    """Returns the values of the columns of predictions."""
+    values = {}
     for rank, prediction in enumerate(predictions, start=1):
         values |= {f"{field}_{rank}": value for field, value in prediction._asdict().items()}
     return values
@@ -133,8 +150,11 @@ def find_images(paths: Iterable[str], stdin: Iterable[str]) -> list[str]:
 
 
 def _below(folder: str) -> list[str]:
-    found = []
+    found, left_out = [], []
     for directory, subfolders, names in os.walk(folder, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [os.path.join(directory, name) for name in names if is_image(name)]
+        images = set(filter(is_image, names))
+        found += [os.path.join(directory, name) for name in images]
+        left_out += set(names) - images
+    log_left_out(left_out, folder)
     return sorted(found, key=natural_key)

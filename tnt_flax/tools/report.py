@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.files import write_atomic
+from tnt_flax.data.images import stored_policy
 from tnt_flax.data.labels import readable_names
 from tnt_flax.data.sources import Source
 from tnt_flax.data.transforms import eval_transform
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if stored is None:
         raise InputError(f"{args.workdir} is not a workdir: it has no config.json")
     out = args.out or args.workdir / "report.html"
-    if out.suffix != ".html" or not out.parent.is_dir():
+    if out.suffix.lower() != ".html" or not out.parent.is_dir():
         raise InputError(f"--out={out}: give a file that ends in .html, in a folder that exists")
     host.cache_compilations()
     config = workdir.config_from_json(stored)
@@ -107,10 +108,15 @@ class Evaluated(NamedTuple):
         return readable_names(self.source.class_names)
 
     def pixels(self, i: int) -> np.ndarray:
-        """Returns an image after the evaluation transform, uint8 [S, S, 3]."""
+        """Returns an image after the evaluation transform, uint8 [H, W, 3]."""
         image, _ = self.source[int(self.predictions.record[i])]
         data = self.config.data
-        return eval_transform(image, size=data.image_size, crop_fraction=data.crop_fraction)
+        return eval_transform(
+            image,
+            size=data.image_size,
+            crop_fraction=data.crop_fraction,
+            policy=stored_policy(data),
+        )
 
     def figure(self, i: int) -> str:
         """Renders an image with its predicted class, and its label if that differs."""

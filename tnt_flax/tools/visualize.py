@@ -23,7 +23,13 @@ import numpy as np
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.data.labels import display_names
 from tnt_flax.runtime import host
-from tnt_flax.tools.command_line import Parser, add_weights_options, read_weights
+from tnt_flax.tools.command_line import (
+    Parser,
+    add_policy_options,
+    add_weights_options,
+    policy_arguments,
+    read_weights,
+)
 from tnt_flax.weights.read import LoadedWeights
 
 logger = logging.getLogger(__name__)
@@ -42,6 +48,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="ROW,COLUMN",
         help="of inner_attention.png",
     )
+    add_policy_options(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -51,13 +58,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         InputError: the weights, the image, the patches or the folder are wrong.
         RunError: a figure cannot be written.
     """
+    from tnt_flax.inference.preprocess import Preprocessor
     from tnt_flax.tools import attention, figures
 
     host.cache_compilations()
-    found = read_weights(args, square_rgb=True)
+    found = read_weights(args)
+    preprocessor = Preprocessor(found, **policy_arguments(args))
     grid = found.network.grid
     patches = [parse_patch(patch, grid) for patch in args.patches or ()]
-    pixels = attention.load_image(found, args.image)
+    pixels = preprocessor.read(args.image)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -63,23 +63,32 @@ class SizedNetwork:
     model: Network
     sentences: int
     channels: int
+    stored_size: Sequence[int] | int | None = None  # pixels, as the header of our files has it
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """(rows, columns) of the sentences if they form a square, else None: no file stores it."""
+        """(rows, columns) of the sentences: those stored, else of a square; None if unknown."""
+        match self.stored_size:
+            case int(height), int(width):
+                grid = height // self.model.patch_size, width // self.model.patch_size
+                if math.prod(grid) == self.sentences:
+                    return grid
         side = math.isqrt(self.sentences)
         return (side, side) if side * side == self.sentences else None
 
     @property
-    def image_size(self) -> int | None:
-        """Height and width of the images in pixels; None if the sentences form no square."""
-        return self.grid and self.grid[0] * self.model.patch_size
+    def image_size(self) -> int | tuple[int, int] | None:
+        """Pixels of the images: one number if they are square, else (height, width) or None."""
+        if self.grid is None:
+            return None
+        height, width = (side * self.model.patch_size for side in self.grid)
+        return height if height == width else (height, width)
 
     def abstract_variables(self) -> dict[str, Any]:
         """Returns shapes and dtypes of the variables, by collection.
 
         Raises:
-            InputError: the sentences form no square, and the network needs several rows.
+            InputError: the grid of the sentences is unknown, and the network needs several rows.
         """
         side, grid = self.model.patch_size, self.grid or (1, self.sentences)
         if self.grid is None and self.model.min_grid > 1:
@@ -199,15 +208,18 @@ def from_config(
         raise InputError(f"{path} describes {model.depth} blocks, but holds {blocks}")
     if "/".join(model.stem_kernel) not in shapes:
         raise InputError(f"{path} describes a {type(model).__name__}, but has no tensors of one")
-    return _sized(path, model, shapes, name)
+    size = (config.get("data") or {}).get("image_size")
+    return _sized(path, model, shapes, name, size)
 
 
-def _sized(path: Any, model: Network, shapes: Mapping, name: str | None) -> SizedNetwork:
+def _sized(
+    path: Any, model: Network, shapes: Mapping, name: str | None, size: Any = None
+) -> SizedNetwork:
     """Checks that `model` is the network called `name`, and reads its input sizes."""
     if name is not None:
         check_same(path, model, create_model(name, num_classes=model.num_classes), name)
     sentences = shapes["sentence_pos"][-2] - model.has_class_token
-    return SizedNetwork(model, sentences, shapes["/".join(model.stem_kernel)][-2])
+    return SizedNetwork(model, sentences, shapes["/".join(model.stem_kernel)][-2], size)
 
 
 def name_of(model: Network) -> str | None:

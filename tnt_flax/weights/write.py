@@ -13,6 +13,7 @@ import safetensors.numpy
 from tnt_flax.core.errors import InputError, RunError, listed
 from tnt_flax.core.files import write_atomic
 from tnt_flax.core.trees import fingerprint, named_leaves
+from tnt_flax.data.transforms import height_width
 from tnt_flax.models import Network
 from tnt_flax.weights import hub, identify, names
 from tnt_flax.weights.formats import HEADER, mindspore, torch
@@ -198,11 +199,11 @@ def facts(loaded: LoadedWeights) -> dict[str, Any]:
     """Returns JSON values that a user of the weights needs: image size, normalization, classes.
 
     Raises:
-        InputError: the images are not square.
+        InputError: the size of the images is not known.
     """
     model, grid = loaded.network.model, loaded.network.grid
     if grid is None:
-        raise InputError(f"{loaded.path} is not for square images: their size is not known")
+        raise InputError(f"{loaded.path} is not for square images, and stores no other size")
     prepared = loaded.preprocessing
     return {
         "network": loaded.name or "tnt",
@@ -249,7 +250,7 @@ def _hub_config(target: ForeignWeights, loaded: LoadedWeights) -> dict[str, Any]
         "num_features": target.model.outer_dim,
         "model_args": arguments,
         "pretrained_cfg": {
-            "input_size": [loaded.network.channels, size, size],
+            "input_size": [loaded.network.channels, *height_width(size)],
             "fixed_input_size": True,
             "interpolation": known["interpolation"],
             "crop_pct": known["crop_fraction"],

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evaluation preprocessing of loaded weights, for files, bytes, PIL images and arrays."""
+
+import dataclasses
+import logging
+import os
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tnt_flax.core.errors import InputError
+from tnt_flax.data.images import (
+    POLICY_KEYS,
+    CorruptImageError,
+    Policy,
+    is_transparent,
+    open_image,
+    orientation_of,
+    stored_policy,
+)
+from tnt_flax.data.transforms import eval_transform, height_width
+from tnt_flax.weights.read import LoadedWeights
+
+logger = logging.getLogger("tnt_flax")
+
+Input = str | os.PathLike | bytes | Image.Image | np.ndarray
+
+
+class Preprocessor:
+    """Prepares images as the evaluation of the weights does.
+
+    Logs one warning each for the first image with an EXIF orientation and the first with
+    transparent pixels, unless the policy covers them.
+
+    Attributes:
+        image_size: (height, width) in pixels.
+        crop_fraction: the share of the resized image that the central crop keeps.
+        policy: how images become 8-bit RGB.
+
+    Args:
+        found: the weights.
+        **policy: changes to the policy that is stored with the weights; None changes nothing.
+
+    Raises:
+        InputError: the policy is wrong, or the network takes other images than RGB of known size.
+    """
+
+    def __init__(self, found: LoadedWeights, **policy: Any):
+        network = found.network
+        if network.image_size is None or network.channels != 3:
+            raise InputError(
+                f"{found.path} takes images of {network.sentences} patches and {network.channels} "
+                "channels; square images of 3 channels are needed, or a size in its header"
+            )
+        if unknown := policy.keys() - set(POLICY_KEYS):
+            raise InputError(f"{min(unknown)!r} is none of {', '.join(POLICY_KEYS)}")
+        self.image_size = height_width(network.image_size)
+        self.crop_fraction = found.preprocessing["crop_fraction"]
+        self.interpolation = found.preprocessing.get("interpolation", "bicubic")
+        data = (found.info.get("config") or {}).get("data") or {}
+        self.policy: Policy = stored_policy(data, **policy)
+        self._warned: set[str] = set()
+
+    def read(self, image: Input, name: str = "the image") -> np.ndarray:
+        """Returns uint8 pixels [H, W, 3].
+
+        Raises:
+            InputError: the image cannot be read; `name` is what the message calls an image that is
+                not a file.
+        """
+        try:
+            if isinstance(image, str | os.PathLike):
+                name = os.fspath(image)
+                with open(image, "rb") as file:
+                    image = file.read()
+            elif not isinstance(image, bytes | Image.Image | np.ndarray):
+                kind = type(image).__name__
+                raise InputError(
+                    f"{name} is of type {kind}: give paths, PIL images or uint8 arrays"
+                )
+            opened = open_image(image, self.policy)
+            self._warn(opened, name)
+            return eval_transform(
+                opened,
+                size=self.image_size,
+                crop_fraction=self.crop_fraction,
+                interpolation=self.interpolation,
+                policy=self.policy,
+            )
+        except CorruptImageError as error:
+            raise InputError(f"{name} is not a usable image: {error}") from None
+        except OSError as error:
+            raise InputError(f"{name} cannot be read: {error.strerror or error}") from None
+
+    def _warn(self, image, name):
+        policy = dataclasses.asdict(self.policy)
+        for key, (applies, problem) in _IGNORED.items():
+            if not policy[key] and key not in self._warned and applies(image):
+                self._warned.add(key)
+                logger.warning(f"{name} {problem}; further images are not reported")
+
+
+_IGNORED = {  # key of the policy: (whether an image needs it, what happens without it)
+    "exif": (
+        lambda image: orientation_of(image) != 1,
+        "has an EXIF orientation, which is ignored as in training: exif=True (--exif) turns images "
+        "upright",
+    ),
+    "background": (
+        lambda image: is_transparent(image),
+        "has transparent pixels, whose hidden colors are used as in training: "
+        "background=(255, 255, 255) (--background=255,255,255) puts white behind them",
+    ),
+}
