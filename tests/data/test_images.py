@@ -136,7 +136,7 @@ def test_pillows_limit_may_be_none(monkeypatch):
 @pytest.mark.parametrize(
     "values, message",
     [
-        (dict(background=(0, 0)), "is not a color: give three numbers, 0 to 255"),
+        (dict(background=(0, 0)), "is not a color: give three numbers from 0 to 255"),
         (dict(background=(0, 0, 256)), "is not a color"),
         (dict(deep_pixels="max"), '\'max\' is neither "clip" nor "minmax" nor .low, high.'),
         (dict(deep_pixels=(5, 5)), "is neither"),

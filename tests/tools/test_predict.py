@@ -158,6 +158,7 @@ def one_device(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: one)
 
 
+@pytest.mark.slow
 def test_services_compile_once_per_power_of_two(one_device, weights):
     classifier = tnt_flax.load_classifier(weights)
     photos = list(all_photos().values())
@@ -191,6 +192,7 @@ def test_features_are_the_heads_input(one_device, tmp_path, num_classes):
     assert classifier.features([]).shape == (0, 24)
 
 
+@pytest.mark.slow
 def test_feature_tables(one_device, folder, tmp_path):
     path = small_network.save(tmp_path, size=32, num_classes=0)
     tables = {}
@@ -230,6 +232,7 @@ def test_names_that_are_not_utf_8(weights, folder, tmp_path, capsysbinary):
     assert "caf\ufffd.png: ".encode() in out and "br\ufffdken.jpg".encode() in err
 
 
+@pytest.mark.slow
 def test_policy_of_the_classifier(one_device, weights, tmp_path, caplog):
     upright = Image.open(io.BytesIO(all_photos()["portrait"]))
     tags = Image.Exif()
@@ -261,6 +264,7 @@ def test_policy_of_the_classifier(one_device, weights, tmp_path, caplog):
     assert again.predict([turned, clear]) == [expected, white]
 
 
+@pytest.mark.slow
 def test_policy_options_of_the_command(one_device, weights, tmp_path, monkeypatch):
     deep = tmp_path / "deep.png"
     deep.write_bytes(png(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)))

@@ -213,9 +213,9 @@ def add_policy_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--exif", action="store_true", default=None, help="turn images upright by their EXIF tag")
     add("--background", type=_numbers, metavar="R,G,B", help="color behind transparent pixels")
-    text = "of 16-bit grey and floats: clip, minmax, or the values that become black and white"
+    text = "of 16-bit grey and floats: clip, minmax, or black and white"
     add("--deep-pixels", type=_numbers, metavar="LOW,HIGH", help=text)
-    text = "largest image; 0 is no limit (default: Pillow's, 89 million)"
+    text = "largest image, by default Pillow's; 0 is no limit"
     add("--max-pixels", type=int, metavar="N", help=text)
 
 

@@ -3,11 +3,11 @@
 
     tnt-flax predict tnt_s_81.5.pth.tar cat.jpg holiday/ 'more/*.png'
     find photos -name '*.jpg' | tnt-flax predict runs/pets - --out=predictions.csv
-    tnt-flax predict tnt_s_81.5.pth.tar photos/ --features --out=features.parquet
+    tnt-flax predict runs/pets photos/ --features --out=features.parquet
 
 A path is a file, a folder (with all images below it), a pattern, or - for a list of files on stdin.
-Images are preprocessed as in evaluation; unreadable ones are reported. The last line on stdout is
-one JSON object. Exit code 1 means that no image could be read, 2 that the input was wrong.
+Images are preprocessed as in evaluation. The last line on stdout is one JSON object. Exit code 1
+means that no image could be read, 2 that the input was wrong.
 """
 
 import argparse
