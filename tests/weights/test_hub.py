@@ -32,6 +32,11 @@ FILES = {  # (repository, commit) -> the files in it
     ("lab/empty", NEW): {"README.md": b""},
     ("lab/short", NEW): {SAFE: b"cut off"},
     ("lab/tnt", NEW): {SAFE: (GOLDEN / "timm.safetensors").read_bytes()},
+    ("lab/described", NEW): {
+        SAFE: (GOLDEN / "timm.safetensors").read_bytes(),
+        "config.json": b'{"model_args": {"num_heads_inner": 2, "num_heads_outer": 2}, '
+        b'"pretrained_cfg": {"crop_pct": 0.75}}',
+    },
 }
 REVISIONS = {"main": NEW, "v1": OLD, "refs/pr/7": OLD, NEW: NEW, OLD: OLD}
 FAILING = {  # repository -> status, X-Error-Code
@@ -175,6 +180,20 @@ def test_weights_are_loaded_from_the_hub(tmp_path):
     assert fetched["source"] == f"hf://lab/tnt@main/{SAFE}"
     assert fetched["digest"] == run("--check", *flags(heads), path)["digest"]
     assert fetched["notes"] == [f"fetched revision {NEW}"]
+
+
+def test_the_config_beside_the_weights_is_fetched(tmp_path):
+    """It states the numbers of heads. The command takes timm's form of the address."""
+    command = ["-m", "tnt_flax", "convert", "--check", "hf-hub:lab/described"]
+    with serving() as server:
+        client = Client(tmp_path, server)
+        first = json.loads(client.run(*command).splitlines()[-1])
+        assert first == json.loads(client.run(*command, offline=True).splitlines()[-1])
+    assert (
+        first["crop_fraction"] == 0.75
+        and first["digest"]
+        == run("--check", *flags(golden("timm")[1]), golden("timm")[0])["digest"]
+    )
 
 
 ERRORS = {

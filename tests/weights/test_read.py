@@ -235,6 +235,8 @@ def test_unknown_numbers_of_heads_are_requested(tmp_path):
         (b"\x80\x04\x95 paddle", "it is a pickle that torch.save did not write"),
         (b"x" * 257 + b"ustar" + b"x" * 300, "it is a tar archive"),
         (b"GIF89a", "neither torch's"),
+        (b"\x89HDF\r\n\x1a\n", "it is an HDF5 file, as Keras writes"),
+        (b"\x1f\x8b\x08", "it is compressed; unpack it with gunzip"),
         ((9).to_bytes(8, "little") + b'{"a": 1}', "is not a complete safetensors file"),
     ],
 )

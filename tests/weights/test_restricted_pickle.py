@@ -126,6 +126,23 @@ def test_arrays_of_numbers_are_read(read, file_format, protocol, dtype):
     assert found[-1] is found[0]
 
 
+def test_tensors_of_tpus_and_with_attributes_are_read(read):
+    numbers = np.arange(3.0)
+    rebuild = global_name("torch._utils", "_rebuild_device_tensor_from_numpy")
+    found = read(archive(program(rebuild, b"(", opcodes(numbers), b"NNNtR")))
+    assert_same(stored_tensor(found).read(), numbers)
+
+    rebuild = global_name("torch._tensor", "_rebuild_from_type_v2")
+    arguments = WHOLE_TENSOR.removeprefix(REBUILD).removesuffix(b"R")
+    for kind, is_read in (("Tensor", True), ("Subclass", False)):
+        parts = [rebuild, b"(", REBUILD, global_name("torch", kind), arguments, b"}tR"]
+        found = read(archive(program(*parts)))
+        if is_read:
+            assert_same(found, np.frombuffer(SIX, np.float32))
+        else:
+            assert found.name == "torch.Subclass"
+
+
 @pytest.mark.parametrize(
     "why, array, change",
     [

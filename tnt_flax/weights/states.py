@@ -188,7 +188,9 @@ def _why_none(content: Any) -> str:
         return f"holds no set of named tensors, but {listed(found) or kind}"
     naming, known = names.detect_naming(tensors)
     unknown = [name for name in tensors if not names.our_names(naming, name)]
-    which = f"; unknown are {', '.join(map(repr, unknown[:3]))}" if unknown else ""
+    which = (
+        f"; unknown are {', '.join(ascii(name)[:60] for name in unknown[:3])}" if unknown else ""
+    )
     return (
         f"holds no known TNT: the best match, {naming}, has {known} of its {len(tensors)} tensors"
         + which

@@ -300,6 +300,11 @@ def _rebuild_tensor_v3(
     return _rebuild_tensor(typed, offset, size, stride, metadata=metadata)
 
 
+def _rebuild_device_tensor(data, dtype, device, requires_grad) -> Stub:
+    """Returns the NumPy array that torch-xla saves for a tensor on a TPU."""
+    return data if isinstance(data, NumpyArray) else Stub("torch.Tensor")
+
+
 def _rebuild_from_type(function, kind, arguments, state) -> Any:
     """Returns a tensor with attributes, without them; of a subclass, a stub."""
     plain = isinstance(kind, Stub) and kind.name in ("torch.Tensor", "torch.nn.parameter.Parameter")
@@ -341,6 +346,8 @@ WHITELIST = {f"torch.{name}": dtype for name, dtype in STORAGES.items()} | {
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
     "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     **{f"torch.{name}": np.dtype(name) for name in ("uint16", "uint32", "uint64")},
+    "torch._utils._rebuild_device_tensor_from_numpy": _rebuild_device_tensor,
+    "torch._utils._rebuild_xla_tensor": _rebuild_device_tensor,  # before torch 2
     "collections.defaultdict": lambda *_: {},
     "_codecs.encode": lambda text, encoding: EncodedBytes(text=text),
     "__builtin__.bytes": lambda *_: EncodedBytes(),  # without any
