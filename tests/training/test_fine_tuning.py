@@ -230,7 +230,9 @@ def test_fine_tuning_on_an_image_folder(weights, tmp_path, capsys):
 def test_a_different_normalization_is_logged(weights, tmp_path, capsys):
     config = finetune_config(weights, tmp_path, **{"data.mean": (0.4, 0.5, 0.5)})
     Experiment(config).load_variables(config.init_from)
-    assert "warning: made with data.mean=(0.5, 0.5, 0.5), used with (0.4" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "warning: made with data.mean=(0.5, 0.5, 0.5), used with (0.4" in err
+    assert "warning: made with data.crop_fraction=1.0, used with 0.9" in err
 
 
 def test_an_uncertain_order_of_classes_is_logged(weights, tmp_path, capsys):

@@ -287,10 +287,13 @@ class Experiment:
         found = read_checkpoint(
             path, weights=kind, checkpoint=checkpoint, other_head=bool(class_names), **fields
         )
-        for key, given in self._normalization.items():
-            stored, given = tuple(found.preprocessing[key]), tuple(given)
-            if stored != given:
-                found.notes.append(f"warning: made with data.{key}={stored}, used with {given}")
+        used = {f"data.{key}": given for key, given in self._normalization.items()}
+        if not class_names:  # an evaluation; a fine-tuning run has a crop of its own
+            used["data.crop_fraction"] = self.config.data.crop_fraction
+            used["interpolation"] = "bicubic"
+        for key, given in used.items():
+            if (stored := found.preprocessing[key.removeprefix("data.")]) != given:
+                found.notes.append(f"warning: made with {key}={stored}, used with {given}")
         summary, num_classes, new_head = found.summary(), found.network.model.num_classes, False
         if class_names:
             renamed = found.class_names not in (None, tuple(class_names))
@@ -378,7 +381,7 @@ class Experiment:
 
     @property
     def _normalization(self) -> dict[str, tuple[float, ...]]:
-        return dict(mean=self.config.data.mean, std=self.config.data.std)
+        return dict(mean=tuple(self.config.data.mean), std=tuple(self.config.data.std))
 
     def make_augment(self, num_classes: int) -> step.AugmentFn:
         """Returns `augment(batch, mix_key, erase_key, step)`; see `step.make_augment`."""
