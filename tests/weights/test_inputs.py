@@ -118,6 +118,8 @@ def test_what_does_not_apply_is_a_warning(folder, files, note):
         (json.dumps(TIMM | {"pretrained_cfg": {"std": [0, 0, 0]}}), "invalid preprocessing: mean="),
         (json.dumps(TIMM | {"pretrained_cfg": {"crop_pct": 2}}), "a crop of 2.0 of the image"),
         (json.dumps(TIMM | {"pretrained_cfg": {"mean": "x"}}), "invalid preprocessing: could not"),
+        (json.dumps(TIMM | {"pretrained_cfg": {"mean": [0.5]}}), "invalid preprocessing: mean="),
+        ("[" * 100_000, "cannot read .*config.json: RecursionError: .*: repair or remove it"),
     ],
 )
 def test_damaged_files_are_refused(folder, content, message):
@@ -126,6 +128,13 @@ def test_damaged_files_are_refused(folder, content, message):
     with pytest.raises(InputError, match=message) as error:
         read_checkpoint(path, **HEADS)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_other_json_files_are_passed_over(folder):
+    odd = {"pretrained_cfg": "x", "model_args": [1], "size": [1], "resample": [2], "id2label": 3}
+    for content in (odd, {"model": {"name": "tnt_s_patch16_224"}}, [1], 3):
+        found = read_checkpoint(folder(config=content), **HEADS)
+        assert found.preprocessing["crop_fraction"] == 0.9 and not found.class_names
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,8 @@ class Description:
 def _checked(inputs: Inputs) -> Inputs:
     mean, std = (tuple(map(float, x)) for x in (inputs.mean, inputs.std))
     crop_fraction = float(inputs.crop_fraction)
-    if not (all(map(math.isfinite, mean + std)) and all(x > 0 for x in std)):
+    valid = all(map(math.isfinite, mean + std)) and all(x > 0 for x in std)
+    if not valid or len(mean) != len(std):
         raise ValueError(f"mean={mean}, std={std}")
     if not 0 < crop_fraction <= 1:
         raise ValueError(f"a crop of {crop_fraction} of the image")
@@ -115,7 +116,7 @@ _FIELDS = ("mean", "std", "crop_fraction", "interpolation")
 
 
 def from_folder(folder: pathlib.Path) -> Description | None:
-    """Reads the files that timm and transformers keep beside weights; None if there are none.
+    """Reads the files that timm and transformers keep beside weights; None if they state nothing.
 
     Raises:
         InputError: `config.json` or `preprocessor_config.json` is not JSON.
@@ -123,20 +124,24 @@ def from_folder(folder: pathlib.Path) -> Description | None:
     config, processor = (
         _read_json(folder / f"{x}.json") for x in ("config", "preprocessor_config")
     )
-    if not (config or processor):
-        return None
     source = f"{folder}/config.json" if config else f"{folder}/preprocessor_config.json"
-    timm = config.get("pretrained_cfg") or processor.get("pretrained_cfg")
-    if timm is None and "architecture" in config:
+    timm = _table(config, "pretrained_cfg") or _table(processor, "pretrained_cfg")
+    if not timm and "architecture" in config:
         timm = config  # as timm wrote it until 2023
-    names = class_names_in(config) or class_names_in(timm or {}) or class_names_in(processor)
-    arguments = config.get("model_args") or {}
+    names = class_names_in(config) or class_names_in(timm) or class_names_in(processor)
+    arguments = _table(config, "model_args")
     preprocessing, notes = _from_timm(timm) if timm else _from_transformers(config | processor)
+    if not (names or arguments or any(preprocessing.values())):
+        return None
     return Description(
         source=source,
         preprocessing=preprocessing,
         class_names=names,
-        fields={ours: arguments[x] for ours, x in TIMM_ARGUMENTS.items() if x in arguments},
+        fields={
+            ours: arguments[theirs]
+            for ours, theirs in TIMM_ARGUMENTS.items()
+            if isinstance(arguments.get(theirs), int | float)
+        },
         notes=tuple(notes),
     )
 
@@ -146,9 +151,14 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
         content = json.loads(path.read_text("utf-8-sig"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path}: {one_line(error)}: repair or remove it") from error
     return content if isinstance(content, dict) else {}
+
+
+def _table(content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = content.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _from_timm(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -160,17 +170,18 @@ def _from_timm(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _from_transformers(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     size, crop = (_side(config.get(key)) for key in ("size", "crop_size"))
+    resample = config.get("resample")
     crop_fraction, notes = config.get("crop_pct"), []
     if crop_fraction is None and size:
         is_cropped = crop and config.get("do_center_crop", True)
-        crop_fraction = crop / size if is_cropped else 1.0
-        if not is_cropped and "shortest_edge" not in config["size"]:
+        crop_fraction = min(crop / size, 1.0) if is_cropped else 1.0
+        if not is_cropped and "height" in _table(config, "size"):
             notes = ["warning: images are squeezed into a square there, cropped here"]
     return {
         "mean": config.get("image_mean"),
         "std": config.get("image_std"),
         "crop_fraction": crop_fraction,
-        "interpolation": RESAMPLING.get(config.get("resample"), config.get("resample")),
+        "interpolation": RESAMPLING.get(resample) if isinstance(resample, int) else resample,
     }, notes
 
 

@@ -127,9 +127,8 @@ def read_checkpoint(
     if path.is_dir():
         found = _read_run(path, name, weights, checkpoint, put, overrides)
     else:
-        described = inputs.from_folder(path.parent)
         options = dict(weights=weights, state=state, other_head=other_head, put=put)
-        found = read_file(path, source, described, name, **options, **overrides)
+        found = read_file(path, source, name, folder=path.parent, **options, **overrides)
     found.notes = notes + found.notes
     return found
 
@@ -137,9 +136,9 @@ def read_checkpoint(
 def read_file(
     path: pathlib.Path,
     source: str,
-    described: inputs.Description | None = None,
     name: str | None = None,
     *,
+    folder: pathlib.Path | None = None,
     weights: str = "ema",
     state: str | None = None,
     other_head: bool = False,
@@ -151,7 +150,7 @@ def read_file(
     Args:
         path: the file.
         source: what the user called it, for messages.
-        described: what a config.json beside it states; a header in the file replaces it.
+        folder: with a config.json about the weights, read unless the file has a header of ours.
         name, weights, state, other_head, put, overrides: see `read_checkpoint`.
     """
     content = open_file(path)
@@ -168,7 +167,7 @@ def read_file(
             ours: names.to_ours(naming, ours, at, names.shapes_only(tensors[at.name])).shape
             for ours, at in places.items()
         }
-        described = _describe(source, described, content, shapes, notes)
+        described = _describe(source, folder, content, shapes, notes)
         network = _identify(source, described, content, naming, shapes, name, overrides)
         abstract = network.abstract_variables()
         expected = names.exported_shapes(naming, names.join_collections(abstract))
@@ -222,7 +221,7 @@ def _inputs_of(
 
 def _describe(
     source: str,
-    described: inputs.Description | None,
+    folder: pathlib.Path | None,
     content: Content,
     shapes: Mapping[str, tuple[int, ...]],
     notes: list[str],
@@ -233,7 +232,7 @@ def _describe(
     """
     if content.info.get("config"):
         return inputs.from_header(source, content.info)
-    sizes = identify.sizes(shapes)
+    sizes, described = identify.sizes(shapes), folder and inputs.from_folder(folder)
     wrong = {k: x for k, x in described.fields.items() if sizes.get(k, x) != x} if described else {}
     if wrong:
         stated = ", ".join(f"{field}={x}, not {sizes[field]}" for field, x in wrong.items())

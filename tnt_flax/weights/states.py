@@ -27,15 +27,12 @@ EMA = re.compile(r"(^|[._])(ema|swa|averaged?)([._]|$)", re.IGNORECASE)
 WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-ANCHORS = tuple(  # tensors that every network has, in each naming
-    {
-        place.name
-        for naming in names.NAMINGS
-        for ours in ("sentence_pos", "word_pos")
-        if (place := names.place_of(naming, ours))
-    }
+# Tensors that every network has, in each naming.
+SENTENCE_POS, WORD_POS = (
+    {names.place_of(naming, ours).name for naming in names.NAMINGS}
+    for ours in ("sentence_pos", "word_pos")
 )
-WIDTHS = frozenset(names.place_of(naming, "sentence_pos").name for naming in names.NAMINGS)
+ANCHORS = sorted(SENTENCE_POS | WORD_POS)
 BEYOND = "not of the network"
 FEWEST = 8  # known names of a network
 MOST_NETWORKS = 16  # in one dictionary
@@ -174,7 +171,7 @@ def _why_none(content: Any) -> str:
     """Continues a message about a file without a network."""
     candidates = [entries for _, entries in _dictionaries(content)]
     tensors = max(
-        ([n for n, x in c.items() if isinstance(x, StoredTensor)] for c in candidates),
+        ([n for n, x in c.items() if _is_tensor(x)] for c in candidates),
         key=len,
         default=[],
     )
@@ -234,7 +231,7 @@ def assign(source: str, state: State, *, other_head: bool) -> Assigned:
     body = {_root(name) for name in known - {kernel, bias}}
     for name, (stored, x) in state.inside.items():
         if reason := names.ignored_reason(state.naming, name):
-            if reason == name_tables.ZERO and np.any(x.read()):
+            if reason == name_tables.ZERO and (not _is_tensor(x) or np.any(x.read())):
                 raise InputError(f"{source}: {name} is not zero, unlike in published files")
             left_out[stored] = reason
         elif name in known or _root(name) in body:
@@ -244,7 +241,7 @@ def assign(source: str, state: State, *, other_head: bool) -> Assigned:
     _check_tensors(source, weights)
     left_out |= {stored: reason for stored, x in others.items() if (reason := _no_weight(x))}
     others = {stored: x for stored, x in others.items() if stored not in left_out}
-    width = next((x.shape[-1:] for name, (_, x) in weights.items() if name in WIDTHS), ())
+    width = next((x.shape[-1:] for name, (_, x) in weights.items() if name in SENTENCE_POS), ())
     head = {name: weights[name] for name in (kernel, bias) if name in weights}
     notes = []
     if head and other_head and not _is_head(state.naming, [x for _, x in head.values()], width):
@@ -271,7 +268,7 @@ def verb(reason: str) -> str:
 
 def _check_tensors(source: str, weights: Mapping[str, tuple[str, Any]]) -> None:
     for stored, x in weights.values():
-        if not isinstance(x, StoredTensor):
+        if not _is_tensor(x):
             what = described(x) if isinstance(x, Stub) else f"a {type(x).__name__}"
             raise InputError(f"{source}: {stored!r} is not a tensor, but {what}")
     if all(0 in x.shape for _, x in weights.values()):
@@ -281,13 +278,17 @@ def _check_tensors(source: str, weights: Mapping[str, tuple[str, Any]]) -> None:
         )
 
 
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, StoredTensor)
+
+
 def _root(name: str) -> str:
     return re.split("[./]", name, maxsplit=1)[0]
 
 
 def _no_weight(x: Any) -> str | None:
     """Returns why an entry beside the network is no weight of any."""
-    if not isinstance(x, StoredTensor):
+    if not _is_tensor(x):
         return "not a tensor"
     is_counter = math.prod(x.shape) == 1 and np.dtype(x.dtype).kind in "biu"
     return "a counter" if is_counter else None
