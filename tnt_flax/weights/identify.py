@@ -2,6 +2,7 @@
 """Identifies the network of a set of tensors: its variant, sizes and published name."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -94,8 +95,13 @@ class SizedNetwork:
         if self.grid is None and self.model.min_grid > 1:
             raise InputError(f"{self.sentences} sentences form no square")
         shape = (1, side * grid[0], side * grid[1], self.channels)
-        images = jax.ShapeDtypeStruct(shape, jnp.float32)
-        return jax.eval_shape(self.model.init, jax.random.key(0), images)
+        return _abstract_variables(self.model, shape)
+
+
+@functools.lru_cache(maxsize=4)  # tracing takes longer than reading a small file
+def _abstract_variables(model: Network, shape: tuple[int, ...]) -> dict[str, Any]:
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
 def identify(
