@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     config.model.attention_dropout = 0.0  # of attention weights
     config.model.dtype = "bfloat16"  # activations; weights, norms and softmax are float32
     # Implementations, all with equal results: "reference" and "cpu"; for TNT also "gpu", "pallas"
-    # (TPU) and, in the inner transformer only, "lanes".
+    # (TPU) and, in the inner transformer only, "lanes" and "mosaic" (Hopper GPUs).
     config.model.inner_impl = "auto"  # of the inner transformer
     config.model.outer_impl = "auto"  # of the outer transformer
     config.model.remat = "auto"  # rematerialization: "none" or "block"

@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -102,3 +103,13 @@ def unprivileged_folder():
 def root() -> pathlib.Path:
     """Folder of the checkout."""
     return pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def cuda_plugin():
+    """Environment of a process that finds the plugin, which `make test-all` installs apart."""
+    folder = pathlib.Path(sys.prefix) / "cuda"
+    if not folder.is_dir():
+        pytest.skip("JAX's CUDA plugin is not installed: make test-all")
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}

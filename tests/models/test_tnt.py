@@ -191,7 +191,8 @@ def test_any_image_size_channels_and_batch(image_shape, fields):
         (dict(remat="full"), "remat='full' is none of ('auto', 'none', 'block')"),
         (
             dict(inner_impl="cuda"),
-            "inner_impl='cuda' is none of ('auto', 'reference', 'cpu', 'gpu', 'lanes', 'pallas')",
+            "inner_impl='cuda' is none of ('auto', 'reference', 'cpu', 'gpu', 'mosaic', 'lanes', "
+            "'pallas')",
         ),
         (
             dict(outer_impl="lanes"),

@@ -4,8 +4,6 @@
 import importlib.util
 import json
 import math
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -109,16 +107,6 @@ def test_the_command_compiles_a_training_step(root, smoke_flags, tiny_config, fs
     assert result["fits"] and (result["device_gib"], result["devices"]) == (16, 4)
     assert 4 * 4 * count / fsdp / 2**30 < result["arguments_gib"] + 0.001 < 0.1
     assert sum(each["bytes"] for each in result["collectives"]) >= 2 * count / fsdp
-
-
-@pytest.fixture
-def cuda_plugin(monkeypatch):
-    """Environment of a process that finds the plugin, which `make test-all` installs apart."""
-    folder = pathlib.Path(sys.prefix) / "cuda"
-    if not folder.is_dir():
-        pytest.skip("JAX's CUDA plugin is not installed: make test-all")
-    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
 
 
 @pytest.mark.gpu_compiler

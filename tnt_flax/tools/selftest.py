@@ -41,6 +41,7 @@ IMPLEMENTATIONS = {  # fields of the network
     "reference": {"inner_impl": "reference", "outer_impl": "reference"},
     "inner=cpu": {"inner_impl": "cpu", "outer_impl": "reference"},
     "inner=gpu": {"inner_impl": "gpu", "outer_impl": "reference"},
+    "inner=mosaic": {"inner_impl": "mosaic", "outer_impl": "reference"},
     "inner=lanes": {"inner_impl": "lanes", "outer_impl": "reference"},
     "inner=pallas": {"inner_impl": "pallas", "outer_impl": "reference"},
     "outer=cpu": {"inner_impl": "reference", "outer_impl": "cpu"},
@@ -138,7 +139,7 @@ def compare(model_name: str, size: int) -> tuple[dict, dict[str, dict], dict[str
 
     Returns:
         The tolerances by dtype; for each implementation the differences by dtype and "passed"; and
-        for each that cannot run here, the reason.
+        for each that cannot run here, or not in one of the dtypes, the reason.
     """
 
     def make(name, dtype):
@@ -164,14 +165,14 @@ def compare(model_name: str, size: int) -> tuple[dict, dict[str, dict], dict[str
                 found[dtype] = difference(logits_and_gradients(make(name, dtype), inputs), expected)
                 # Not the negation of ">": a NaN fails.
                 good = all(x <= tolerances[dtype][key] for key, x in found[dtype].items())
-            except InputError as error:  # such as a size that the implementation does not support
+            except InputError as error:  # such as a dtype that the implementation does not support
                 unavailable[name] = str(error)
-                break
+                continue
             except Exception as error:  # whatever a kernel raises on a device it has not run on
                 found[dtype], good = {"error": one_line(error)}, False
             found["passed"] &= good
             logger.info(f"{name} {dtype}: {found[dtype]}{'' if good else ' FAILED'}")
-        else:
+        if len(found) > 1:
             results[name] = found
     return tolerances, results, unavailable
 

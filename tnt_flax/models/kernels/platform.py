@@ -18,6 +18,12 @@ def platform() -> str:
     return mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()
 
 
+def device_kind() -> str:
+    """Returns the kind of device that is traced for, such as "NVIDIA H100 80GB HBM3"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else jax.devices()[0].device_kind
+
+
 def free_axes() -> tuple[str, ...]:
     """Returns the axes of the ambient mesh over which the compiler partitions.
 

@@ -6,8 +6,8 @@ definition in `models.layers`, the only one with forward-mode derivatives. "auto
 implementation that has not run on that kind of hardware:
 
 - On CPUs, "cpu" for both transformers.
-- On GPUs, "reference" for both: nothing was measured there. "gpu" moves fewer bytes by the figures
-  of the compiler, see docs/speed.md.
+- On GPUs, "reference" for both: nothing was measured there. "gpu" and, for Hopper GPUs, the fused
+  kernels "mosaic" move fewer bytes by the figures of the compiler, see docs/speed.md.
 - On TPUs nothing has run yet. "auto" selects plain XLA programs and, among them, the one that the
   TPU compiler rates better: "lanes" for the inner transformer (a training step of TNT-S needs 1.35
   GiB of temporaries with 128 images per chip of v5e:2x2, bfloat16, libtpu 0.0.52; with "reference"
@@ -19,6 +19,7 @@ The Pallas kernels are opt-in.
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -26,7 +27,7 @@ from tnt_flax.core.errors import InputError
 from tnt_flax.models.kernels import cpu, gpu, lanes
 from tnt_flax.models.kernels.platform import platform
 
-INNER = ("auto", "reference", "cpu", "gpu", "lanes", "pallas")
+INNER = ("auto", "reference", "cpu", "gpu", "mosaic", "lanes", "pallas")
 OUTER = ("auto", "reference", "cpu", "gpu", "pallas")
 REMAT = ("auto", "none", "block")
 
@@ -43,6 +44,12 @@ def block_pallas(*args: Any, **kwargs: Any) -> Array:
     return inner_pallas.block(*args, **kwargs)
 
 
+def words_mosaic(*args: Any, **kwargs: Any) -> nn.Module:
+    from tnt_flax.models.kernels import mosaic  # likewise
+
+    return mosaic.WordsTransformer(*args, **kwargs)
+
+
 # Fields of `layers.TransformerBlock`.
 FUNCTIONS: dict[str, dict[str, Any]] = {
     "reference": {},
@@ -50,6 +57,7 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     "gpu": dict(norm_layer=gpu.LayerNorm),
     "pallas": dict(attention_fn=attend_pallas),
 }
+WORDS_TRANSFORMERS = {"gpu": gpu.WordsTransformer, "mosaic": words_mosaic}  # words as [B, T, M, C]
 LANES_BLOCKS = {"lanes": lanes.block, "pallas": block_pallas}  # words as [C, M, P]
 
 
@@ -59,14 +67,15 @@ def choose_inner(
     """Returns the implementation, one of INNER other than "auto", for words [B, N, M, C].
 
     Raises:
-        InputError: `impl` is "pallas", and the kernels cannot run here.
+        InputError: `impl` is "pallas" or "mosaic", and the kernels cannot run here.
     """
-    if impl == "pallas":
-        from tnt_flax.models.kernels import inner_pallas
+    if impl in ("pallas", "mosaic"):
+        from tnt_flax.models.kernels import inner_pallas, mosaic
 
+        kernels = inner_pallas if impl == "pallas" else mosaic
         images, _, words, width = words_shape  # in an export the number of images is symbolic
-        reason = inner_pallas.why_not(width, heads, words, int(width * mlp_ratio), images)
-        _refuse("inner_impl", reason)
+        reason = kernels.why_not(width, heads, words, int(width * mlp_ratio), images)
+        _refuse("inner_impl", impl, reason)
     if impl == "auto" and platform() == "tpu":
         return "lanes"
     return resolve_auto(impl)
@@ -82,13 +91,13 @@ def choose_outer(impl: str, sentences_shape: tuple[Any, int, int], heads: int) -
     if impl == "pallas" and platform() == "tpu":  # elsewhere the kernel is interpreted, in tests
         from tnt_flax.models.kernels import outer_pallas
 
-        _refuse("outer_impl", outer_pallas.why_not(batch, length, width // heads))
+        _refuse("outer_impl", impl, outer_pallas.why_not(batch, length, width // heads))
     return resolve_auto(impl)
 
 
-def _refuse(field, reason):
+def _refuse(field, impl, reason):
     if reason:
-        raise InputError(f"{field}='pallas' cannot run here: {reason}; use {field}='auto'")
+        raise InputError(f"{field}='{impl}' cannot run here: {reason}; use {field}='auto'")
 
 
 def resolve_auto(impl: str) -> str:
@@ -132,10 +141,10 @@ def implement(
         inner = lanes.LanesTransformer(inner.num_heads, LANES_BLOCKS[inner_impl], **fields)
         fields = proj.norm_each_word, proj.norm_eps, proj.dtype
         proj = lanes.LanesToSentences(num_sentences, *fields, parent=None)
-    elif inner and inner_impl == "gpu":
+    elif inner and inner_impl in WORDS_TRANSFORMERS:
         rows = num_tokens - num_sentences, num_sentences
         fields = dict(norm_eps=inner.norm_eps, gelu=inner.gelu, dtype=inner.dtype, parent=None)
-        inner = gpu.WordsTransformer(inner.num_heads, *rows, **fields)
+        inner = WORDS_TRANSFORMERS[inner_impl](inner.num_heads, *rows, **fields)
         proj = gpu.AlignedSentences(proj.clone(norm_layer=gpu.LayerNorm), *rows, parent=None)
     elif inner:
         inner = inner.clone(**FUNCTIONS[inner_impl])
@@ -147,13 +156,13 @@ def to_layout(
 ) -> tuple[Array, Array]:
     """Returns words [B, N, M, C] and sentences [B, T, D] in the layout of the implementations.
 
-    In training, "gpu" appends a token where T is odd: cuDNN's gradient takes even lengths only.
-    Its words have a row for every token.
+    In training, the outer "gpu" appends a token where T is odd: cuDNN's gradient takes even lengths
+    only. For WORDS_TRANSFORMERS, words have a row for every token.
     """
     first = sentences.shape[1] - words.shape[1]  # the class token has no words
     padding = sentences.shape[1] % 2 if outer_impl == "gpu" and train else 0
     if padding:
         sentences = jnp.pad(sentences, [(0, 0), (0, padding), (0, 0)])
-    if inner_impl == "gpu":
+    if inner_impl in WORDS_TRANSFORMERS:
         words = jnp.pad(words, [(0, 0), (first, padding), (0, 0), (0, 0)])
     return lanes.to_lanes(words) if inner_impl in LANES_BLOCKS else words, sentences

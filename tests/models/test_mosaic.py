@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused inner block for Hopper GPUs: interpreted on a CPU, and compiled for an H100."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import networks
+from tests.helpers.networks import check_same, training_value_and_gradients
+from tnt_flax.core.errors import InputError
+from tnt_flax.models import VARIANTS
+from tnt_flax.models.kernels import mosaic, mosaic_tiles, select
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    monkeypatch.setattr(mosaic_tiles, "INTERPRET", InterpretGPUParams())
+    monkeypatch.setattr(mosaic_tiles, "CORES", 1)  # every thread block runs more than one tile
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width, variant", [(24, "official"), (40, "mindspore_pets")])
+def test_training_with_dropped_sentences_and_inference(width, variant, interpreted):
+    """Of two images of seven tokens: the last tile has two sentences of four."""
+    fields = dict(inner_dim=width, inner_heads=4, depth=2, drop_path=0.5, layer_scale=True)
+    fields |= VARIANTS[variant] | dict(inner_impl="mosaic", outer_impl="reference")
+    model, params, images = networks.build(**fields)
+    reference = model.clone(inner_impl="reference")
+    for run in (training_value_and_gradients, networks.apply):
+        check_same(run(model, params, images), run(reference, params, images))
+
+
+@pytest.mark.parametrize(
+    "device, jax_version, width, reason",
+    [
+        ("cpu", (0, 12, 0), 24, "it is for Hopper GPUs such as the H100, not for cpu"),
+        ("NVIDIA B200", (0, 12, 0), 24, "it is for Hopper GPUs .* not for NVIDIA B200"),
+        ("NVIDIA H200", (0, 10, 1), 24, "it needs jax 0.10.2 or newer, not .*"),
+        (
+            "NVIDIA H200",
+            (0, 12, 0),
+            12,
+            r"words of width 12 with 4 heads are none of \(\(24, 4\).*",
+        ),
+    ],
+)
+def test_what_the_kernels_cannot_run_is_refused(device, jax_version, width, reason, monkeypatch):
+    monkeypatch.setattr(mosaic, "device_kind", lambda: device)
+    monkeypatch.setattr(mosaic.jax, "__version_info__", jax_version)
+    message = f"inner_impl='mosaic' cannot run here: {reason}; use inner_impl='auto'"
+    with pytest.raises(InputError, match=f"^{message}$"):
+        select.choose_inner("mosaic", (2, 6, 16, width), heads=4, mlp_ratio=4.0)
+
+
+def test_float32_is_refused(monkeypatch):
+    """Tensor cores would round its products to TF32."""
+    model, params, images = networks.build(inner_dim=24, inner_heads=4, inner_impl="mosaic")
+    monkeypatch.setattr(mosaic, "why_not", lambda *args: "")
+    with pytest.raises(InputError, match="in bfloat16 or float16, not float32: use dtype='bfl"):
+        networks.apply(model, params, images)
+
+
+@pytest.mark.gpu_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [width for width, _ in mosaic.SIZES])
+def test_kernels_for_two_h100s_spill_no_registers(width, root, cuda_plugin, smoke_flags):
+    model = dict(dtype="bfloat16", inner_dim=width, inner_heads=4, inner_impl="mosaic", depth=2)
+    flags = [f"--config.model.{key}={value}" for key, value in model.items()]
+    command = ["compile-check", f"--config={root}/configs/digits.py", *smoke_flags, *flags]
+    ended = subprocess.run(
+        [sys.executable, "-m", "tnt_flax", *command, "--device=h100", "--devices=2"],
+        env=cuda_plugin | {"MOSAIC_GPU_DUMP_PTX": "1"},
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    kernels = {}
+    ptxas = pathlib.Path(sys.prefix, "cuda/nvidia/cu13/bin/ptxas")
+    for code in re.findall(r"^\.version.*?^}$", ended.stdout, re.MULTILINE | re.DOTALL):
+        name = re.search(r"entry (\w+)_mosaic_gpu_kernel", code)[1]
+        command = [ptxas, "-v", "-arch=sm_90a", "-o", "/dev/null", "/dev/stdin"]
+        found = subprocess.run(command, input=code, capture_output=True, text=True, check=True)
+        kernels[name] = re.findall(r"(\d+) bytes spill", found.stdout + found.stderr)
+    names = ("forward", "mlp_backward", "attention_backward")
+    assert kernels == {f"tnt_inner_{name}": ["0", "0"] for name in names}
