@@ -9,7 +9,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from configs import default, digits, ptnt, tnt, transfer
+from configs import default, digits, ptnt, tnt, tnt_s_deit3, transfer
 from tnt_flax import TNT, PyramidTNT
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import randaugment
@@ -32,10 +32,16 @@ NAMES = [
     "ptnt_b",
     "ptnt_m",
     "ptnt_s",
+    "ptnt_s_deit3",
     "ptnt_ti",
     "tnt",
     "tnt_b",
     "tnt_s",
+    "tnt_s_90ep",
+    "tnt_s_a2",
+    "tnt_s_deit3",
+    "tnt_s_deit3_384",
+    "tnt_s_muon",
     "tnt_ti",
     "transfer",
 ]
@@ -99,6 +105,18 @@ def test_each_size_has_its_own_file(family, sizes):
         assert f"{family}_{size}_patch16_" in thin.model.name
     with pytest.raises(InputError, match=f"{family}.py:xl: the argument after the colon"):
         config_of("xl")
+
+
+def test_recipes_of_other_papers_have_their_lengths_and_no_warnings():
+    assert tnt_s_deit3.get_config().epochs == 800 and tnt_s_deit3.get_config("400").epochs == 400
+    with pytest.raises(InputError, match="tnt_s_deit3.py:300: the argument after the colon"):
+        tnt_s_deit3.get_config("300")
+    steps = {"tnt_s_deit3": 625, "tnt_s_deit3_384": 2502, "tnt_s_a2": 625, "tnt_s_90ep": 1251}
+    for name, count in steps.items():
+        config = importlib.import_module(f"configs.{name}").get_config()
+        experiment = Experiment(config, num_classes=1000, steps_per_epoch=count)
+        assert not experiment.training_warnings(), name
+        assert 1_281_167 // config.batch_size == count
 
 
 def test_pyramid_tnt_has_the_published_image_sizes_and_warm_up():

@@ -21,6 +21,14 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "trajectory.npz"
 CLASSES, IMAGE_SIZE, BATCH = 5, 32, 8
 EPOCHS, WARMUP, COOLDOWN, STEPS_PER_EPOCH = 7, 2, 3, 5  # 50 steps: warm-up, cosine, cool-down
 EMA_DECAY = 0.9  # the published one would stay at the initial weights
+# Optimizer, learning rate, weight decay, loss and label smoothing of the configs that are compared.
+RECIPES = {
+    "tnt_s": ("adamw", 1e-3, 0.05, "softmax", 0.1),
+    "tnt_s_deit3": ("lamb", 4e-3, 0.05, "bce", 0.0),
+    "tnt_s_a2": ("lamb", 5e-3, 0.02, "bce", 0.0),
+    "tnt_s_muon": ("muon", 1e-3, 0.05, "softmax", 0.1),
+}
+MUON_MOMENTUM = 0.95
 # The batch is two groups: the first is mixed by mixup, the second by cutmix, always the same way.
 LAM = 0.6875
 BOX = (4, 20, 18, 32)  # top, bottom, left, right
@@ -48,7 +56,7 @@ def batches() -> list[tuple[np.ndarray, np.ndarray]]:
     return list(zip(images.astype(np.uint8), labels.astype(np.int32), strict=True))
 
 
-def mixed(images: np.ndarray, labels: np.ndarray):
+def mixed(images: np.ndarray, labels: np.ndarray, smoothing: float = 0.1):
     """Pixels uint8 [B, 3, H, W] and soft targets [B, K], as timm's collate function mixes them."""
     import timm.data.mixup
     import torch
@@ -56,7 +64,9 @@ def mixed(images: np.ndarray, labels: np.ndarray):
     parts = []
     half = BATCH // 2
     for rows, draw in ((slice(half), (LAM, False)), (slice(half, BATCH), (0.5, True))):
-        collate = timm.data.mixup.FastCollateMixup(0.8, 1.0, num_classes=CLASSES)
+        collate = timm.data.mixup.FastCollateMixup(
+            0.8, 1.0, num_classes=CLASSES, label_smoothing=smoothing
+        )
         collate._params_per_batch = lambda draw=draw: draw
         chw = images[rows].transpose(0, 3, 1, 2)
         with mock.patch("timm.data.mixup.rand_bbox", lambda *_, **__: BOX):
@@ -64,22 +74,77 @@ def mixed(images: np.ndarray, labels: np.ndarray):
     return [torch.cat(x) for x in zip(*parts, strict=True)]
 
 
-def train(dtype: str = "float64") -> dict[str, object]:
-    """Returns losses and rates [50], final weights and their average as our trees, and shapes."""
+def make_optimizer(model, name: str, rate: float, weight_decay: float):
+    """timm's optimizer. Muon gets the matrices of blocks alone; query and key have one each."""
     import torch
-    from timm.loss import SoftTargetCrossEntropy
+    from timm.optim import create_optimizer_v2, param_groups_weight_decay
+
+    if name == "adamw":
+        return create_optimizer_v2(model, opt=name, lr=rate, weight_decay=weight_decay, eps=1e-8)
+
+    class QueryAndKey(torch.nn.Module):
+        def __init__(self, joined):
+            super().__init__()
+            halves = joined.weight.detach().chunk(2)
+            self.weights = torch.nn.ParameterList([torch.nn.Parameter(x.clone()) for x in halves])
+
+        def forward(self, x):
+            return x @ torch.cat(list(self.weights)).T
+
+    for module in list(model.modules()):
+        if hasattr(module, "qk"):
+            assert module.qk.bias is None
+            module.qk = QueryAndKey(module.qk)
+    in_blocks = {id(p) for n, p in model.named_parameters() if n.startswith("blocks.")}
+    groups, skipped = [], model.no_weight_decay()
+    for group in param_groups_weight_decay(model, weight_decay, no_weight_decay_list=skipped):
+        for inside in (True, False):
+            params = [p for p in group["params"] if (id(p) in in_blocks) == inside]
+            groups.append(group | {"params": params, "use_fallback": not inside})
+    return create_optimizer_v2(
+        groups,
+        opt=name,
+        lr=rate,
+        weight_decay=weight_decay,
+        eps=1e-8,
+        momentum=MUON_MOMENTUM,
+        betas=(0.9, 0.999),
+    )
+
+
+def joined_queries(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Undoes QueryAndKey in a state."""
+    first, second = "qk.weights.0", "qk.weights.1"
+    return {
+        name.replace(first, "qk.weight"): (
+            np.concatenate([x, state[name.replace(first, second)]]) if first in name else x
+        )
+        for name, x in state.items()
+        if second not in name
+    }
+
+
+def train(dtype: str = "float64", recipe: str = "tnt_s") -> dict[str, object]:
+    """Returns losses and rates [50], final weights and their average as our trees, and shapes."""
+    import timm.optim.muon
+    import torch
+    from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
     from timm.models.tnt import TNT
-    from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
     from timm.utils import ModelEma
 
     dtype = getattr(torch, dtype)
+    name, rate, weight_decay, loss_name, smoothing = RECIPES[recipe]
+    newton_schulz = timm.optim.muon.zeropower_via_newtonschulz  # in bfloat16 by default
+    newton_schulz.__defaults__ = tuple(
+        dtype if x is torch.bfloat16 else x for x in newton_schulz.__defaults__
+    )
     model = TNT(**TIMM_FIELDS)
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     start = timm_weights.random_state(shapes)
     model.load_state_dict({name: torch.from_numpy(x) for name, x in start.items()}, strict=True)
     model.to(dtype).train()
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, eps=1e-8)
+    optimizer = make_optimizer(model, name, rate, weight_decay)
     scheduler, epochs = create_scheduler_v2(
         optimizer,
         sched="cosine",
@@ -91,11 +156,14 @@ def train(dtype: str = "float64") -> dict[str, object]:
     )
     assert epochs == EPOCHS + COOLDOWN
     ema = ModelEma(model, decay=EMA_DECAY)
-    loss_fn = SoftTargetCrossEntropy()
+    loss_fn = {
+        "softmax": SoftTargetCrossEntropy(),
+        "bce": BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0),
+    }[loss_name]
     losses, rates, data = [], [], iter(batches())
     for epoch in range(epochs):
         for _ in range(STEPS_PER_EPOCH):
-            images, targets = mixed(*next(data))
+            images, targets = mixed(*next(data), smoothing)
             loss = loss_fn(model((images.to(dtype) - 127.5) / 127.5), targets.to(dtype))
             optimizer.zero_grad()
             loss.backward()
@@ -107,7 +175,7 @@ def train(dtype: str = "float64") -> dict[str, object]:
 
     def tree(network):
         state = {name: x.detach().numpy() for name, x in network.state_dict().items()}
-        return timm_weights.to_flax(state)
+        return timm_weights.to_flax(joined_queries(state))
 
     return {
         "losses": np.array(losses),
