@@ -5,17 +5,18 @@ The bounds, in levels of 255, are a few tenths above the differences of OpenCV 5
 """
 
 import functools
+import io
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers.photos import all_photos
+from tests.helpers.photos import all_photos, jpeg
 from tests.helpers.randaugment_cases import FILL, cases, photographs
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import opencv, randaugment, transforms
-from tnt_flax.data.images import decode
+from tnt_flax.data.images import ORIENTATION, TIMM, CorruptImageError, Policy, decode
 from tnt_flax.data.plan import sample_generator
 from tnt_flax.data.randaugment import GEOMETRIC, PLAIN, RESAMPLE, SIGNED
 from tnt_flax.training.experiment import Experiment
@@ -50,7 +51,7 @@ def test_geometric_operations_are_close_to_pillow(name, resample, mean, inside):
     levels = [level for level, filter in cases(name) if filter == resample and abs(level) <= 10]
     for image in photographs().values():
         for level in levels:
-            ours = opencv.warp(image, name, level, resample, FILL)
+            ours = opencv.apply_op(image, name, level, resample, FILL)
             theirs = randaugment.apply_op(image, name, level, resample, FILL)
             difference = differences(ours, theirs)
             assert difference.mean() < mean
@@ -60,12 +61,90 @@ def test_geometric_operations_are_close_to_pillow(name, resample, mean, inside):
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *SIGNED])
-def test_color_operations_equal_pillow(name):
-    image = photographs()["flower"]
-    pixels = np.asarray(image)
-    ours = randaugment.apply_op(pixels, name, 9.0, BILINEAR, FILL, opencv.warp)
-    theirs = randaugment.apply_op(image, name, 9.0, BILINEAR, FILL)
-    np.testing.assert_array_equal(ours, np.asarray(theirs))
+def test_color_operations_are_those_of_pillow(name):
+    blends = {"Color": (4, 0.7), "Sharpness": (1, 0.4), "Contrast": (1, 0.01)}
+    worst, mean = blends.get(name.removesuffix("Increasing"), (0, 0))
+    flat = Image.new("RGB", (16, 16), (9, 200, 90))
+    for image in (photographs()["flower"], flat):
+        for level, _ in cases(name):
+            ours = opencv.apply_op(image, name, level, BILINEAR, FILL)
+            difference = differences(ours, randaugment.apply_op(image, name, level, BILINEAR, FILL))
+            assert ours.dtype == np.uint8 and difference.max() <= worst
+            assert difference.mean() <= mean
+
+
+@pytest.mark.parametrize("resample", RESAMPLE)
+@pytest.mark.parametrize("name", ["TranslateXRel", "TranslateYRel"])
+def test_translations_are_those_of_pillow(name, resample):
+    """Up to one level, at the edge of the image and for any fraction of a pixel."""
+    image = photographs()["flower"].crop((0, 0, 40, 30))
+    for level in (-30.0, -9.7, -1.0, -0.02, 0.0, 0.01, 0.3, 5.55, 10.0, 22.0, 23.0):
+        ours = opencv.apply_op(image, name, level, resample, (1, 2, 3))
+        theirs = randaugment.apply_op(image, name, level, resample, (1, 2, 3))
+        assert differences(ours, theirs).max() <= 1, level
+
+
+# ------------------------------------------------------------------------------------ decoding
+
+
+def opened(encoded, policy=TIMM):
+    return opencv.Opened(encoded, policy)
+
+
+def large(factor):
+    """Returns a JPEG of `factor` times 300 x 200 pixels."""
+    photo = PHOTOS["china"].resize((300 * factor, 200 * factor))
+    buffer = io.BytesIO()
+    photo.save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_large_crops_are_decoded_at_a_fraction_of_their_size(factor, monkeypatch):
+    flags, decode_ = [], opencv.cv2.imdecode
+    monkeypatch.setattr(
+        opencv.cv2, "imdecode", lambda data, flag: flags.append(flag) or decode_(data, flag)
+    )
+    image = opened(large(factor))
+    assert image.size == (300 * factor, 200 * factor)
+    box = (factor * 20, factor * 10, factor * 220, factor * 190)
+    ours = image.crop(box, (96, 96), BILINEAR)
+    theirs = decode(large(factor)).crop(box).resize((96, 96), BILINEAR)
+    assert differences(ours, theirs).mean() < 2.6
+    assert flags == [opencv.REDUCED[factor]]
+    small = image.crop((5, 5, 90, 90), (96, 96), BILINEAR)  # from all pixels
+    assert flags == [opencv.REDUCED[factor], opencv.REDUCED[1]]
+    np.testing.assert_array_equal(
+        small, opened(large(factor)).crop((5, 5, 90, 90), (96, 96), BILINEAR)
+    )
+
+
+def test_all_formats_and_policies_are_decoded_as_by_pillow(monkeypatch):
+    whole = lambda image: image.crop((0, 0, *image.size), image.size[::-1], BILINEAR)
+    tags = Image.Exif()
+    tags[ORIENTATION] = 6
+    buffers = {}
+    for kind, mode in (("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA")):
+        buffers[kind, mode] = io.BytesIO()
+        options = {"exif": tags} if mode == "RGB" else {}
+        PHOTOS["small"].convert(mode).save(buffers[kind, mode], kind, **options)
+    for policy in (TIMM, Policy(exif=True, background=(1, 2, 3))):
+        for buffer in buffers.values():
+            image, expected = opened(buffer.getvalue(), policy), decode(buffer.getvalue(), policy)
+            assert image.size == expected.size
+            assert differences(whole(image), expected).max() <= 1
+
+
+@pytest.mark.parametrize("damage", [slice(20000), slice(100), slice(0), slice(-2)])
+def test_damaged_jpegs_are_reported_as_by_pillow(damage):
+    results = []
+    for transform in (OPENCV_TRANSFORM, transforms.train_transform):
+        try:
+            (sample,) = transform(jpeg("china")[damage], [sample_generator((0, 0, 0))], **RECIPE)
+            results.append(sample.shape)
+        except CorruptImageError as error:
+            results.append(str(error))
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("resample, larger", [(BILINEAR, 0.25), (BICUBIC, 2.6)])

@@ -22,8 +22,8 @@ RESAMPLE = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)  # filters of g
 UNIFORM_ABOVE = 100  # with a larger `mstd` magnitudes are uniform from 0 to m
 
 Pixels = Image.Image | np.ndarray  # an RGB image; the array is uint8 [H, W, 3]
-# (image, name, level, filter, fill) -> image, see `warp`
-Warp = Callable[[Pixels, str, float, Image.Resampling, tuple[int, int, int]], Pixels]
+# (image, name, level, filter, fill) -> image, see `apply_op`
+ApplyOp = Callable[[Pixels, str, float, Image.Resampling, tuple[int, int, int]], Pixels]
 
 # ------------------------------------------------------------------------------------- operations
 
@@ -49,12 +49,16 @@ def _solarize_add(image, level):
     return image.point(table * len(image.getbands()))
 
 
-def _enhance(enhancer, image, level):
-    return enhancer(image).enhance(level / 10 * 1.8 + 0.1)
+def enhance_factor(name: str, level: float) -> float:
+    """Returns the factor of the enhancer `name`: 0 degenerates the image, 1 keeps it."""
+    if name.endswith("Increasing"):
+        return max(0.1, 1.0 + level / 10 * 0.9)
+    return level / 10 * 1.8 + 0.1
 
 
-def _enhance_increasing(enhancer, image, level):
-    return enhancer(image).enhance(max(0.1, 1.0 + level / 10 * 0.9))
+def _enhance(name, image, level):
+    enhancer = getattr(ImageEnhance, name.removesuffix("Increasing"))
+    return enhancer(image).enhance(enhance_factor(name, level))
 
 
 _ENHANCERS = ("Color", "Contrast", "Brightness", "Sharpness")
@@ -70,11 +74,10 @@ PLAIN = {
         image, 256 - _solarize_threshold(level)
     ),
     "SolarizeAdd": _solarize_add,
-} | {name: functools.partial(_enhance, getattr(ImageEnhance, name)) for name in _ENHANCERS}
+} | {name: functools.partial(_enhance, name) for name in _ENHANCERS}
 # Called with (image, level); the level has a random sign.
 SIGNED = {
-    f"{name}Increasing": functools.partial(_enhance_increasing, getattr(ImageEnhance, name))
-    for name in _ENHANCERS
+    name: functools.partial(_enhance, name) for name in (f"{name}Increasing" for name in _ENHANCERS)
 }
 # (level / 10, width, height) -> affine matrix from coordinates of the result to those of the image.
 MATRICES = {
@@ -83,43 +86,27 @@ MATRICES = {
     "TranslateXRel": lambda L, w, h: (1, 0, L * 0.45 * w, 0, 1, 0),
     "TranslateYRel": lambda L, w, h: (1, 0, 0, 0, 1, L * 0.45 * h),
 }
-GEOMETRIC = ("Rotate", *MATRICES)  # applied by `warp`; the level has a random sign
-
-
-def warp(
-    image: Image.Image,
-    name: str,
-    level: float,
-    resample: Image.Resampling,
-    fill: tuple[int, int, int],
-) -> Image.Image:
-    """Applies the geometric operation `name` with Pillow; see `apply_op` for the arguments."""
-    if name == "Rotate":
-        return image.rotate(level / 10 * 30.0, resample, fillcolor=fill)
-    matrix = MATRICES[name](level / 10, *image.size)
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fill)
+GEOMETRIC = ("Rotate", *MATRICES)  # the level has a random sign
 
 
 def apply_op(
-    image: Pixels,
-    name: str,
-    level: float,
-    resample: Image.Resampling,
-    fill: tuple[int, int, int],
-    warp: Warp = warp,
+    image: Pixels, name: str, level: float, resample: Image.Resampling, fill: tuple[int, int, int]
 ) -> Pixels:
-    """Applies an operation to an RGB image; nothing here is random.
+    """Applies an operation to an RGB image with Pillow; nothing here is random.
 
     Args:
         image: the image.
         name: one of PLAIN, SIGNED or GEOMETRIC.
         level: the magnitude; SIGNED and GEOMETRIC take both signs.
         resample, fill: for GEOMETRIC, the filter and the color of pixels from outside the image.
-        warp: implementation of GEOMETRIC.
     """
+    image = as_image(image)
+    if name == "Rotate":
+        return image.rotate(level / 10 * 30.0, resample, fillcolor=fill)
     if name in GEOMETRIC:
-        return warp(image, name, level, resample, fill)
-    return (SIGNED if name in SIGNED else PLAIN)[name](as_image(image), level)
+        matrix = MATRICES[name](level / 10, *image.size)
+        return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fill)
+    return (SIGNED if name in SIGNED else PLAIN)[name](image, level)
 
 
 # --------------------------------------------------------------------------------------- sampling
@@ -154,16 +141,19 @@ class RandAugment:
     max_magnitude: float  # magnitudes are clipped to [0, max_magnitude]
     fill: tuple[int, int, int]  # color of pixels from outside the image
 
-    def __call__(self, image: Pixels, generator: np.random.Generator, warp: Warp = warp) -> Pixels:
+    def __call__(
+        self, image: Pixels, generator: np.random.Generator, apply_op: ApplyOp = apply_op
+    ) -> Pixels:
         """Returns the augmented RGB image, of the same size."""
         for call in self.sample(generator):
-            image = apply_op(image, *call, self.fill, warp)
+            image = apply_op(image, *call, self.fill)
         return image
 
     def sample(self, generator: np.random.Generator) -> list[OpCall]:
         """Samples the operations for one image, in the order of timm."""
         calls = []
-        for name in (self.ops[i] for i in generator.choice(len(self.ops), self.num_ops)):
+        # The numbers of `generator.choice`, which takes ten times as long.
+        for name in (self.ops[i] for i in generator.integers(len(self.ops), size=self.num_ops)):
             if generator.random() >= self.probability:
                 continue
             level, resample = self._sample_magnitude(generator), RESAMPLE[0]

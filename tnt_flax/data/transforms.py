@@ -15,7 +15,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.data.images import TIMM, CorruptImageError, Encoded, Policy, decode
-from tnt_flax.data.randaugment import Pixels, Warp, as_image, warp
+from tnt_flax.data.randaugment import ApplyOp, Pixels, apply_op, as_image
 
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 INTERPOLATIONS = {  # two filters with equal odds
@@ -43,7 +43,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 class Resampler(NamedTuple):
-    """Decoding and the geometric operations of `train_transform`, as implemented by one library.
+    """Decoding and the pixel operations of `train_transform`, as implemented by one library.
 
     Opened images have a `size`, (width, height). An opened image is returned unchanged by `open`.
     """
@@ -52,7 +52,7 @@ class Resampler(NamedTuple):
     # (opened image, box, (height, width), filter) -> pixels of the box, resized
     crop: Callable[[Any, Box, tuple[int, int], Image.Resampling], Pixels]
     flip: Callable[[Pixels], Pixels]  # left to right
-    warp: Warp
+    apply_op: ApplyOp  # of RandAugment
 
 
 def _crop(image, box, size, resample):
@@ -60,7 +60,7 @@ def _crop(image, box, size, resample):
     return image.crop(box).resize(size[::-1], resample)
 
 
-PILLOW = Resampler(open=decode, crop=_crop, flip=ImageOps.mirror, warp=warp)
+PILLOW = Resampler(open=decode, crop=_crop, flip=ImageOps.mirror, apply_op=apply_op)
 
 
 def resampler(name: str) -> Resampler:
@@ -72,7 +72,7 @@ def resampler(name: str) -> Resampler:
         return PILLOW
     from tnt_flax.data import opencv
 
-    return Resampler(open=opencv.open_image, crop=opencv.crop, flip=opencv.flip, warp=opencv.warp)
+    return Resampler(opencv.Opened, opencv.Opened.crop, opencv.flip, opencv.apply_op)
 
 
 # ------------------------------------------------------------------------------------- training
@@ -167,8 +167,8 @@ def train_transform(
         interpolation: of INTERPOLATIONS, the filter of the resizing; "random" is that of timm.
         three_augments: apply `three_augment`.
         jitter: strength of `color_jitter`, which is used if there is no `randaugment`, as in timm.
-        randaugment: a `RandAugment`, called with (image, generator, resampler.warp).
-        resampler: implementation of decoding and of the geometric operations.
+        randaugment: a `RandAugment`, called with (image, generator, resampler.apply_op).
+        resampler: implementation of decoding and of the pixel operations.
         policy: how the image becomes RGB.
 
     Raises:
@@ -184,7 +184,7 @@ def train_transform(
         if three_augments:
             sample = three_augment(sample, generator)
         if randaugment is not None:
-            sample = randaugment(sample, generator, resampler.warp)
+            sample = randaugment(sample, generator, resampler.apply_op)
         elif jitter:
             sample = color_jitter(sample, generator, jitter)
         samples.append(np.asarray(sample))
