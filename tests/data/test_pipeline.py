@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pathlib
 import re
+import signal
 import threading
 import time
 import types
@@ -335,6 +336,18 @@ def test_memory_of_a_worker_process():
         print(f"a worker process has {mebibytes:.0f} MiB, including its share of shared memory")
         assert mebibytes < 200
     stream.close()
+
+
+@pytest.mark.slow
+def test_worker_processes_ignore_the_signals_that_stop_a_run():
+    """A closed terminal and Slurm signal all processes; the trainer needs its workers to save."""
+    stream = train(workers=2, num_steps=9)
+    for _ in range(2):  # one of each worker
+        next(stream)
+    for process in multiprocessing.active_children():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            os.kill(process.pid, number)
+    assert len(list(stream)) == 7
 
 
 @pytest.mark.slow

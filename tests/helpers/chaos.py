@@ -246,7 +246,8 @@ def faults():
     for processes in (1, 2):
         for phase in PHASES:
             yield f"SIGTERM at {phase.strip()}", processes, fault(preemption, phase, "SIGTERM")
-        yield "SIGINT at step 7", processes, fault(preemption, "step 7 ", "SIGINT")
+        for number in ("SIGINT", "SIGHUP", "SIGUSR1"):
+            yield f"{number} at step 7", processes, fault(preemption, "step 7 ", number)
         if processes > 1:
             to_all = fault(preemption, "step 7 ", "SIGTERM", to_all=True)
             yield "SIGTERM to all at step 7", processes, to_all

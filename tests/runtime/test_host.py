@@ -94,6 +94,14 @@ def test_out_of_memory_names_the_keys_that_help():
     assert "\n" not in text
     for key in ("batch_size", "accumulate", "model.remat", "mesh.fsdp", "eval.batch_size"):
         assert key in text
+    for message, known in (
+        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in hbm", True),
+        ("INTERNAL: CUDA error: CUDA_ERROR_OUT_OF_MEMORY: out of memory", True),
+        ("RESOURCE_EXHAUSTED: Received message larger than max (5 vs. 4)", False),
+    ):
+        with pytest.raises(RunError if known else jax.errors.JaxRuntimeError):
+            with host.explain_device_errors():
+                raise jax.errors.JaxRuntimeError(message)
     with pytest.raises(InputError, match="deterministic=True needs another version of jaxlib"):
         with host.explain_device_errors():
             jax.jit(lambda: 0, compiler_options={"xla_gpu_no_such_option": True})()

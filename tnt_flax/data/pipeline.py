@@ -254,8 +254,9 @@ def _init_worker(worker, workers):
     Schedulers and terminals signal every process, but the trainer needs its workers until the state
     is saved. And a trainer that is killed cannot stop its workers.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows lacks the last two
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
     def exit_with_parent():
         multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])

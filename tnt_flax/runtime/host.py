@@ -7,6 +7,7 @@ import glob
 import logging
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,8 @@ from tnt_flax.core.files import cache_folder
 # Devices of TPUs, NVIDIA GPUs and AMD GPUs.
 NVIDIA = "/dev/nvidia[0-9]*"
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", NVIDIA, "/dev/kfd")
+# How XLA, CUDA and NCCL report it. A gRPC message that is too large is RESOURCE_EXHAUSTED as well.
+OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED.*(memory|alloc)|out.of.memory", re.I | re.S)
 # Parameters of mallopt(3), from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
@@ -124,7 +127,7 @@ def explain_device_errors() -> Iterator[None]:
                 f"deterministic=True needs another version of jaxlib ({one_line(error)}): "
                 "install one, or set deterministic=False"
             ) from None
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not OUT_OF_MEMORY.search(str(error)):
             raise
         raise RunError(
             f"out of memory on the device ({one_line(error)}): reduce batch_size, or "

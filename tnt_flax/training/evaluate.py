@@ -154,7 +154,7 @@ def evaluate_checkpoint(
 
         logger.info(f"evaluating on {len(source)} images")
         eval_step = experiment.make_eval_step(experiment.make_model(num_classes), classes)
-        eval_step = sharding.jit_eval_step(eval_step, mesh)
+        eval_step = sharding.jit_eval_step(eval_step, mesh, experiment.config.deterministic)
         batches = relabeled(experiment.eval_batches(source), to_network, classes)
         # `setup`: there is nothing to save, so a signal may end the process at once.
         progress = functools.partial(watchdog.progress, setup=True)
