@@ -28,6 +28,9 @@ from tnt_flax.training.optimizer import (
 )
 from tnt_flax.training.step import TrainState
 from tnt_flax.training.train import train_and_evaluate
+from tnt_flax.weights import names
+from tnt_flax.weights.formats import torch as torch_files
+from tnt_flax.weights.identify import unstored_fields
 from tnt_flax.weights.read import read_checkpoint
 from tnt_flax.weights.write import save_weights
 
@@ -235,11 +238,25 @@ def test_a_different_normalization_is_logged(weights, tmp_path, capsys):
     assert "warning: made with data.crop_fraction=1.0, used with 0.9" in err
 
 
+def test_fine_tuning_leaves_out_heads_of_several_layers(weights, tmp_path, capsys):
+    found, path = read_checkpoint(weights), tmp_path / "module.ckpt"
+    tensors = {f"model.{n}": x for n, x in names.export("timm", found.params) if "head" not in n}
+    tensors |= {f"model.head.{i}.weight": np.zeros((4, 4), np.float32) for i in (0, 2)}
+    torch_files.write(path, {"state_dict": tensors})
+    fields = unstored_fields(found.network.model)
+    config = finetune_config(path, tmp_path, **{f"model.{k}": x for k, x in fields.items()})
+    variables, _ = Experiment(config).load_variables(str(path), ("a", "b", "c"))
+    assert variables["params"]["head"]["kernel"].shape[1] == 3
+    before = found.params["sentence_pos"]
+    np.testing.assert_array_equal(variables["params"]["sentence_pos"], before)
+    assert "left out model.head.0.weight, model.head.2.weight" in capsys.readouterr().err
+
+
 def test_an_uncertain_order_of_classes_is_logged(weights, tmp_path, capsys):
     found, path = read_checkpoint(weights), tmp_path / "unnamed.safetensors"
     save_weights(path, found.params, {"config": found.info["config"]})
-    names = tuple(map(str, range(8, 18)))
-    Experiment(finetune_config(path, tmp_path)).load_variables(str(path), names)
+    classes = tuple(map(str, range(8, 18)))
+    Experiment(finetune_config(path, tmp_path)).load_variables(str(path), classes)
     assert "natural order (8, 9, 10 from class 0); torchvision" in capsys.readouterr().err
 
 

@@ -167,7 +167,7 @@ def test_all_mismatches_are_printed(changed):
     path = changed(**dict.fromkeys(names), extra=np.zeros(3, np.float32))
     error = run("--check", path, "--inner-heads=2", "--outer-heads=3", code=2)
     first, *details = error.splitlines()
-    assert first.startswith("error: ") and "and 2 more; extra would be left out with" in first
+    assert first.startswith("error: ") and "and 2 more; with another head" in first
     assert [line.strip().split(" ")[:2] for line in details] == [["+", "extra"]] + [
         ["-", name] for name in sorted(names)
     ]

@@ -145,7 +145,7 @@ def test_a_lone_linear_layer_is_the_head(tmp_path, layer):
 def test_other_heads_are_left_out_on_request(tmp_path, head):
     tensors = BODY | head | {"loss.weight": np.ones(7, np.float32)}
     path = save(tmp_path, prefixed("model.", tensors))
-    with pytest.raises(InputError, match="does not fit this model: .*num_classes=0|, not float32"):
+    with pytest.raises(InputError, match="does not fit this model: .*num_classes=N|, not float32"):
         read_checkpoint(path, **HEADS)
     found = read_checkpoint(path, other_head=True, **HEADS)
     left_out = {name for name, text in found.renamed.items() if text.startswith("left out")}

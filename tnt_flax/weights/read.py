@@ -257,10 +257,8 @@ def _check_tensors(
     except InputError as error:
         if not more:
             raise
-        advice = (
-            f"{listed([*more], limit=3)} would be left out with num_classes=0, or =N for a new head"
-        )
-        raise InputError(f"{error}; {advice}", error.details) from error
+        advice = f"with another head (num_classes=N, 0 for none, or init_from) {listed([*more], 3)}"
+        raise InputError(f"{error}; {advice} would be left out", error.details) from error
 
 
 def _conversions(tensors: Mapping[str, Any]) -> Iterator[str]:
