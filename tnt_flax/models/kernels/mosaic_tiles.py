@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels of `mosaic` do with a tile of 64 words, and how they run all tiles."""
+"""What the kernels of `mosaic` compute of a tile of 64 words, and how they run all tiles.
+
+Loops are not unrolled. Otherwise the addresses of all iterations occupy registers, and the backward
+kernels spill them.
+"""
 
 import functools
 import inspect
@@ -117,6 +121,7 @@ def _matrix(shape, dtype, swizzle):
 
 
 def forward_tile(refs, tile, norm_eps, gelu):
+    """Writes `y` and, if it is an output, `middle`."""
     x = _load(refs.x, tile)
     _put_slots(refs.z, _normalize(x, norm_eps)[0])
     plgpu.commit_smem()
@@ -146,6 +151,7 @@ def forward_tile(refs, tile, norm_eps, gelu):
 
 
 def mlp_backward_tile(refs, tile, norm_eps, gelu):
+    """Writes `dx`, the gradient of the MLP's input `x`, from `g`, that of the MLP's result."""
     g = _load(refs.g, tile)
     normal, inverse = _normalize(_load(refs.x, tile), norm_eps)
     _put_slots(refs.z, normal)
@@ -169,6 +175,7 @@ def mlp_backward_tile(refs, tile, norm_eps, gelu):
 
 
 def attention_backward_tile(refs, tile, norm_eps):
+    """Writes `dx`, the gradient of the block's input `x`, from `g`, that of `middle`."""
     g = _load(refs.g, tile)
     normal, inverse = _normalize(_load(refs.x, tile), norm_eps)
     _put_slots(refs.z, normal)
