@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -60,7 +61,7 @@ elif sys.argv[1] == "full":
 for address in sys.argv[2:]:
     try:
         found = fetch(address)
-        answer = [found.path.read_text(), found.address, found.revision]
+        answer = [found.path.read_text(), found.address, *found.notes]
     except Exception as error:
         answer = [type(error).__name__, str(error)]
     print(json.dumps(answer))
@@ -152,13 +153,17 @@ def serving():
 
 def test_the_requested_file_is_fetched(tmp_path):
     wanted = {
-        "tnt_s_patch16_224": ["new", f"{S}@main/{SAFE}", NEW],
-        f"{S}@main/sub/x.bin": ["sub", f"{S}@main/sub/x.bin", NEW],
-        f"{S}/{PICKLE}": ["pickle", f"{S}@main/{PICKLE}", NEW],
-        f"{S}@v1": ["old", f"{S}@v1/{SAFE}", OLD],
-        f"{S}@{OLD}": ["old", f"{S}@{OLD}/{SAFE}", OLD],
-        f"{S}@refs/pr/7": ["old", f"{S}@refs/pr/7/{SAFE}", OLD],
-        "hf://lab/pickle": ["pickle only", f"hf://lab/pickle@main/{PICKLE}", NEW],
+        "tnt_s_patch16_224": ["new", f"{S}@main/{SAFE}", f"fetched revision {NEW}"],
+        f"{S}@main/sub/x.bin": ["sub", f"{S}@main/sub/x.bin", f"fetched revision {NEW}"],
+        f"{S}/{PICKLE}": ["pickle", f"{S}@main/{PICKLE}", f"fetched revision {NEW}"],
+        f"{S}@v1": ["old", f"{S}@v1/{SAFE}", f"fetched revision {OLD}"],
+        f"{S}@{OLD}": ["old", f"{S}@{OLD}/{SAFE}", f"fetched revision {OLD}"],
+        f"{S}@refs/pr/7": ["old", f"{S}@refs/pr/7/{SAFE}", f"fetched revision {OLD}"],
+        "hf://lab/pickle": [
+            "pickle only",
+            f"hf://lab/pickle@main/{PICKLE}",
+            f"fetched revision {NEW}",
+        ],
     }
     with serving() as server:
         client = Client(tmp_path, server)
@@ -169,6 +174,10 @@ def test_the_requested_file_is_fetched(tmp_path):
         assert client.fetch(*wanted, offline=True) == (first, 0)
         assert server.asked == []
     assert client.fetch(*wanted) == (first, 0)  # the server is gone
+    for folder in list(tmp_path.rglob(".no_exist")):
+        shutil.rmtree(folder)
+    ([answer], _) = client.fetch("hf://lab/pickle", offline=True)
+    assert answer[-1].startswith("warning: config.json is not in the cache, and the server")
 
 
 def test_weights_are_loaded_from_the_hub(tmp_path):

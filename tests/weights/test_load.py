@@ -169,7 +169,7 @@ def test_names_and_addresses(tmp_path, monkeypatch, path, logged):
     with pytest.raises(InputError, match="tnt_x: No such file or directory"):
         tnt_flax.load("tnt_x")
 
-    fetched = hub.Fetched(path, "hf://timm/x@main/model.safetensors", "0123" * 10)
+    fetched = hub.Fetched(path, "hf://timm/x@main/model.safetensors", ["fetched revision 01230123"])
     monkeypatch.setattr(hub, "fetch", lambda address: fetched)
     model, _ = tnt_flax.load("hf://timm/x")
     assert "hf://timm/x@main/model.safetensors" in logged.text

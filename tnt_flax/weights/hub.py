@@ -40,7 +40,7 @@ OF_TIMM = re.compile(rf"timm/[\w.-]*tnt[\w.-]*|(?:{'|'.join(MODELS)})\.[\w.-]+")
 class Fetched:
     path: pathlib.Path  # in the shared cache: read only
     address: str  # in full: hf://OWNER/NAME@REVISION/FILE
-    revision: str  # the commit: 40 hexadecimal digits
+    notes: list[str]  # the commit; what could not be fetched
 
 
 def address_of(text: str) -> str | None:
@@ -80,18 +80,33 @@ def fetch(address: str) -> Fetched:
     repo, revision, file = match[1], match[2] or "main", match[3].removeprefix("/")
     try:
         file, path = _download(repo, revision, (file,) if file else DEFAULT_FILES)
-        folder = file.rpartition("/")[0]
-        for name in DESCRIPTIONS:
-            _download(repo, revision, (f"{folder}/{name}".lstrip("/"),), optional=True)
+        commit = path.parents[file.count("/")].name  # .../snapshots/COMMIT/FILE
+        missing = _download_descriptions(repo, commit, file.rpartition("/")[0])
     except Exception as error:  # many types, including those of the HTTP client
         raise InputError(f"cannot fetch {address}: {_explain(error, repo)}") from error
-    commit = path.parents[file.count("/")].name  # .../snapshots/COMMIT/FILE
-    return Fetched(path, f"hf://{repo}@{revision}/{file}", commit)
+    notes = [f"fetched revision {commit}"]
+    if missing:
+        notes.append(f"warning: {missing} is not in the cache, and the server does not respond")
+    return Fetched(path, f"hf://{repo}@{revision}/{file}", notes)
 
 
-def _download(
-    repo: str, revision: str, files: tuple[str, ...], *, optional: bool = False
-) -> tuple[str, pathlib.Path] | None:
+def _download_descriptions(repo: str, commit: str, folder: str) -> str | None:
+    """Downloads the files of DESCRIPTIONS that are there; returns the first that may be."""
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+
+    for name in DESCRIPTIONS:
+        file = f"{folder}/{name}".lstrip("/")
+        if try_to_load_from_cache(repo, file, revision=commit) is None:  # not known to be absent
+            try:
+                hf_hub_download(repo, file, revision=commit)
+            except errors.LocalEntryNotFoundError:
+                return file
+            except errors.EntryNotFoundError:
+                pass
+    return None
+
+
+def _download(repo: str, revision: str, files: tuple[str, ...]) -> tuple[str, pathlib.Path]:
     """Returns the first of `files` that exists, and its path in the cache."""
     from huggingface_hub import constants, errors, hf_hub_download
 
@@ -106,9 +121,7 @@ def _download(
             return file, pathlib.Path(path)
         except errors.EntryNotFoundError as error:
             failure = failure if offline else error
-    if not optional:
-        raise failure
-    return None
+    raise failure
 
 
 def _explain(error: Exception, repo: str) -> str:

@@ -118,7 +118,7 @@ def read_checkpoint(
         fetched = hub.fetch(address)  # raises for networks without published weights
         name = name or (source if source in MODELS else None)  # the file must be that network
         path, source = fetched.path, fetched.address
-        notes.append(f"fetched revision {fetched.revision}")
+        notes += fetched.notes
     path = pathlib.Path(path if address else source.removeprefix(hub.LOCAL))
     folders.check_exists(path)
     if path.is_dir() and not folders.is_run(path):
