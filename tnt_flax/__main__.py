@@ -28,6 +28,7 @@ COMMANDS = {
     "convert": Command("convert", "convert weights between frameworks, or describe them"),
     "export": Command("export", "write StableHLO, ONNX, or a folder for timm", TRAIN),
     "visualize": Command("visualize", "plot attention and features of an image", TRAIN),
+    "explore": Command("explore", "write a page to explore attention", TRAIN),
     "report": Command("report", "write a run as one HTML page", TRAIN),
     "describe": Command("describe", "list parts: parameters, FLOPs, bytes"),
     "check-data": Command("check_data", "find corrupt and unusual images", TRAIN),

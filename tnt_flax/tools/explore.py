@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes one page on which you explore what a network attends to.
+
+    tnt-flax explore tnt_s_81.5.pth.tar cat.jpg dog.jpg --out=page.html
+    tnt-flax explore runs/digits three.png --out=page.html --light
+
+Open the page in any browser, from disk. Point at a sentence of an image: the page shows where the
+sentence, or the class token, attends in each block and head, and magnifies its words; point at a
+word to see where the word attends within its sentence. --light keeps the mean of the heads only,
+which makes the page several times smaller. The last line on stdout is one JSON object. Exit code 1
+means that the page could not be written, 2 that the input was wrong.
+"""
+
+import argparse
+import base64
+import io
+import json
+import logging
+import pathlib
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tnt_flax.core.errors import RunError
+from tnt_flax.core.files import write_atomic
+from tnt_flax.data.labels import display_names
+from tnt_flax.inference.preprocess import Preprocessor
+from tnt_flax.runtime import host
+from tnt_flax.tools.attention import Trace, trace_attention
+from tnt_flax.tools.command_line import (
+    Parser,
+    add_policy_options,
+    add_weights_options,
+    policy_arguments,
+    read_weights,
+)
+from tnt_flax.weights.read import LoadedWeights
+
+logger = logging.getLogger(__name__)
+TOP = 5  # predictions per image
+FOLDER = pathlib.Path(__file__).parent / "explorer"
+
+
+def add_arguments(parser: Parser) -> None:
+    add_weights_options(parser)
+    add = parser.add_argument
+    add("images", metavar="IMAGE", nargs="+", help="image files, shown side by side")
+    add("--out", type=pathlib.Path, required=True, help="the page, such as page.html")
+    add("--light", action="store_true", help="store the mean of the heads only")
+    add_policy_options(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Writes the page; returns the JSON object of the last line.
+
+    Raises:
+        InputError: the weights or an image are wrong.
+        RunError: the page cannot be written.
+    """
+    host.cache_compilations()
+    found = read_weights(args)
+    preprocessor = Preprocessor(found, **policy_arguments(args))
+    pixels = np.stack([preprocessor.read(image) for image in args.images])
+    logger.info(f"tracing {found.summary()}")
+    traces = trace_attention(found, pixels)
+    names = [pathlib.Path(image).name for image in args.images]
+    page, error = make_page(found, traces, names, light=args.light)
+    try:
+        write_atomic(args.out, page.encode())
+    except OSError as problem:
+        raise RunError(f"cannot write {args.out}: {problem.strerror or problem}") from None
+    return {
+        "out": str(args.out),
+        "images": len(traces),
+        "bytes": len(page.encode()),
+        "largest_error": round(error, 6),
+    }
+
+
+def make_page(
+    found: LoadedWeights, traces: Sequence[Trace], names: Sequence[str], *, light: bool = False
+) -> tuple[str, float]:
+    """Returns the page, and the largest error of an attention weight on the page.
+
+    Args:
+        found: the weights, for the names of network and classes.
+        traces: of `trace_attention`, one per image.
+        names: titles of the images.
+        light: store the mean of the heads only.
+    """
+    labels = display_names(found.class_names, found.network.model.num_classes)
+    images, error = [], 0.0
+    for trace, name in zip(traces, names, strict=True):
+        codes, scales, blocks = encode_attention(trace, light)
+        error = max(error, float(scales.max()) / 2)
+        images.append(
+            {
+                "name": name,
+                "size": trace.pixels.shape[:2],
+                "pixels": _png(trace.pixels),
+                "predictions": _predictions(trace, labels),
+                "blocks": blocks,
+                "codes": base64.b64encode(codes).decode(),
+                "scales": base64.b64encode(scales).decode(),
+            }
+        )
+    data = {
+        "network": found.name or type(found.network.model).__name__,
+        "class_token": traces[0].has_class_token,
+        "readout": traces[0].readout_name,
+        "mean_of_heads": light,
+        "images": images,
+    }
+    template = string.Template((FOLDER / "page.html").read_text())
+    parts = {"style": "style.css", "script": "script.js"}
+    text = {name: (FOLDER / file).read_text() for name, file in parts.items()}
+    # "<" would end the script element inside a string of the data, such as a file name.
+    return template.substitute(text, data=json.dumps(data).replace("<", "\\u003c")), error
+
+
+def encode_attention(
+    trace: Trace, light: bool
+) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
+    """Returns attention as bytes, their scales, and the shapes of each block.
+
+    An attention weight is code * scale. Outer attention has a scale per head and query, inner
+    attention per head and sentence, so that the largest weight of each has the code 255. Both
+    arrays hold the blocks in order, in each block first outer [heads, T, K], then inner
+    [N, heads, M, M] attention.
+
+    Args:
+        trace: of one image.
+        light: average over the heads.
+
+    Returns:
+        (codes uint8, scales float32 little-endian, a dictionary of shapes per block).
+    """
+    codes, scales, blocks = [], [], []
+
+    def add(attention, axes):
+        scale = attention.max(axis=axes, keepdims=True).astype("<f4") / 255
+        codes.append(np.rint(attention / np.maximum(scale, 1e-30)).astype(np.uint8).ravel())
+        scales.append(scale.ravel())
+
+    for i, outer in enumerate(trace.outer_attention):
+        layout, inner = trace.layouts[i], trace.inner_attention.get(i)
+        if light:
+            outer = outer.mean(axis=0, keepdims=True)
+            inner = None if inner is None else inner.mean(axis=1, keepdims=True)
+        add(outer.astype(np.float32), axes=2)
+        if inner is not None:
+            add(inner.astype(np.float32), axes=(2, 3))
+        heads, queries, keys = outer.shape
+        blocks.append(
+            {
+                "grid": layout.grid,
+                "side": layout.side,
+                "reduction": layout.reduction,
+                "heads": heads,
+                "queries": queries,
+                "keys": keys,
+                "inner_heads": 0 if inner is None else inner.shape[1],
+                "words": 0 if inner is None else inner.shape[2],
+            }
+        )
+    return np.concatenate(codes), np.concatenate(scales), blocks
+
+
+def _predictions(trace, labels):
+    if trace.probabilities is None:
+        return []
+    best = np.argsort(-trace.probabilities, kind="stable")[:TOP]
+    return [{"label": labels[i], "probability": float(trace.probabilities[i])} for i in best]
+
+
+def _png(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
