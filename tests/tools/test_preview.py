@@ -81,12 +81,12 @@ def test_to_pixels_inverts_normalization():
         ([0.63, 0.37, 0], "cat 0.63\ndog 0.37"),
         ([0.37, 0.63, 0], "dog 0.63\ncat 0.37"),
         ([0.996, 0.004, 0], "cat"),
-        ([0, 0.5, 0.5], "dog 0.50\nan animal with a lo 0.50"),
-        ([0, 0, 1], "an animal with a long na"),
+        ([0, 0.5, 0.5], "dog 0.50\nan animal with a l\N{HORIZONTAL ELLIPSIS} 0.50"),
+        ([0, 0, 1], "an animal with a long n\N{HORIZONTAL ELLIPSIS}"),
     ],
 )
 def test_captions(weights, text):
-    names = ("cat", "dog", "an animal with a long name")
+    names = ("cat", "dog", "an animal with a long n\N{HORIZONTAL ELLIPSIS}me")
     assert preview.caption(np.float32(weights), names) == text
     assert all(len(line) <= preview.MAX_LETTERS for line in text.splitlines())
 

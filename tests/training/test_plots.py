@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from tnt_flax.tools.figures import plot_calibration
+from tnt_flax.tools.preview import font_of
 from tnt_flax.training import plots
 from tnt_flax.training.evaluate import calibration_sums
 
@@ -64,3 +65,72 @@ def test_predictions_show_mistakes_first_then_the_least_confident(tmp_path, figu
     assert colors == [plots.WRONG] + [plots.RIGHT] * 3
     with Image.open(path) as file:
         assert file.size[0] > 200
+
+
+# ------------------------------------------------------------------------------------- class names
+
+
+def plot_names(names, path):
+    images, labels = np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 1])
+    plots.plot_predictions(images, labels, np.eye(2, dtype=np.float32), names, path)
+
+
+def write_font(path, characters):
+    """Writes a font that has a square for each character."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 500), (500, 500), (500, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    glyph, order = pen.glyph(), [".notdef", "square"]
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder(order)
+    font.setupCharacterMap({ord(c): "square" for c in characters})
+    font.setupGlyf(dict.fromkeys(order, glyph))
+    font.setupHorizontalMetrics(dict.fromkeys(order, (600, 0)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "Squares", "styleName": "Regular"})
+    font.setupOS2(sTypoAscender=800)
+    font.setupPost()
+    font.save(path)
+
+
+@pytest.fixture
+def clear_fonts():
+    plots.fonts_for.cache_clear()
+    yield
+    plots.fonts_for.cache_clear()
+
+
+def test_dollars_are_literal_and_long_names_are_shortened(tmp_path, figures, clear_fonts):
+    names = ("$5 bill_{", "x" * 80)
+    plot_names(names, tmp_path / "p.png")
+    texts = sorted(axis.get_title() for axis in figures[0].axes if axis.get_title())
+    assert texts == ["$5 bill_{  100%", "x" * 23 + "\N{HORIZONTAL ELLIPSIS}  100%"]
+    assert matplotlib.rcParams["text.parse_math"] is not False  # outside of the figure
+
+
+def test_names_without_a_font_are_reported_once(tmp_path, clear_fonts, caplog):
+    for _ in range(2):
+        plot_names(("\U00012000\U00012001", "cat"), tmp_path / "p.png")
+    (record,) = caplog.records
+    assert "no font on this machine has 2 characters" in record.message
+    assert "fonts-noto-cjk" in record.message
+
+
+def test_names_are_drawn_in_a_font_that_has_them(tmp_path, clear_fonts, caplog, monkeypatch):
+    from matplotlib import font_manager
+
+    write_font(tmp_path / "squares.ttf", "\U00012000\U00012001")
+    manager = font_manager.fontManager
+    monkeypatch.setattr(manager, "ttflist", list(manager.ttflist))
+    manager.addfont(tmp_path / "squares.ttf")
+    plot_names(("\U00012000\U00012001", "cat"), tmp_path / "p.png")
+    assert not caplog.records
+    fonts = plots.fonts_for(frozenset("\U00012000cat"))
+    assert [font.name for font in fonts] == ["DejaVu Sans", "Squares"]
+    assert font_of(fonts, "\U00012000", 9).getname()[0] == "Squares"
+    assert font_of(fonts, "cat", 9).getname()[0] == "DejaVu Sans"

@@ -155,8 +155,10 @@ def _open(image, policy):
     limit = Image.MAX_IMAGE_PIXELS
     if policy.max_pixels >= 0 and limit is not None and policy.pixel_limit > limit:
         Image.MAX_IMAGE_PIXELS = policy.max_pixels or None
+    # The common case, without asking the plugins of all other formats.
+    formats = ("JPEG",) if image.startswith(b"\xff\xd8\xff") else None
     try:
-        opened = Image.open(io.BytesIO(image))
+        opened = Image.open(io.BytesIO(image), formats=formats)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         policy.check_size(int(re.search(r"\d+", str(error))[0]))
         raise

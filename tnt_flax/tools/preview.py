@@ -13,6 +13,7 @@ the file could not be written, 2 that the input was wrong.
 import argparse
 import contextlib
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.tools.command_line import Parser, positive
+from tnt_flax.training import plots
 
 MAX_LETTERS = 24  # per line of a caption
 MIN_WIDTH = 160  # pixels: narrower samples are enlarged
@@ -123,25 +125,28 @@ def draw_sheet(images: np.ndarray, captions: list[str], title: str, columns: int
 
     Captions have one or two lines of at most MAX_LETTERS characters.
     """
-    import matplotlib
-
-    font_file = pathlib.Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+    fonts = plots.fonts_for(frozenset(title + "".join(captions)))
     zoom = -(-MIN_WIDTH // images.shape[2])
     images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
     height, width = images.shape[1:3]
     size = min(15, 3 * width // (2 * MAX_LETTERS))  # pixels: a caption is as wide as its image
-    font = ImageFont.truetype(font_file, size)
     row_height = height + 3 * size + GAP
     rows = -(-len(images) // columns)
     across = max(GAP + columns * (width + GAP), 760)  # the width of the title
     sheet = Image.new("RGB", (across, HEAD + rows * row_height), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, HEAD // 2), title, "black", ImageFont.truetype(font_file, 15), anchor="lm")
+    draw.text((GAP, HEAD // 2), title, "black", font_of(fonts, title, 15), anchor="lm")
     for i, (image, text) in enumerate(zip(images, captions, strict=True)):
         left, top = GAP + i % columns * (width + GAP), HEAD + i // columns * row_height
         sheet.paste(Image.fromarray(image), (left, top))
-        draw.text((left, top + height + 4), text, "black", font)
+        draw.text((left, top + height + 4), text, "black", font_of(fonts, text, size))
     return sheet
+
+
+def font_of(fonts: Sequence[Any], text: str, size: int) -> ImageFont.FreeTypeFont:
+    """Returns the one of `fonts` that has most characters of a text."""
+    best = max(fonts, key=lambda font: len(set(text) & plots.characters_of(font.fname)))
+    return ImageFont.truetype(best.fname, size)
 
 
 def to_pixels(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
@@ -155,6 +160,8 @@ def caption(weights: np.ndarray, class_names: tuple[str, ...]) -> str:
     first, *second = np.argsort(-weights, kind="stable")[:2]
     share = round(float(weights[first]), 2)
     if share == 1:
-        return class_names[first][:MAX_LETTERS]
+        return plots.shorten(class_names[first], MAX_LETTERS)
     shares = {first: share, second[0]: 1 - share}
-    return "\n".join(f"{class_names[i][: MAX_LETTERS - 5]} {x:.2f}" for i, x in shares.items())
+    return "\n".join(
+        f"{plots.shorten(class_names[i], MAX_LETTERS - 5)} {x:.2f}" for i, x in shares.items()
+    )

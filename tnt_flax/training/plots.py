@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plots of a run: its curves, and images with predictions. Helpers for all plots."""
 
+import contextlib
+import functools
+import logging
 import pathlib
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
+logger = logging.getLogger("tnt_flax")
 RIGHT, WRONG = "#1b7837", "#b2182b"
 DPI = 110
 
@@ -56,27 +62,30 @@ def plot_predictions(
         columns, rows: size of the grid; further images are left out.
     """
     plt = pyplot()
+    class_names = [shorten(name) for name in class_names]
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     order = np.lexsort((confidence, predicted == labels))[: rows * columns]
     rows = -(-len(order) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.5 * columns, 1.75 * rows), layout="constrained", squeeze=False
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, i in zip(axes.flat, order, strict=False):
-        correct = predicted[i] == labels[i]
-        text = f"{class_names[predicted[i]]}  {confidence[i]:.0%}"
-        if not correct:
-            text += f"\n(is {class_names[labels[i]]})"
-        axis.imshow(images[i])
-        axis.set_title(text, fontsize=9, color=RIGHT if correct else WRONG)
-    wrong = int((predicted != labels).sum())
-    figure.suptitle(
-        f"{len(labels)} evaluation images, {wrong} wrong: mistakes first, then the least confident",
-        fontsize=10,
-    )
-    save(figure, path)
+    with literal_text(class_names[i] for row in order for i in (predicted[row], labels[row])):
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(1.5 * columns, 1.75 * rows), layout="constrained", squeeze=False
+        )
+        for axis in axes.flat:
+            axis.axis("off")
+        for axis, i in zip(axes.flat, order, strict=False):
+            correct = predicted[i] == labels[i]
+            text = f"{class_names[predicted[i]]}  {confidence[i]:.0%}"
+            if not correct:
+                text += f"\n(is {class_names[labels[i]]})"
+            axis.imshow(images[i])
+            axis.set_title(text, fontsize=9, color=RIGHT if correct else WRONG)
+        wrong = int((predicted != labels).sum())
+        figure.suptitle(
+            f"{len(labels)} evaluation images, {wrong} wrong: mistakes first, then the least "
+            "confident",
+            fontsize=10,
+        )
+        save(figure, path)
 
 
 def pyplot():
@@ -87,6 +96,60 @@ def pyplot():
     from matplotlib import pyplot
 
     return pyplot
+
+
+def shorten(name: str, letters: int = 24) -> str:
+    """Returns `name` with an ellipsis in place of what exceeds a number of letters."""
+    return name if len(name) <= letters else f"{name[: letters - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+@contextlib.contextmanager
+def literal_text(texts: Iterable[str]) -> Iterator[None]:
+    """Plots in this context show `texts` in fonts that have their characters; "$" is literal."""
+    families = [font.name for font in fonts_for(frozenset("".join(texts)))]
+    style = {"font.family": families, "text.parse_math": False}
+    with pyplot().rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # `fonts_for` reported it
+        yield
+
+
+@functools.cache
+def fonts_for(characters: frozenset[str]) -> tuple[Any, ...]:
+    """Returns fonts (matplotlib's FontEntry) that together have the characters.
+
+    The first is DejaVu Sans, which comes with matplotlib. Logs one warning if no font on this
+    machine has some of the characters.
+    """
+    pyplot()
+    from matplotlib.font_manager import fontManager
+
+    fonts = [f for f in fontManager.ttflist if not f.name.startswith("Last Resort")]
+    regular = [f for f in fonts if f.name == "DejaVu Sans" and f.style == "normal"]
+    chosen = [min(regular, key=lambda font: abs(int(font.weight) - 400))]
+    missing = {c for c in characters if c.isprintable()} - characters_of(chosen[0].fname)
+    while missing:
+        best = max(fonts, key=lambda font: len(missing & characters_of(font.fname)))
+        if not missing & characters_of(best.fname):
+            some = "".join(sorted(missing)[:5])
+            logger.warning(
+                f"no font on this machine has {len(missing)} characters of the class names, such "
+                f"as {some}: install one (Noto Sans, for instance fonts-noto-cjk)"
+            )
+            break
+        chosen.append(best)
+        missing -= characters_of(best.fname)
+    return tuple(chosen)
+
+
+@functools.cache
+def characters_of(font_file: str) -> frozenset[str]:
+    """Returns the characters for which a font has glyphs; none for a damaged font."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return frozenset(map(chr, FT2Font(font_file).get_charmap()))
+    except (OSError, RuntimeError):
+        return frozenset()
 
 
 def style_axes(figure, **properties) -> None:
