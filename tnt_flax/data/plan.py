@@ -10,10 +10,12 @@ import dataclasses
 import functools
 
 import numpy as np
+from grain.experimental import index_shuffle
 
 from tnt_flax.core.errors import InputError
 
 SampleKey = tuple[int, int, int]  # (seed, epoch, position within the epoch)
+ROUNDS = 4  # of the cipher, as in Grain's own shuffle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +65,8 @@ class TrainPlan:
             group, turn = divmod(row, self.batch_size // self.groups)
             row = turn * self.groups + group
         position = k * self.batch_size + row
-        record = epoch_permutation(self.num_records, self.seed, epoch)[position // self.repeats]
-        return int(record), (self.seed, epoch, position)
+        record = shuffled(position // self.repeats, self.num_records, self.seed, epoch)
+        return record, (self.seed, epoch, position)
 
 
 @functools.lru_cache(maxsize=16)  # at least the number of unfinished batches
@@ -82,22 +84,26 @@ def views_of_records(
 def sample_generator(sample_key: SampleKey) -> np.random.Generator:
     """Returns the random number generator of one sample.
 
-    Philox is counter-based. Samples and permutation of an epoch share a key; each sample has a
-    block of 2**128 counts of its own, and the permutation has the block that starts at zero.
+    Philox is counter-based: all samples of an epoch share a key, and each has a block of 2**128
+    counts of its own.
     """
     seed, epoch, position = sample_key
     philox = np.random.Philox(key=_words(seed, epoch), counter=_words(0, 0, position, 1))
     return np.random.Generator(philox)
 
 
-# Prefetching threads read the next epoch while rows of the current one are still pending.
-@functools.lru_cache(maxsize=3)
-def epoch_permutation(num_records: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns the order of one epoch, read-only int64 [num_records]; caches the latest three."""
-    generator = np.random.Generator(np.random.Philox(key=_words(seed, epoch)))
-    permutation = generator.permutation(num_records)
-    permutation.setflags(write=False)
-    return permutation
+def shuffled(position: int, num_records: int, seed: int, epoch: int) -> int:
+    """Returns the record at `position` of the permutation of an epoch, in constant memory.
+
+    The permutation is a block cipher of the position, with a key of 32 bits made from seed and
+    epoch (`grain.experimental.index_shuffle`).
+    """
+    return index_shuffle(position, num_records - 1, seed=_cipher_key(seed, epoch), rounds=ROUNDS)
+
+
+@functools.lru_cache(maxsize=16)
+def _cipher_key(seed, epoch):
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
 def _words(*numbers):
