@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks of the network, its training step and run, and the input pipeline, relative to timm.
+"""Benchmarks of the network, its training step and run, of data sets and the input pipeline.
 
     python -m benchmarks input
+    python -m benchmarks sources
     python -m benchmarks forward --against=timm
     python -m benchmarks step --against=timm
     python -m benchmarks inference --against=timm
@@ -17,12 +18,18 @@ contender failed, 2 that the input was wrong.
 
 import sys
 
-from benchmarks import compile, harness, input, model, run
+from benchmarks import compile, harness, input, model, run, sources
 from tnt_flax.tools.command_line import Parser
 from tnt_flax.tools.command_line import run as run_command
 
 COMMANDS = {  # name: (module, arguments, function, help)
     "input": (input, input.add_arguments, input.measure_input, "input pipeline"),
+    "sources": (
+        sources,
+        sources.add_arguments,
+        sources.measure_sources,
+        "start and memory of large data sets",
+    ),
     "forward": (model, model.add_arguments, model.measure_model, "forward pass"),
     "step": (model, model.add_arguments, model.measure_model, "training step"),
     "inference": (

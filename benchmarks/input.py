@@ -95,7 +95,7 @@ def measure_input(args: argparse.Namespace) -> dict:
 
 def _our_passes(folder: str, batch_size: int, size: int, cores: int) -> dict[str, harness.Pass]:
     del cores  # the number of threads does not depend on it
-    source = sources.open_source("folder", "train", root=folder, name="", class_list="")
+    source = sources.open_source("folder", "train", root=folder)
     plan = TrainPlan(len(source), batch_size, seed=0, repeats=REPEATS, groups=GROUPS)
     train = dict(
         size=size,

@@ -58,14 +58,20 @@ def get_config() -> ConfigDict:
     config.model.vanilla_blocks = config_dict.placeholder(tuple)  # no words (paper Table 5)
 
     config.data = ConfigDict()
-    config.data.source = "folder"  # "imagenet_tars", "webdataset", "tfds" or "digits" (embedded)
-    config.data.root = ""  # folder or gs:// address; data_dir of tfds ("" is the default of tfds)
+    # "folder", "table" (CSV, JSON lines, Parquet), "imagenet_tars", "webdataset", "tfds", "digits"
+    config.data.source = "folder"
+    config.data.root = ""  # folder, table, or gs:// or hf:// address; data_dir of tfds ("": tfds')
     config.data.name = ""  # tfds data set, such as "cifar10" or "imagenet2012:5.1.0"
-    config.data.train_split = "train"  # webdataset also: "PREFIX-{000000..000146}.tar", "*.tar"
-    config.data.eval_split = "validation"  # folders and shards may also be named "val"
-    config.data.holdout = 0.0  # fraction held out for evaluation if a folder has no eval_split
-    config.data.class_list = ""  # file with one class per line; "" is the natural sort order
-    config.data.eval_labels = ""  # imagenet_tars: label file; "" searches root for one
+    config.data.train_split = "train"  # shards and tables: also a file or "P-{000000..000146}.tar"
+    config.data.eval_split = "validation"  # or valid, val, test: the first that is there
+    config.data.holdout = 0.0  # fraction held out if a folder or table has no evaluation split
+    config.data.class_list = ""  # file with one class per line, in order; "" sorts the names
+    config.data.class_order = "natural"  # of names without a list; "string" is torchvision's
+    config.data.subset = False  # leave out classes that are not in class_list
+    config.data.image_column = ""  # table: paths, bytes, or "images/{id}.jpg"; "" finds the column
+    config.data.label_column = ""  # table: names or numbers; "" finds the column
+    config.data.split_column = ""  # table with all splits: train, val, ...; "" finds the column
+    config.data.eval_labels = ""  # ImageNet's validation labels: a file; "" searches for one
     config.data.image_size = config_dict.FieldReference(224, object)  # pixels, or (height, width)
     config.data.crop_fraction = 0.9  # evaluation: resize to image_size / crop_fraction, then crop
     config.data.mean = (0.5, 0.5, 0.5)  # per channel, pixels scaled to [0, 1]

@@ -7,7 +7,8 @@
 
 The network is that of WEIGHTS. Other classes get a new head; another image size gets resampled
 positions. FOLDER contains train/CLASS/IMAGE and val/CLASS/IMAGE, or only train/, or CLASS/IMAGE.
-Without val/, a fixed fifth of each class is held out for evaluation.
+The evaluation folder may also be called valid, validation or test. Without one, a fixed fifth of
+each class is held out for evaluation.
 
 Layer-wise learning-rate decay lets lower layers, whose features are general, learn more slowly.
 "probe" trains the head alone (linear probing): fast, as no gradient passes the blocks. A warning is

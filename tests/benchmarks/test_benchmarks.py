@@ -46,6 +46,14 @@ def test_input_without_timm(photos, without_timm, capfd):
     assert "is not a usable image" in capfd.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
+def test_sources():
+    result = measure("sources", "--records=1000000", "--files=50", "--images=210")
+    assert result["plan"]["rows"] == 64 and result["folder"]["files"] == 50
+    read, kilobytes = result["parquet"]["kilobytes_read"], result["parquet"]["kilobytes"]
+    assert read["index"] < 2.5 * kilobytes < read["row_groups"] / 10
+
+
 @pytest.mark.oracle
 def test_input_relative_to_timm(photos):
     result = measure("input", f"--images={photos}", "--rounds=2", "--image-size=32")

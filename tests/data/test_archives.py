@@ -15,8 +15,11 @@ import scipy.io
 
 from tests.helpers.source_checks import message_of, records
 from tests.helpers.tars import SYNSETS, image, tar, write_imagenet
-from tnt_flax.data.sources import check_same_classes, labels_of, open_source
-from tnt_flax.data.sources.archives import expand_braces, find_shards, read_labels
+from tnt_flax.data.sources import labels_of, open_source, with_classes
+from tnt_flax.data.sources.archives import _SHARD
+from tnt_flax.data.sources.label_lists import read_labels
+from tnt_flax.data.sources.names import ClassOptions
+from tnt_flax.data.sources.shards import expand_braces, find_files
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 
@@ -67,7 +70,7 @@ def test_validation_labels_come_from_a_list(tars, split):
     # The images of the tar have lines 3, 1, 2, 4 of the list.
     assert records(source) == [(image(103), 1), (image(101), 2), (image(102), 0), (image(104), 0)]
     assert "ILSVRC2012_val_00000003.JPEG" in source.name_of(0)
-    check_same_classes(imagenet(tars, "train"), source)
+    assert with_classes(source, imagenet(tars, "train").class_names) is source
 
 
 def devkit(synsets, truth):
@@ -120,7 +123,7 @@ def test_all_label_files_give_the_same_labels(tars):
         ),
         ("a.JPEG,n01440764\n", "no label for i1, i2 and 2 more"),
         ("i1,n01440764\ni2\n", "label 2 is 'i2', not a synset"),
-        (b"\xff\xfe", "cannot read the labels"),
+        (b"n\xe9e", "cannot read the labels"),
         (b"\x1f\x8b damaged", "is not ImageNet's devkit"),
         (devkit(SYNSETS, b"1\n2\n9\n"), "is not ImageNet's devkit"),
         (devkit(SYNSETS, b"1\n2\n4\n"), "has 3 labels for 4 images"),
@@ -137,16 +140,16 @@ def test_class_list_orders_the_synsets(tars):
     classes = tars / "classes.txt"
     classes.write_text("\n".join(SYNSETS[2::-1]))
     for split in ("train", "val"):
-        source = imagenet(tars, split, class_list=str(classes))
+        source = imagenet(tars, split, classes=ClassOptions(str(classes)))
         labels = [2 - label for _, label in records(imagenet(tars, split))]
         assert source.class_names == SYNSETS[2::-1]
         assert [label for _, label in records(source)] == labels
     classes.write_text("\n".join(SYNSETS[:2]))
-    message = refused(imagenet, tars, "train", class_list=str(classes))
-    assert f"{SYNSETS[2]!r} is only in {tars / TRAIN}: the class list" in message
+    message = refused(imagenet, tars, "train", classes=ClassOptions(str(classes)))
+    assert f"{tars / TRAIN} has the class {SYNSETS[2]!r}, which is not in the class" in message
     classes.write_text("\n".join(SYNSETS))
-    message = refused(imagenet, tars, "train", class_list=str(classes))
-    assert f"{SYNSETS[3]!r} is only in {classes}" in message
+    message = refused(imagenet, tars, "train", classes=ClassOptions(str(classes)))
+    assert f"the class list {classes} names {SYNSETS[3]!r}" in message
 
 
 FULL = tar({"n01440764.tar": tar({"a.JPEG": b"1"})})
@@ -237,16 +240,16 @@ def test_labels_are_numbers_or_names_in_cls_or_json(tmp_path):
     classes = tmp_path / "classes.txt"
     classes.write_text("ä\ndog 10\nDog 9\n")
     names = ("ä", "dog 10", "Dog 9")
-    assert read(*words, class_list=str(classes)) == (names, [1, 2, 0])
-    assert read(*rows, class_list=str(classes)) == (names, [2, 0])
+    assert read(*words, classes=ClassOptions(str(classes))) == (names, [1, 2, 0])
+    assert read(*rows, classes=ClassOptions(str(classes))) == (names, [2, 0])
     classes.write_text("2\n1\n0\n")
     # Names take precedence over numbers.
-    assert read(*rows, class_list=str(classes)) == (("2", "1", "0"), [0, 2])
+    assert read(*rows, classes=ClassOptions(str(classes))) == (("2", "1", "0"), [0, 2])
     classes.write_text("dog\n7\n")
     for texts, wrong in ((["cat"], "cat"), (["2"], "2"), (["-1"], "-1"), (["0", "7"], "7")):
         rows = [sample(text, 1, cls=text) for text in texts]
-        message = refused(read, *rows, class_list=str(classes))
-        assert f"has the label {wrong!r}, which is not in the class list" in message
+        message = refused(read, *rows, classes=ClassOptions(str(classes)))
+        assert f"has the class {wrong!r}, which is not in the class list" in message
 
 
 @pytest.mark.parametrize(
@@ -277,7 +280,9 @@ def test_shards_are_found_by_split_and_pattern(tmp_path):
     for name in ("in-train-9.tar", "in-train-10.tar", "constrained.tar", "trained-1.tar", "x.txt"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "in-train-9.tar.1234abcd.index").write_bytes(b"")
-    found = lambda split: [os.path.relpath(p, tmp_path) for p in find_shards(str(tmp_path), split)]
+    found = lambda split: [
+        os.path.relpath(p, tmp_path) for p in find_files(str(tmp_path), split, _SHARD)
+    ]
     assert found("train") == ["in-train-9.tar", "in-train-10.tar"]  # natural order, no "trained"
     assert found("in-train-*") == ["in-train-9.tar", "in-train-10.tar"]
     (tmp_path / "train").mkdir()
@@ -286,7 +291,7 @@ def test_shards_are_found_by_split_and_pattern(tmp_path):
     (tmp_path / "train/.a.tar").write_bytes(b"")
     assert found("train") == ["train/b.tar"]
     for split in ("validation", "nothing*"):
-        message = refused(find_shards, str(tmp_path), split)
+        message = refused(find_files, str(tmp_path), split, _SHARD)
         assert split in message and "which holds constrained.tar, in-train-10.tar, " in message
     assert "set data.root" in refused(webdataset, "", "train")
     assert "cannot read /nowhere: No such" in refused(webdataset, "/nowhere", "train")

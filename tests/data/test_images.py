@@ -12,7 +12,7 @@ from tests.helpers.photos import jpeg, png
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import images, transforms
 from tnt_flax.data.images import CorruptImageError, Policy, decode
-from tnt_flax.data.sources import ImageFolder
+from tnt_flax.data.sources import image_folder
 from tnt_flax.training.experiment import Experiment
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -168,7 +168,7 @@ def test_a_folder_takes_what_pillow_decodes_and_names_the_rest(tmp_path, caplog)
     for name in ("1.heic", "2.heic", "notes.txt", "paper.eps", "features.h5", ".hidden", "README"):
         (folder / name).write_bytes(b"?")
     with caplog.at_level(logging.WARNING, "tnt_flax"):
-        source = ImageFolder(str(tmp_path), "train")
+        source = image_folder(str(tmp_path), "train")
     assert [source.name_of(i).rpartition("/")[2] for i in range(len(source))] == sorted(formats)
     for encoded_image, _ in (source[i] for i in range(len(source))):
         assert decode(encoded_image).size == (40, 24)

@@ -25,7 +25,7 @@ from tnt_flax.data.images import decode
 from tnt_flax.data.pipeline import ReadOptions, eval_batches, train_batches
 from tnt_flax.data.plan import TrainPlan, sample_generator
 from tnt_flax.data.randaugment import parse
-from tnt_flax.data.sources import Digits, ImageFolder
+from tnt_flax.data.sources import Digits, image_folder
 from tnt_flax.data.sources.storage import DamagedError, StorageUnavailable
 from tnt_flax.data.transforms import PILLOW, eval_transform, resampler, train_transform
 
@@ -216,7 +216,7 @@ def test_corrupt_images_and_missing_files_raise_one_line(tmp_path, make, threads
     write_images(tmp_path, *(f"train/a/{i}.png" for i in range(8)))
     bad = tmp_path / "train/a/bad.jpg"
     bad.write_bytes(b"no image")
-    source = ImageFolder(tmp_path, "train")
+    source = image_folder(tmp_path, "train")
     options = {"plan": TrainPlan(len(source), 3, 0)} if make is train else {"batch_size": 3}
     assert error_of(make(source, threads=threads, **options)) == (
         f"{bad} is not a usable image: not an image format that PIL reads{REMEDY}"
@@ -353,7 +353,7 @@ def test_worker_processes_ignore_the_signals_that_stop_a_run():
 @pytest.mark.slow
 def test_worker_processes_evaluate_the_same_and_raise_the_same_error(tmp_path):
     write_images(tmp_path, *(f"val/a/{i}.png" for i in range(9)))
-    source = ImageFolder(tmp_path, "val")
+    source = image_folder(tmp_path, "val")
     expected = list(evaluate(source, 4))
     os.remove(source.name_of(8))
     stream = evaluate(source, 4, workers=2)

@@ -6,8 +6,9 @@ import collections
 import numpy as np
 import pytest
 
-from tests.helpers.source_checks import message_of
-from tnt_flax.data.sources import Digits, check_same_classes, open_source
+from tests.helpers.source_checks import message_of, records
+from tnt_flax.data.sources import Digits, open_source, with_classes
+from tnt_flax.data.sources.names import ClassOptions
 
 
 @pytest.mark.parametrize(
@@ -15,25 +16,61 @@ from tnt_flax.data.sources import Digits, check_same_classes, open_source
     [
         (dict(kind="fodler"), "did you mean 'folder'?): choose one of folder, "),
         (dict(kind="TFDS"), "did you mean 'tfds'?): choose one of folder, "),
-        (dict(kind="digits", class_list="x.txt"), "not for kind 'digits'"),
-        (dict(kind="webdataset", eval_labels="x"), "for kind 'imagenet_tars', not 'webdataset'"),
+        (dict(kind="digits", columns=("image", "", "")), "are for kind 'table', not 'digits'"),
+        (dict(kind="webdataset", eval_labels="x"), "and 'folder', not 'webdataset'"),
     ],
 )
 def test_unknown_kinds_and_arguments_of_other_kinds_are_refused(arguments, expected):
     assert expected in message_of(lambda: open_source(split="train", **arguments))
 
 
-def test_splits_must_have_the_same_classes():
-    named = lambda *names: type("Named", (), {"class_names": names})
-    check_same_classes(named("a", "b"), named("a", "b"))
-    assert message_of(lambda: check_same_classes(named("a", "b", "c"), named("a", "c"))) == (
-        "training and evaluation splits differ (3 and 2 classes): "
-        "label 1 is 'b' in training and 'c' in evaluation"
+class Named:
+    """A source whose record k is (k, k)."""
+
+    storage_path = ""
+
+    def __init__(self, *names):
+        self.class_names = names
+
+    def __len__(self):
+        return len(self.class_names)
+
+    def __getitem__(self, index):
+        return index, index
+
+    def name_of(self, index):
+        return f"record {index}"
+
+
+def test_evaluation_may_lack_classes_but_have_no_others(caplog):
+    full, partial = Named("a", "b", "c"), Named("c", "a")
+    assert with_classes(full, ("a", "b", "c")) is full
+    source = with_classes(partial, ("a", "b", "c"))
+    assert source.class_names == ("a", "b", "c")
+    assert records(source) == [(0, 2), (1, 0)] and source.name_of(1) == "record 1"
+    assert caplog.messages == ["the evaluation split has no images of b"]
+    assert "has the class 'b', which is not one of the 2 of training (a, c)" in message_of(
+        lambda: with_classes(full, ("a", "c"))
     )
-    assert message_of(lambda: check_same_classes(named("a"), named("a", "b"))) == (
-        "training and evaluation splits differ (1 and 2 classes): "
-        "label 1 is 'no class' in training and 'b' in evaluation"
+
+
+def test_class_lists_order_and_choose_the_classes_of_any_source(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("7\n3\n")
+    digits = open_source("digits", "test", classes=ClassOptions(str(path), subset=True))
+    whole = Digits("test")
+    expected = [(i, "73".index(str(whole[i][1]))) for i in range(360) if whole[i][1] in (3, 7)]
+    assert digits.class_names == ("7", "3") and len(digits) == len(expected)
+    assert [label for _, label in records(digits)] == [label for _, label in expected]
+    assert digits.name_of(0) == whole.name_of(expected[0][0])
+    assert "set data.subset=true" in message_of(
+        lambda: open_source("digits", "test", classes=ClassOptions(str(path)))
     )
+    for options, message in (
+        (ClassOptions(order="alphabetical"), "use natural or string"),
+        (ClassOptions(subset=True), "needs data.class_list"),
+    ):
+        assert message in message_of(lambda o=options: open_source("digits", "test", classes=o))
 
 
 # ----------------------------------------------------------------------------------------- digits
@@ -48,7 +85,7 @@ def test_digits_are_split_without_overlap():
     pixels, label = train[0]
     assert (pixels.dtype, pixels.shape, type(label)) == (np.uint8, (8, 8), int)
     assert max(train[i][0].max() for i in range(50)) == 255
-    assert "no split 'valid'" in message_of(lambda: Digits("valid"))
+    assert "no split 'all'" in message_of(lambda: Digits("all"))
 
 
 def test_digits_are_balanced_and_reproducible():

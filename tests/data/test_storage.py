@@ -21,7 +21,7 @@ from tests.helpers.tars import write_images
 from tnt_flax.core.errors import InputError
 from tnt_flax.data.pipeline import ReadOptions, eval_batches, train_batches
 from tnt_flax.data.plan import TrainPlan
-from tnt_flax.data.sources import ImageFolder, storage
+from tnt_flax.data.sources import image_folder, storage
 from tnt_flax.data.sources.storage import RetryingReader, StorageUnavailable
 from tnt_flax.data.transforms import train_transform
 
@@ -45,6 +45,8 @@ def test_unsupported_urls_are_refused(monkeypatch):
 
 def test_listings_exclude_the_folder_and_errors_become_oserrors(monkeypatch):
     class Bucket:
+        async_impl = True
+
         def ls(self, path, detail):
             return ["b/folder/", "b/folder/x.tar", "b/folder/sub/"]  # as in object stores
 
@@ -77,7 +79,7 @@ def mount(tmp_path):
 
 @pytest.fixture
 def source(mount):
-    return ImageFolder(str(mount), "train")
+    return image_folder(str(mount), "train")
 
 
 @pytest.mark.parametrize(

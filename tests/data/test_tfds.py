@@ -215,7 +215,8 @@ def test_error_messages_tell_how_to_prepare_a_data_set(tmp_path):
 def test_error_messages_for_splits_and_supervised_pairs(tmp_path):
     root = str(tmp_path)
     write_pets(tmp_path, train=2, test=1)
-    for split in ("valid", "train[", "train[:x%]", ""):
+    assert len(TfdsSource("pets", "validation", root)) == 1  # the only split to evaluate on
+    for split in ("extra", "train[", "train[:x%]", ""):
         message = message_of(lambda split=split: TfdsSource("pets", split, root))
         assert message == f"tfds data set 'pets' has no split {split!r}: it has train, test"
     row = {"text": "a", "image": image(1), "label": 0}

@@ -337,7 +337,8 @@ def test_tables_have_equal_contents(weights, folder, tmp_path):
 
 def test_find_images(folder, tmp_path, monkeypatch):
     def find(*paths, stdin=""):
-        found = predict.find_images(list(map(str, paths)), io.StringIO(stdin))
+        stdin = io.TextIOWrapper(io.BytesIO(stdin.encode()))
+        found = predict.find_images(list(map(str, paths)), stdin)
         return [os.path.relpath(file, folder) for file in found]
 
     assert find(folder / "sub") == ["sub/img9.jpg", "sub/img10.PNG"]  # in natural order
@@ -347,7 +348,8 @@ def test_find_images(folder, tmp_path, monkeypatch):
         *("notes.txt", "sub/img9.jpg", "sub/img10.PNG")
     ]
     listed = f"{folder}/gone.png\n\n{folder}/thin.png\n"
-    assert find("-", stdin=listed) == ["gone.png", "thin.png"]
+    windows = "\ufeff" + listed.replace("\n", "\r\n")
+    assert find("-", stdin=listed) == find("-", stdin=windows) == ["gone.png", "thin.png"]
     strange = folder / "[1].png"  # a pattern that is a file
     strange.write_bytes(png(np.zeros((2, 2, 3), np.uint8)))
     assert find(strange) == ["[1].png"]

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers import chaos
+from tests.helpers.parquet import NAMES, write_shards
 from tests.helpers.smoke import SMOKE
 from tnt_flax.core.errors import InputError, RunError, Stopped
 from tnt_flax.core.trees import fingerprint
@@ -229,16 +230,20 @@ def make_folder(root, classes=("cat", "dog"), splits=("train", "val"), count=24)
     return root
 
 
+SMALL_BATCHES = dict(
+    data__eval_split="validation", batch_size=16, eval__batch_size=16, log__every="1 steps"
+)
+
+
 def folder_config(smoke_config, root, **overrides):
-    data = dict(data__source="folder", data__root=str(root), data__eval_split="validation")
-    sizes = dict(batch_size=16, eval__batch_size=16, log__every="1 steps")
-    return smoke_config(**data, **sizes, **overrides)
+    data = dict(data__source="folder", data__root=str(root))
+    return smoke_config(**data, **SMALL_BATCHES, **overrides)
 
 
 def test_training_and_evaluation_classes_must_match(smoke_config, tmp_path):
     make_folder(tmp_path / "data", splits=("train",))
     make_folder(tmp_path / "data", classes=("cat", "fox"), splits=("val",))
-    with pytest.raises(InputError, match="dog.*fox"):
+    with pytest.raises(InputError, match="fox.*cat, dog"):
         train_and_evaluate(folder_config(smoke_config, tmp_path / "data"), tmp_path / "run")
 
 
@@ -322,6 +327,30 @@ def test_a_run_stopped_by_signals_ends_bit_identical(finished, tmp_path, at):
     lines = read_metrics_file(tmp_path / "metrics.jsonl")
     assert [m["step"] for m in lines if "eval/top1" in m] == [10, 20, STEPS]
     assert checkpoints.read_metrics(tmp_path / "checkpoints" / "10")["images"] == 360
+
+
+@pytest.mark.slow
+def test_imagenet_in_parquet_trains_evaluates_and_resumes(smoke_config, tmp_path, at):
+    make_folder(tmp_path / "data", classes=NAMES)
+    for split, stored in (("train", "train"), ("val", "validation")):
+        images = [path.read_bytes() for path in sorted((tmp_path / "data" / split).rglob("*.jpg"))]
+        write_shards(tmp_path / "hub", images, stored, count=3)
+    overrides = dict(epochs=2, data__source="table", data__workers=1, augment__repeats=3)
+    overrides |= dict(augment__mix_groups=8, data__root=str(tmp_path / "hub"))
+    config = smoke_config(**SMALL_BATCHES, **overrides)
+    expected = train_and_evaluate(config, tmp_path / "whole")
+    assert expected["images"] == 72 and expected["step"] == 8
+
+    sent = []
+
+    def stop():
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    at("step 5 ", stop)
+    with pytest.raises(Stopped):
+        train_and_evaluate(config, tmp_path / "run")
+    assert train_and_evaluate(config, tmp_path / "run") == expected
 
 
 @pytest.mark.slow

@@ -141,7 +141,7 @@ def select_classes(
 # ------------------------------------------------------------------------------------ ReaL labels
 
 
-class Relabeled:
+class RealLabels:
     """`source` with other labels: rows of int32 [records, K] with ImageNet's classes."""
 
     def __init__(self, source: Source, labels: np.ndarray):

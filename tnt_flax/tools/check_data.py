@@ -90,7 +90,10 @@ def check_data(config: ConfigDict, split: str = "train", out: str | None = None)
 
     experiment = Experiment(config)
     splits = ("train", "eval") if split == "both" else (split,)
-    sources = {name: experiment.open_source(config.data[f"{name}_split"]) for name in splits}
+    sources = {
+        name: experiment.open_source(config.data[f"{name}_split"], evaluation=name == "eval")
+        for name in splits
+    }
     checked = {key: value for key, value in config.data.items() if key not in OTHER_KEYS}
     checked["records"] = {name: len(source) for name, source in sources.items()}
     file, earlier = open_findings(out, checked) if out else (None, [])

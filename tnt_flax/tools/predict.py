@@ -18,14 +18,15 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.files import as_unicode, open_table
-from tnt_flax.data.images import is_image, log_left_out
-from tnt_flax.data.sources.names import natural_key
+from tnt_flax.data.images import log_left_out
+from tnt_flax.data.sources import storage
+from tnt_flax.data.sources.names import images_below, natural_key, read_lines
 from tnt_flax.runtime import host
 from tnt_flax.tools.command_line import (
     Parser,
@@ -123,7 +124,7 @@ def ranked(predictions: Iterable[Any]) -> dict[str, Any]:
     return values
 
 
-def find_images(paths: Iterable[str], stdin: Iterable[str]) -> list[str]:
+def find_images(paths: Iterable[str], stdin: TextIO) -> list[str]:
     """Returns the files that `paths` match, in order; the files of a folder in natural order.
 
     Files given by name may have any suffix; in folders, only files with an image suffix match.
@@ -132,7 +133,7 @@ def find_images(paths: Iterable[str], stdin: Iterable[str]) -> list[str]:
     files: list[str] = []
     for path in paths:
         if path == STDIN:
-            found = [line.rstrip("\n") for line in stdin if line.strip()]
+            found = read_lines(stdin.buffer.read(), "surrogateescape")
         elif os.path.isdir(path):
             found = _below(path)
         elif os.path.exists(path):
@@ -150,11 +151,7 @@ def find_images(paths: Iterable[str], stdin: Iterable[str]) -> list[str]:
 
 
 def _below(folder: str) -> list[str]:
-    found, left_out = [], []
-    for directory, subfolders, names in os.walk(folder, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        images = set(filter(is_image, names))
-        found += [os.path.join(directory, name) for name in images]
-        left_out += set(names) - images
+    with storage.as_input_error(f"cannot read {folder}"):
+        found, left_out = images_below(folder)
     log_left_out(left_out, folder)
-    return sorted(found, key=natural_key)
+    return [os.path.join(folder, file) for file in found]

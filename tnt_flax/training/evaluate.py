@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.files import open_table
 from tnt_flax.data.labels import (
-    Relabeled,
+    RealLabels,
     map_to_network,
     names_or_imagenet,
     read_real_labels,
@@ -181,11 +181,11 @@ def _find_weights(which: str, run: pathlib.Path | None) -> tuple[str, str]:
 def open_labeled_source(experiment: Experiment) -> Source:
     """Opens the evaluation split, with the labels of `eval.real_labels` if that is set."""
     config = experiment.config
-    source = experiment.open_source(config.data.eval_split, multi_label=True)
+    source = experiment.open_source(config.data.eval_split, evaluation=True, multi_label=True)
     if not config.eval.real_labels:
         return source
     path = storage.join(config.data.root, config.eval.real_labels)
-    return Relabeled(source, read_real_labels(path, source))
+    return RealLabels(source, read_real_labels(path, source))
 
 
 def relabeled(batches: Batches, to_network: np.ndarray, classes: tuple[int, ...] | None) -> Batches:

@@ -110,14 +110,9 @@ class Experiment:
 
     # ---------------------------------------------------------------------------- data
 
-    def open_source(self, split: str, *, multi_label: bool = False) -> sources.Source:
-        """Opens the records of a split; see `data.sources.open_source`."""
-        data = self.config.data
-        holdout = sources.Holdout(data.holdout, data.train_split, data.eval_split)
-        options = {key: data[key] for key in ("root", "name", "class_list", "eval_labels")}
-        return sources.open_source(
-            data.source, split, holdout=holdout, multi_label=multi_label, **options
-        )
+    def open_source(self, split: str, **options: bool) -> sources.Source:
+        """Opens the records of a split; for `options` see `data.sources.open_split`."""
+        return sources.open_split(self.config.data, split, **options)
 
     @functools.cached_property
     def train_source(self) -> sources.Source:
@@ -125,7 +120,9 @@ class Experiment:
 
     @functools.cached_property
     def eval_source(self) -> sources.Source:
-        return self.open_source(self.config.data.eval_split)
+        """The evaluation split, with the classes of training; it may lack some of them."""
+        source = self.open_source(self.config.data.eval_split, evaluation=True)
+        return sources.with_classes(source, self.class_names)
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import RunError
 from tnt_flax.core.trees import fingerprint, named_leaves
-from tnt_flax.data.sources import check_same_classes
 from tnt_flax.runtime import host, processes, sharding
 from tnt_flax.runtime.checkpoints import Checkpoints, score
 from tnt_flax.runtime.watchdog import Watchdog
@@ -72,12 +71,11 @@ def open_run(
 
 
 def check_data(experiment: Experiment) -> None:
-    """Opens the data; checks that both splits have the same classes, and all hosts the same data.
+    """Opens the data of both splits; checks that all hosts have the same.
 
     Raises:
         InputError: they differ, or the data, their class weights or the teacher cannot be read.
     """
-    check_same_classes(experiment.train_source, experiment.eval_source)
     _ = experiment.loss_fn
     data = {
         "train_images": len(experiment.train_source),

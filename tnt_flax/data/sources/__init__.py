@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sources: image folders, tars, webdataset shards, tfds data sets, scikit-learn's digits.
+"""Data sources: folders, tables, Parquet, tars, webdataset shards, tfds data sets, the digits.
 
 A source is a sequence of records, see `Source`. Sources pickle, because worker processes get a
 copy.
 """
 
-import itertools
 import logging
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-from tnt_flax.core.errors import InputError, did_you_mean, require_extras
-from tnt_flax.data.sources.folder import Holdout, ImageFolder
+from tnt_flax.core.errors import InputError, did_you_mean, listed, require_extras
+from tnt_flax.data.sources.folder import Holdout, image_folder
+from tnt_flax.data.sources.names import BY_NAME, LEFT_OUT, ClassOptions, find_split, number_classes
 
+KINDS = ("folder", "table", "imagenet_tars", "webdataset", "tfds", "digits")
 logger = logging.getLogger("tnt_flax")
-
-KINDS = ("folder", "imagenet_tars", "webdataset", "tfds", "digits")
 NUM_DIGITS_TEST = 360  # a fifth of the 1,797 digits
 
 
@@ -48,7 +48,8 @@ def open_source(
     *,
     root: str = "",
     name: str = "",
-    class_list: str = "",
+    classes: ClassOptions = BY_NAME,
+    columns: Sequence[str] = ("", "", ""),
     eval_labels: str = "",
     holdout: Holdout | None = None,
     multi_label: bool = False,
@@ -57,12 +58,13 @@ def open_source(
 
     Args:
         kind: one of KINDS.
-        split: name of the split; for webdataset also a pattern, for tfds also a slice.
+        split: name of the split; for shards and tables also a path or pattern, for tfds a slice.
         root: folder of the data; for tfds its data_dir, "" for tfds' default.
         name: name of the data set in tfds.
-        class_list: file with the class names in order, for folders, tars and shards.
-        eval_labels: labels of the validation tar, for "imagenet_tars".
-        holdout: how to divide a folder without an evaluation split; ignored for other kinds.
+        classes: how the classes are numbered.
+        columns: for "table": image, label and split, see `table.Columns`.
+        eval_labels: labels of ImageNet's validation images, for "imagenet_tars" and "folder".
+        holdout: how to divide a folder or table without an evaluation split.
         multi_label: accept tfds data sets whose images have several labels.
 
     Raises:
@@ -74,39 +76,57 @@ def open_source(
             f"data.source={kind!r} is not known{did_you_mean(kind, KINDS)}: choose one of "
             f"{', '.join(KINDS)}"
         )
-    if class_list and kind in ("tfds", "digits"):
+    if eval_labels and kind not in ("imagenet_tars", "folder"):
         raise InputError(
-            f"data.class_list is for folders, tars and shards, not for kind {kind!r}: unset it"
+            f"data.eval_labels is for kinds 'imagenet_tars' and 'folder', not {kind!r}: unset it"
         )
-    if eval_labels and kind != "imagenet_tars":
-        raise InputError(f"data.eval_labels is for kind 'imagenet_tars', not {kind!r}: unset it")
+    if any(columns) and kind != "table":
+        raise InputError(f"columns are for kind 'table', not {kind!r}: unset data.*_column")
     if not root and kind not in ("tfds", "digits"):
         raise InputError(f"data.source={kind!r} needs the folder of the data: set data.root")
     if kind == "digits":
-        return Digits(split)
+        return choose_classes(Digits(split), classes)
     if kind == "folder":
-        return ImageFolder(root, split, class_list, holdout)
+        return image_folder(root, split, classes, holdout, eval_labels)
     if kind == "tfds":
         require_extras('data.source="tfds"', "tfds")
         from tnt_flax.data.sources.tfds import TfdsSource
 
-        return TfdsSource(name, split, root, multi_label=multi_label)
+        return choose_classes(TfdsSource(name, split, root, multi_label=multi_label), classes)
+    if kind == "table":
+        from tnt_flax.data.sources.table import Columns, open_table
+
+        return open_table(root, split, Columns(*columns), classes, holdout)
     from tnt_flax.data.sources import archives
 
     if kind == "imagenet_tars":
-        return archives.imagenet_tars(root, split, eval_labels, class_list)
-    return archives.webdataset(root, split, class_list)
+        return archives.imagenet_tars(root, split, eval_labels, classes)
+    return archives.webdataset(root, split, classes)
 
 
-def check_same_classes(train: Source, evaluation: Source) -> None:
-    """Raises InputError unless every label means the same class in both splits."""
-    ours, theirs = train.class_names, evaluation.class_names
-    for label, (a, b) in enumerate(itertools.zip_longest(ours, theirs, fillvalue="no class")):
-        if a != b:
-            raise InputError(
-                f"training and evaluation splits differ ({len(ours)} and {len(theirs)} classes): "
-                f"label {label} is {a!r} in training and {b!r} in evaluation"
-            )
+def open_split(
+    data: Any, split: str, *, evaluation: bool = False, multi_label: bool = False
+) -> Source:
+    """Opens a split of the data set that a config describes; see `open_source`.
+
+    Args:
+        data: the group `data` of a config.
+        split: name of the split.
+        evaluation: the split may lack classes of the class list.
+        multi_label: accept images with several labels.
+    """
+    columns = (data.image_column, data.label_column, data.split_column)
+    return open_source(
+        data.source,
+        split,
+        root=data.root,
+        name=data.name,
+        classes=ClassOptions(data.class_list, data.class_order, data.subset, evaluation),
+        columns=columns,
+        eval_labels=data.eval_labels,
+        holdout=Holdout(data.holdout, data.train_split, data.eval_split),
+        multi_label=multi_label,
+    )
 
 
 def labels_of(source: Source) -> np.ndarray:
@@ -121,6 +141,81 @@ def labels_of(source: Source) -> np.ndarray:
     return np.asarray(labels)
 
 
+def with_classes(evaluation: Source, class_names: Sequence[str]) -> Source:
+    """Returns the evaluation split with the labels of training; it may lack classes.
+
+    Raises InputError if it has a class that is not in `class_names`, those of training.
+    """
+    if tuple(evaluation.class_names) == tuple(class_names):
+        return evaluation
+    label_of = {name: label for label, name in enumerate(class_names)}
+    if unknown := [name for name in evaluation.class_names if name not in label_of]:
+        raise InputError(
+            f"the evaluation split has the class {unknown[0]!r}, which is not one of the "
+            f"{len(class_names)} of training ({listed(class_names)}): remove it, or set "
+            "data.class_list and data.subset=true"
+        )
+    labels = np.array([label_of[name] for name in evaluation.class_names], np.int32)
+    lacking = [name for name in class_names if name not in set(evaluation.class_names)]
+    if lacking:
+        logger.warning("the evaluation split has no images of %s", listed(lacking))
+    return Relabeled(evaluation, tuple(class_names), labels)
+
+
+def choose_classes(source: Source, options: ClassOptions) -> Source:
+    """Returns `source` with the classes of a class list, in its order; `source` if there is none.
+
+    With `options.subset` the labels of all records are read once.
+    Raises InputError if the class list does not have all classes, unless `options.subset`.
+    """
+    if not options.class_list:
+        number_classes([], options, "the data")  # checks the options
+        return source
+    where = source.name_of(0)
+    names, labels = number_classes(source.class_names, options, where, exact=True)
+    rows = None
+    if (labels == LEFT_OUT).any():
+        rows = np.flatnonzero(labels[labels_of(source)] != LEFT_OUT)
+    return Relabeled(source, names, labels, rows)
+
+
+class Relabeled:
+    """`source` with other labels: `labels[k]` instead of k; only `rows` of it, if given."""
+
+    def __init__(
+        self,
+        source: Source,
+        class_names: tuple[str, ...],
+        labels: np.ndarray,
+        rows: np.ndarray | None = None,
+    ):
+        self.source, self.class_names, self._labels, self._rows = source, class_names, labels, rows
+        self.storage_path = source.storage_path
+        if (max_labels := getattr(source, "max_labels", None)) is not None:
+            self.max_labels = max_labels
+
+    def __len__(self) -> int:
+        return len(self.source) if self._rows is None else len(self._rows)
+
+    def _row(self, index: int) -> int:
+        return index if self._rows is None else int(self._rows[index])
+
+    def __getitem__(self, index: int) -> tuple[bytes | np.ndarray, int]:
+        image, label = self.source[self._row(index)]
+        if isinstance(label, int):
+            return image, int(self._labels[label])
+        return image, np.where(label < 0, label, self._labels[label])
+
+    @property
+    def labels(self) -> np.ndarray:
+        labels = labels_of(self.source)
+        labels = np.where(labels < 0, labels, self._labels[labels])
+        return labels if self._rows is None else labels[self._rows]
+
+    def name_of(self, index: int) -> str:
+        return self.source.name_of(self._row(index))
+
+
 class Digits:
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; no download.
 
@@ -131,9 +226,10 @@ class Digits:
     def __init__(self, split: str):
         from sklearn.datasets import load_digits
 
-        split = "test" if split == "validation" else split
-        if split not in ("train", "test"):
+        found = find_split(split, ("train", "test"))
+        if not found:
             raise InputError(f"the digits have no split {split!r}: choose train or test")
+        split = found
         digits = load_digits()
         order = np.random.Generator(np.random.Philox(key=0)).permutation(len(digits.target))
         rows = order[:NUM_DIGITS_TEST] if split == "test" else order[NUM_DIGITS_TEST:]

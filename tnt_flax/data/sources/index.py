@@ -8,6 +8,7 @@ and modification time of every file. If one of them changes, the index is rebuil
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -25,19 +26,27 @@ import numpy as np
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.files import cache_folder, write_atomic
 from tnt_flax.data.sources import storage
+from tnt_flax.data.sources.names import LEFT_OUT
 
 logger = logging.getLogger("tnt_flax")
 
-VERSION = "tnt_flax index 3"
+VERSION = "tnt_flax index 4"
 RECORD = np.dtype(
     [
         ("start", "<i8"),  # in bytes
         ("size", "<i8"),
         ("file", "<u4"),  # number of the record's file, in ascending order
         ("text", "<u4"),  # number of its label in "texts" of the JSON
+        # Records in a compressed block: bytes [start, start + size) expand to `expanded` bytes, in
+        # which the record begins at `skip` with its length in four bytes.
+        ("codec", "u1"),  # position in CODECS; 0 is not compressed
+        ("expanded", "<u4"),
+        ("skip", "<u4"),
     ]
 )
+CODECS = ("", "snappy", "gzip", "brotli", "zstd", "lz4_raw")  # as pyarrow names them
 SAVE_EVERY = 10  # seconds between two saves of a partial index
+LENGTH = 4  # bytes
 THREADS = 8  # parts that are scanned concurrently
 
 
@@ -75,17 +84,96 @@ class Index:
 
     def locate(self, record: int) -> tuple[str, int, int]:
         """Returns the path of a record's file and the record's start and size in bytes."""
-        start, size, file, _ = self._records[record].item()
+        start, size, file = self._records[record].item()[:3]
         return self.files[file], start, size
 
     def read(self, record: int) -> bytes:
         """Returns the bytes of a record. Raises OSError if its file is missing or truncated."""
-        return storage.read(*self.locate(record))
+        start, size, file, _, codec, expanded, skip = self._records[record].item()
+        if not codec:
+            return storage.read(self.files[file], start, size)
+        data = _read_block(self.files[file], start, size, CODECS[codec], expanded)
+        length = int.from_bytes(data[skip : skip + LENGTH], "little")
+        return data[skip + LENGTH : skip + LENGTH + length]
 
     def rows_per_file(self) -> list[range]:
         """Returns the indices of the records in each file."""
         ends = np.bincount(self._records["file"], minlength=len(self.files)).cumsum().tolist()
         return [range(*pair) for pair in itertools.pairwise([0, *ends])]
+
+
+@functools.lru_cache(maxsize=8)  # consecutive records share blocks
+def _read_block(path, start, size, codec, expanded):
+    import pyarrow
+
+    data = storage.read(path, start, size)
+    if codec == "snappy":  # a block is a part of a snappy stream: prepend the length of the part
+        data = snappy_length(expanded) + data
+    try:
+        return pyarrow.decompress(data, expanded, codec, asbytes=True)
+    except OSError as error:
+        raise storage.DamagedError(f"{path} is damaged near byte {start}: {error}") from None
+
+
+def snappy_length(length: int) -> bytes:
+    """Returns the beginning of a snappy stream of this length: a varint."""
+    data = bytearray()
+    while length >= 128:
+        data.append(length & 127 | 128)
+        length >>= 7
+    return bytes([*data, length])
+
+
+class IndexedImages:
+    """A source of the images in `index`; `labels[k]` is the label of records with text number k.
+
+    The source has `rows` of the index, by default all, without those of the label LEFT_OUT.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        class_names: tuple[str, ...],
+        labels: Sequence[int],
+        rows: np.ndarray | None = None,
+    ):
+        self.index, self.class_names = index, class_names
+        self.storage_path = index.files[0]
+        self._labels = np.asarray(labels, np.int32)
+        self._rows = rows  # None is all
+        if rows is None and (self._labels == LEFT_OUT).any():
+            self._rows = np.flatnonzero(self._labels[index.text] != LEFT_OUT)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The label of every record, int32 [records]."""
+        return self._labels[self.index.text if self._rows is None else self.index.text[self._rows]]
+
+    def __len__(self) -> int:
+        return len(self.index) if self._rows is None else len(self._rows)
+
+    def _row(self, index: int) -> int:
+        return index if self._rows is None else int(self._rows[index])
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        row = self._row(index)
+        return self.index.read(row), int(self._labels[self.index.text[row]])
+
+    def locate(self, index: int) -> tuple[str, int, int]:
+        return self.index.locate(self._row(index))
+
+    def key_of(self, index: int) -> str:
+        """Returns what identifies a record, wherever the data are."""
+        return str(self._row(index))
+
+    def select(self, rows: np.ndarray) -> "IndexedImages":
+        """Returns the records of these rows."""
+        rows = rows if self._rows is None else self._rows[rows]
+        return type(self)(self.index, self.class_names, self._labels, rows)
+
+    def name_of(self, index: int) -> str:
+        path, start, _ = self.locate(index)
+        return f"{path}: image {index} (near byte {start})"
 
 
 def _whole_files(files: Sequence[str], sizes: Sequence[int]) -> list[Part]:
@@ -95,7 +183,7 @@ def _whole_files(files: Sequence[str], sizes: Sequence[int]) -> list[Part]:
 def open_index(
     kind: str,
     files: Iterable[str],
-    scan: Callable[[BinaryIO, Part, str], Iterator[tuple[int, int, str]]],
+    scan: Callable[[BinaryIO, Part, str], Iterator[tuple]],
     cut: Callable[[Sequence[str], Sequence[int]], list[Part]] = _whole_files,
 ) -> Index:
     """Opens the index of `files`, and builds it if there is none or a file has changed.
@@ -107,7 +195,7 @@ def open_index(
         kind: name of the scan; files scanned in two ways have two indexes.
         files: paths or URLs.
         scan: called with (open file, part, path of the file); yields (start, size, text) of each
-            record of the part.
+            record of the part, followed by (codec, expanded, skip) if it is compressed.
         cut: turns files and their sizes into parts, in the order of the records; by default a file
             is a part.
 
@@ -151,8 +239,9 @@ class _Work:
 
     def add(self, part, rows):
         number = lambda text: self.numbers.setdefault(text, len(self.numbers))
-        records = [(start, size, part.file, number(text)) for start, size, text in rows]
-        self.records.append(np.array(records, RECORD))
+        records = [(a, size, part.file, number(text), *b) for a, size, text, *b in rows]
+        plain = ((*record, 0, 0, 0)[: len(RECORD)] for record in records)
+        self.records.append(np.array(list(plain), RECORD))
         self.done += 1
 
     def save(self, path):

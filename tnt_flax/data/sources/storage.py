@@ -21,7 +21,9 @@ from tnt_flax.core.errors import InputError, RunError, one_line
 logger = logging.getLogger("tnt_flax")
 
 REMOTE_BLOCK = 2**23  # bytes per request during a sequential read of a remote file
-VERSION_KEYS = ("etag", "ETag", "generation", "mtime", "updated", "LastModified", "created")
+VERSION_KEYS = ("etag", "ETag", "generation", "blob_id", "mtime", "updated", "LastModified")
+VERSION_KEYS += ("created",)
+SCHEME_EXTRAS = {"gs": "gcs", "gcs": "gcs", "hf": "hub"}  # what reads a URL
 MAX_PAUSE = 15.0  # seconds between two attempts; the first pause is half a second
 
 
@@ -65,7 +67,9 @@ def read(path: str, start: int, size: int) -> bytes:
     """Reads bytes [start, start + size) of a file; raises DamagedError if it is shorter."""
     if is_remote(path):
         with _filesystem(path) as (filesystem, name):
-            data = filesystem.cat_file(name, start, start + size)
+            # Other file systems open a file that would read ahead by megabytes.
+            options = {} if filesystem.async_impl else {"cache_type": "none"}
+            data = filesystem.cat_file(name, start, start + size, **options)
     else:
         with open(path, "rb") as file:
             file.seek(start)
@@ -105,6 +109,11 @@ def list_folder(folder: str) -> list[str]:
         return sorted(os.path.basename(entry) for entry in entries - {name.rstrip("/")})
 
 
+def is_folder(path: str) -> bool:
+    with _filesystem(path) as (filesystem, name):
+        return filesystem.isdir(name)
+
+
 def file_versions(paths: Iterable[str]) -> list[tuple[int, str]]:
     """Returns (bytes, version) of each file; the version changes whenever the file does.
 
@@ -132,8 +141,8 @@ def _filesystem(url):
         try:
             filesystem, path = fsspec.core.url_to_fs(url)  # cached per process
         except (ImportError, ValueError) as error:  # the scheme needs a package, or is unknown
-            google = url.startswith(("gs://", "gcs://"))
-            advice = 'pip install "tnt_flax[gcs]"' if google else one_line(error)
+            extra = SCHEME_EXTRAS.get(url.partition("://")[0])
+            advice = f'pip install "tnt_flax[{extra}]"' if extra else one_line(error)
             raise InputError(f"cannot read {url}: {advice}") from None
         yield filesystem, path
     except (OSError, InputError):

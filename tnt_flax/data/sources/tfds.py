@@ -18,6 +18,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from tnt_flax.core.errors import InputError, did_you_mean, listed, one_line
 from tnt_flax.data.sources import storage
 from tnt_flax.data.sources.index import Index, open_index
+from tnt_flax.data.sources.names import find_split, report_split
 
 FORMATS = ("array_record", "tfrecord")  # in order of preference: tfrecord needs an index
 _LENGTH, _CRC = 8, 4  # bytes; a TFRecord is length, crc of the length, data, crc of the data
@@ -125,6 +126,9 @@ def _supervised_pair(builder, multi_label):
 def _open_split(builder, split):
     """Returns the serialized examples of a split as a sequence of bytes."""
     splits = builder.info.splits
+    if found := find_split(split, splits):
+        report_split(split, found, builder.name)
+        split = found
     try:
         instructions = splits[split].file_instructions
     except (ValueError, KeyError, AssertionError):
