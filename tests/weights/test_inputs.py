@@ -73,6 +73,7 @@ def folder(tmp_path):
 )
 def test_files_beside_the_weights_are_read(folder, files):
     path = folder(**files)
+    (path / "500").mkdir()  # such as a step of a trainer
     found = read_checkpoint(f"local-dir:{path}")
     assert found.class_names == NAMES
     assert found.preprocessing == dict(
@@ -184,7 +185,8 @@ def test_our_export_for_timm_loads_again(exported):
     assert expected.class_names[3] == "class 3"
     for path in (folder, folder / "model.safetensors"):
         found = read_checkpoint(path)
-        assert (found.inputs, found.network) == (expected.inputs, expected.network)
+        assert (found.inputs, found.network.model) == (expected.inputs, expected.network.model)
+        assert found.network.image_size == expected.network.image_size
         assert fingerprint(found.variables) == fingerprint(expected.variables)
     assert 'tnt_flax.load("FOLDER")' in (folder / "README.md").read_text()
     run(folder, folder / "again.safetensors")
@@ -231,3 +233,6 @@ def test_a_local_path_wins_over_an_address(tmp_path, monkeypatch):
         read_checkpoint("https://x.org/w.pth")
     with pytest.raises(InputError, match="write hf://lab/tnt if it is on the Hugging Face hub"):
         read_checkpoint("lab/tnt")
+    for path in ("x" * 5000, "a\0b"):
+        with pytest.raises(InputError, match="cannot read .*: No such file"):
+            read_checkpoint(path)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the weights in a folder: a training workdir of ours, or a folder of another framework."""
 
+import os
 import pathlib
 
 from tnt_flax.core.errors import InputError, listed
@@ -14,7 +15,7 @@ OTHERS = ("optimizer", "scheduler", "training_args", "random_states", "rng_state
 
 def check_exists(path: pathlib.Path) -> None:
     """Raises InputError if there is no such file or folder; names the form of hub addresses."""
-    if not path.exists():
+    if not os.path.exists(path):  # also False for names that no file can have
         hint = ""
         if ADDRESS.fullmatch(f"hf://{path}") and not _is_weights_file(path.name):
             hint = f" (write hf://{path} if it is on the Hugging Face hub)"
@@ -23,8 +24,10 @@ def check_exists(path: pathlib.Path) -> None:
 
 def is_run(folder: pathlib.Path) -> bool:
     """Whether `folder` is a workdir of ours, its folder of checkpoints, or one of them."""
+    if any((folder / name).exists() for name in DEFAULT_FILES):
+        return False
     steps = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    numbered = any(child.name.isdecimal() for child in steps.iterdir())
+    numbered = any(name.isdecimal() for name in _names(steps))
     return numbered or (folder.name.isdecimal() and (folder / "info").exists())
 
 
@@ -34,7 +37,7 @@ def find_weights(folder: pathlib.Path) -> pathlib.Path:
     Raises:
         InputError: there is none, there are several, or they are in a sharded format.
     """
-    names = {child.name for child in folder.iterdir()}
+    names = _names(folder)
     for name in DEFAULT_FILES:
         for candidate in (name, f"{name}{INDEX}"):
             if candidate in names:
@@ -53,6 +56,13 @@ def find_weights(folder: pathlib.Path) -> pathlib.Path:
     below = [x for level in levels for x in folder.glob(level) if _is_weights_file(x.name)]
     advice = f"give {below[0]}" if below else "train first or name other weights"
     raise InputError(f"no intact checkpoint in {folder}, and no weights file: {advice}")
+
+
+def _names(folder: pathlib.Path) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except OSError as error:
+        raise InputError(f"cannot read {folder}: {error.strerror}") from error
 
 
 def _is_weights_file(name: str) -> bool:

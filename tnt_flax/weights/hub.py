@@ -3,7 +3,8 @@
 
 An address is a name in HUB, or `hf://OWNER/NAME[@REVISION][/FILE]`. REVISION is a branch or a tag
 without slashes, a commit hash, or `refs/pr/NUMBER`; without it, the branch main. FILE is a path in
-the repository; without it, the first of DEFAULT_FILES that the repository has.
+the repository; without it, the first of DEFAULT_FILES that the repository has. `address_of` knows
+other forms. The files of DESCRIPTIONS in the same folder are downloaded with the weights.
 """
 
 import dataclasses

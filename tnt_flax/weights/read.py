@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import logging
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -113,7 +114,7 @@ def read_checkpoint(
     if name is not None and name not in MODELS:
         create_model(name)  # raises with the list of names
     notes, source = [], str(path)
-    address = None if pathlib.Path(source).exists() else hub.address_of(source)
+    address = None if os.path.exists(source) else hub.address_of(source)
     if address:
         fetched = hub.fetch(address)  # raises for networks without published weights
         name = name or (source if source in MODELS else None)  # the file must be that network
