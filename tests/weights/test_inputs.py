@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preprocessing and class names beside the weights: our exports, timm's and transformers' files."""
 
+import dataclasses
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from tnt_flax.core.trees import fingerprint
 from tnt_flax.weights import hub, write
 from tnt_flax.weights.formats import torch
 from tnt_flax.weights.inputs import class_names_in
+from tnt_flax.weights.load import adapt
 from tnt_flax.weights.read import read_checkpoint
 
 TENSORS, _ = state(naming="timm")
@@ -191,6 +193,17 @@ def test_our_export_for_timm_loads_again(exported):
     assert 'tnt_flax.load("FOLDER")' in (folder / "README.md").read_text()
     run(folder, folder / "again.safetensors")
     assert read_checkpoint(folder / "again.safetensors").inputs == expected.inputs
+
+
+def test_rectangles_are_exported_and_loaded_again(exported, tmp_path):
+    source, _ = exported
+    found, folder = read_checkpoint(source), tmp_path / "rectangle"
+    model = adapt(found, image_size=(32, 64))
+    found.network = dataclasses.replace(
+        found.network, model=model, sentences=8, stored_size=(32, 64)
+    )
+    write.write_hub_folder(folder, write.to_framework(found, "timm"), found)
+    assert read_checkpoint(folder).network.image_size == (32, 64)
 
 
 @pytest.mark.slow

@@ -63,6 +63,7 @@ class Description:
     preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the network
+    image_size: tuple[int, int] | None = None  # (height, width) in pixels
     notes: tuple[str, ...] = ()
 
     def inputs(self, defaults: Mapping[str, Any], num_classes: int, notes: list[str]) -> Inputs:
@@ -142,6 +143,7 @@ def from_folder(folder: pathlib.Path) -> Description | None:
             for ours, theirs in TIMM_ARGUMENTS.items()
             if isinstance(arguments.get(theirs), int | float)
         },
+        image_size=_height_width(timm.get("input_size")),
         notes=tuple(notes),
     )
 
@@ -154,6 +156,14 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path}: {one_line(error)}: repair or remove it") from error
     return content if isinstance(content, dict) else {}
+
+
+def _height_width(size: Any) -> tuple[int, int] | None:
+    """Returns (height, width) of timm's [channels, height, width]."""
+    match size:
+        case [int(), int(height), int(width)]:
+            return height, width
+    return None
 
 
 def _table(content: Mapping[str, Any], key: str) -> dict[str, Any]:

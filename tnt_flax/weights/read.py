@@ -208,7 +208,8 @@ def _identify(
     if config := content.info.get("config"):
         return identify.from_config(source, config, shapes, name, overrides)
     stated = {k: x for k, x in described.fields.items() if k in identify.UNSTORED_FIELDS}
-    return identify.identify(source, naming, shapes, name, stated | dict(overrides))
+    network = identify.identify(source, naming, shapes, name, stated | dict(overrides))
+    return dataclasses.replace(network, stored_size=described.image_size)
 
 
 def _inputs_of(
