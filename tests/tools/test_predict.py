@@ -335,6 +335,16 @@ def test_tables_have_equal_contents(weights, folder, tmp_path):
     assert not list(tmp_path.glob("*.tmp*"))
 
 
+def test_folders_with_loops_and_other_files(folder, caplog):
+    (folder / "sub" / "loop").symlink_to(folder)
+    (folder / "sub" / "@eaDir").mkdir()
+    (folder / "sub" / "@eaDir" / "thumb.jpg").write_bytes(b"")
+    (folder / "photo.heic").write_bytes(b"")
+    found = predict.find_images([str(folder)], [])
+    assert len(found) == len(set(map(os.path.realpath, found))) == 9
+    assert "1 .txt" in caplog.text and "pip install pillow-heif" in caplog.text
+
+
 def test_find_images(folder, tmp_path, monkeypatch):
     def find(*paths, stdin=""):
         stdin = io.TextIOWrapper(io.BytesIO(stdin.encode()))
