@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     config.model.dropout = 0.0  # after position embeddings, attention projections and MLP layers
     config.model.attention_dropout = 0.0  # of attention weights
     config.model.dtype = "bfloat16"  # activations; weights, norms and softmax are float32
-    # Implementations, all with equal results: "reference" and "cpu"; for TNT also "gpu", "pallas"
+    # Implementations, all with equal results: "reference", "cpu" and "gpu"; for TNT also "pallas"
     # (TPU) and, in the inner transformer only, "lanes" and "mosaic" (Hopper GPUs).
     config.model.inner_impl = "auto"  # of the inner transformer
     config.model.outer_impl = "auto"  # of the outer transformer

@@ -85,9 +85,10 @@ def test_layer_scale_multiplies_the_outputs_of_attention_and_mlp():
 
 
 @pytest.mark.slow
-def test_loss_gradients_and_statistics_equal_the_official_code(found, expected):
-    """In the CPU implementation, with rematerialization."""
-    model = found.network.model.clone(inner_impl="cpu", outer_impl="cpu", remat="block")
+@pytest.mark.parametrize("impl", ["cpu", "gpu"])
+def test_loss_gradients_and_statistics_equal_the_official_code(found, expected, impl):
+    """With rematerialization."""
+    model = found.network.model.clone(inner_impl=impl, outer_impl=impl, remat="block")
     variables = found.variables
 
     def loss_of(params):

@@ -25,7 +25,7 @@ from tnt_flax.models.network import Grid
 Tokens = Float[Array, "*batch T W"]
 Heads = Float[Array, "*batch T heads width"]
 Bias = Float[Array, "1 heads T K"]  # of logits: T tokens attend to K tokens, in every image
-AttentionFn = Callable[[Heads, Heads, Heads, float], Heads]
+AttentionFn = Callable[..., Heads]
 MatmulFn = Callable[[Array, Array], Array]
 
 # torch's trunc_normal_(std=.02, a=-2, b=2) cuts at 100 sigma, so it is a plain normal;
@@ -139,9 +139,11 @@ class Attention(nn.Module):
     dtype: DTypeLike = jnp.float32
     num_keys: int | None = None  # number of leading tokens that are attended to; None is all
     # Faster versions of parts of the definition below; None is the definition. `attention_fn` is
-    # called as (query, key, value, scale), and used only without bias, num_queries and captured or
-    # dropped weights. It gets all tokens and applies `num_keys` itself.
+    # called as (query, key, value, scale), and with the bias if there is one and `attention_bias`
+    # is true. It is not used with num_queries and captured or dropped weights. It gets all tokens
+    # and applies `num_keys` itself.
     attention_fn: AttentionFn | None = None
+    attention_bias: bool = False
     matmul_fn: MatmulFn = mixed_precision.matmul
 
     @nn.compact
@@ -167,14 +169,15 @@ class Attention(nn.Module):
         needs_weights = self.is_mutable_collection("intermediates") or (
             train and self.attention_dropout
         )
-        fast = self.attention_fn and num_queries is None and bias is None and not needs_weights
+        fast = self.attention_fn and num_queries is None and not needs_weights
+        fast = fast and (bias is None or self.attention_bias)
         query = project("query", x[..., :num_queries, :])
         if context is None:
             context = x if fast else x[..., : self.num_keys, :]
         key, value = project("key", context), project("value", context)
         scale = query.shape[-1] ** -0.5
         if fast:
-            x = self.attention_fn(query, key, value, scale)
+            x = self.attention_fn(query, key, value, scale, *[] if bias is None else [bias])
         else:
             logits = jnp.einsum("...qhd,...khd->...hqk", query, key) * scale
             logits = logits.astype(jnp.float32)
@@ -243,6 +246,7 @@ class TransformerBlock(nn.Module):
     # Faster versions of parts, see `Attention` and `mlp`.
     norm_layer: Callable[..., nn.Module] = LayerNorm
     attention_fn: AttentionFn | None = None
+    attention_bias: bool = False
     matmul_fn: MatmulFn = mixed_precision.matmul
     mlp_fn: Callable[..., Tokens] = mlp
 
@@ -276,6 +280,7 @@ class TransformerBlock(nn.Module):
             dtype=self.dtype,
             num_keys=self.num_keys,
             attention_fn=self.attention_fn,
+            attention_bias=self.attention_bias,
             matmul_fn=self.matmul_fn,
             name="attention",
         )

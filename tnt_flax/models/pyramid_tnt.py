@@ -45,7 +45,7 @@ WIDENING = (1, 2, 4, 4)  # widths and heads of each stage, relative to the first
 REDUCTION = (4, 2, 1, 1)  # each stage attends to averages of squares with this side
 PATCH = 8  # pixels, each side of a sentence of the first stage
 SIDE = 4  # words, each side of a sentence
-IMPLEMENTATIONS = ("auto", "reference", "cpu")  # "auto" is "reference" on GPUs and TPUs
+IMPLEMENTATIONS = ("auto", "reference", "cpu", "gpu")  # "auto": "cpu" on CPUs, else "reference"
 
 Maps = Float[Array, "B h w C"]
 
@@ -191,6 +191,7 @@ class Averages(nn.Module):
     grid: Grid
     dtype: DTypeLike = jnp.float32
     matmul_fn: MatmulFn = matmul
+    norm_layer: Callable[..., nn.Module] = LayerNorm
 
     @nn.compact
     def __call__(self, x: Sentences) -> Float[Array, "B K D"]:
@@ -199,7 +200,7 @@ class Averages(nn.Module):
         x = x.reshape(batch, *self.grid, width)
         x = nn.avg_pool(x, window_shape=square, strides=square).reshape(batch, -1, width)
         x = Dense(width, dtype=self.dtype, matmul_fn=self.matmul_fn, name="dense")(x)
-        return LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x)
+        return self.norm_layer(epsilon=1e-5, dtype=self.dtype, name="norm")(x)
 
 
 class Stage(nn.Module):
@@ -323,7 +324,7 @@ class PyramidTNT(nn.Module):
                 words, sentences = self.merge(i, words, sentences, grids[i - 1])
             remat = select.remats_blocks(self.remat)
             stage = Stage(self.depths[i], grid, REDUCTION[i], remat, name=f"stages_{i}")
-            block = self.make_block(i, grid)
+            block = self.make_block(i, grid, train)
             words, sentences = stage(block, words, sentences, own_rates, train)
 
         norm = LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")
@@ -356,7 +357,7 @@ class PyramidTNT(nn.Module):
         words = words.reshape(batch, -1, num_words, words.shape[-1])
         return words, sentences.reshape(batch, -1, sentences.shape[-1])
 
-    def make_block(self, i: int, grid: Grid) -> TNTBlock:
+    def make_block(self, i: int, grid: Grid, train: bool) -> TNTBlock:
         """Returns a block with words of stage `i`, unbound."""
         common = dict(
             mlp_ratio=self.mlp_ratio,
@@ -381,9 +382,13 @@ class PyramidTNT(nn.Module):
         )
         if self.is_initializing():
             return block
-        impls = map(select.resolve_auto, (self.inner_impl, self.outer_impl))
+        inner, outer = map(select.resolve_auto, (self.inner_impl, self.outer_impl))
+        if inner == "gpu" and train and (self.dropout or self.attention_dropout):
+            inner = "reference"  # "gpu" has no dropout of words
+        if inner == "gpu" and self.is_mutable_collection("intermediates"):
+            inner = "reference"  # nor does it sow its attention weights
         count = math.prod(grid)
-        return select.implement(block, *impls, num_sentences=count, num_tokens=count)
+        return select.implement(block, inner, outer, num_sentences=count, num_tokens=count)
 
     def check_fields(self) -> None:
         impls = dict(inner_impl=IMPLEMENTATIONS, outer_impl=IMPLEMENTATIONS)

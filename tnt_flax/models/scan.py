@@ -12,6 +12,9 @@ by jax 0.10.2, reads the weights of fc1 by
 The forward pass of 8 images then needs 33 MiB of temporaries with an integer and 26 MiB with a
 float. A loop over slices of the parameters (`xs[:-1]`) would copy them all. `nn.scan` avoids
 copies, but cannot run the last block separately.
+
+The gradients of the parameters are an output of the backward loop, one slice per block. From a
+loop that simply reads the stacks, JAX would derive one that adds each slice to a sum of stacks.
 """
 
 import itertools
@@ -26,6 +29,7 @@ from tnt_flax.core.errors import InputError
 from tnt_flax.models.kernels.platform import platform
 
 SAVED = "saved"  # checkpoint_name of the arrays that `remat` saves instead of recomputing
+SMALL = 2**13  # parameters of one block that `_pack` joins with others, at most
 CAPTURED = ("intermediates", "maps")  # collections that blocks write, stacked here
 
 
@@ -67,15 +71,20 @@ def scan_blocks(
     keys = jax.random.split(parent.make_rng("dropout"), length) if has_key else None
     capture = [*filter(parent.is_mutable_collection, CAPTURED)]
 
-    def run_block(tokens, i, **options):
-        own_params, rate, key = _element((params, rates, keys), i)
+    packed, unpack = _pack(params)
+    constants = jax.lax.stop_gradient((packed, rates, keys))
+    tangents = _tangents(packed)
+
+    def run_block(tokens, i, own_tangents, **options):
+        own_packed, rate, key = _element(constants, i)
+        own_params = unpack(jax.tree.map(_with_tangent, own_packed, own_tangents))
         rngs = None if key is None else {"dropout": key}
         options |= dict(train=train, rngs=rngs, mutable=capture or False)
         return block.apply({"params": own_params}, *tokens, rate, *args, **options)
 
-    def body(carry, _):
+    def body(carry, own_tangents):
         tokens, i = carry
-        out = run_block(tokens, i)
+        out = run_block(tokens, i, own_tangents)
         tokens, captured = out if capture else (out, None)
         return (tokens, i + 1), captured
 
@@ -85,24 +94,57 @@ def scan_blocks(
         body = jax.checkpoint(body, prevent_cse=False, policy=policy)
     last_apart = last is not None and not capture
     carry = (tokens, jnp.float32(0))  # a float on purpose: see above
-    (tokens, i), captured = jax.lax.scan(body, carry, length=length - last_apart)
+    in_loop = [x[: length - last_apart] for x in tangents]
+    (tokens, i), captured = jax.lax.scan(body, carry, in_loop)
     for collection in capture:
         parent.put_variable(collection, block.name, captured[collection])
-    return run_block(tokens, i, **last) if last_apart else tokens
+    return run_block(tokens, i, [x[-1] for x in tangents], **last) if last_apart else tokens
 
 
 def _element(tree, i):
     """Returns element `i` of every array; None is an empty tree and stays None."""
     pick = lambda x: jax.lax.dynamic_index_in_dim(x, i.astype(int), keepdims=False)
-    leaves, treedef = jax.tree.flatten(tree)
-    is_vector = lambda x: x.ndim == 2 and x.dtype == jnp.float32
-    vectors = [x for x in leaves if is_vector(x)]
-    if platform() != "gpu" or not vectors:
-        return jax.tree.map(pick, tree)
-    # One kernel for all biases and LayerNorm parameters of a block, where XLA would run one each.
-    ends = itertools.accumulate(x.shape[1] for x in vectors)
-    parts = iter(jnp.split(pick(jnp.concatenate(vectors, axis=1)), [*ends][:-1]))
-    return treedef.unflatten([next(parts) if is_vector(x) else pick(x) for x in leaves])
+    return jax.tree.map(pick, tree)
+
+
+def _pack(params):
+    """Returns arrays [length, ...] and a function from elements of all to a block's parameters.
+
+    On GPUs all small parameters are one array, so that one kernel reads all of a block and one
+    writes their gradients, where XLA would run several for each.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    size = lambda x: x.size // len(x)
+    is_small = lambda x: x.dtype == jnp.float32 and size(x) <= SMALL and platform() == "gpu"
+    small = [x for x in leaves if is_small(x)]
+    if not small:
+        return leaves, treedef.unflatten
+    ends = [*itertools.accumulate(map(size, small))]
+
+    def unpack(own):
+        parts, others = iter(jnp.split(own[0], ends[:-1])), iter(own[1:])
+        own = [next(parts).reshape(x.shape[1:]) if is_small(x) else next(others) for x in leaves]
+        return treedef.unflatten(own)
+
+    packed = jnp.concatenate([x.reshape(len(x), -1) for x in small], axis=1)
+    return [packed, *[x for x in leaves if not is_small(x)]], unpack
+
+
+@jax.custom_jvp
+def _tangents(x):
+    """Returns zeros whose tangents are those of `x`."""
+    return jax.tree.map(jnp.zeros_like, x)
+
+
+@jax.custom_jvp
+def _with_tangent(x, carrier):
+    """Returns `x` with the tangent of `carrier`."""
+    del carrier
+    return x
+
+
+_tangents.defjvp(lambda primals, tangents: (_tangents(*primals), tangents[0]))
+_with_tangent.defjvp(lambda primals, tangents: (primals[0], tangents[1]))
 
 
 def _stacked_params(parent, block, length, args):

@@ -25,7 +25,6 @@ from tnt_flax.models.kernels.mixed_precision import add
 from tnt_flax.models.layers import (
     GELU,
     Dense,
-    LayerNorm,
     TransformerBlock,
     check_fields,
     check_images,
@@ -149,7 +148,8 @@ class TNT(nn.Module):
                 last=last_queries if stop == self.depth else None,
             )
 
-        norm = LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
+        norm = select.norm_layer(self.outer_impl)
+        norm = norm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
         features = norm(sentences[:, 0])
         if not self.num_classes:
             return features.astype(jnp.float32)
@@ -176,6 +176,7 @@ class TNT(nn.Module):
             norm_out=self.stem_norm,
             norm_eps=self.norm_eps,
             dtype=self.dtype,
+            norm_layer=select.norm_layer(self.outer_impl),
             name="proj",
         )
         projected = to_sentences(words)

@@ -7,7 +7,7 @@ float32, and pads the operands of their small products. Here
 - the attention of words, softmax included, is one kernel, and its gradient two;
 - query, key and value of words are one product;
 - the attention of sentences is cuDNN's in bfloat16 and float16, which needs an even length: the
-  sentences are padded;
+  sentences of TNT are padded;
 - words have one row per sentence token, so that LayerNorm and sum are one kernel.
 
 docs/speed.md has the compiler's figures.
@@ -151,9 +151,13 @@ class WordsTransformer(nn.Module):
         params = self.variables["params"]
         width = x.shape[-1]
 
-        def norm(name):
+        def norm(name):  # over the C channels or, as PyramidTNT does, over all M * C
+            flat = jax.tree.map(jnp.ravel, params[name])
             layer = LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, parent=None)
-            return layer.apply({"params": params[name]}, x)
+            normalized = layer.apply(
+                {"params": flat}, x.reshape(*x.shape[:2], -1, flat["scale"].size)
+            )
+            return normalized.reshape(x.shape)
 
         def dense(params, x):
             features = params["kernel"].shape[1]
@@ -217,7 +221,11 @@ def _normalize_backward(epsilon, dtype, saved, d_out):
     centered = centered - mean
     std = jax.lax.rsqrt(variance + epsilon)
     d_x = std * (slope - slope_mean - centered * (covariance * jnp.square(std)))
-    return d_x.astype(x.dtype), (d_out * centered * std).sum(axes), d_out.sum(axes)
+    # One reduction of pairs: XLA runs two kernels for each of separate sums.
+    add = lambda a, b: (a[0] + b[0], a[1] + b[1])
+    zeros = (jnp.float32(0), jnp.float32(0))
+    d_scale, d_bias = jax.lax.reduce((d_out * centered * std, d_out), zeros, add, axes)
+    return d_x.astype(x.dtype), d_scale, d_bias
 
 
 normalize.defvjp(_normalize_forward, _normalize_backward)
@@ -264,13 +272,34 @@ class AlignedSentences(nn.Module):
         return jnp.where(inside, update, 0)
 
 
-def attend_sentences(query: Heads, key: Heads, value: Heads, scale: float, *, length: int) -> Heads:
-    """Returns softmax(scale q k^T) v over the first `length` tokens, by cuDNN."""
+def attend_sentences(
+    query: Heads,
+    key: Float[Array, "*batch K heads d"],
+    value: Float[Array, "*batch K heads d"],
+    scale: float,
+    bias: layers.Bias | None = None,
+    *,
+    length: int | None = None,
+) -> Heads:
+    """Returns softmax(scale q k^T + bias) v, by cuDNN where it can.
+
+    Args:
+        query: of T tokens.
+        key: of K tokens.
+        value: of K tokens.
+        scale: of the logits.
+        bias: added to the logits; rounded to the dtype of the query for cuDNN.
+        length: number of leading tokens that attend and are attended to; None is all.
+    """
     lengths = {}
-    if length != key.shape[-3]:
+    if length not in (None, key.shape[-3]):
         count = jnp.full(query.shape[0], length, jnp.int32)
         lengths = dict(query_seq_lengths=count, key_value_seq_lengths=count)
     fast = platform() == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16)
+    fast &= query.shape[-1] % 8 == 0 and query.shape[-1] <= 128  # what cuDNN takes
+    if bias is not None:
+        fast &= query.shape[-3] % 2 == key.shape[-3] % 2 == 0  # these lengths are not padded
+        bias = bias.astype(query.dtype) if fast else bias
     return jax.nn.dot_product_attention(
-        query, key, value, scale=scale, implementation="cudnn" if fast else "xla", **lengths
+        query, key, value, bias, scale=scale, implementation="cudnn" if fast else "xla", **lengths
     )

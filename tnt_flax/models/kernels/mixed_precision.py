@@ -28,7 +28,7 @@ def einsum(subscripts: str, x: Array, weight: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _einsum(subscripts, x, weight):
-    return jnp.einsum(subscripts, x, weight.astype(x.dtype))
+    return jnp.einsum(subscripts, *_apart(x, weight.astype(x.dtype)))
 
 
 def _einsum_forward(subscripts, x, weight):
@@ -41,11 +41,20 @@ def _einsum_backward(subscripts, operands, d_out):
     d_x = jnp.einsum(f"{out},{right}->{left}", d_out, weight.astype(x.dtype))
     if platform() == "cpu":  # XLA's CPU backend lacks some bfloat16 products with float32 results
         x, d_out = x.astype(weight.dtype), d_out.astype(weight.dtype)
+    x, d_out = _apart(x, d_out)
     product = functools.partial(jnp.einsum, preferred_element_type=weight.dtype)
     return d_x, product(f"{left},{out}->{right}", x, d_out)
 
 
 _einsum.defvjp(_einsum_forward, _einsum_backward)
+
+
+def _apart(x, y):
+    """Returns both operands such that XLA does not join their product with others of `x`.
+
+    On GPUs it joins small products such as query, key and value, and then copies the parts.
+    """
+    return jax.lax.optimization_barrier((x, y)) if platform() == "gpu" else (x, y)
 
 
 def matmul(x: Array, kernel: Array) -> Array:

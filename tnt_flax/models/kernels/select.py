@@ -17,6 +17,7 @@ The Pallas kernels are opt-in.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -26,6 +27,7 @@ from jaxtyping import Array
 from tnt_flax.core.errors import InputError
 from tnt_flax.models.kernels import cpu, gpu, lanes
 from tnt_flax.models.kernels.platform import platform
+from tnt_flax.models.layers import LayerNorm
 
 INNER = ("auto", "reference", "cpu", "gpu", "mosaic", "lanes", "pallas")
 OUTER = ("auto", "reference", "cpu", "gpu", "pallas")
@@ -107,11 +109,18 @@ def resolve_auto(impl: str) -> str:
     return "cpu" if platform() == "cpu" else "reference"
 
 
+def norm_layer(outer_impl: str) -> Callable[..., nn.Module]:
+    """Returns the LayerNorm of sentences before and after all blocks."""
+    return FUNCTIONS[resolve_auto(outer_impl)].get("norm_layer", LayerNorm)
+
+
 def remats_blocks(remat: str) -> bool:
     """True if the backward pass computes every block again; "auto" does except on CPUs.
 
     TNT-S keeps 240 MB of activations per image in float32 without, and 60 MB with it. On a CPU time
-    is scarcer than memory.
+    is scarcer than memory. On a GPU, by the compiler's figures, a step that keeps the activations
+    even moves more bytes than one that computes them again (775 and 640 MB per image of TNT-S in
+    bfloat16 with "gpu" on an H100), so that "auto" does not depend on the card's memory.
     """
     return remat == "block" or remat == "auto" and platform() != "cpu"
 
@@ -130,11 +139,14 @@ def implement(
     """
     outer = block.outer.clone(**FUNCTIONS[outer_impl])
     if outer_impl == "gpu":
-        attend = functools.partial(gpu.attend_sentences, length=num_tokens)
-        outer = outer.clone(attention_fn=attend, num_keys=num_tokens)
+        attend = functools.partial(
+            gpu.attend_sentences, length=None if outer.reduce else num_tokens
+        )
+        outer = outer.clone(attention_fn=attend, attention_bias=True, num_keys=num_tokens)
     proj = block.proj.clone(matmul_fn=outer.matmul_fn)
     if outer.reduce:
-        outer = outer.clone(reduce=outer.reduce.clone(matmul_fn=outer.matmul_fn))
+        fields = dict(matmul_fn=outer.matmul_fn, norm_layer=outer.norm_layer)
+        outer = outer.clone(reduce=outer.reduce.clone(**fields))
     inner = block.inner
     if inner and inner_impl in LANES_BLOCKS:
         fields = dict(norm_eps=inner.norm_eps, gelu=inner.gelu, parent=None)
@@ -145,7 +157,9 @@ def implement(
         rows = num_tokens - num_sentences, num_sentences
         fields = dict(norm_eps=inner.norm_eps, gelu=inner.gelu, dtype=inner.dtype, parent=None)
         inner = WORDS_TRANSFORMERS[inner_impl](inner.num_heads, *rows, **fields)
-        proj = gpu.AlignedSentences(proj.clone(norm_layer=gpu.LayerNorm), *rows, parent=None)
+        proj = proj.clone(norm_layer=gpu.LayerNorm)
+        if num_tokens > num_sentences:
+            proj = gpu.AlignedSentences(proj, *rows, parent=None)
     elif inner:
         inner = inner.clone(**FUNCTIONS[inner_impl])
     return block.clone(inner=inner, proj=proj, outer=outer)
