@@ -9,6 +9,7 @@
     python -m benchmarks start --config=configs/tnt_s.py
     python -m benchmarks loop --config=configs/digits.py
     python -m benchmarks compile --device=v5e:2x2
+    python -m benchmarks gpu
 
 `python -m benchmarks COMMAND --help` describes what is measured. Run them in the checkout.
 
@@ -16,50 +17,61 @@ The last line on stdout is one JSON object; progress goes to stderr. Exit code 1
 contender failed, 2 that the input was wrong.
 """
 
+import importlib
 import sys
+from typing import Any
 
-from benchmarks import compile, harness, input, model, run, sources
 from tnt_flax.tools.command_line import Parser
 from tnt_flax.tools.command_line import run as run_command
 
-COMMANDS = {  # name: (module, arguments, function, help)
-    "input": (input, input.add_arguments, input.measure_input, "input pipeline"),
+COMMANDS = {  # name: (module, its functions that add arguments and that measure, help)
+    "input": ("input", "add_arguments", "measure_input", "input pipeline"),
     "sources": (
-        sources,
-        sources.add_arguments,
-        sources.measure_sources,
+        "sources",
+        "add_arguments",
+        "measure_sources",
         "start and memory of large data sets",
     ),
-    "forward": (model, model.add_arguments, model.measure_model, "forward pass"),
-    "step": (model, model.add_arguments, model.measure_model, "training step"),
+    "forward": ("model", "add_arguments", "measure_model", "forward pass"),
+    "step": ("model", "add_arguments", "measure_model", "training step"),
     "inference": (
-        model,
-        model.add_inference_arguments,
-        model.measure_inference,
+        "model",
+        "add_inference_arguments",
+        "measure_inference",
         "latency of one image, throughput of batches",
     ),
-    "start": (run, harness.add_run_arguments, run.measure_start, "from main.py to its first step"),
-    "loop": (run, run.add_loop_arguments, run.measure_loop, "training loop relative to its step"),
-    "compile": (
-        compile,
-        compile.add_arguments,
-        compile.measure_compile,
-        "step compiled for GPUs or TPUs",
-    ),
+    "start": ("run", "add_arguments", "measure_start", "from main.py to its first step"),
+    "loop": ("run", "add_loop_arguments", "measure_loop", "training loop relative to its step"),
+    "compile": ("compile", "add_arguments", "measure_compile", "step compiled for GPUs or TPUs"),
+    "gpu": ("gpu", "add_arguments", "measure_gpu", "forward pass and training step on a GPU"),
 }
 
 
-def make_parser() -> Parser:
+def make_parser(command: str = "") -> Parser:
+    """Returns the parser; only `command` has its options.
+
+    The modules of other commands are not imported: they need packages that it does not.
+    """
     parser = Parser("python -m benchmarks", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, add_arguments, _, text) in COMMANDS.items():
-        add_arguments(commands.add_parser(name, doc=module.__doc__, help=text))
+        module = importlib.import_module(f"benchmarks.{module}") if name == command else None
+        options = commands.add_parser(name, doc=module.__doc__ if module else "", help=text)
+        if module:
+            getattr(module, add_arguments)(options)
     return parser
+
+
+def measure(args: Any, **options: Any) -> dict[str, Any]:
+    """Runs the benchmark of parsed arguments and returns its JSON result."""
+    module, _, function, _ = COMMANDS[args.command]
+    return getattr(importlib.import_module(f"benchmarks.{module}"), function)(args, **options)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one benchmark, prints its JSON result, and returns the exit code."""
-    return run_command(make_parser(), lambda args: COMMANDS[args.command][2](args), argv)
+    argv = sys.argv[1:] if argv is None else argv
+    return run_command(make_parser(*argv[:1]), measure, argv)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import argparse
 import functools
 import pathlib
 import statistics
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -297,28 +298,38 @@ def _our_passes(work: Work, dtype: str, tuned: bool, cores: int) -> dict[str, ha
     if work.task != "step":
         return passes
 
-    schedule = optax.constant_schedule(LEARNING_RATE)
-    optimizer = make_optimizer(schedule, clip_norm=0.0, **ADAMW)
-    augment = lambda batch, *_: (batch["image"], batch["target"])
-    step = make_train_step(model, optimizer, augment, ema_decay=EMA_DECAY)
-    step = jax.jit(step, donate_argnums=0)
-    state = TrainState.create(variables, optimizer.tx)
+    step = make_step(model, variables, images, targets)
 
     def step_pass():
-        nonlocal state
         for _ in range(STEP_BATCHES):
-            state, _ = step(state, {"image": images, "target": targets}, jax.random.key(1))
+            state = step()
         jax.block_until_ready(state)
         return STEP_BATCHES * len(images)
 
     return passes | {"step": step_pass}
 
 
+def make_step(
+    model: Network, variables: Any, images: jax.Array, targets: jax.Array
+) -> Callable[[], TrainState]:
+    """Returns a function that starts a training step and returns the state after it."""
+    schedule = optax.constant_schedule(LEARNING_RATE)
+    optimizer = make_optimizer(schedule, clip_norm=0.0, **ADAMW)
+    augment = lambda batch, mix_key, erase_key: (batch["image"], batch["target"])
+    step = make_train_step(model, optimizer, augment, ema_decay=EMA_DECAY)
+    step = jax.jit(step, donate_argnums=0)
+    state = TrainState.create(variables, optimizer.tx)
+
+    def run():
+        nonlocal state
+        state, _ = step(state, {"image": images, "target": targets}, jax.random.key(1))
+        return state
+
+    return run
+
+
 def _timm_passes(work: Work, variant: str, cores: int) -> dict[str, harness.Pass]:
     import timm
-    import timm.loss
-    import timm.optim
-    import timm.utils
     import torch
 
     torch.set_num_threads(cores)
@@ -342,21 +353,45 @@ def _timm_passes(work: Work, variant: str, cores: int) -> dict[str, harness.Pass
 
     images, targets = make_batch(work, min(work.batches))
     images, targets = as_tensor(images), torch.from_numpy(targets)
-    criterion = timm.loss.SoftTargetCrossEntropy()
-    weight_decay = ADAMW["weight_decay"]
-    optimizer = timm.optim.create_optimizer_v2(
-        network, "adamw", lr=LEARNING_RATE, weight_decay=weight_decay
-    )
-    ema = timm.utils.ModelEmaV3(network, EMA_DECAY)
+    step = make_timm_step(network, call, precision, images, targets)
 
     def step_pass():
         for _ in range(STEP_BATCHES):
-            with precision:
-                loss = criterion(call(images), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            ema.update(network)
+            step()
         return STEP_BATCHES * len(images)
 
     return passes | {"step": step_pass}
+
+
+def make_timm_step(
+    network: Any, call: Callable, precision: Any, images: Any, targets: Any, **options: Any
+) -> Callable[[], None]:
+    """Returns a function that starts a training step of timm.
+
+    Args:
+        network: the module whose parameters are trained.
+        call: `network`, possibly compiled.
+        precision: a `torch.autocast`.
+        images: tensor [B, 3, H, W].
+        targets: tensor [B, CLASSES].
+        **options: of the optimizer.
+    """
+    import timm.loss
+    import timm.optim
+    import timm.utils
+
+    criterion = timm.loss.SoftTargetCrossEntropy()
+    optimizer = timm.optim.create_optimizer_v2(
+        network, "adamw", lr=LEARNING_RATE, weight_decay=ADAMW["weight_decay"], **options
+    )
+    ema = timm.utils.ModelEmaV3(network, EMA_DECAY)
+
+    def step():
+        with precision:
+            loss = criterion(call(images), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.update(network)
+
+    return step

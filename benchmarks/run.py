@@ -59,6 +59,9 @@ EPOCHS = (  # three epochs, each reported separately
 )
 
 
+add_arguments = harness.add_run_arguments
+
+
 def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     harness.add_run_arguments(parser)
     parser.add_argument("--steps", type=positive, default=6, help="steps per epoch of photographs")

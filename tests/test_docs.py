@@ -81,7 +81,7 @@ def test_commands_parse(program, options, monkeypatch):
     monkeypatch.chdir(ROOT)
     arguments = shlex.split(options, comments=True)
     if program == "python -m benchmarks":
-        benchmarks.make_parser().parse_args(arguments)
+        benchmarks.make_parser(arguments[0]).parse_args(arguments)
     else:
         name, *rest = main.to_command(arguments) if program == "python main.py" else arguments
         command.load_command(name)[1].parse_args(rest)

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks run at the smallest sizes and report what they ran. No test depends on a time."""
 
+import contextlib
 import functools
 import io
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import __main__, harness, input, model, run
+from benchmarks import __main__, gpu, harness, input, model, run
 from tests.helpers.smoke import SMOKE
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.models import create_model
@@ -30,8 +34,8 @@ def without_timm(monkeypatch):
 
 
 def measure(*arguments, **options):
-    args = __main__.make_parser().parse_args(arguments)
-    result = __main__.COMMANDS[args.command][2](args, **options)
+    args = __main__.make_parser(arguments[0]).parse_args(arguments)
+    result = __main__.measure(args, **options)
     return json.loads(json.dumps(result))
 
 
@@ -112,6 +116,77 @@ def test_inference(without_timm, unoptimized, monkeypatch):
     result = measure("inference", *options, image_size=64, **TINY_PYRAMID)
     assert list(result["images_per_second"]) == ["1", "3"] and result["batch_sizes"] == [1, 3]
     assert 0 < result["latency_ms"]["ours"]["median"] <= result["latency_ms"]["ours"]["p95"]
+
+
+HIDDEN = """
+import sys
+
+class Hidden:
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in ("grain", "clu", "ml_collections", "tensorflow_datasets"):
+            raise ModuleNotFoundError(f"{name} is hidden", name=name)
+
+sys.meta_path.insert(0, Hidden())
+"""
+GPU_BENCHMARK = """
+import json
+from benchmarks import __main__
+
+if __name__ == "__main__":
+    command = "gpu --platform=cpu --forward 1 2 --step 2 --rounds=1 --implementations gpu"
+    args = __main__.make_parser("gpu").parse_args(command.split())
+    print(json.dumps(__main__.measure(args, image_size=32, depth=1)))
+"""
+
+
+@pytest.mark.oracle
+def test_a_gpus_commands_need_no_packages_that_train_from_files(root, tmp_path):
+    """Neither in their own process nor in those that are measured."""
+    (tmp_path / "sitecustomize.py").write_text(HIDDEN)
+    (tmp_path / "benchmark.py").write_text(GPU_BENCHMARK)
+    path = os.pathsep.join(map(str, (tmp_path, root)))
+    selftest = ["-m", "tnt_flax", "selftest", "--model=tnt_ti_patch16_224", "--rounds=1"]
+    small = ["--image-size=32", "--depth=1", "--batch-size=1"]
+    results = []
+    for command in ([str(tmp_path / "benchmark.py")], [*selftest, *small]):
+        env = os.environ | {"PYTHONPATH": path}
+        ended = subprocess.run(
+            [sys.executable, *command], env=env, cwd=root, capture_output=True, text=True
+        )
+        assert ended.returncode == 0, ended.stderr
+        results.append(json.loads(ended.stdout.splitlines()[-1]))
+    measured, tested = results
+    assert tested["passed"] and list(measured["tasks"]) == ["forward 1", "forward 2", "step 2"]
+    for table in measured["tasks"].values():
+        assert list(table["rounds"]) == ["ours gpu", "timm eager", "timm compile"]
+        assert not table["errors"] and all(x > 0 for x in table["compile_s"].values())
+    ratios = measured["tasks"]["step 2"]["ratios"]
+    assert measured["step_vs_compile"] == ratios["ours gpu / timm compile"] > 0
+
+
+def test_a_contender_that_fails_on_a_gpu_does_not_end_the_others(monkeypatch):
+    @contextlib.contextmanager
+    def processes(contenders, cores):
+        del cores
+        yield dict(contenders)
+
+    monkeypatch.setattr(harness, "processes", processes)
+    run = lambda what: {"compile": 2.0, "run": 8.0, "peak": 3.0}[what]
+
+    def fail(what):
+        if what == "run":
+            raise RunError("out of memory")
+        return run(what)
+
+    contenders = {"ours reference": fail, "ours gpu": run, "timm compile": run}
+    table = gpu.measure_task("step 2", contenders, 1)
+    assert table["errors"] == {"ours reference": "out of memory"}
+    assert table["images_per_second"] == {"ours gpu": 8.0, "timm compile": 8.0}
+    assert table["ratios"] == {"ours gpu / timm compile": 1.0}
+    assert gpu.headline({"step 2": table}, [], [2]) == {
+        "step_vs_eager": None,
+        "step_vs_compile": 1.0,
+    }
 
 
 def test_summaries():
@@ -199,7 +274,6 @@ def test_loop(root, monkeypatch):
         ),
         (["start", "--config=nowhere.py"], "there is no config file nowhere.py"),
         (["loop", "--set", "nothing=3"], "the config has no key 'nothing'"),
-        (["compile", "--config=configs/ptnt_s.py"], "has no implementations"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, root, monkeypatch, capsys):
