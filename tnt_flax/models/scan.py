@@ -70,10 +70,8 @@ def scan_blocks(
     has_key = train and parent.has_rng("dropout")
     keys = jax.random.split(parent.make_rng("dropout"), length) if has_key else None
     capture = [*filter(parent.is_mutable_collection, CAPTURED)]
-
     packed, unpack = _pack(params)
-    constants = jax.lax.stop_gradient((packed, rates, keys))
-    tangents = _tangents(packed)
+    constants, tangents = jax.lax.stop_gradient((packed, rates, keys)), _tangents(packed)
 
     def run_block(tokens, i, own_tangents, **options):
         own_packed, rate, key = _element(constants, i)
@@ -85,20 +83,21 @@ def scan_blocks(
     def body(carry, own_tangents):
         tokens, i = carry
         out = run_block(tokens, i, own_tangents)
-        tokens, captured = out if capture else (out, None)
-        return (tokens, i + 1), captured
+        return ((out[0], i + 1), out[1]) if capture else ((out, i + 1), None)
 
-    if remat:
-        # Inside scan, XLA cannot merge recomputation and original, so no barrier is needed.
-        policy = jax.checkpoint_policies.save_only_these_names(SAVED)
-        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
     last_apart = last is not None and not capture
     carry = (tokens, jnp.float32(0))  # a float on purpose: see above
     in_loop = [x[: length - last_apart] for x in tangents]
-    (tokens, i), captured = jax.lax.scan(body, carry, in_loop)
+    (tokens, i), captured = jax.lax.scan(_rematerialized(body) if remat else body, carry, in_loop)
     for collection in capture:
         parent.put_variable(collection, block.name, captured[collection])
     return run_block(tokens, i, [x[-1] for x in tangents], **last) if last_apart else tokens
+
+
+def _rematerialized(body):
+    # Inside scan, XLA cannot merge recomputation and original, so no barrier is needed.
+    policy = jax.checkpoint_policies.save_only_these_names(SAVED)
+    return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 
 def _element(tree, i):
