@@ -158,6 +158,7 @@ def get_config() -> ConfigDict:
     config.checkpoint.every = "1 epochs"  # and at every evaluation
     config.checkpoint.keep = 3  # latest checkpoints to keep, besides the best
     config.checkpoint.best = "top1"  # or "mean_per_class", "top5"; "loss" and "ece": the lowest
+    # For images of several classes "mean_average_precision" replaces "mean_per_class".
 
     config.log = ConfigDict()
     config.log.every = "50 steps"

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import types
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +18,10 @@ random = np.random.default_rng(0)
 LOGITS = random.normal(0, 3, (6, 5)).astype(np.float32)
 MIXED = random.dirichlet(np.full(5, 0.3), 6).astype(np.float32)  # as after mixup and smoothing
 WEIGHTS = np.array([0.5, 3.0, 1.0, 0.0, 2.0], np.float32)
+
+
+def source(*class_names):
+    return types.SimpleNamespace(class_names=class_names)
 
 
 def log_sigmoid(x):
@@ -75,7 +81,7 @@ def test_balanced_weights_of_several_labels_per_image_and_of_an_absent_class():
 def test_class_weights_are_read_by_name(tmp_path):
     path = tmp_path / "weights.csv"
     path.write_bytes('\ufeffclass,weight\r\n"b, c",2\r\na,0.5\r\n'.encode())
-    assert read_class_weights(str(path), ("a", "b, c")).tolist() == [0.5, 2.0]
+    assert read_class_weights(str(path), source("a", "b, c")).tolist() == [0.5, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +99,7 @@ def test_class_weights_that_do_not_fit_are_refused(text, message, tmp_path):
     path = tmp_path / "weights.csv"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
-        read_class_weights(str(path), ("a", "bird"))
+        read_class_weights(str(path), source("a", "bird"))
 
 
 # ---------------------------------------------------------------------------------------- oracle

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from tnt_flax.core.errors import InputError, listed
-from tnt_flax.data.sources import Source, storage
+from tnt_flax.data.sources import Source, labels_of, storage
 from tnt_flax.data.sources.names import natural_key, read_class_list
 
 logger = logging.getLogger("tnt_flax")
 IMAGENET_SUBSETS = {"imagenet-a": "a", "imagenet-r": "r"}  # marks in imagenet_classes.tsv
 NO_LABEL = -1
+SEPARATOR = "|"  # between the classes of an image in the name of its class
 _VALIDATION_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
@@ -138,15 +139,15 @@ def select_classes(
     return tuple(sorted(map_to_network(names, network_names, num_classes).tolist()))
 
 
-# ------------------------------------------------------------------------------------ ReaL labels
+# ---------------------------------------------------------------------------- several labels
 
 
-class RealLabels:
-    """`source` with other labels: rows of int32 [records, K] with ImageNet's classes."""
+class LabelRows:
+    """`source` with other labels: rows of int32 [records, L] with indices of `class_names`."""
 
-    def __init__(self, source: Source, labels: np.ndarray):
+    def __init__(self, source: Source, labels: np.ndarray, class_names: Sequence[str]):
         self.source, self.labels, self.max_labels = source, labels, labels.shape[1]
-        self.class_names, self.name_of = imagenet_synsets(), source.name_of
+        self.class_names, self.name_of = tuple(class_names), source.name_of
         self.storage_path = source.storage_path
 
     def __len__(self) -> int:
@@ -154,6 +155,32 @@ class RealLabels:
 
     def __getitem__(self, index: int):
         return self.source[index][0], self.labels[index]
+
+
+def split_names(source: Source, class_names: Sequence[str] = ()) -> Source:
+    """Returns `source` with the classes "a" and "b" for records of the class "a|b".
+
+    The classes are `class_names`, by default all parts of the source's names in natural order. A
+    source with several labels already is returned unchanged, as is one without such names if
+    `class_names` is empty.
+
+    Raises InputError if a part is none of `class_names`.
+    """
+    several = class_names or any(SEPARATOR in name for name in source.class_names)
+    if getattr(source, "max_labels", None) is not None or not several:
+        return source
+    parts = [list(filter(None, name.split(SEPARATOR))) for name in source.class_names]
+    found = sorted({part for name in parts for part in name}, key=natural_key)
+    position = {name: i for i, name in enumerate(class_names or found)}
+    if unknown := [part for part in found if part not in position]:
+        raise InputError(f"no training image has the class {unknown[0]!r} of an evaluation image")
+    table = np.full((len(parts), max(map(len, parts))), NO_LABEL, np.int32)
+    for row, names in zip(table, parts, strict=True):
+        row[: len(names)] = [position[name] for name in names]
+    return LabelRows(source, table[labels_of(source)], tuple(position))
+
+
+# ------------------------------------------------------------------------------------ ReaL labels
 
 
 def read_real_labels(path: str, source: Source) -> np.ndarray:

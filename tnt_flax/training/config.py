@@ -42,7 +42,14 @@ RULES = (
     (lambda x: len(x) == 3, "must have three values, one per channel", ("data.mean", "data.std")),
 )  # fmt: skip
 CHOICES = {
-    "checkpoint.best": ("top1", "mean_per_class", "top5", "loss", "ece"),
+    "checkpoint.best": (
+        "top1",
+        "mean_per_class",
+        "top5",
+        "loss",
+        "ece",
+        "mean_average_precision",
+    ),
     "data.corrupt": ("error", "skip"),
     "distill.kind": distillation.KINDS,
     "augment.interpolation": tuple(transforms.INTERPOLATIONS),

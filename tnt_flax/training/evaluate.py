@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,12 +17,14 @@ from ml_collections import ConfigDict
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.files import open_table
 from tnt_flax.data.labels import (
-    RealLabels,
+    LabelRows,
+    imagenet_synsets,
     map_to_network,
     names_or_imagenet,
     read_real_labels,
     readable_names,
     select_classes,
+    split_names,
 )
 from tnt_flax.data.sources import Source, storage
 from tnt_flax.runtime import host, processes, sharding
@@ -32,7 +34,9 @@ from tnt_flax.training.step import CALIBRATION_BINS, calibration_bin
 
 logger = logging.getLogger(__name__)
 
-PER_CLASS_COLUMNS = {"class": str, "name": str, "images": int, "top1": float, "top5": float}
+PER_CLASS = {"class": str, "name": str, "images": int}  # first columns of the table
+# Further columns, by the number of rows of `per_class`: multi-label data have two.
+METRICS_OF = {2: ("average_precision",), 3: ("top1", "top5")}
 
 
 @host.explain_device_errors()
@@ -55,17 +59,22 @@ def evaluate(
     Returns:
         The metrics: top1 and top5 (fractions), loss (mean), ece (expected calibration error),
         mean_per_class (mean of the top-1 accuracies of the classes), images, skipped (unreadable
-        images).
-        The sums of `eval_step` over all batches, in float64.
+        images). For multi-label data, top1, top5 and ece count images with a class only, the
+        binary cross entropy is the loss, and mean_average_precision replaces mean_per_class.
+        The sums of `eval_step` over all batches, in float64. For multi-label data "per_class" is
+        [2, classes]: images and average precision.
 
     Raises:
         RunError: there is no image, or the loss is not finite.
     """
     totals: dict[str, np.ndarray] = {}
-    skipped = 0
+    rows, skipped = [], 0
 
     def add(sums):  # in the order of the data
-        for name, x in jax.device_get(sums).items():
+        sums = jax.device_get(sums)
+        if "rows" in sums:
+            rows.append(sums.pop("rows"))
+        for name, x in sums.items():
             totals[name] = totals.get(name, 0) + np.asarray(x, np.float64)
 
     variables = sharding.unshard_fsdp(variables, mesh)
@@ -82,11 +91,43 @@ def evaluate(
     if not images:
         raise RunError("no image could be evaluated")
     metrics = {name: totals[name].item() / images for name in ("top1", "top5", "loss")}
+    metrics["ece"] = calibration_error(totals["calibration"])
+    if rows:
+        metrics["loss"], totals["per_class"] = multi_label_metrics(rows)
+        metrics["mean_average_precision"] = float(np.nanmean(totals["per_class"][1]))
+    else:
+        metrics["mean_per_class"] = mean_per_class(totals["per_class"])
     if not math.isfinite(metrics["loss"]):
         raise RunError(f"the evaluation loss is {metrics['loss']}: these weights are not usable")
-    metrics["ece"] = calibration_error(totals["calibration"])
-    metrics["mean_per_class"] = mean_per_class(totals["per_class"])
     return {**metrics, "images": images, "skipped": processes.sum_over_processes(skipped)}, totals
+
+
+def multi_label_metrics(rows: list[dict[str, np.ndarray]]) -> tuple[float, np.ndarray]:
+    """Returns the mean binary cross entropy, and images and average precision [2, classes].
+
+    `rows` are those of `step.make_eval_step`. The average precision of a class without images is
+    NaN.
+
+    Raises:
+        RunError: no image has a class.
+    """
+    from sklearn.metrics import average_precision_score  # a slow import
+
+    logits, targets = (
+        np.concatenate([batch[name][batch["mask"]] for batch in rows])
+        for name in ("logits", "targets")
+    )
+    if not targets.any():
+        raise RunError("no image could be evaluated: none has a class of the network")
+    logits = np.float64(logits)
+    losses = np.logaddexp(0, np.where(targets, -logits, logits))
+    precision = [
+        average_precision_score(*column)
+        if column[0].any() and np.isfinite(column[1]).all()
+        else np.nan
+        for column in zip(targets.T, logits.T, strict=True)
+    ]
+    return float(losses.mean()), np.stack([targets.sum(axis=0), precision])
 
 
 def calibration_sums(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
@@ -138,14 +179,9 @@ def evaluate_checkpoint(
     watchdog = Watchdog(config.stall_minutes, owns_process=owns_process)
     with watchdog, contextlib.ExitStack() as stack:
         experiment = Experiment(config, weights=path, checkpoint=checkpoint)
-        mesh, write_row = experiment.mesh, None
-        if per_class and processes.is_main_process():
-            table = open_table(pathlib.Path(per_class), PER_CLASS_COLUMNS)
-            write_row = stack.enter_context(table)
-        source = open_labeled_source(experiment)
-        multi_label = getattr(source, "max_labels", None) is not None
-        if multi_label and per_class:
-            raise InputError("images may be of several classes in these data: no --per-class")
+        mesh, source = experiment.mesh, open_labeled_source(experiment)
+        multi_label = experiment.is_multi_label(source)
+        write_row = stack.enter_context(open_per_class(per_class, source, multi_label))
         variables, found = experiment.load_variables(path, checkpoint=checkpoint)
         variables = sharding.put_global(variables, mesh)
         class_names, num_classes = found.class_names, found.network.model.num_classes
@@ -153,13 +189,16 @@ def evaluate_checkpoint(
         to_network = map_to_network(source.class_names, class_names, num_classes)
 
         logger.info(f"evaluating on {len(source)} images")
-        eval_step = experiment.make_eval_step(experiment.make_model(num_classes), classes)
+        model = experiment.make_model(num_classes)
+        eval_step = experiment.make_eval_step(model, classes=classes, multi_label=multi_label)
         eval_step = sharding.jit_eval_step(eval_step, mesh, experiment.config.deterministic)
-        batches = relabeled(experiment.eval_batches(source), to_network, classes)
+        batches = experiment.eval_batches(source)
+        batches = relabeled(batches, to_network, classes, keep_unlabeled=multi_label)
         # `setup`: there is nothing to save, so a signal may end the process at once.
         progress = functools.partial(watchdog.progress, setup=True)
         metrics, sums = evaluate(eval_step, variables, batches, mesh, progress)
-        if multi_label:  # an image counts for one of its classes
+        if not multi_label and getattr(source, "max_labels", None) is not None:
+            # An image would count for one of its classes only.
             del metrics["mean_per_class"]
         metrics["classes"] = len(classes) if classes else num_classes
         if per_class:
@@ -167,6 +206,28 @@ def evaluate_checkpoint(
         if write_row:
             write_per_class(write_row, sums["per_class"], class_names)
     return {**metrics, "checkpoint": found.path}
+
+
+@contextlib.contextmanager
+def open_per_class(
+    path: str | None, source: Source, multi_label: bool
+) -> Iterator[Callable[[dict[str, Any]], object] | None]:
+    """Yields `write(row)` of the table of classes, in process 0; None elsewhere and without path.
+
+    Raises:
+        InputError: images have several classes, and the network does not decide by sigmoids.
+    """
+    if path and not multi_label and getattr(source, "max_labels", None) is not None:
+        raise InputError(
+            "images may be of several classes in these data: --per-class needs "
+            "--config.loss.name=bce, for average precisions"
+        )
+    if not path or not processes.is_main_process():
+        yield None
+        return
+    columns = PER_CLASS | dict.fromkeys(METRICS_OF[3 - multi_label], float)
+    with open_table(pathlib.Path(path), columns) as write_row:
+        yield write_row
 
 
 def _find_weights(which: str, run: pathlib.Path | None) -> tuple[str, str]:
@@ -183,18 +244,25 @@ def open_labeled_source(experiment: Experiment) -> Source:
     config = experiment.config
     source = experiment.open_source(config.data.eval_split, evaluation=True, multi_label=True)
     if not config.eval.real_labels:
-        return source
+        return split_names(source) if config.loss.name == "bce" else source
     path = storage.join(config.data.root, config.eval.real_labels)
-    return RealLabels(source, read_real_labels(path, source))
+    return LabelRows(source, read_real_labels(path, source), imagenet_synsets())
 
 
-def relabeled(batches: Batches, to_network: np.ndarray, classes: tuple[int, ...] | None) -> Batches:
+def relabeled(
+    batches: Batches,
+    to_network: np.ndarray,
+    classes: tuple[int, ...] | None,
+    *,
+    keep_unlabeled: bool = False,
+) -> Batches:
     """Yields `batches` with labels of the network, int32 [b, K], where they have the data's.
 
     Args:
         batches: with labels int32 [b] or [b, K], -1 for no label.
         to_network: int [data classes], the network's class of each class of the data, or -1.
-        classes: if given, images of other classes are masked out, as are images without a label.
+        classes: if given, other classes become -1, no label.
+        keep_unlabeled: do not mask images without a label out.
     """
     with contextlib.closing(batches):
         for batch in batches:
@@ -202,7 +270,8 @@ def relabeled(batches: Batches, to_network: np.ndarray, classes: tuple[int, ...]
             batch["label"] = np.where(labels < 0, labels, to_network[labels])
             if classes is not None:
                 batch["label"] = np.where(np.isin(batch["label"], classes), batch["label"], -1)
-            batch["mask"] &= (batch["label"] >= 0).any(axis=1)
+            if not keep_unlabeled:
+                batch["mask"] &= (batch["label"] >= 0).any(axis=1)
             yield batch
 
 
@@ -211,11 +280,13 @@ def write_per_class(
     per_class: np.ndarray,
     class_names: tuple[str, ...] | None,
 ) -> None:
-    """Writes a row for each class with images; `per_class` is [3, classes]."""
-    classes = per_class.shape[1]
+    """Writes a row for each class with images; `per_class` is that of `evaluate`."""
+    columns, classes = METRICS_OF[len(per_class)], per_class.shape[1]
     names = names_or_imagenet(class_names, classes) or tuple(map(str, range(classes)))
     rows = zip(names, readable_names(names), per_class.T, strict=True)
-    for synset, name, (images, top1, top5) in rows:
+    for synset, name, (images, *values) in rows:
         if images:
-            accuracies = {"top1": top1 / images, "top5": top5 / images}
-            write_row({"class": synset, "name": name, "images": int(images), **accuracies})
+            if len(values) == 2:  # sums over the images
+                values = [value / images for value in values]
+            metrics = dict(zip(columns, values, strict=True))
+            write_row({"class": synset, "name": name, "images": int(images), **metrics})

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import images, pipeline, randaugment, sources, transforms
-from tnt_flax.data.labels import class_order_warning
+from tnt_flax.data.labels import class_order_warning, split_names
 from tnt_flax.data.plan import TrainPlan
 from tnt_flax.models import Network, create_model
 from tnt_flax.runtime import processes, sharding
@@ -114,15 +114,27 @@ class Experiment:
         """Opens the records of a split; for `options` see `data.sources.open_split`."""
         return sources.open_split(self.config.data, split, **options)
 
+    def is_multi_label(self, source: sources.Source) -> bool:
+        """True if the network decides by sigmoids and the images have several classes."""
+        return self._sigmoids and getattr(source, "max_labels", None) is not None
+
     @functools.cached_property
     def train_source(self) -> sources.Source:
-        return self.open_source(self.config.data.train_split)
+        source = self.open_source(self.config.data.train_split, multi_label=self._sigmoids)
+        return split_names(source) if self._sigmoids else source
 
     @functools.cached_property
     def eval_source(self) -> sources.Source:
         """The evaluation split, with the classes of training; it may lack some of them."""
-        source = self.open_source(self.config.data.eval_split, evaluation=True)
+        split = self.config.data.eval_split
+        source = self.open_source(split, evaluation=True, multi_label=self._sigmoids)
+        if self.is_multi_label(self.train_source):
+            source = split_names(source, self.class_names)
         return sources.with_classes(source, self.class_names)
+
+    @property
+    def _sigmoids(self) -> bool:
+        return self.config.loss.name == "bce"
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -166,8 +178,8 @@ class Experiment:
     def train_batches(self, start_step: int, num_steps: int) -> Batches:
         """Yields this process's rows of the batches of `num_steps` steps from `start_step` on.
 
-        A batch of b rows has `image` uint8 [b, H, W, 3], `label` int32 [b] and `replaced` bool [b],
-        True for neighbors of unreadable images.
+        A batch of b rows has `image` uint8 [b, H, W, 3], `label` int32 [b] or [b, L] and `replaced`
+        bool [b], True for neighbors of unreadable images.
 
         Raises:
             InputError: an image cannot be read (with data.corrupt="error").
@@ -386,23 +398,11 @@ class Experiment:
         mix_steps = None
         if options.mix_off_epochs:
             mix_steps = max(self.total_steps - options.mix_off_epochs * self.steps_per_epoch, 0)
-        mixes = options.mixup_alpha or options.cutmix_alpha
-        mix = functools.partial(
-            mixup.mix,
-            groups=options.mix_groups,
-            mixup_alpha=options.mixup_alpha,
-            cutmix_alpha=options.cutmix_alpha,
-            prob=options.mix_prob,
-            switch_prob=options.mix_switch_prob,
-        )
-        prob, area, ratio = options.erase_prob, options.erase_area, options.erase_ratio
-        erase = functools.partial(mixup.erase, prob=prob, area=area, ratio=ratio)
         return step.make_augment(
             num_classes,
             label_smoothing=options.label_smoothing,
-            mix=mix if mixes else None,
             mix_steps=mix_steps,
-            erase=erase if prob else None,
+            **mixup.functions(options),
             **self._normalization,
         )
 
@@ -411,13 +411,11 @@ class Experiment:
         """The loss of logits and targets, see `losses.make_loss_fn`."""
         options = dict(**self.config.loss)
         weights = options.pop("class_weights") or None
-        if weights and self._num_classes is not None:  # no data: weights of the same shape
-            weights = np.ones(self._num_classes)
-        elif weights == "balanced":
-            labels = sources.labels_of(self.train_source)
-            weights = losses.balanced_class_weights(labels, len(self.class_names))
-        elif weights:
-            weights = losses.read_class_weights(weights, self.class_names)
+        if weights:
+            if self._num_classes is None:
+                weights = losses.read_class_weights(weights, self.train_source)
+            else:  # no data: weights of the same shape
+                weights = np.ones(self._num_classes)
         loss_fn = losses.make_loss_fn(**options, class_weights=weights)
         if self.teacher is None:
             return loss_fn
@@ -461,9 +459,9 @@ class Experiment:
             gradient_dtype=self.config.mesh.gradient_dtype,
         )
 
-    def make_eval_step(self, model: Network, classes: tuple[int, ...] | None = None) -> Callable:
+    def make_eval_step(self, model: Network, **options: Any) -> Callable:
         """Returns `eval_step(variables, batch)`; see `step.make_eval_step`."""
-        return step.make_eval_step(model, classes=classes, **self._normalization)
+        return step.make_eval_step(model, **options, **self._normalization)
 
     def make_predict_step(self, model: Network) -> Callable:
         """Returns `predict_step(variables, images)`; see `step.make_predict_step`."""
@@ -480,7 +478,8 @@ class Experiment:
     @functools.cached_property
     def eval_step(self) -> Callable:
         """The function of `make_eval_step` for `model`, compiled for `mesh`."""
-        eval_step = self.make_eval_step(self.model)
+        multi_label = self._num_classes is None and self.is_multi_label(self.eval_source)
+        eval_step = self.make_eval_step(self.model, multi_label=multi_label)
         return sharding.jit_eval_step(eval_step, self.mesh, self.config.deterministic)
 
     @property

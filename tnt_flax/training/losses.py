@@ -6,7 +6,7 @@ images of several classes need no loss of their own.
 """
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from tnt_flax.core.errors import InputError, did_you_mean, listed
+from tnt_flax.data import sources
 from tnt_flax.data.sources import storage
 
 LOSSES = ("softmax", "bce")
@@ -68,13 +69,20 @@ def balanced_class_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
     return np.where(counts, counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1)), 0.0)
 
 
-def read_class_weights(path: str, class_names: Sequence[str]) -> np.ndarray:
-    """Reads a CSV file with the columns class and weight; returns float64 [K].
+def read_class_weights(path: str, source: sources.Source) -> np.ndarray:
+    """Returns the weights of the classes of `source`, float64 [K].
+
+    Args:
+        path: a CSV file with the columns class and weight; "balanced" is `balanced_class_weights`.
+        source: the training data.
 
     Raises:
         InputError: the file cannot be read, a weight is no number or negative, or the classes of
-            the file are not `class_names`.
+            the file are not those of the source.
     """
+    class_names = source.class_names
+    if path == "balanced":
+        return balanced_class_weights(sources.labels_of(source), len(class_names))
     with storage.as_input_error(f"cannot read the class weights {path}"):
         rows = [*csv.reader(storage.read_file(path).decode("utf-8-sig").splitlines())]
     weights = {}

@@ -6,13 +6,16 @@ Source: timm 0.3.2, with which TNT was trained: FastCollateMixup in batch mode a
 pixel mode.
 """
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Num, UInt8
+from ml_collections import ConfigDict
 
 ERASE_TRIES = 10
 
@@ -25,6 +28,22 @@ class Mix(NamedTuple):
 
     blend: Float[Array, "G"]  # weight of the image's own pixels outside the box: mixup
     box: Int[Array, "G 4"]  # top, bottom, left, right of the partner's pixels: cutmix
+
+
+def functions(options: ConfigDict) -> dict[str, Callable[..., Any] | None]:
+    """Returns the arguments `mix` and `erase` of `step.make_augment` for `config.augment`."""
+    mixes = options.mixup_alpha or options.cutmix_alpha
+    mix_images = functools.partial(
+        mix,
+        groups=options.mix_groups,
+        mixup_alpha=options.mixup_alpha,
+        cutmix_alpha=options.cutmix_alpha,
+        prob=options.mix_prob,
+        switch_prob=options.mix_switch_prob,
+    )
+    prob, area, ratio = options.erase_prob, options.erase_area, options.erase_ratio
+    erase_boxes = functools.partial(erase, prob=prob, area=area, ratio=ratio)
+    return {"mix": mix_images if mixes else None, "erase": erase_boxes if prob else None}
 
 
 def mix(

@@ -64,22 +64,24 @@ def plot_predictions(
     plt = pyplot()
     class_names = [shorten(name) for name in class_names]
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
-    order = np.lexsort((confidence, predicted == labels))[: rows * columns]
+    labels = labels.reshape(len(labels), -1)
+    hits = (predicted[:, None] == labels).any(axis=1)
+    order = np.lexsort((confidence, hits))[: rows * columns]
     rows = -(-len(order) // columns)
-    with literal_text(class_names[i] for row in order for i in (predicted[row], labels[row])):
+    known = [[class_names[label] for label in row if label >= 0] for row in labels]
+    with literal_text(name for i in order for name in (class_names[predicted[i]], *known[i])):
         figure, axes = plt.subplots(
             rows, columns, figsize=(1.5 * columns, 1.75 * rows), layout="constrained", squeeze=False
         )
         for axis in axes.flat:
             axis.axis("off")
         for axis, i in zip(axes.flat, order, strict=False):
-            correct = predicted[i] == labels[i]
             text = f"{class_names[predicted[i]]}  {confidence[i]:.0%}"
-            if not correct:
-                text += f"\n(is {class_names[labels[i]]})"
+            if not hits[i]:
+                text += f"\n(is {', '.join(known[i]) or 'of no class'})"
             axis.imshow(images[i])
-            axis.set_title(text, fontsize=9, color=RIGHT if correct else WRONG)
-        wrong = int((predicted != labels).sum())
+            axis.set_title(text, fontsize=9, color=RIGHT if hits[i] else WRONG)
+        wrong = int((~hits).sum())
         figure.suptitle(
             f"{len(labels)} evaluation images, {wrong} wrong: mistakes first, then the least "
             "confident",

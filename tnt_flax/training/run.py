@@ -13,7 +13,7 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from tnt_flax.core.errors import RunError
+from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.trees import fingerprint, named_leaves
 from tnt_flax.runtime import host, processes, sharding
 from tnt_flax.runtime.checkpoints import Checkpoints, score
@@ -77,6 +77,11 @@ def check_data(experiment: Experiment) -> None:
         InputError: they differ, or the data, their class weights or the teacher cannot be read.
     """
     _ = experiment.loss_fn
+    multi_label = experiment.is_multi_label(experiment.eval_source)
+    best = experiment.config.checkpoint.best
+    if best == ("mean_per_class" if multi_label else "mean_average_precision"):
+        kind = "multi-label" if multi_label else "single-label"
+        raise InputError(f"checkpoint.best={best!r} is no metric of {kind} data: use another")
     data = {
         "train_images": len(experiment.train_source),
         "eval_images": len(experiment.eval_source),
@@ -127,9 +132,11 @@ def evaluate_state(
         experiment.eval_step, variables, batches, experiment.mesh, watchdog.progress
     )
     writer.write(step, {f"eval/{name}": value for name, value in metrics.items()})
+    precision = metrics.get("mean_average_precision")
     log(
         f"step {step}: {experiment.config.eval.weights} weights on {metrics['images']} images: "
         f"top-1 {metrics['top1']:.2%}  top-5 {metrics['top5']:.2%}  loss {metrics['loss']:.4f}"
+        + ("" if precision is None else f"  mAP {precision:.2%}")
     )
     return metrics
 

@@ -70,8 +70,9 @@ def make_augment(
 ) -> AugmentFn:
     """Returns `augment(batch, mix_key, erase_key, step) -> (images, targets)`.
 
-    `batch` holds `image` uint8 [B, H, W, 3] and `label` int32 [B]. The images are float32
-    [B, H, W, 3], normalized; the targets are float32 [B, num_classes].
+    `batch` holds `image` uint8 [B, H, W, 3] and `label`: int32 [B], or [B, L] with all classes of
+    an image, padded with -1. The images are float32 [B, H, W, 3], normalized; the targets are
+    float32 [B, num_classes].
 
     Args:
         num_classes: width of the targets.
@@ -85,6 +86,8 @@ def make_augment(
 
     def augment(batch, mix_key, erase_key, step):
         images, targets = batch["image"], jax.nn.one_hot(batch["label"], num_classes)
+        if targets.ndim == 3:  # several classes per image
+            targets = targets.max(axis=1)
         targets = optax.smooth_labels(targets, label_smoothing)
         if mix:
             mixed = mix(mix_key, images, targets)
@@ -359,6 +362,7 @@ def make_eval_step(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     classes: tuple[int, ...] | None = None,
+    multi_label: bool = False,
 ) -> Callable[[Variables, Batch], dict[str, jax.Array]]:
     """Returns `eval_step(variables, batch) -> sums`, see `sum_scores`.
 
@@ -370,6 +374,8 @@ def make_eval_step(
         mean: per channel, for pixels in [0, 1].
         std: per channel, for pixels in [0, 1].
         classes: restricts the predictions to these classes; None allows all.
+        multi_label: sum over the images with a class only, and also return "rows" for
+            `evaluate.multi_label_metrics`: `logits` [B, K], `targets` bool [B, K], `mask` [B].
     """
     allowed = None
     if classes is not None:
@@ -381,8 +387,13 @@ def make_eval_step(
             logits = jnp.where(allowed[None], logits, -jnp.inf)
         labels = batch["label"]
         labels = labels[:, None] if labels.ndim == 1 else labels
-        scores = score(logits, labels)
-        return sum_scores(scores, labels[:, 0], batch["mask"], model.num_classes)
+        scores, mask = score(logits, labels), batch["mask"]
+        if not multi_label:
+            return sum_scores(scores, labels[:, 0], mask, model.num_classes)
+        labeled = mask & (labels >= 0).any(axis=1)
+        targets = jax.nn.one_hot(labels, model.num_classes, dtype=bool).any(axis=1)
+        sums = sum_scores(scores, labels[:, 0], labeled, model.num_classes)
+        return sums | {"rows": {"logits": logits, "targets": targets, "mask": mask}}
 
     return eval_step
 
