@@ -4,8 +4,8 @@
     tnt-flax train --config=tnt_s_a2 --workdir=runs/tnt_s_a2 --config.data.root=IMAGENET
 
 Settings are those of A2 in Table 2 of the paper. Our own choices, where the paper is silent: the
-final learning rate, LAMB's clipping, which is timm's, and EMA weights, which the paper does not
-use: the last line of an evaluation with `eval.weights=raw` is the paper's.
+final learning rate, LAMB's clipping, which is timm's, and the EMA, which the paper does not use:
+`eval.weights=raw` evaluates without it.
 
 Quoted, of another network: ResNet-50 has a top-1 of 79.8 %. With TNT the recipe has not been run:
 nothing is promised.
