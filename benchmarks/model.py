@@ -315,7 +315,7 @@ def make_step(
     """Returns a function that starts a training step and returns the state after it."""
     schedule = optax.constant_schedule(LEARNING_RATE)
     optimizer = make_optimizer(schedule, clip_norm=0.0, **ADAMW)
-    augment = lambda batch, mix_key, erase_key: (batch["image"], batch["target"])
+    augment = lambda batch, *_: (batch["image"], batch["target"])
     step = make_train_step(model, optimizer, augment, ema_decay=EMA_DECAY)
     step = jax.jit(step, donate_argnums=0)
     state = TrainState.create(variables, optimizer.tx)

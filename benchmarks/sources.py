@@ -86,8 +86,8 @@ class _Synthetic:
         return str(index)
 
 
-def _as_array(image, generator):
-    return np.asarray(image)
+def _as_arrays(image, generators):
+    return [image for _ in generators]
 
 
 def _start_plan(records):
@@ -96,7 +96,7 @@ def _start_plan(records):
 
     plan = TrainPlan(records, BATCH, seed=0, repeats=3)
     batches = pipeline.train_batches(
-        _Synthetic(records), plan, transform=_as_array, start_step=0, num_steps=1
+        _Synthetic(records), plan, transform=_as_arrays, start_step=0, num_steps=1
     )
     return {"rows": len(next(batches)["image"]), "records": records}
 

@@ -27,7 +27,7 @@ def create(network):
     return tnt_flax.nnx.create_model(name, rngs=nnx.Rngs(0), image_size=32, num_classes=4, **fields)
 
 
-@pytest.fixture(params=NETWORKS)
+@pytest.fixture(params=["tnt", pytest.param("ptnt", marks=pytest.mark.slow)])
 def model(request):
     return create(request.param)
 

@@ -72,6 +72,7 @@ def test_samples_share_no_random_numbers():
     assert not set(first).intersection(sample_generator((7, 0, 1)).integers(0, 2**63, 4000))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_records", [8, 50, 1437])
 def test_every_record_is_equally_likely_at_every_position(num_records):
     orders = np.array(

@@ -39,9 +39,9 @@ CASES = {
     ],
     "report": [
         ("no/such", "no/such is not a workdir: it has no config.json"),
-        (". --out=x.txt", "--out=x.txt: give a file that ends in .html"),
-        (". --out=no/x.html", "in a folder that exists"),
-        (".", "checkpoint"),
+        ("run --out=x.txt", "--out=x.txt: give a file that ends in .html"),
+        ("run --out=no/x.html", "in a folder that exists"),
+        ("run", "checkpoint"),
         ("", "the following arguments are required: WORKDIR"),
     ],
     "selftest": [
@@ -50,7 +50,7 @@ CASES = {
         ("--rounds=0", "argument --rounds: '0' is not a positive integer"),
     ],
     "visualize": [
-        ("WEIGHTS no.jpg --out=x", "cannot read the image no.jpg: No such file"),
+        ("WEIGHTS no.jpg --out=x", "no.jpg cannot be read: No such file"),
         ("WEIGHTS WEIGHTS --out=x", "is not a usable image: not an image format"),
         ("no.safetensors PHOTO --out=x", "no.safetensors"),
         ("WEIGHTS PHOTO --out=x --patches 3,0", "--patches 3,0: write ROW,COLUMN, from 0,0"),
@@ -63,13 +63,14 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Has weights, a photograph, and the config.json of a run."""
+    """Has weights, a photograph, and a workdir without checkpoints."""
     from configs import digits
 
     folder = tmp_path_factory.mktemp("run")
     small_network.save(folder, depth=1)
     small_network.photo(folder)
-    (folder / "config.json").write_text(json.dumps(config_to_json(digits.get_config())))
+    (folder / "run").mkdir()
+    (folder / "run" / "config.json").write_text(json.dumps(config_to_json(digits.get_config())))
     return folder
 
 

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Num, UInt8
-from ml_collections import ConfigDict
 
 ERASE_TRIES = 10
 
@@ -30,8 +29,11 @@ class Mix(NamedTuple):
     box: Int[Array, "G 4"]  # top, bottom, left, right of the partner's pixels: cutmix
 
 
-def functions(options: ConfigDict) -> dict[str, Callable[..., Any] | None]:
-    """Returns the arguments `mix` and `erase` of `step.make_augment` for `config.augment`."""
+def functions(options: Any) -> dict[str, Callable[..., Any] | None]:
+    """Returns the arguments `mix` and `erase` of `step.make_augment`.
+
+    `options` is `config.augment`, without its type: predictions need no ml_collections.
+    """
     mixes = options.mixup_alpha or options.cutmix_alpha
     mix_images = functools.partial(
         mix,
