@@ -180,14 +180,14 @@ def test_real_labels_from_json_and_tfds(imagenet, tmp_path):
     real = evaluate("real", imagenet)
     assert (real["top1"], real["images"]) == (2 / 3, 3)  # the third image has no label
     assert "mean_per_class" not in real
-    with pytest.raises(InputError, match="several classes .*: no --per-class"):
+    with pytest.raises(InputError, match="several classes .*: --per-class needs"):
         evaluate("real", imagenet, table)
 
     # The same images and labels in tfds.
     rows = [FLAT] * 4, [[7, 0], [3], [], [0]]
     write_multi_label(imagenet, "imagenet2012_real", SYNSETS, *rows, "tfrecord")
     assert evaluate("real_tfds", imagenet) == pytest.approx(real)
-    with pytest.raises(InputError, match="several classes .*: no --per-class"):
+    with pytest.raises(InputError, match="several classes .*: --per-class needs"):
         evaluate("real_tfds", imagenet, table)
 
 
