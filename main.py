@@ -15,7 +15,7 @@ from tnt_flax.tools.command_line import Parser
 
 def to_command(argv: Sequence[str] | None) -> list[str]:
     """Returns the arguments of `tnt-flax`: --mode=eval becomes the command "eval"."""
-    parser = Parser("python main.py", __doc__, add_help=False)
+    parser = Parser("python main.py", "", add_help=False)  # the command has the option --help
     parser.add_argument("--mode", choices=["train", "eval"], default="train")
     args, others = parser.parse_known_args(argv)
     return [args.mode, *others]

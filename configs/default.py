@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 1024  # images per step, over all devices and hosts
     config.accumulate = 1  # micro-batches that a step computes in turn, to save memory
     config.stall_minutes = 30.0  # watchdog timeout without a finished step or batch; 0 disables
-    config.deterministic = False  # bit-identical resume on GPUs, at some speed; CPUs and TPUs are
+    config.deterministic = False  # slower, bit-identical resume on GPUs; elsewhere it always is
     config.init_from = ""  # initial weights of any framework: file, workdir or hf:// address
 
     # Device mesh. The sizes may change on resume (results then differ by rounding).
@@ -38,8 +38,9 @@ def get_config() -> ConfigDict:
     config.model.dropout = 0.0  # after position embeddings, attention projections and MLP layers
     config.model.attention_dropout = 0.0  # of attention weights
     config.model.dtype = "bfloat16"  # activations; weights, norms and softmax are float32
-    # Implementations, all with equal results: "reference", "cpu" and "gpu"; for TNT also "pallas"
-    # (TPU) and, in the inner transformer only, "lanes" and "mosaic" (Hopper GPUs).
+    # "auto", or an implementation of the same function, equal up to rounding: "reference", "cpu",
+    # "gpu"; for TNT also "pallas" (TPU) and, in the inner transformer only, "lanes" and "mosaic"
+    # (Hopper GPUs).
     config.model.inner_impl = "auto"  # of the inner transformer
     config.model.outer_impl = "auto"  # of the outer transformer
     config.model.remat = "auto"  # rematerialization: "none" or "block"
@@ -72,7 +73,8 @@ def get_config() -> ConfigDict:
     config.data.label_column = ""  # table: names or numbers; "" finds the column
     config.data.split_column = ""  # table with all splits: train, val, ...; "" finds the column
     config.data.eval_labels = ""  # ImageNet's validation labels: a file; "" searches for one
-    config.data.image_size = config_dict.FieldReference(224, object)  # pixels, or (height, width)
+    # Pixels, or (height, width). FieldReference(..., object): values of any type are accepted.
+    config.data.image_size = config_dict.FieldReference(224, object)
     config.data.crop_fraction = 0.9  # evaluation: resize to image_size / crop_fraction, then crop
     config.data.mean = (0.5, 0.5, 0.5)  # per channel, pixels scaled to [0, 1]
     config.data.std = (0.5, 0.5, 0.5)
@@ -95,7 +97,7 @@ def get_config() -> ConfigDict:
     config.augment.flip = 0.5  # probability of a horizontal flip
     config.augment.randaugment = "rand-m9-mstd0.5-inc1"  # in timm's notation; "" disables
     config.augment.three_augment = False  # DeiT-III's 3-Augment, before color_jitter
-    config.augment.color_jitter = 0.4  # brightness, contrast, saturation; not with randaugment
+    config.augment.color_jitter = 0.4  # brightness, contrast, saturation; ignored with randaugment
     config.augment.repeats = 3  # views per image; an epoch covers 1/repeats of the images
     config.augment.label_smoothing = 0.1
     config.augment.mixup_alpha = 0.8  # mixing weights are Beta(alpha, alpha); 0 disables mixup
@@ -123,11 +125,11 @@ def get_config() -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # or "nadamw", "lamb", "lion", "muon", "sgd"
-    config.optimizer.schedule = "cosine"  # or "linear"; "constant" falls in the cool-down
+    config.optimizer.schedule = "cosine"  # or "linear"; "constant" decays in the cool-down only
     config.optimizer.schedule_interval = "epoch"  # as published; or "step": change in every step
     config.optimizer.learning_rate = 1e-3  # peak; not scaled by the batch size
-    config.optimizer.warmup_learning_rate = 1e-6  # of the first epoch
-    config.optimizer.min_learning_rate = 1e-5  # at the end of the cosine and in its cool-down
+    config.optimizer.warmup_learning_rate = 1e-6  # at step 0, rises linearly
+    config.optimizer.min_learning_rate = 1e-5  # at the end; of cosine and linear in the cool-down
     config.optimizer.warmup_epochs = 5
     config.optimizer.cooldown_epochs = 10
     config.optimizer.beta1 = 0.9
@@ -147,9 +149,7 @@ def get_config() -> ConfigDict:
     config.eval.every = "1 epochs"  # and after the last step
     config.eval.batch_size = 1024
     config.eval.weights = "ema"  # or "raw"; also selects the best checkpoint
-    config.eval.patience = (
-        0  # evaluations without a better checkpoint.best that end the run; 0: none
-    )
+    config.eval.patience = 0  # stop after so many evaluations without a better best; 0 disables
     # Only for tnt-flax eval:
     config.eval.classes = ""  # restrict to "imagenet-a", "imagenet-r" or a file's classes; "" all
     config.eval.real_labels = ""  # ReaL's real.json, in data.root; replaces the labels

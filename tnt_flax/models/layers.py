@@ -40,8 +40,9 @@ LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
 class Dense(nn.Module):
     """A linear layer, computed in `dtype`, with gradients in the dtype of its parameters.
 
-    Unlike in `nn.Dense`, the parameters are cast inside `matmul_fn` and after the broadcast of the
-    bias: see `tnt_flax.models.kernels.mixed_precision`.
+    `nn.Dense` casts its parameters first, so that their gradients are computed in `dtype`. Here,
+    `matmul_fn` casts the kernel, and the bias is cast after its broadcast: see
+    `tnt_flax.models.kernels.mixed_precision`.
     """
 
     features: int
@@ -52,7 +53,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         kernel = self.param("kernel", token_init, (x.shape[-1], self.features))
-        # Both constraints together keep FSDP gathering weights, not activations.
+        # `shard_batch` of input and output makes FSDP gather the kernel, not exchange activations.
         x = self.matmul_fn(shard_batch(x.astype(self.dtype)), jnp.asarray(kernel))
         x = shard_batch(x)
         if not self.use_bias:
@@ -92,10 +93,11 @@ LAYER_SCALE_INIT = 1e-4  # as in DeiT-III
 
 
 class DropPath(nn.Module):
-    """Drops the update of a whole sequence, or scales it by 1 / (1 - rate) (stochastic depth).
+    """Stochastic depth: zeroes the update of a whole sequence, or scales it by 1 / (1 - rate).
 
-    Sentences are dropped per image and words per sentence, as in the official code, where words
-    are a batch of B * N sequences. A rate of None keeps everything.
+    One sample per sequence of `update` [*batch, T, W], from the rng "dropout": the outer
+    transformer drops the update of all sentences of an image, the inner one that of all words of a
+    sentence, as in the official code. A `rate` of None keeps everything.
     """
 
     @nn.compact
@@ -121,10 +123,10 @@ class Attention(nn.Module):
     """Multi-head attention; sows its weights `(*batch, heads, Q, K)` as an intermediate.
 
     Args of the call:
-        x: tokens that attend.
-        num_queries: Q, the number of leading tokens that attend; None is all T.
-        context: the K tokens that are attended to; by default the first `num_keys` of `x`.
-        bias: added to the logits.
+        x: [*batch, T, W]: queries, and also keys and values unless `context` is given.
+        num_queries: Q, the number of leading tokens of `x` that are queries; None is all T.
+        context: keys and values [*batch, K, W]; by default the first `num_keys` tokens of `x`.
+        bias: [1, heads, T, K], added to the logits.
         train: enables dropout.
 
     Raises:
@@ -138,10 +140,11 @@ class Attention(nn.Module):
     attention_dropout: float = 0.0  # of the attention weights
     dtype: DTypeLike = jnp.float32
     num_keys: int | None = None  # number of leading tokens that are attended to; None is all
-    # Faster versions of parts of the definition below; None is the definition. `attention_fn` is
-    # called as (query, key, value, scale), and with the bias if there is one and `attention_bias`
-    # is true. It is not used with num_queries and captured or dropped weights. It gets all tokens
-    # and applies `num_keys` itself.
+    # Faster replacements for parts of `__call__`. `attention_fn(query, key, value, scale)` replaces
+    # logits, softmax and weighted sum; None computes them below. It is not used if `num_queries` is
+    # given, if weights are captured or dropped, or if there is a bias and `attention_bias` is
+    # False; otherwise the bias is its fifth argument. Without `context` it gets the keys of all
+    # tokens and applies `num_keys` itself.
     attention_fn: AttentionFn | None = None
     attention_bias: bool = False
     matmul_fn: MatmulFn = mixed_precision.matmul
@@ -169,14 +172,14 @@ class Attention(nn.Module):
         needs_weights = self.is_mutable_collection("intermediates") or (
             train and self.attention_dropout
         )
-        fast = self.attention_fn and num_queries is None and not needs_weights
-        fast = fast and (bias is None or self.attention_bias)
+        use_attention_fn = self.attention_fn and num_queries is None and not needs_weights
+        use_attention_fn = use_attention_fn and (bias is None or self.attention_bias)
         query = project("query", x[..., :num_queries, :])
         if context is None:
-            context = x if fast else x[..., : self.num_keys, :]
+            context = x if use_attention_fn else x[..., : self.num_keys, :]
         key, value = project("key", context), project("value", context)
         scale = query.shape[-1] ** -0.5
-        if fast:
+        if use_attention_fn:
             x = self.attention_fn(query, key, value, scale, *[] if bias is None else [bias])
         else:
             logits = jnp.einsum("...qhd,...khd->...hqk", query, key) * scale
@@ -332,13 +335,13 @@ def position_table(
 
 
 def resample(table: Array, axis: int, old: list[Grid], new: list[Grid]) -> Array:
-    """Resamples a table of positions, bicubic with antialiasing as in timm.
+    """Returns a table of positions for other grids: bicubic with antialiasing, as in timm.
 
     Args:
-        table: one or more of its axes, from `axis` on, enumerate the sentences of a grid.
-        axis: the first of these axes.
-        old: the grid of each of these axes.
-        new: the grids of the result.
+        table: [*before, n_0, n_1, ..., *after]; an axis n_i enumerates the sentences of a grid.
+        axis: index of n_0.
+        old: (rows, columns) of the grid of each such axis.
+        new: (rows, columns) of the same axes in the result.
     """
     before = table.shape[:axis]
     after = table.shape[axis + len(old) :]

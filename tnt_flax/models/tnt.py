@@ -148,8 +148,9 @@ class TNT(nn.Module):
                 last=last_queries if stop == self.depth else None,
             )
 
-        norm = select.norm_layer(self.outer_impl)
-        norm = norm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
+        # By the field, as in `embed`, which runs before `outer_impl` is chosen.
+        norm_layer = select.norm_layer(self.outer_impl)
+        norm = norm_layer(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
         features = norm(sentences[:, 0])
         if not self.num_classes:
             return features.astype(jnp.float32)
@@ -230,15 +231,16 @@ class TNT(nn.Module):
     def implementations(self, words: Words, sentences: Sentences, train: bool) -> tuple[str, str]:
         """Returns the implementations of the inner and of the outer transformer.
 
-        Only "reference" creates parameters, sows attention weights, and, in the inner transformer,
-        has dropout.
+        "reference" replaces even an explicit choice where no other works: to create parameters, to
+        sow attention weights, and for dropout in the inner transformer.
         """
         if self.is_initializing() or self.is_mutable_collection("intermediates"):
             return "reference", "reference"
         outer = select.choose_outer(self.outer_impl, sentences.shape, self.outer_heads)
         if outer == "gpu" and (self.se or self.is_mutable_collection("maps")):
             outer = "reference"  # "gpu" may append a token, which both would include
-        if not self.inner_heads or train and (self.dropout or self.attention_dropout):
+        has_dropout = train and (self.dropout or self.attention_dropout)
+        if not self.inner_heads or has_dropout:
             return "reference", outer
         inner = select.choose_inner(self.inner_impl, words.shape, self.inner_heads, self.mlp_ratio)
         return inner, outer

@@ -154,8 +154,8 @@ class TNTBlock(nn.Module):
         words: (B, N, M, C), or in the layout that `inner` and `proj` read.
         sentences: with or without a class token.
         drop_path_rate: rate of all updates of both transformers; None disables drop path.
-        bias: added to the logits of the outer attention. K is T, or less if `outer` reduces the
-            tokens that are attended to.
+        bias: [1, heads, T, K], added to the logits of the outer attention. K is T, or less if
+            `outer` reduces the tokens that are attended to.
         num_queries: Q, the number of leading sentences updated and returned; None is all T.
         train: enables dropout.
     """
@@ -178,9 +178,9 @@ class TNTBlock(nn.Module):
         if self.inner:
             words = self.inner(words, drop_path_rate, train=train)
             update = self.proj(words)
-            if update.shape == sentences.shape:
+            if update.shape == sentences.shape:  # no class token, or `proj` has added rows for it
                 sentences = sentences + update
-            else:  # the class token, and a token appended for the GPU, have no words
+            else:  # row 0 is the class token; "gpu" may append a row. Neither has words.
                 sentences = sentences.at[:, 1 : 1 + update.shape[1]].add(update)
         sentences = self.outer(
             sentences, drop_path_rate, num_queries=num_queries, bias=bias, train=train

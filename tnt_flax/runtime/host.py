@@ -107,7 +107,7 @@ def _set_compilation_cache(settings: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def float32() -> Iterator[None]:
+def disable_x64() -> Iterator[None]:
     """Disables JAX's 64-bit types, as they are by default, in this thread."""
     with jax.enable_x64(False):
         yield

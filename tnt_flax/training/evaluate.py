@@ -149,7 +149,7 @@ def mean_per_class(per_class: np.ndarray) -> float:
     return float((top1 / images).mean())
 
 
-@host.float32()
+@host.disable_x64()
 def evaluate_checkpoint(
     config: ConfigDict,
     run: pathlib.Path | None,

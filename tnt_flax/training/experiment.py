@@ -80,9 +80,11 @@ class Experiment:
         """Checks what only training needs, before a workdir stores the config.
 
         Raises:
-            InputError: the config names no network, `augment.resampling` needs a library that is
-                not installed, or `optimizer.freeze` matches no parameter or all of them.
+            InputError: see `make_model`; also if `augment.resampling` or `log.trackers` needs a
+                package that is not installed, a tracker is unknown, or `optimizer.freeze` matches
+                no parameter or all of them.
         """
+        # The results are not needed, only the errors.
         transforms.resampler(self.config.augment.resampling)
         parse_trackers(self.config.log.trackers)
         self.make_model(num_classes=1)
@@ -115,25 +117,26 @@ class Experiment:
         return sources.open_split(self.config.data, split, **options)
 
     def is_multi_label(self, source: sources.Source) -> bool:
-        """True if the network decides by sigmoids and the images have several classes."""
-        return self._sigmoids and getattr(source, "max_labels", None) is not None
+        """True if `loss.name` is "bce" and the source stores several labels per image."""
+        return self._uses_bce and getattr(source, "max_labels", None) is not None
 
     @functools.cached_property
     def train_source(self) -> sources.Source:
-        source = self.open_source(self.config.data.train_split, multi_label=self._sigmoids)
-        return split_names(source) if self._sigmoids else source
+        """The training split; with "bce", class names such as "a|b" become several labels."""
+        source = self.open_source(self.config.data.train_split, multi_label=self._uses_bce)
+        return split_names(source) if self._uses_bce else source
 
     @functools.cached_property
     def eval_source(self) -> sources.Source:
         """The evaluation split, with the classes of training; it may lack some of them."""
         split = self.config.data.eval_split
-        source = self.open_source(split, evaluation=True, multi_label=self._sigmoids)
+        source = self.open_source(split, evaluation=True, multi_label=self._uses_bce)
         if self.is_multi_label(self.train_source):
             source = split_names(source, self.class_names)
         return sources.with_classes(source, self.class_names)
 
     @property
-    def _sigmoids(self) -> bool:
+    def _uses_bce(self) -> bool:
         return self.config.loss.name == "bce"
 
     @property
@@ -279,9 +282,10 @@ class Experiment:
     ) -> tuple[step.Variables, LoadedWeights]:
         """Loads weights of any framework for the network of the config.
 
-        Positions are resampled to `data.image_size`. To fine-tune, pass `class_names`: the head is
-        replaced by a new one if the weights have other classes. To evaluate, leave them out: the
-        head stays.
+        Positions are resampled to `data.image_size`. Warns of other preprocessing than the
+        config's. To fine-tune, pass `class_names` of the training data: loads EMA weights, and
+        replaces the head if the weights have other classes. To evaluate, leave them out: loads the
+        weights that `eval.weights` names, keeps the head, and also compares the crop.
 
         Returns:
             The variables, and the checkpoint they were read from.
@@ -296,13 +300,14 @@ class Experiment:
         found = read_checkpoint(
             path, weights=kind, checkpoint=checkpoint, other_head=bool(class_names), **fields
         )
-        used = {f"data.{key}": given for key, given in self._normalization.items()}
+        wanted = {f"data.{key}": given for key, given in self._normalization.items()}
         if not class_names:  # an evaluation; a fine-tuning run has a crop of its own
-            used["data.crop_fraction"] = self.config.data.crop_fraction
-            used["interpolation"] = "bicubic"
-        for key, given in used.items():
+            wanted["data.crop_fraction"] = self.config.data.crop_fraction
+            wanted["interpolation"] = "bicubic"
+        for key, given in wanted.items():
             if (stored := found.preprocessing[key.removeprefix("data.")]) != given:
                 found.notes.append(f"warning: made with {key}={stored}, used with {given}")
+        # Before `adapt`, which changes `found` in place.
         summary, num_classes, new_head = found.summary(), found.network.model.num_classes, False
         if class_names:
             renamed = found.class_names not in (None, tuple(class_names))
@@ -310,7 +315,6 @@ class Experiment:
             num_classes = len(class_names)
             if not new_head and found.class_names is None:
                 found.notes += filter(None, [class_order_warning(class_names)])
-        # Changes `found.variables` in place.
         adapted = adapt(found, num_classes, image_size, in_channels=3, new_head=new_head)
         description = f"the {self.config.model.name} that the config describes"
         check_same(found.path, adapted, model.clone(num_classes=num_classes), description)
@@ -484,7 +488,7 @@ class Experiment:
 
     @property
     def step_shapes(self) -> tuple[Any, ...]:
-        """Shapes of the arguments of `train_step`: state, batch, key, the teacher's variables."""
+        """Shapes of the arguments of `train_step`, for images of one class each."""
         rows = self.config.batch_size
         pixels = jax.ShapeDtypeStruct((rows, *self.image_size, 3), jnp.uint8)
         labels = jax.ShapeDtypeStruct((rows,), jnp.int32)

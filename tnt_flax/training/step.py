@@ -21,8 +21,9 @@ from tnt_flax.training.optimizer import Optimizer, select, trainable_mask
 
 Batch = dict[str, jax.Array]
 Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}, as `model.apply` takes them
-# (batch, key of mixing, key of erasing, step) -> (images float32 [B, H, W, 3], targets [B, K])
-AugmentFn = Callable[[Batch, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+# (batch, key of mixing, key of erasing, step, *more) -> (images float32 [B, H, W, 3], targets).
+# Targets are float32 [B, K], or (targets, teacher's logits [B, K]) by `distillation.add_teacher`.
+AugmentFn = Callable[..., tuple[jax.Array, Any]]
 
 CALIBRATION_BINS = 15  # of equal width, as in Guo et al. (arXiv 1706.04599)
 
@@ -108,15 +109,17 @@ def make_loss(
 ) -> Callable[..., tuple[jax.Array, Any]]:
     """Returns `loss(params, batch_stats, images, targets, key) -> (mean loss, new batch_stats)`.
 
-    `images` are float32 [B, H, W, 3] and `targets` [B, K]; for `loss_fn` see `training.losses`.
-    Parameters that `freeze` matches get no gradient. If `freeze` matches all running statistics,
-    BatchNorm normalizes with them, as in evaluation.
+    `images` are float32 [B, H, W, 3]. `targets` are what `loss_fn` takes: [B, K], or a tuple with
+    the logits of a teacher; see `training.losses` and `training.distillation`. Parameters that
+    `freeze` matches get no gradient. If `freeze` matches all running statistics, BatchNorm
+    normalizes with them, as in evaluation.
     """
 
     def loss(params, batch_stats, images, targets, key):
         frozen_stats = False
         if freeze:
             stats_mask = trainable_mask(batch_stats, freeze)
+            # All statistics are frozen; also true for networks without BatchNorm.
             frozen_stats = not any(x.any() for x in jax.tree.leaves(stats_mask))
             params_mask = trainable_mask(params, freeze)
             # With stop_gradient XLA drops the computation of gradients that nothing uses.
@@ -126,7 +129,9 @@ def make_loss(
             images,
             train=True,
             rngs={"dropout": key},
-            mutable=[] if frozen_stats else ["batch_stats"],  # BatchNorm tests it
+            # BatchNorm normalizes with its running statistics if the collection is immutable.
+            # Unlike False, an empty list keeps the second result of `apply`.
+            mutable=[] if frozen_stats else ["batch_stats"],
         )
         return loss_fn(logits, targets).mean(), updated.get("batch_stats", batch_stats)
 
@@ -164,7 +169,7 @@ def split_into_micro_batches(loss_and_grads: Callable, count: int) -> Callable:
             )
             return (sums, batch_stats), None
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x)), (0.0, params))
+        zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.float32), (0.0, params))
         micro_batches = (jnp.arange(count), *jax.tree.map(split, (images, targets)))
         (sums, batch_stats), _ = jax.lax.scan(add, (zeros, batch_stats), micro_batches)
         loss, grads = sums
@@ -193,7 +198,7 @@ def make_train_step(
     Args:
         model: TNT or PyramidTNT.
         optimizer: see `optimizer.make_optimizer`. Its `freeze` also applies to statistics.
-        augment: see `make_augment`. `more` are further arguments of it.
+        augment: see `AugmentFn`. It also gets `more`: the variables of a teacher, if there is one.
         ema_decay: decay of the exponential moving average; 0 copies the weights.
         loss_fn: see `losses.make_loss_fn`.
         ema_warmup: see `warm_up_decay`.
@@ -202,8 +207,8 @@ def make_train_step(
             kernels to bfloat16 and differentiates with respect to them. That halves the traffic
             if the model computes in bfloat16, as `config.check_config` requires.
     """
-    loss = make_loss(model, loss_fn, optimizer.freeze)
-    loss_and_grads = jax.value_and_grad(loss, has_aux=True)
+    mean_loss = make_loss(model, loss_fn, optimizer.freeze)
+    loss_and_grads = jax.value_and_grad(mean_loss, has_aux=True)
     loss_and_grads = split_into_micro_batches(loss_and_grads, accumulate)
 
     def train_step(state, batch, key, *more):
@@ -213,7 +218,7 @@ def make_train_step(
         (loss, batch_stats), grads = loss_and_grads(
             cast_params, state.batch_stats, images, targets, dropout_key
         )
-        # No operation unless the kernels were cast.
+        # Back to the dtype of the parameters; no operation unless `cast_kernels` changed it.
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         decay = warm_up_decay(ema_decay, state.step) if ema_warmup else ema_decay
         new_state = update_state(state, optimizer, grads, batch_stats, decay)
@@ -240,10 +245,12 @@ def update_state(
     batch_stats: Any,
     ema_decay: float | jax.Array,
 ) -> TrainState:
-    """Returns the state after one update; what the optimizer freezes keeps its values."""
+    """Returns the state after one update. Frozen parameters and statistics keep their values."""
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     if optimizer.freeze:
+        # The optimizer's mask does not suffice: `optax.masked` passes the gradients of masked
+        # tensors on as updates, and a stack with some frozen blocks is updated as a whole.
         params = select(trainable_mask(params, optimizer.freeze), params, state.params)
         mask = trainable_mask(batch_stats, optimizer.freeze)
         batch_stats = select(mask, batch_stats, state.batch_stats)
@@ -333,7 +340,7 @@ def calibration_bin(confidence: Float[Array, "B"]) -> Int[Array, "B"]:
 def sum_scores(
     scores: Scores, labels: Int[Array, "B"], mask: Bool[Array, "B"], num_classes: int
 ) -> dict[str, jax.Array]:
-    """Sums over the rows of a batch where `mask` is True; the others are padding.
+    """Sums over the rows where `mask` is True; the others are padding or unreadable images.
 
     Returns:
         top1, top5, loss, images: scalars.
@@ -366,8 +373,9 @@ def make_eval_step(
 ) -> Callable[[Variables, Batch], dict[str, jax.Array]]:
     """Returns `eval_step(variables, batch) -> sums`, see `sum_scores`.
 
-    `batch` holds `image` uint8 [B, H, W, 3], `mask` bool [B], False in padding, and `label`: int32
-    [B], or [B, L] where several classes are right. Sums per class are by the first label.
+    `batch` holds `image` uint8 [B, H, W, 3], `mask` bool [B], False for padding and unreadable
+    images, and `label`: int32 [B], or [B, L] where several classes are right. Sums per class are by
+    the first label.
 
     Args:
         model: TNT or PyramidTNT.

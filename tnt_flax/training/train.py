@@ -23,13 +23,13 @@ from tnt_flax.training.step import TrainState
 logger = logging.getLogger(__name__)
 
 
-@host.float32()
+@host.disable_x64()
 def train_and_evaluate(
     config: ConfigDict, workdir: pathlib.Path, *, owns_process: bool = False
 ) -> dict[str, Any]:
     """Trains and evaluates what `config` describes; resumes an earlier run in `workdir`.
 
-    Computes in float32 even where JAX's 64-bit types are enabled.
+    Disables JAX's 64-bit types meanwhile; `model.dtype` decides the precision of activations.
 
     Args:
         config: see `configs/default.py`.
@@ -38,7 +38,7 @@ def train_and_evaluate(
             a run of a single process ends by an exception only.
 
     Returns:
-        The last evaluation (top1, top5, loss, images, skipped), the step, and the SHA-256
+        The metrics of the last evaluation (see `evaluate.evaluate`), the step, and the SHA-256
         fingerprint of the final parameters.
 
     Raises:
@@ -95,10 +95,9 @@ def train_loop(
 ) -> tuple[TrainState, dict[str, float]]:
     """Runs all steps from `state` on; returns the final state and the metrics of its evaluation.
 
-    `eval.patience` may end the run earlier.
-    A signal makes `watchdog` raise Stopped: after a step or a batch of an evaluation, or while the
-    loop waits for data. The loop then saves the state. It also does if a single process cannot read
-    its data; one of several ends the run at once.
+    `eval.patience` may end the run earlier. A signal makes `watchdog` raise Stopped after a step or
+    a batch of an evaluation, or while the loop waits for data; the loop then saves the state. If
+    the data fail, a run of one process also saves, one of several ends at once without saving.
     """
     total_steps = experiment.total_steps
     step = int(state.step)  # number of updates applied to `state`
@@ -110,8 +109,9 @@ def train_loop(
     early = run.EarlyStopping(experiment.config, writer.path)
     batches = experiment.train_batches(step, total_steps - step)
     try:
-        metrics = checkpoints.metrics(step)
-        if step and due("eval", step) and not metrics:  # a signal interrupted this evaluation
+        metrics = checkpoints.metrics(step)  # the result if no step is left
+        # A signal came before the evaluation of `step` was complete, and the state was saved below.
+        if step and due("eval", step) and not metrics:
             metrics = evaluate(state, step)
             checkpoints.add_metrics(step, metrics)
             early.add(step, metrics)
@@ -136,9 +136,9 @@ def train_loop(
                 if metrics:
                     early.add(step, metrics)
     except (Stopped, InputError, StorageUnavailable) as error:
-        watchdog.abort(error)  # returns if this is the only process, or for Stopped
-        meter.fetch_pending_metrics()
-        if step:  # the next run makes the state of step 0 anew
+        watchdog.abort(error)  # exits if there are several processes, except for Stopped
+        meter.fetch_pending_metrics()  # raises RunError instead of saving a NaN
+        if step:  # a new run recreates the state of step 0
             checkpoints.save_blocking(state, step)
         if isinstance(error, Stopped):
             raise Stopped(f"step {step} is saved; the same command resumes from there") from None
