@@ -163,6 +163,8 @@ def test_every_key_is_read(smoke_config, tmp_path, monkeypatch):
     config = RecordingConfig(smoke_config(log__every="29 steps"), reads)
     train_and_evaluate(config, tmp_path)
     evaluate_checkpoint(config, tmp_path, "last")
+    student = smoke_config(distill__teacher=str(tmp_path))
+    assert Experiment(RecordingConfig(student, reads)).train_step  # not compiled
     assert set(flat(default.get_config())) - reads == set()
 
 
