@@ -95,7 +95,8 @@ def test_wandb_offline(tmp_path, monkeypatch, caplog):
     write(tmp_path, "wandb", 1, [2, 3])
     record = (tmp_path / "tracker_id").read_text()
     files = sorted((tmp_path / "wandb").glob(f"offline-run-*/run-{record}.wandb"))
-    assert len(files) == 2 and not caplog.messages
+    # Trackers of other tests may still log.
+    assert len(files) == 2 and not any("warning: wandb" in text for text in caplog.messages)
 
 
 @pytest.fixture
