@@ -40,7 +40,7 @@ from tnt_flax.models import create_model
 from tnt_flax.tools.command_line import positive
 
 PASS_SECONDS, MOST_CALLS = 0.5, 200  # calls are queued for this long, but not more than so many
-PLATFORMS = {"gpu": "cuda", "cpu": "cpu"}  # as JAX and torch are told
+PLATFORMS = {"gpu": "cuda", "cpu": "cpu"}  # names that JAX and torch use
 NO_CACHES = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",

@@ -3,7 +3,7 @@
 
 The linen networks store equal blocks as one stack and run them in a loop. Here, every block has
 parameters of its own, such as `model.blocks[3].inner.fc1.kernel`. A call stacks them, which copies
-all parameters once, and runs the linen network: outputs are equal to the bit.
+all parameters once, and runs the linen network: outputs are bit-identical.
 """
 
 import pathlib

@@ -100,7 +100,7 @@ def slurm(monkeypatch):
     "tasks, process, local, gpus, expected",
     [
         (2, 1, 0, "0,1,2,3", None),  # one process per host: all cards
-        (8, 6, 2, "0,1,2,3", [2]),  # one per card, all of which it sees
+        (8, 6, 2, "0,1,2,3", [2]),  # one process per card; each sees all cards
         (8, 6, 2, "0", None),  # one per card, which is all it sees: --gpus-per-task=1
         (4, 3, 1, "", [1]),  # no GPUs, or all of the host
     ],

@@ -123,9 +123,9 @@ except Stopped as error:
     pipes = dict(stdin=end, stdout=end, stderr=end)
     process = subprocess.Popen(command, cwd=root, start_new_session=True, **pipes)
     os.close(end)
-    said = b""
-    while b"ready\r\n" not in said:  # the process must have finished writing
-        said += os.read(terminal, 1000)
+    received = b""
+    while b"ready\r\n" not in received:  # the process must have finished writing
+        received += os.read(terminal, 1000)
     os.close(terminal)
     process.wait(60)
     assert (tmp_path / "code").read_text() == "42"

@@ -169,9 +169,9 @@ def _job_from_launcher(timeout: int) -> Job | None:
 def _local_gpus(num_processes: int, local: Sequence[int] | None) -> list[int] | None:
     """Returns the GPUs of this process among the visible ones; None for all of them.
 
-    JAX assumes a process per GPU, all of which every process sees (`local` is the number of the
-    process on its host). A process that is alone on its host would use one GPU of several, and one
-    that sees only its own GPU (`srun --gpus-per-task=1`) would find none:
+    JAX assumes one process per GPU, and that every process sees all GPUs of its host (`local` is
+    the number of the process on its host). A process that is alone on its host would use one GPU of
+    several, and one that sees only its own GPU (`srun --gpus-per-task=1`) would find none:
     github.com/jax-ml/jax/issues/16788, 23452, 28194, 29669.
 
     Raises:

@@ -39,7 +39,7 @@ def load_teacher(
     Args:
         path: file, workdir or hf:// address.
         class_names: of the training data. The teacher may have further classes, in any order. A
-            number of classes stands for the teacher's first ones.
+            number selects the teacher's first classes.
         image_size: height and width of the images, to which positions are resampled.
         mean, std: normalization of the images; they are normalized again if the teacher's differs.
         dtype: of the computation.

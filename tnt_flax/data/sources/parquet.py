@@ -129,7 +129,7 @@ class _Page(NamedTuple):
     compressed: bytes
 
     def values(self, position: int, count: int) -> list[tuple]:
-        """Returns where `count` plain values are, of which the first is at `position` in `data`."""
+        """Returns where `count` plain values are; the first is at `position` in `data`."""
         found, blocks = [], None
         if self.codec == "snappy":
             blocks = snappy_blocks(self.compressed)

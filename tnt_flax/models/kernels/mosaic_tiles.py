@@ -37,7 +37,7 @@ def run(tile, *, name, inputs, weights, outputs, scratch, sums=None, repeats=Non
     Args:
         tile: a function.
         name: of the kernel.
-        inputs: arrays in global memory, of which `x` is the words; or None.
+        inputs: arrays in global memory by name, or None. `x` are the words.
         weights: matrices, which are cast to the dtype of the words and copied to shared memory.
         outputs: names of arrays like the words, in global memory. If there are none, `y` is
             written over `x`.
