@@ -45,15 +45,23 @@ def why_not(width: int, heads: int, words: int, hidden: int, images: int) -> str
     """Returns why the kernels cannot run a block of these sizes here; "" if they can."""
     if platform() != "tpu" and not INTERPRET:
         return f"it is for TPUs, not for {platform()}"
-    if (width, heads) not in SIZES:
-        return f"words of width {width} with {heads} heads are none of {SIZES}"
+    wrong_size = why_not_sizes(SIZES, width, heads, words, hidden)
+    if wrong_size or INTERPRET and jax.sharding.get_abstract_mesh().empty:
+        return wrong_size
+    return why_not_shared(images)
+
+
+def why_not_sizes(
+    sizes: tuple[tuple[int, int], ...], width: int, heads: int, words: int, hidden: int
+) -> str:
+    """Returns why a block has none of the published sizes (width, heads); "" if it has one."""
+    if (width, heads) not in sizes:
+        return f"words of width {width} with {heads} heads are none of {sizes}"
     if words != WORDS:
         return f"a sentence has {words} words, not {WORDS}"
     if hidden != 4 * width:
         return f"the MLP has {hidden / width:g} times the width, not 4"
-    if INTERPRET and jax.sharding.get_abstract_mesh().empty:
-        return ""
-    return why_not_shared(images)
+    return ""
 
 
 def block(

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.models.kernels import mosaic_tiles as tiles
+from tnt_flax.models.kernels.inner_pallas import why_not_sizes
 from tnt_flax.models.kernels.lanes import Weights, fold
 from tnt_flax.models.kernels.mosaic_tiles import CHUNK, HEAD, ROWS, SLOT, WORDS
 from tnt_flax.models.kernels.platform import device_kind, devices, free_axes, why_not_shared
@@ -44,14 +45,9 @@ def why_not(width: int, heads: int, words: int, hidden: int, images: int) -> str
         return f"it needs jax 0.10.2 or newer, not {jax.__version__}"
     if not tiles.INTERPRET and not HOPPER.search(device_kind()):
         return f"it is for Hopper GPUs such as the H100, not for {device_kind()}"
-    if (width, heads) not in SIZES:
-        return f"words of width {width} with {heads} heads are none of {SIZES}"
-    if words != WORDS:
-        return f"a sentence has {words} words, not {WORDS}"
-    if hidden != 4 * width:
-        return f"the MLP has {hidden / width:g} times the width, not 4"
-    if tiles.INTERPRET and jax.sharding.get_abstract_mesh().empty:
-        return ""
+    wrong_size = why_not_sizes(SIZES, width, heads, words, hidden)
+    if wrong_size or tiles.INTERPRET and jax.sharding.get_abstract_mesh().empty:
+        return wrong_size
     return why_not_shared(images)
 
 

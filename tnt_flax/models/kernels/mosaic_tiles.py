@@ -16,13 +16,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from tnt_flax.models.kernels.inner_pallas import LN_2, gelu_and_slope
+from tnt_flax.models.kernels.inner_pallas import LN_2, WORDS, gelu_and_slope
 
 INTERPRET: Any = None  # in tests, InterpretGPUParams runs the kernels without a GPU
 CORES = 132  # of an H100 or H200
 SHARED_MEMORY = 226 * 1024  # bytes of a core, without those that are reserved
 
-WORDS = 16
 ROWS = 64  # words of a tile
 SENTENCES = ROWS // WORDS
 SLOT = 16  # channels that a tensor core contracts

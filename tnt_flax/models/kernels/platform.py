@@ -10,7 +10,7 @@ TENSOR = "tensor"  # mesh axis of the outer transformer's heads; all others shar
 
 
 def platform() -> str:
-    """Returns the platform that is traced for, as "cpu" or "tpu".
+    """Returns the platform that is traced for, "cpu", "gpu" or "tpu".
 
     It is the ambient mesh's, which may be abstract, else the default backend's.
     """

@@ -72,9 +72,10 @@ def choose_inner(
         InputError: `impl` is "pallas" or "mosaic", and the kernels cannot run here.
     """
     if impl in ("pallas", "mosaic"):
-        from tnt_flax.models.kernels import inner_pallas, mosaic
-
-        kernels = inner_pallas if impl == "pallas" else mosaic
+        if impl == "pallas":
+            from tnt_flax.models.kernels import inner_pallas as kernels
+        else:
+            from tnt_flax.models.kernels import mosaic as kernels
         images, _, words, width = words_shape  # in an export the number of images is symbolic
         reason = kernels.why_not(width, heads, words, int(width * mlp_ratio), images)
         _refuse("inner_impl", impl, reason)
