@@ -19,31 +19,36 @@ contender failed, 2 that the input was wrong.
 
 import importlib
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from tnt_flax.tools.command_line import Parser
 from tnt_flax.tools.command_line import run as run_command
 
-COMMANDS = {  # name: (module, its functions that add arguments and that measure, help)
-    "input": ("input", "add_arguments", "measure_input", "input pipeline"),
-    "sources": (
-        "sources",
-        "add_arguments",
-        "measure_sources",
-        "start and memory of large data sets",
-    ),
-    "forward": ("model", "add_arguments", "measure_model", "forward pass"),
-    "step": ("model", "add_arguments", "measure_model", "training step"),
-    "inference": (
+
+class Command(NamedTuple):
+    module: str
+    measure: str  # its function that measures
+    help: str
+    add_arguments: str = "add_arguments"  # its function that adds the arguments
+
+
+COMMANDS = {
+    "input": Command("input", "measure_input", "input pipeline"),
+    "sources": Command("sources", "measure_sources", "start and memory of large data sets"),
+    "forward": Command("model", "measure_model", "forward pass"),
+    "step": Command("model", "measure_model", "training step"),
+    "inference": Command(
         "model",
-        "add_inference_arguments",
         "measure_inference",
         "latency of one image, throughput of batches",
+        "add_inference_arguments",
     ),
-    "start": ("run", "add_arguments", "measure_start", "from main.py to its first step"),
-    "loop": ("run", "add_loop_arguments", "measure_loop", "training loop relative to its step"),
-    "compile": ("compile", "add_arguments", "measure_compile", "step compiled for GPUs or TPUs"),
-    "gpu": ("gpu", "add_arguments", "measure_gpu", "forward pass and training step on a GPU"),
+    "start": Command("run", "measure_start", "from main.py to its first step"),
+    "loop": Command(
+        "run", "measure_loop", "training loop relative to its step", "add_loop_arguments"
+    ),
+    "compile": Command("compile", "measure_compile", "step compiled for GPUs or TPUs"),
+    "gpu": Command("gpu", "measure_gpu", "forward pass and training step on a GPU"),
 }
 
 
@@ -54,18 +59,22 @@ def make_parser(command: str = "") -> Parser:
     """
     parser = Parser("python -m benchmarks", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, add_arguments, _, text) in COMMANDS.items():
-        module = importlib.import_module(f"benchmarks.{module}") if name == command else None
-        options = commands.add_parser(name, doc=module.__doc__ if module else "", help=text)
+    for name, entry in COMMANDS.items():
+        module = _module(entry) if name == command else None
+        options = commands.add_parser(name, doc=module.__doc__ if module else "", help=entry.help)
         if module:
-            getattr(module, add_arguments)(options)
+            getattr(module, entry.add_arguments)(options)
     return parser
 
 
 def measure(args: Any, **options: Any) -> dict[str, Any]:
     """Runs the benchmark of parsed arguments and returns its JSON result."""
-    module, _, function, _ = COMMANDS[args.command]
-    return getattr(importlib.import_module(f"benchmarks.{module}"), function)(args, **options)
+    entry = COMMANDS[args.command]
+    return getattr(_module(entry), entry.measure)(args, **options)
+
+
+def _module(entry):
+    return importlib.import_module(f"benchmarks.{entry.module}")
 
 
 def main(argv: list[str] | None = None) -> int:
