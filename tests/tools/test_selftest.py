@@ -5,12 +5,14 @@ import json
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
 from tnt_flax.__main__ import main
 from tnt_flax.models.kernels import select
+from tnt_flax.runtime import sharding
 from tnt_flax.tools import selftest
 
 SMALL = ["--model=tnt_ti_patch16_224", "--image-size=32", "--depth=1", "--batch-size=2"]
@@ -96,6 +98,23 @@ def test_wrong_logits_are_found(capsys, monkeypatch, only):
     code, result, _ = run(capsys, "--rounds=1")
     found = result["implementations"]["outer=cpu"]
     assert code == 1 and found["float32"]["logits"] > selftest.TOLERANCES["logits"]
+
+
+class Linear(nn.Module):
+    num_classes: int = 3
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        del train
+        return nn.Dense(self.num_classes)(images.mean(axis=(1, 2)))
+
+
+def test_the_timed_step_is_compiled_once():
+    with jax.set_mesh(sharding.make_mesh(jax.devices()[:1])):
+        call = selftest.make_step(Linear(), 2, 4)
+        call()
+        with jax.no_tracing():
+            call()
 
 
 def test_invalid_image_size(capsys):

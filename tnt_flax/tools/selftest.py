@@ -249,7 +249,9 @@ def make_forward(model: Any, batch_size: int, size: int) -> Callable[[], Any]:
 def make_step(model: Any, batch_size: int, size: int) -> Callable[[], Any]:
     """Returns a call of the training step, which waits for the loss."""
     (variables, images, labels), tx = random_inputs(model, batch_size, size), optax.adamw(1e-4)
-    state = [variables, tx.init(variables)]
+    # Like the step's results, these have the ambient mesh in their type: otherwise the second call
+    # would compile again.
+    state = list(jax.jit(lambda variables: (variables, tx.init(variables)))(variables))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(variables, moments, images, labels):
