@@ -383,10 +383,9 @@ class PyramidTNT(nn.Module):
         if self.is_initializing():
             return block
         inner, outer = map(select.resolve_auto, (self.inner_impl, self.outer_impl))
-        if inner == "gpu" and train and (self.dropout or self.attention_dropout):
-            inner = "reference"  # "gpu" has no dropout of words
-        if inner == "gpu" and self.is_mutable_collection("intermediates"):
-            inner = "reference"  # nor does it sow its attention weights
+        has_dropout = train and (self.dropout or self.attention_dropout)
+        if inner == "gpu" and (has_dropout or self.is_mutable_collection("intermediates")):
+            inner = "reference"  # "gpu" has no dropout of words and sows no attention weights
         count = math.prod(grid)
         return select.implement(block, inner, outer, num_sentences=count, num_tokens=count)
 
