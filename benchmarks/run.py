@@ -236,7 +236,7 @@ def _bare_pass(config):
     experiment = Experiment(config)
     state, (_, step_key) = experiment.init_or_load_state(), experiment.keys
     train_step, steps_per_epoch = experiment.train_step, experiment.steps_per_epoch
-    with contextlib.closing(experiment.train_batches(0, 1)) as batches:
+    with contextlib.closing(experiment.data.train_batches(0, 1)) as batches:
         batch = next(batches)
     batch.pop("replaced")
     batch = sharding.to_global(batch, experiment.mesh)

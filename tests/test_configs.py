@@ -196,9 +196,9 @@ def test_bad_durations_are_errors(duration):
 
 def test_the_config_selects_randaugment(smoke_config):
     config = default.get_config()
-    assert Experiment(config).randaugment == randaugment.parse(PUBLISHED, (0.5, 0.5, 0.5))
+    assert Experiment(config).data.randaugment == randaugment.parse(PUBLISHED, (0.5, 0.5, 0.5))
     config.data.mean = (0.0, 0.5, 1.0)
-    assert Experiment(config).randaugment.fill == (0, 128, 255)
+    assert Experiment(config).data.randaugment.fill == (0, 128, 255)
     config.augment.randaugment = "rand-q3"
     with pytest.raises(InputError, match="'q3' is not a number after one of"):
         check_config(config)
@@ -206,8 +206,8 @@ def test_the_config_selects_randaugment(smoke_config):
     first = {}
     for spelled in ("", PUBLISHED):
         config = smoke_config(augment__randaugment=spelled)
-        assert (Experiment(config).randaugment is None) == (spelled == "")
-        (batch,) = Experiment(config).train_batches(start_step=2, num_steps=1)
+        assert (Experiment(config).data.randaugment is None) == (spelled == "")
+        (batch,) = Experiment(config).data.train_batches(start_step=2, num_steps=1)
         first[spelled] = batch["image"]
     changed = (first[""] != first[PUBLISHED]).any(axis=(1, 2, 3)).mean()
     assert 0.5 < changed < 0.95  # no operation for a quarter of the images
@@ -216,8 +216,8 @@ def test_the_config_selects_randaugment(smoke_config):
 def test_the_plan_is_the_published_one(smoke_config):
     def make_plan(config, num_records):
         experiment = Experiment(config)
-        experiment.train_source = range(num_records)
-        return experiment.plan
+        experiment.data.train_source = range(num_records)
+        return experiment.data.plan
 
     plan = make_plan(default.get_config(), 1_281_167)
     assert plan == TrainPlan(1_281_167, 1024, seed=42, repeats=3, groups=8)

@@ -183,7 +183,7 @@ def test_folders_that_cannot_be_divided_are_refused(tmp_path):
 def test_config_sets_the_holdout(smoke_config, tmp_path):
     write_classes(tmp_path, cat=10)
     folder = dict(data__source="folder", data__root=str(tmp_path), data__eval_split="validation")
-    assert len(Experiment(smoke_config(**folder, data__holdout=0.3)).train_source) == 7
+    assert len(Experiment(smoke_config(**folder, data__holdout=0.3)).data.train_source) == 7
 
 
 # ------------------------------------------------------------------------ what people bring
@@ -219,15 +219,15 @@ def test_an_evaluation_split_may_lack_classes(tmp_path, smoke_config):
             if not empty:
                 (tmp_path / "val/ant").rmdir()
             experiment = Experiment(smoke_config(**options, data__class_list=class_list))
-            source = experiment.eval_source
-            assert source.class_names == experiment.class_names == tuple(names.split())
+            source = experiment.data.eval_source
+            assert source.class_names == experiment.data.class_names == tuple(names.split())
             labels = {source.name_of(i).split("/")[-2]: source[i][1] for i in range(2)}
             assert labels == {name: names.split().index(name) for name in ("bee", "cat")}
             (tmp_path / "val/ant").mkdir(exist_ok=True)
     write_classes(tmp_path / "val", dog=1)
     experiment = Experiment(smoke_config(**options))
     assert "has the class 'dog', which is not one of the 3 of training" in message_of(
-        lambda: experiment.eval_source
+        lambda: experiment.data.eval_source
     )
 
 

@@ -189,9 +189,9 @@ def test_rectangles_in_training_and_evaluation(smoke_config, resampling):
     size = (32, 64)
     options = dict(data__image_size=size, augment__resampling=resampling, model__drop_path=0.0)
     experiment = Experiment(smoke_config(**options))
-    (batch,) = experiment.train_batches(0, 1)
+    (batch,) = experiment.data.train_batches(0, 1)
     assert batch["image"].shape == experiment.step_shapes[1]["image"].shape
-    assert batch["image"].shape[1:] == next(experiment.eval_batches())["image"].shape[1:]
+    assert batch["image"].shape[1:] == next(experiment.data.eval_batches())["image"].shape[1:]
     assert batch["image"].shape[1:] == (*size, 3)
     assert experiment.state_shapes.params["sentence_pos"].shape[1] == 1 + 2 * 4
 

@@ -192,9 +192,9 @@ def test_tiny_images(pixels):
 
 def test_config_selects_the_resampler(smoke_config):
     config = smoke_config()
-    (theirs,) = Experiment(config).train_batches(start_step=0, num_steps=1)
+    (theirs,) = Experiment(config).data.train_batches(start_step=0, num_steps=1)
     config.augment.resampling = "opencv"
-    (ours,) = Experiment(config).train_batches(start_step=0, num_steps=1)
+    (ours,) = Experiment(config).data.train_batches(start_step=0, num_steps=1)
     assert 0 < differences(ours["image"], theirs["image"]).mean() < 2
 
 

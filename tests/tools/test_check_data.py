@@ -195,7 +195,7 @@ def test_unusable_findings_files(tmp_path):
 def test_a_file_that_vanishes_is_corrupt(config, folder):
     from tnt_flax.training.experiment import Experiment
 
-    source = Experiment(config).train_source
+    source = Experiment(config).data.train_source
     (folder / "train/cat/bomb.png").unlink()
     label, (line,) = check_data.check_record(source, TIMM, 0)
     assert label is None and line["finding"] == "corrupt"

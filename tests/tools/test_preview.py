@@ -45,7 +45,7 @@ def test_samples_equal_the_input_of_a_training_step(smoke_config, monkeypatch):
     assert len(images) == 48
 
     experiment, tx, model = Experiment(config), optax.sgd(1.0), Recorder()
-    batch = next(experiment.train_batches(0, 1))
+    batch = next(experiment.data.train_batches(0, 1))
     experiment.model, experiment.optimizer = model, Optimizer(tx, lambda count: 1.0)
     step = jax.jit(experiment.make_train_step())
     state = TrainState.create({"params": {"logits": jnp.zeros((48, 10))}}, tx)

@@ -30,7 +30,7 @@ def test_metrics_are_equal_for_any_batch_size(setting):
     results = []
     for batch_size in (8, 56, 360, 368):
         config.eval.batch_size = batch_size
-        result, sums = evaluate(step, variables, experiment.eval_batches(), experiment.mesh)
+        result, sums = evaluate(step, variables, experiment.data.eval_batches(), experiment.mesh)
         results.append(result)
         for name in ("per_class", "calibration"):  # images, hits, ...
             assert sums[name][0].sum() == 360
@@ -42,7 +42,7 @@ def test_metrics_are_equal_for_any_batch_size(setting):
 
     # Computed directly, without batches, masks or devices.
     config.eval.batch_size = 360
-    (batch,) = experiment.eval_batches()
+    (batch,) = experiment.data.eval_batches()
     pixels = (jnp.asarray(batch["image"], jnp.float32) - 127.5) / 127.5
     order = np.argsort(-np.asarray(model.apply(variables, pixels)), axis=1)
     hits = order == batch["label"][:, None]
@@ -90,4 +90,4 @@ def test_a_nan_loss_is_an_error(setting):
     variables["params"]["head"]["bias"] = jnp.full(10, jnp.nan)
     step = jax.jit(experiment.make_eval_step(experiment.model))
     with pytest.raises(RunError, match="the evaluation loss is nan"):
-        evaluate(step, variables, experiment.eval_batches(), experiment.mesh)
+        evaluate(step, variables, experiment.data.eval_batches(), experiment.mesh)

@@ -65,7 +65,7 @@ def test_balanced_weights_count_every_label_of_the_training_data():
     config = digits.get_config()
     config.loss.class_weights = "balanced"
     experiment = Experiment(config)
-    labels = np.array([label for _, label in experiment.train_source])
+    labels = np.array([label for _, label in experiment.data.train_source])
     share = np.bincount(labels) / len(labels)
     logits, targets = np.zeros((10, 10), np.float32), np.eye(10, dtype=np.float32)
     np.testing.assert_allclose(

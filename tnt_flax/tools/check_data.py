@@ -91,7 +91,7 @@ def check_data(config: ConfigDict, split: str = "train", out: str | None = None)
     experiment = Experiment(config)
     splits = ("train", "eval") if split == "both" else (split,)
     sources = {
-        name: experiment.open_source(config.data[f"{name}_split"], evaluation=name == "eval")
+        name: experiment.data.open_source(config.data[f"{name}_split"], evaluation=name == "eval")
         for name in splits
     }
     checked = {key: value for key, value in config.data.items() if key not in OTHER_KEYS}
@@ -102,7 +102,7 @@ def check_data(config: ConfigDict, split: str = "train", out: str | None = None)
         for name, source in sources.items():
             lines = [line for line in earlier if line["split"] == name]
             start = lines[-1]["checked"] if lines else 0
-            for chunk in check_records(source, start, config.data.threads, experiment.policy):
+            for chunk in check_records(source, start, config.data.threads, experiment.data.policy):
                 if file:
                     append(file, [{"split": name} | line for line in chunk])
                 lines += chunk

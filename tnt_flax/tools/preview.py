@@ -97,11 +97,11 @@ def first_samples(config: ConfigDict) -> tuple[np.ndarray, np.ndarray, tuple[str
     config = config.copy_and_resolve_references()
     config.augment.label_smoothing = 0.0  # the pixels do not depend on it
     experiment = Experiment(config)
-    with contextlib.closing(experiment.train_batches(0, 1)) as batches:
+    with contextlib.closing(experiment.data.train_batches(0, 1)) as batches:
         batch = next(batches)
     _, step_key = experiment.split_seed()
     _, mix_key, erase_key = step.step_keys(step_key, 0)
-    class_names = tuple(experiment.train_source.class_names)
+    class_names = tuple(experiment.data.train_source.class_names)
     augment = jax.jit(experiment.make_augment(len(class_names)))
     inputs = {name: batch[name] for name in ("image", "label")}
     images, weights = jax.device_get(augment(inputs, mix_key, erase_key, 0))

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         config.data.root = args.data_root
     found = read_checkpoint(args.workdir, weights=config.eval.weights, checkpoint=args.checkpoint)
     experiment = Experiment(config)
-    source = experiment.eval_source
+    source = experiment.data.eval_source
     if found.class_names != tuple(source.class_names):
         raise InputError(
             f"{found.path} was trained on other classes than {config.data.root or 'the data'} has"
@@ -248,7 +248,7 @@ def collect_predictions(experiment, model, variables) -> Predictions:
     """
     predict_step = jax.jit(experiment.make_predict_step(model))
     parts, begin = [], 0
-    for batch in experiment.eval_batches():
+    for batch in experiment.data.eval_batches():
         probabilities = np.asarray(predict_step(variables, batch["image"]), np.float64)
         rows = np.flatnonzero(batch["mask"])
         labels, probabilities = batch["label"][rows], probabilities[rows]

@@ -29,7 +29,8 @@ from tnt_flax.data.labels import (
 from tnt_flax.data.sources import Source, storage
 from tnt_flax.runtime import host, processes, sharding
 from tnt_flax.runtime.watchdog import Watchdog
-from tnt_flax.training.experiment import Batches, Experiment
+from tnt_flax.training.data import Batches
+from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.step import CALIBRATION_BINS, calibration_bin
 
 logger = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ def evaluate_checkpoint(
     with watchdog, contextlib.ExitStack() as stack:
         experiment = Experiment(config, weights=path, checkpoint=checkpoint)
         mesh, source = experiment.mesh, open_labeled_source(experiment)
-        multi_label = experiment.is_multi_label(source)
+        multi_label = experiment.data.is_multi_label(source)
         write_row = stack.enter_context(open_per_class(per_class, source, multi_label))
         variables, found = experiment.load_variables(path, checkpoint=checkpoint)
         variables = sharding.put_global(variables, mesh)
@@ -192,7 +193,7 @@ def evaluate_checkpoint(
         model = experiment.make_model(num_classes)
         eval_step = experiment.make_eval_step(model, classes=classes, multi_label=multi_label)
         eval_step = sharding.jit_eval_step(eval_step, mesh, experiment.config.deterministic)
-        batches = experiment.eval_batches(source)
+        batches = experiment.data.eval_batches(source)
         batches = relabeled(batches, to_network, classes, keep_unlabeled=multi_label)
         # `setup`: there is nothing to save, so a signal may end the process at once.
         progress = functools.partial(watchdog.progress, setup=True)
@@ -242,7 +243,7 @@ def _find_weights(which: str, run: pathlib.Path | None) -> tuple[str, str]:
 def open_labeled_source(experiment: Experiment) -> Source:
     """Opens the evaluation split, with the labels of `eval.real_labels` if that is set."""
     config = experiment.config
-    source = experiment.open_source(config.data.eval_split, evaluation=True, multi_label=True)
+    source = experiment.data.open_source(config.data.eval_split, evaluation=True, multi_label=True)
     if not config.eval.real_labels:
         return split_names(source) if config.loss.name == "bce" else source
     path = storage.join(config.data.root, config.eval.real_labels)

@@ -6,7 +6,7 @@ Training, evaluation, the tools and the benchmarks all set up through this class
 
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,20 +15,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.data import images, pipeline, randaugment, sources, transforms
-from tnt_flax.data.labels import class_order_warning, split_names
-from tnt_flax.data.plan import TrainPlan
+from tnt_flax.data import transforms
+from tnt_flax.data.labels import class_order_warning
 from tnt_flax.models import Network, create_model
 from tnt_flax.runtime import processes, sharding
 from tnt_flax.runtime.checkpoints import Checkpoints
 from tnt_flax.runtime.workdir import check_space, config_to_json
 from tnt_flax.training import distillation, losses, mixup, step
 from tnt_flax.training.config import check_config, resolve_model_config, steps_of
-from tnt_flax.training.optimizer import (
-    Optimizer,
-    check_freeze,
-    make_optimizer,
-)
+from tnt_flax.training.data import ExperimentData
+from tnt_flax.training.optimizer import Optimizer, check_freeze, make_optimizer
 from tnt_flax.training.schedules import SCHEDULE_KEYS, make_schedule
 from tnt_flax.training.step import TrainState
 from tnt_flax.training.trackers import parse_trackers
@@ -36,11 +32,9 @@ from tnt_flax.weights.identify import check_same, unstored_fields
 from tnt_flax.weights.load import adapt
 from tnt_flax.weights.read import LoadedWeights, read_checkpoint
 
-Batches = Iterator[dict[str, np.ndarray]]
-
 
 class Experiment:
-    """Everything that a config describes.
+    """Everything that a config describes. The attribute `data` is its `data.ExperimentData`.
 
     Cached properties are built on first use, which may raise InputError. Methods named `make_*`
     return functions or modules that are not compiled. `train_step` and `eval_step` are compiled for
@@ -72,6 +66,7 @@ class Experiment:
     ):
         self.config = resolve_model_config(config, weights, checkpoint)
         check_config(self.config)
+        self.data = ExperimentData(self.config, self._host_rows)
         self._devices = devices
         self._num_classes = num_classes
         self._steps_per_epoch = steps_per_epoch
@@ -110,50 +105,9 @@ class Experiment:
             )
         return found
 
-    # ---------------------------------------------------------------------------- data
-
-    def open_source(self, split: str, **options: bool) -> sources.Source:
-        """Opens the records of a split; for `options` see `data.sources.open_split`."""
-        return sources.open_split(self.config.data, split, **options)
-
-    def is_multi_label(self, source: sources.Source) -> bool:
-        """True if `loss.name` is "bce" and the source stores several labels per image."""
-        return self._uses_bce and getattr(source, "max_labels", None) is not None
-
-    @functools.cached_property
-    def train_source(self) -> sources.Source:
-        """The training split; with "bce", class names such as "a|b" become several labels."""
-        source = self.open_source(self.config.data.train_split, multi_label=self._uses_bce)
-        return split_names(source) if self._uses_bce else source
-
-    @functools.cached_property
-    def eval_source(self) -> sources.Source:
-        """The evaluation split, with the classes of training; it may lack some of them."""
-        split = self.config.data.eval_split
-        source = self.open_source(split, evaluation=True, multi_label=self._uses_bce)
-        if self.is_multi_label(self.train_source):
-            source = split_names(source, self.class_names)
-        return sources.with_classes(source, self.class_names)
-
-    @property
-    def _uses_bce(self) -> bool:
-        return self.config.loss.name == "bce"
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The classes of the training data, in the order of the labels."""
-        return tuple(self.train_source.class_names)
-
-    @functools.cached_property
-    def plan(self) -> TrainPlan:
-        """The order of the training images, in every epoch."""
-        config, augment = self.config, self.config.augment
-        size = len(self.train_source)
-        return TrainPlan(size, config.batch_size, config.seed, augment.repeats, augment.mix_groups)
-
     @property
     def steps_per_epoch(self) -> int:
-        return self._steps_per_epoch or self.plan.steps_per_epoch
+        return self._steps_per_epoch or self.data.plan.steps_per_epoch
 
     @property
     def total_steps(self) -> int:
@@ -162,82 +116,6 @@ class Experiment:
     def interval(self, group: str) -> int:
         """Returns `every`, in steps, of a group of the config: "eval", "checkpoint" or "log"."""
         return steps_of(f"{group}.every", self.config[group].every, self.steps_per_epoch)
-
-    @functools.cached_property
-    def randaugment(self) -> randaugment.RandAugment | None:
-        text = self.config.augment.randaugment
-        return randaugment.parse(text, self.config.data.mean) if text else None
-
-    @property
-    def policy(self) -> images.Policy:
-        """How images become 8-bit RGB."""
-        return images.Policy(**{key: self.config.data[key] for key in images.POLICY_KEYS})
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the network's images in pixels."""
-        return transforms.height_width(self.config.data.image_size)
-
-    def train_batches(self, start_step: int, num_steps: int) -> Batches:
-        """Yields this process's rows of the batches of `num_steps` steps from `start_step` on.
-
-        A batch of b rows has `image` uint8 [b, H, W, 3], `label` int32 [b] or [b, L] and `replaced`
-        bool [b], True for neighbors of unreadable images.
-
-        Raises:
-            InputError: an image cannot be read (with data.corrupt="error").
-            StorageUnavailable: the storage failed for `data.retry_seconds`.
-        """
-        options = self.config.augment
-        transform = functools.partial(
-            transforms.train_transform,
-            size=self.config.data.image_size,
-            scale=options.scale,
-            ratio=options.ratio,
-            flip=options.flip,
-            interpolation=options.interpolation,
-            three_augments=options.three_augment,
-            jitter=options.color_jitter,
-            randaugment=self.randaugment,
-            resampler=transforms.resampler(options.resampling),
-            policy=self.policy,
-        )
-        return pipeline.train_batches(
-            self.train_source,
-            self.plan,
-            transform=transform,
-            start_step=start_step,
-            num_steps=num_steps,
-            options=self._read_options(),
-        )
-
-    def eval_batches(self, source: sources.Source | None = None) -> Batches:
-        """Yields this process's rows of the evaluation batches: every image once, then padding.
-
-        A batch of b rows has `image` uint8 [b, H, W, 3], `label` int32 [b] or [b, L], `mask` bool
-        [b], False for padding and unreadable images, and `corrupt` bool [b], True for unreadable
-        images. `source` defaults to `eval_source`. Raises as `train_batches`.
-        """
-        transform = functools.partial(
-            transforms.eval_transform,
-            size=self.config.data.image_size,
-            crop_fraction=self.config.data.crop_fraction,
-            policy=self.policy,
-        )
-        return pipeline.eval_batches(
-            self.eval_source if source is None else source,
-            transform=transform,
-            batch_size=self.config.eval.batch_size,
-            options=self._read_options(),
-        )
-
-    def _read_options(self) -> pipeline.ReadOptions:
-        several = jax.process_count() > 1
-        # Hosts that read the same rows count as one: see `sharding.host_rows`.
-        host, num_hosts = sharding.host_rows(self.mesh) if several else (0, 1)
-        keys = ("corrupt", "threads", "workers", "retry_seconds")
-        options = {key: self.config.data[key] for key in keys}
-        return pipeline.ReadOptions(host=host, num_hosts=num_hosts, **options)
 
     # ---------------------------------------------------------------------------- network
 
@@ -255,7 +133,7 @@ class Experiment:
             )
         fields = {k: v for k, v in config.model.items() if k != "name" and v is not None}
         model = create_model(config.model.name, num_classes=num_classes, **fields)
-        if any(side < 1 or side % model.patch_size for side in self.image_size):
+        if any(side < 1 or side % model.patch_size for side in self.data.image_size):
             raise InputError(
                 f"data.image_size={config.data.image_size} is not divisible by the patch size "
                 f"{model.patch_size}: use multiples of {model.patch_size}"
@@ -271,11 +149,11 @@ class Experiment:
     def model(self) -> Network:
         """The network, for the classes of the training data."""
         known = self._num_classes
-        return self.make_model(len(self.class_names) if known is None else known)
+        return self.make_model(len(self.data.class_names) if known is None else known)
 
     def init_variables(self, key: jax.Array) -> step.Variables:
         """Returns initial parameters and statistics; to jit or to `jax.eval_shape`."""
-        return self.model.init(key, jnp.zeros((1, *self.image_size, 3)), train=False)
+        return self.model.init(key, jnp.zeros((1, *self.data.image_size, 3)), train=False)
 
     def load_variables(
         self, path: str, class_names: Sequence[str] | None = None, *, checkpoint: str = "best"
@@ -294,13 +172,13 @@ class Experiment:
             InputError: the weights cannot be read (see `weights.read.read_checkpoint`), or are of
                 another network.
         """
-        model, image_size = self.make_model(num_classes=0), self.image_size
+        model, image_size = self.make_model(num_classes=0), self.data.image_size
         kind = "ema" if class_names else self.config.eval.weights
         fields = unstored_fields(model)
         found = read_checkpoint(
             path, weights=kind, checkpoint=checkpoint, other_head=bool(class_names), **fields
         )
-        wanted = {f"data.{key}": given for key, given in self._normalization.items()}
+        wanted = {f"data.{key}": given for key, given in self.data.normalization.items()}
         if not class_names:  # an evaluation; a fine-tuning run has a crop of its own
             wanted["data.crop_fraction"] = self.config.data.crop_fraction
             wanted["interpolation"] = "bicubic"
@@ -333,6 +211,11 @@ class Experiment:
         sharding.check_batch_size(key, self.config.batch_size // accumulate, mesh)
         sharding.check_batch_size("eval.batch_size", self.config.eval.batch_size, mesh)
         return mesh
+
+    def _host_rows(self) -> tuple[int, int]:
+        """Returns the index of this host and the number of hosts that share a batch."""
+        # Hosts that read the same rows count as one: see `sharding.host_rows`.
+        return sharding.host_rows(self.mesh) if jax.process_count() > 1 else (0, 1)
 
     @functools.cached_property
     def optimizer(self) -> Optimizer:
@@ -370,7 +253,7 @@ class Experiment:
         shardings = sharding.shardings(self.state_shapes, self.mesh)
         if not self.config.init_from:
             return jax.jit(self.init_state, out_shardings=shardings)(self.keys[0])
-        variables, _ = self.load_variables(self.config.init_from, self.class_names)
+        variables, _ = self.load_variables(self.config.init_from, self.data.class_names)
         variables = sharding.put_global(variables, self.mesh)
         create = lambda variables: TrainState.create(variables, self.optimizer.tx)
         return jax.jit(create, out_shardings=shardings)(variables)
@@ -378,7 +261,7 @@ class Experiment:
     @property
     def info(self) -> dict[str, Any]:
         """The config and the class names, as every checkpoint and weights file stores them."""
-        return {"config": config_to_json(self.config), "class_names": list(self.class_names)}
+        return {"config": config_to_json(self.config), "class_names": list(self.data.class_names)}
 
     def open_checkpoints(self, workdir: pathlib.Path) -> Checkpoints:
         """Opens the checkpoints in `workdir`, after a check that they fit on the disk."""
@@ -392,10 +275,6 @@ class Experiment:
         """Returns the variables of `state` that are evaluated, see `eval.weights`."""
         return state.ema if self.config.eval.weights == "ema" else state.variables
 
-    @property
-    def _normalization(self) -> dict[str, tuple[float, ...]]:
-        return dict(mean=tuple(self.config.data.mean), std=tuple(self.config.data.std))
-
     def make_augment(self, num_classes: int) -> step.AugmentFn:
         """Returns `augment(batch, mix_key, erase_key, step)`; see `step.make_augment`."""
         options = self.config.augment
@@ -407,7 +286,7 @@ class Experiment:
             label_smoothing=options.label_smoothing,
             mix_steps=mix_steps,
             **mixup.functions(options),
-            **self._normalization,
+            **self.data.normalization,
         )
 
     @functools.cached_property
@@ -417,7 +296,7 @@ class Experiment:
         weights = options.pop("class_weights") or None
         if weights:
             if self._num_classes is None:
-                weights = losses.read_class_weights(weights, self.train_source)
+                weights = losses.read_class_weights(weights, self.data.train_source)
             else:  # no data: weights of the same shape
                 weights = np.ones(self._num_classes)
         loss_fn = losses.make_loss_fn(**options, class_weights=weights)
@@ -434,10 +313,10 @@ class Experiment:
             return None
         return distillation.load_teacher(
             self.config.distill.teacher,
-            self.class_names if self._num_classes is None else self._num_classes,
-            image_size=self.image_size,
+            self.data.class_names if self._num_classes is None else self._num_classes,
+            image_size=self.data.image_size,
             dtype=self.config.model.dtype,
-            **self._normalization,
+            **self.data.normalization,
         )
 
     @functools.cached_property
@@ -465,11 +344,11 @@ class Experiment:
 
     def make_eval_step(self, model: Network, **options: Any) -> Callable:
         """Returns `eval_step(variables, batch)`; see `step.make_eval_step`."""
-        return step.make_eval_step(model, **options, **self._normalization)
+        return step.make_eval_step(model, **options, **self.data.normalization)
 
     def make_predict_step(self, model: Network) -> Callable:
         """Returns `predict_step(variables, images)`; see `step.make_predict_step`."""
-        return step.make_predict_step(model, **self._normalization)
+        return step.make_predict_step(model, **self.data.normalization)
 
     @functools.cached_property
     def train_step(self) -> Callable:
@@ -482,7 +361,7 @@ class Experiment:
     @functools.cached_property
     def eval_step(self) -> Callable:
         """The function of `make_eval_step` for `model`, compiled for `mesh`."""
-        multi_label = self._num_classes is None and self.is_multi_label(self.eval_source)
+        multi_label = self._num_classes is None and self.data.is_multi_label(self.data.eval_source)
         eval_step = self.make_eval_step(self.model, multi_label=multi_label)
         return sharding.jit_eval_step(eval_step, self.mesh, self.config.deterministic)
 
@@ -490,7 +369,7 @@ class Experiment:
     def step_shapes(self) -> tuple[Any, ...]:
         """Shapes of the arguments of `train_step`, for images of one class each."""
         rows = self.config.batch_size
-        pixels = jax.ShapeDtypeStruct((rows, *self.image_size, 3), jnp.uint8)
+        pixels = jax.ShapeDtypeStruct((rows, *self.data.image_size, 3), jnp.uint8)
         labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
         _, key = jax.eval_shape(self.split_seed)
         teacher = [jax.eval_shape(lambda: self.teacher.variables)] if self.teacher else []

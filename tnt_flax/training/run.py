@@ -77,15 +77,15 @@ def check_data(experiment: Experiment) -> None:
         InputError: they differ, or the data, their class weights or the teacher cannot be read.
     """
     _ = experiment.loss_fn
-    multi_label = experiment.is_multi_label(experiment.eval_source)
+    multi_label = experiment.data.is_multi_label(experiment.data.eval_source)
     best = experiment.config.checkpoint.best
     if best == ("mean_per_class" if multi_label else "mean_average_precision"):
         kind = "multi-label" if multi_label else "single-label"
         raise InputError(f"checkpoint.best={best!r} is no metric of {kind} data: use another")
     data = {
-        "train_images": len(experiment.train_source),
-        "eval_images": len(experiment.eval_source),
-        "classes": dict(enumerate(experiment.class_names)),
+        "train_images": len(experiment.data.train_source),
+        "eval_images": len(experiment.data.eval_source),
+        "classes": dict(enumerate(experiment.data.class_names)),
     }
     # One host may have an index of the images ready while another has to build it.
     processes.check_same_on_all_processes("data", data, timeout=ONE_HOUR)
@@ -103,9 +103,10 @@ def log_start(experiment: Experiment, workdir: pathlib.Path, start_step: int) ->
         params = experiment.state_shapes.params
         table = parameter_overview.get_parameter_overview(params, include_stats=False)
         (workdir / "parameters.txt").write_text(table + "\n")
+    data = experiment.data
     log(
-        f"{experiment.config.model.name}: {len(experiment.train_source)} training and "
-        f"{len(experiment.eval_source)} evaluation images, {len(experiment.class_names)} classes, "
+        f"{experiment.config.model.name}: {len(data.train_source)} training and "
+        f"{len(data.eval_source)} evaluation images, {len(data.class_names)} classes, "
         f"{sharding.describe(experiment.mesh)}, {experiment.steps_per_epoch} steps per epoch; "
         f"from step {start_step} to {experiment.total_steps}; logs and checkpoints in {workdir}"
     )
@@ -127,7 +128,7 @@ def evaluate_state(
     Raises:
         Stopped: a signal came before all images were evaluated.
     """
-    variables, batches = experiment.eval_variables(state), experiment.eval_batches()
+    variables, batches = experiment.eval_variables(state), experiment.data.eval_batches()
     metrics, _ = evaluate(
         experiment.eval_step, variables, batches, experiment.mesh, watchdog.progress
     )
@@ -195,13 +196,13 @@ def write_final_artifacts(
 
 def plot_first_predictions(experiment: Experiment, variables: Any, path: pathlib.Path) -> None:
     """Plots predictions for the first evaluation batch, computed on one device."""
-    with contextlib.closing(experiment.eval_batches()) as batches:
+    with contextlib.closing(experiment.data.eval_batches()) as batches:
         batch = next(batches)
     predict_step = jax.jit(experiment.make_predict_step(experiment.model))
     probabilities = jax.device_get(predict_step(*jax.device_put((variables, batch["image"]))))
     images, labels, mask = batch["image"], batch["label"], batch["mask"]
     plots.plot_predictions(
-        images[mask], labels[mask], probabilities[mask], experiment.class_names, path
+        images[mask], labels[mask], probabilities[mask], experiment.data.class_names, path
     )
 
 

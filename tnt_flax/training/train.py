@@ -99,15 +99,15 @@ def train_loop(
     a batch of an evaluation, or while the loop waits for data; the loop then saves the state. If
     the data fail, a run of one process also saves, one of several ends at once without saving.
     """
-    total_steps = experiment.total_steps
-    step = int(state.step)  # number of updates applied to `state`
+    step, total_steps = int(state.step), experiment.total_steps  # step: updates of `state`
     step_args = (experiment.keys[1], *experiment.teacher_variables)
     due = functools.partial(is_due, experiment)
     evaluate = functools.partial(run.evaluate_state, experiment, writer, watchdog)
     check = functools.partial(run.check_finite, experiment, checkpoints)
-    meter = StepMeter(experiment.plan.batch_size, experiment.steps_per_epoch, total_steps, check)
+    batch_size = experiment.config.batch_size
+    meter = StepMeter(batch_size, experiment.steps_per_epoch, total_steps, check)
     early = run.EarlyStopping(experiment.config, writer.path)
-    batches = experiment.train_batches(step, total_steps - step)
+    batches = experiment.data.train_batches(step, total_steps - step)
     try:
         metrics = checkpoints.metrics(step)  # the result if no step is left
         # A signal came before the evaluation of `step` was complete, and the state was saved below.
