@@ -150,31 +150,28 @@ class EarlyStopping:
     """
 
     def __init__(self, config: ConfigDict, metrics_file: pathlib.Path):
-        self.patience, self.metric = config.eval.patience, config.checkpoint.best
-        key = f"eval/{self.metric}"
+        self._patience, self._metric = config.eval.patience, config.checkpoint.best
+        key = f"eval/{self._metric}"
         read = lambda: [(m["step"], m[key]) for m in read_metrics_file(metrics_file) if key in m]
-        self._values = dict(processes.run_on_main("evaluations", read))
+        self._values = dict(processes.run_on_main("evaluations", read)) if self._patience else {}
+        self._update()
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
         """Adds the metrics of an evaluation; logs whether the run ends."""
-        self._values[step] = metrics[self.metric]
+        self._values[step] = metrics[self._metric]
+        self._update()
         if self.ends_run:
-            best = self._best_step
             log(
-                f"stopping after {self.patience} evaluations without a better {self.metric} than "
-                f"{self._values[best]:.4f} of step {best} (eval.patience)"
+                f"stopping after {self._patience} evaluations without a better {self._metric} than "
+                f"{self._values[self._best_step]:.4f} of step {self._best_step} (eval.patience)"
             )
 
-    @property
-    def _best_step(self) -> int:
-        rank = lambda step: (score({self.metric: self._values[step]}, self.metric), -step)
-        return max(self._values, key=rank)
-
-    @property
-    def ends_run(self) -> bool:
-        if not self.patience or not self._values:
-            return False
-        return sum(step > self._best_step for step in self._values) >= self.patience
+    def _update(self) -> None:
+        """Finds the first of the best evaluations, and whether too many came after it."""
+        rank = lambda step: (score({self._metric: self._values[step]}, self._metric), -step)
+        self._best_step = max(self._values, key=rank, default=0)
+        later = sum(step > self._best_step for step in self._values)
+        self.ends_run = 0 < self._patience <= later
 
 
 def write_final_artifacts(
