@@ -100,8 +100,7 @@ def test_the_best_checkpoint_is_kept_after_a_restart(folder):
 
 def test_the_best_checkpoint_is_that_of_the_metric_of_the_config(tmp_path):
     info = INFO | {"config": {"checkpoint": {"best": "loss"}}}
-    manager = Checkpoints(tmp_path, keep=1, info=info, best="loss")
-    with contextlib.closing(manager) as checkpoints:
+    with contextlib.closing(Checkpoints(tmp_path, keep=1, info=info)) as checkpoints:
         for step, loss in enumerate([0.4, 0.2, 0.3], start=1):
             checkpoints.save_async(make_state(step), step, {"loss": loss, "top1": loss})
     assert steps(tmp_path) == [2, 3] and find_checkpoint(tmp_path, "best").name == "2"

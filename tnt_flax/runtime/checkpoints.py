@@ -59,12 +59,9 @@ class Checkpoints:
         folder: of the checkpoints, one folder per step.
         keep: number of newest checkpoints to keep, besides the best one.
         info: JSON values stored in every checkpoint: "config" and "class_names".
-        best: the metric that ranks the checkpoints, see `score`.
     """
 
-    def __init__(
-        self, folder: pathlib.Path, *, keep: int, info: dict[str, Any], best: str = "top1"
-    ):
+    def __init__(self, folder: pathlib.Path, *, keep: int, info: dict[str, Any]):
         self.folder, self.info = folder, info
         # The other processes wait for process 0, so that all see the same checkpoints.
         self.found_damage = processes.run_on_main(
@@ -77,15 +74,15 @@ class Checkpoints:
         # Orbax calls it in a thread of process 0, just before the rename that commits the step.
         add_manifest = lambda: write_manifest(self._temporary_folder(self._saving_step))
         newest = checkpoint_managers.LatestN(keep)
-        rank = functools.partial(score, metric=best)
-        best_one = checkpoint_managers.BestN(
+        rank = functools.partial(score, metric=best_metric(info))
+        best = checkpoint_managers.BestN(
             get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False
         )
         self._manager = _Manager(
             folder,
             options=ocp.CheckpointManagerOptions(
                 best_fn=rank,  # without it Orbax drops the metrics silently
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best_one]),
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
                 save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
                 cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=add_manifest),
@@ -246,7 +243,7 @@ def find_checkpoint(folder: pathlib.Path, which: str) -> pathlib.Path:
     if not intact:
         raise InputError(f"no intact checkpoint in {folder}: train first or name other weights")
     if which == "best":
-        metric = read_info(intact[-1])["config"].get("checkpoint", {}).get("best", "top1")
+        metric = best_metric(read_info(intact[-1]))
         return max(intact, key=lambda p: (score(read_metrics(p), metric), int(p.name)))
     return intact[-1]
 
@@ -323,6 +320,11 @@ def _open_reader() -> Iterator[ocp.Checkpointer]:
             yield reader
     finally:
         absl.logging.set_verbosity(verbosity)
+
+
+def best_metric(info: dict[str, Any]) -> str:
+    """Returns the metric that ranks the checkpoints of a run, see `score`."""
+    return info["config"].get("checkpoint", {}).get("best", "top1")
 
 
 def score(metrics: dict[str, float], metric: str) -> float:

@@ -268,8 +268,7 @@ class Experiment:
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.state_shapes))
         processes.run_on_main("space", lambda: check_space(workdir, size))
         keep = self.config.checkpoint.keep
-        best = self.config.checkpoint.best
-        return Checkpoints(workdir / "checkpoints", keep=keep, info=self.info, best=best)
+        return Checkpoints(workdir / "checkpoints", keep=keep, info=self.info)
 
     def eval_variables(self, state: TrainState) -> step.Variables:
         """Returns the variables of `state` that are evaluated, see `eval.weights`."""
