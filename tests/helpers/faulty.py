@@ -52,8 +52,8 @@ def inject(reached: str) -> None:
 
 
 def inject_in_train_step(jit_train_step):
-    def make(*args):
-        train_step, calls = jit_train_step(*args), 0
+    def make(*args, **options):
+        train_step, calls = jit_train_step(*args, **options), 0
 
         def wrapped(state, *rest):
             nonlocal calls

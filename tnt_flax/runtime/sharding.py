@@ -161,7 +161,7 @@ def on_mesh(function: Callable, mesh: Mesh) -> Callable:
 
 
 def jit_train_step(
-    train_step: Callable, mesh: Mesh, state: Any, deterministic: bool = False, *others: Any
+    train_step: Callable, mesh: Mesh, state: Any, *others: Any, deterministic: bool = False
 ) -> Callable:
     """Jits the function of `step.make_train_step` for `mesh`; it donates the state.
 

@@ -353,8 +353,9 @@ class Experiment:
     def train_step(self) -> Callable:
         """The function of `make_train_step`, compiled for `mesh`; it donates the state."""
         state, _, _, *teacher = self.step_shapes
+        train_step, deterministic = self.make_train_step(), self.config.deterministic
         return sharding.jit_train_step(
-            self.make_train_step(), self.mesh, state, self.config.deterministic, *teacher
+            train_step, self.mesh, state, *teacher, deterministic=deterministic
         )
 
     @functools.cached_property
