@@ -36,8 +36,8 @@ from tnt_flax.training.step import CALIBRATION_BINS, calibration_bin
 logger = logging.getLogger(__name__)
 
 PER_CLASS = {"class": str, "name": str, "images": int}  # first columns of the table
-# Further columns, by the number of rows of `per_class`: multi-label data have two.
-METRICS_OF = {2: ("average_precision",), 3: ("top1", "top5")}
+# Further columns of single-label (False) and of multi-label data (True).
+CLASS_METRICS = {False: ("top1", "top5"), True: ("average_precision",)}
 
 
 @host.explain_device_errors()
@@ -205,7 +205,7 @@ def evaluate_checkpoint(
         if per_class:
             metrics["per_class"] = per_class
         if write_row:
-            write_per_class(write_row, sums["per_class"], class_names)
+            write_per_class(write_row, sums["per_class"], class_names, multi_label)
     return {**metrics, "checkpoint": found.path}
 
 
@@ -226,7 +226,7 @@ def open_per_class(
     if not path or not processes.is_main_process():
         yield None
         return
-    columns = PER_CLASS | dict.fromkeys(METRICS_OF[3 - multi_label], float)
+    columns = PER_CLASS | dict.fromkeys(CLASS_METRICS[multi_label], float)
     with open_table(pathlib.Path(path), columns) as write_row:
         yield write_row
 
@@ -280,14 +280,15 @@ def write_per_class(
     write_row: Callable[[dict[str, Any]], object],
     per_class: np.ndarray,
     class_names: tuple[str, ...] | None,
+    multi_label: bool,
 ) -> None:
     """Writes a row for each class with images; `per_class` is that of `evaluate`."""
-    columns, classes = METRICS_OF[len(per_class)], per_class.shape[1]
+    columns, classes = CLASS_METRICS[multi_label], per_class.shape[1]
     names = names_or_imagenet(class_names, classes) or tuple(map(str, range(classes)))
     rows = zip(names, readable_names(names), per_class.T, strict=True)
     for synset, name, (images, *values) in rows:
         if images:
-            if len(values) == 2:  # sums over the images
+            if not multi_label:  # sums over the images
                 values = [value / images for value in values]
             metrics = dict(zip(columns, values, strict=True))
             write_row({"class": synset, "name": name, "images": int(images), **metrics})
