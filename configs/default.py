@@ -69,6 +69,7 @@ def get_config() -> ConfigDict:
     config.data.class_list = ""  # file with one class per line, in order; "" sorts the names
     config.data.class_order = "natural"  # of names without a list; "string" is torchvision's
     config.data.subset = False  # leave out classes that are not in class_list
+    config.data.balanced = False  # all classes equally often: repeats images of small classes
     config.data.image_column = ""  # table: paths, bytes, or "images/{id}.jpg"; "" finds the column
     config.data.label_column = ""  # table: names or numbers; "" finds the column
     config.data.split_column = ""  # table with all splits: train, val, ...; "" finds the column

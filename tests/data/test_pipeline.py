@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import pathlib
+import pickle
 import re
 import signal
 import threading
@@ -23,7 +24,7 @@ from tnt_flax.core.errors import InputError
 from tnt_flax.data import pipeline
 from tnt_flax.data.images import decode
 from tnt_flax.data.pipeline import ReadOptions, eval_batches, train_batches
-from tnt_flax.data.plan import TrainPlan, sample_generator
+from tnt_flax.data.plan import RecordsByClass, TrainPlan, sample_generator
 from tnt_flax.data.randaugment import parse
 from tnt_flax.data.sources import Digits, image_folder
 from tnt_flax.data.sources.storage import DamagedError, StorageUnavailable
@@ -192,6 +193,19 @@ def test_a_record_is_read_and_decoded_once_for_all_its_views(num_hosts, threads)
             (alone,) = PUBLISHED(image, [sample_generator(key)])
             np.testing.assert_array_equal(batch["image"][i], alone)
             assert batch["label"][i] == label
+
+
+def test_balanced_batches_repeat_a_small_class_for_any_number_of_hosts():
+    labels = np.array([0] * 19 + [1])
+    plan = TrainPlan(20, batch_size=12, seed=1, balance=RecordsByClass(labels))
+    plan = pickle.loads(pickle.dumps(plan))  # as worker processes get it
+    whole = list(train(Numbered(20), plan, start_step=3))
+    for batch in whole:
+        assert np.count_nonzero(batch["label"] == 19) == 6  # six views of the only record
+    halves = [list(train(Numbered(20), plan, start_step=3, host=h, num_hosts=2)) for h in (0, 1)]
+    for batch, *parts in zip(whole, *halves, strict=True):
+        for name, column in batch.items():
+            np.testing.assert_array_equal(column, np.concatenate([part[name] for part in parts]))
 
 
 # ------------------------------------------------------------------------------- unreadable records

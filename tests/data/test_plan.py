@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.source_checks import message_of
 from tnt_flax.data import plan as plan_module
-from tnt_flax.data.plan import TrainPlan, sample_generator
+from tnt_flax.data.plan import RecordsByClass, TrainPlan, sample_generator
 
 # From grain 0.2.18 and numpy 2.4, with 1000 records, batches of 8 and seed 42.
 GOLDEN_STEP_0 = [93, 202, 440, 758, 740, 562, 587, 313]
@@ -187,3 +187,35 @@ def test_views_group_the_rows_by_record(repeats, records, batch_size):
 )
 def test_invalid_plans_are_refused(arguments, message):
     assert message in message_of(lambda: TrainPlan(*arguments))
+
+
+# ----------------------------------------------------------------------------- balanced classes
+
+SIZES = {3: 40, 4: 1, 7: 9}  # records by label; other labels have none
+LABELS = np.random.default_rng(0).permutation(np.repeat([*SIZES], [*SIZES.values()]))
+
+
+@pytest.mark.parametrize("repeats, batch_size", [(1, 10), (1, 7), (2, 8)])
+def test_balanced_classes_are_equally_frequent(repeats, batch_size):
+    plan = TrainPlan(50, batch_size, 3, repeats, 4, RecordsByClass(LABELS))
+    assert plan.steps_per_epoch == 50 // batch_size
+    epochs = [epoch_records(plan, epoch) for epoch in range(60)]
+    for shown in epochs:
+        frequencies = [np.count_nonzero(LABELS[shown] == label) for label in SIZES]
+        assert max(frequencies) - min(frequencies) <= repeats
+        small = np.unique(shown)[LABELS[np.unique(shown)] != 3]
+        assert repeats > 1 or len(small) == SIZES[4] + SIZES[7]  # all records of small classes
+    assert set().union(*epochs) == set(range(50))
+    orders = {tuple(LABELS[shown]) for shown in epochs}
+    assert len(orders) == 60  # no fixed order of classes, which would fix the pairs of mixup
+
+
+def test_large_classes_repeat_no_record_within_an_epoch():
+    shown = epoch_records(TrainPlan(50, 10, 0, balance=RecordsByClass(LABELS)), 0)
+    large = [record for record in shown if LABELS[record] == 3]
+    assert len(large) == len(set(large)) == 17
+
+
+def test_one_class_is_balanced():
+    plan = TrainPlan(9, 3, 0, balance=RecordsByClass(np.full(9, 5)))
+    assert sorted(epoch_records(plan, 2)) == [*range(9)]

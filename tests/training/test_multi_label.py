@@ -89,12 +89,15 @@ def test_average_precision_and_loss_by_hand():
         multi_label_metrics([rows[0] | {"targets": np.zeros((4, 3), bool)}])
 
 
-def test_the_metric_of_the_best_checkpoint_must_exist(folder, smoke_config):
+def test_settings_for_images_of_one_class_are_refused(folder, smoke_config):
     multi = dict(data__source="folder", data__root=str(folder), loss__name="bce")
     for best, data in (("mean_per_class", multi), ("mean_average_precision", {})):
         config = smoke_config(checkpoint__best=best, data__eval_split="validation", **data)
         with pytest.raises(InputError, match=f"{best}' is no metric of"):
             check_data(Experiment(config))
+    config = smoke_config(data__balanced=True, data__eval_split="validation", **multi)
+    with pytest.raises(InputError, match="data.balanced is for images of one class each"):
+        _ = Experiment(config).data.plan
 
 
 @pytest.mark.slow

@@ -157,7 +157,8 @@ class _TrainView(_View):
         """The maximum over all batches; smaller batches are padded with empty elements."""
         # The alignment of batches with the views of a record has a period of `repeats` steps.
         steps = range(min(self.plan.repeats, self.plan.steps_per_epoch))
-        records = max(len(views_of_records(self.plan, step, self.rows)) for step in steps)
+        distinct = dataclasses.replace(self.plan, balance=None)  # balance only repeats records
+        records = max(len(views_of_records(distinct, step, self.rows)) for step in steps)
         return -(-records // RECORDS_PER_ELEMENT)
 
     def __len__(self):

@@ -18,6 +18,35 @@ SampleKey = tuple[int, int, int]  # (seed, epoch, position within the epoch)
 ROUNDS = 4  # of the cipher, as in Grain's own shuffle
 
 
+class RecordsByClass:
+    """The records of each class that has any, in 4 bytes per record.
+
+    `labels` are int [records]. Raises InputError if records have several labels.
+    """
+
+    def __init__(self, labels: np.ndarray):
+        if labels.ndim > 1:
+            raise InputError(
+                "data.balanced is for images of one class each, and images of these data may have "
+                "several: use loss.class_weights='balanced'"
+            )
+        order = np.argsort(labels, kind="stable").astype(np.uint32)
+        _, starts = np.unique(labels[order], return_index=True)
+        self._records = np.split(order, starts[1:])  # views of `order`
+
+    def lookup(self, position: int, seed: int, epoch: int) -> int:
+        """Returns the record at `position` of an epoch in which all classes are equally frequent.
+
+        Each run of K positions has one record of each of the K classes, in random order. A class
+        repeats a record once all its records have been used.
+        """
+        turn, i = divmod(position, len(self._records))
+        k = shuffled(i, len(self._records), seed, epoch, 1, turn)
+        records = self._records[k]
+        cycle, i = divmod(turn, len(records))
+        return int(records[shuffled(i, len(records), seed, epoch, 2, k, cycle)])
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainPlan:
     """Shuffled epochs of whole batches; each epoch drops `num_records % batch_size` records.
@@ -32,6 +61,10 @@ class TrainPlan:
     one batch (except a few at its ends) and in different groups. Without repeats, row r of a batch
     has its r-th position.
 
+    With `balance`, an epoch has as many positions, and all classes have as many of them, plus or
+    minus one: records of large classes are left out, differently in every epoch, and those of small
+    classes are repeated.
+
     Raises InputError if the batch is larger than the data set, or if the groups do not divide it
     (with repeats > 1).
     """
@@ -41,6 +74,7 @@ class TrainPlan:
     seed: int  # selects order and augmentation; 0 to 2**64 - 1
     repeats: int = 1  # views of a record per epoch; 1 disables repeated augmentation
     groups: int = 8  # per batch; used if repeats > 1
+    balance: RecordsByClass | None = None  # make all classes equally frequent
 
     def __post_init__(self):
         if self.num_records < self.batch_size:
@@ -65,7 +99,11 @@ class TrainPlan:
             group, turn = divmod(row, self.batch_size // self.groups)
             row = turn * self.groups + group
         position = k * self.batch_size + row
-        record = shuffled(position // self.repeats, self.num_records, self.seed, epoch)
+        first_view = position // self.repeats
+        if self.balance:
+            record = self.balance.lookup(first_view, self.seed, epoch)
+        else:
+            record = shuffled(first_view, self.num_records, self.seed, epoch)
         return record, (self.seed, epoch, position)
 
 
@@ -92,18 +130,18 @@ def sample_generator(sample_key: SampleKey) -> np.random.Generator:
     return np.random.Generator(philox)
 
 
-def shuffled(position: int, num_records: int, seed: int, epoch: int) -> int:
+def shuffled(position: int, num_records: int, *key: int) -> int:
     """Returns the record at `position` of the permutation of an epoch, in constant memory.
 
-    The permutation is a block cipher of the position, with a key of 32 bits made from seed and
-    epoch (`grain.experimental.index_shuffle`).
+    The permutation is a block cipher of the position, with 32 bits made from `key`: seed, epoch
+    and what else tells permutations apart (`grain.experimental.index_shuffle`).
     """
-    return index_shuffle(position, num_records - 1, seed=_cipher_key(seed, epoch), rounds=ROUNDS)
+    return index_shuffle(position, num_records - 1, seed=_cipher_key(key), rounds=ROUNDS)
 
 
 @functools.lru_cache(maxsize=16)
-def _cipher_key(seed, epoch):
-    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+def _cipher_key(key):
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def _words(*numbers):

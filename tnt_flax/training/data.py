@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from tnt_flax.data import images, pipeline, randaugment, sources, transforms
 from tnt_flax.data.labels import split_names
-from tnt_flax.data.plan import TrainPlan
+from tnt_flax.data.plan import RecordsByClass, TrainPlan
 
 Batches = Iterator[dict[str, np.ndarray]]
 
@@ -63,9 +63,16 @@ class ExperimentData:
     @functools.cached_property
     def plan(self) -> TrainPlan:
         """The order of the training images, in every epoch."""
-        config, augment = self.config, self.config.augment
-        size = len(self.train_source)
-        return TrainPlan(size, config.batch_size, config.seed, augment.repeats, augment.mix_groups)
+        source, augment = self.train_source, self.config.augment
+        balance = RecordsByClass(sources.labels_of(source)) if self.config.data.balanced else None
+        return TrainPlan(
+            len(source),
+            self.config.batch_size,
+            self.config.seed,
+            augment.repeats,
+            augment.mix_groups,
+            balance,
+        )
 
     @functools.cached_property
     def randaugment(self) -> randaugment.RandAugment | None:
