@@ -119,7 +119,8 @@ def get_config() -> ConfigDict:
     config.loss.class_weights = ""
 
     config.distill = ConfigDict()
-    config.distill.teacher = ""  # trained weights of any network: file, workdir or hf:// address
+    # Weights of any network (file, workdir or hf:// address), or a file of `predict --logits`.
+    config.distill.teacher = ""
     config.distill.kind = "soft"  # KL divergence; "hard": the class that the teacher predicts
     config.distill.temperature = 1.0  # divides all logits, for "soft"
     config.distill.weight = 0.5  # of the distillation in the loss; 1: without labels

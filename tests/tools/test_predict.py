@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 import tnt_flax
@@ -335,6 +336,60 @@ def test_tables_have_equal_contents(weights, folder, tmp_path):
     assert not list(tmp_path.glob("*.tmp*"))
 
 
+# ---------------------------------------------------------------------------- several classes
+
+
+def logits_of(classifier, files):
+    pixels = np.stack(
+        [eval_transform(file.read_bytes(), size=32, crop_fraction=CROP) for file in files]
+    )
+    images = (pixels / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
+    return np.asarray(jax.jit(classifier.model.apply)(classifier.variables, images))
+
+
+def test_predictions_above_a_threshold(weights, folder, tmp_path, capsys):
+    files = [folder / "china.png", folder / "small.png"]
+    classifier = tnt_flax.load_classifier(weights)
+    expected = 1 / (1 + np.exp(-np.float64(logits_of(classifier, files))))
+    middle = float(np.median(expected))
+    found = classifier.predict(files, threshold=middle)
+    for predictions, row in zip(found, expected, strict=True):
+        best = [i for i in np.argsort(-row) if row[i] > middle]
+        assert [p.index for p in predictions] == best
+        np.testing.assert_allclose([p.probability for p in predictions], row[best], rtol=1e-4)
+
+    out = tmp_path / "a.csv"
+    run(weights, *files, folder / "sub/img9.jpg", f"--threshold={middle}", f"--out={out}")
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert list(rows[0]) == ["image", "error", "label", "probabilities"]
+    assert rows[0]["label"] == "|".join(p.label for p in found[0])  # as in a table to train on
+    assert json.loads(rows[0]["probabilities"])[0] == pytest.approx(found[0][0].probability)
+    assert rows[2]["error"] and not rows[2]["label"]
+    run(weights, files[0], "--threshold=0.9999999")
+    assert capsys.readouterr().out == f"{files[0]}: no class\n"
+    with pytest.raises(InputError, match="threshold=1.0 is outside"):
+        classifier.predict(files, threshold=1.0)
+    classifier._loss = "softmax"
+    with pytest.raises(InputError, match="trained with loss.name='softmax'.* needs weights"):
+        classifier.predict(files, threshold=0.5)
+
+
+def test_logits_are_stored_with_the_names_of_the_images(weights, folder, tmp_path):
+    files, path = [folder / "china.png", folder / "sub/img9.jpg"], tmp_path / "a.safetensors"
+    result = run(weights, *files, f"--logits={path}")
+    assert result == {"images": 1, "unreadable": 1, "out": str(path)}
+    stored = safetensors.numpy.load_file(path)
+    expected = logits_of(tnt_flax.load_classifier(weights), files[:1])[0]
+    np.testing.assert_allclose(stored["logits"][0], expected, rtol=1e-4, atol=1e-5)
+    assert np.isnan(stored["logits"][1]).all() and stored["readable"].tolist() == [True, False]
+    assert stored["names"].tobytes().decode().split("\0") == list(map(str, files))
+    with pytest.raises(InputError, match="leave out --out"):
+        run(weights, *files, f"--logits={path}", "--features", "--out=a.csv")
+    with pytest.raises(RunError, match="no image could be read: nothing was written"):
+        run(weights, files[1], f"--logits={tmp_path / 'b.safetensors'}")
+    assert not list(tmp_path.glob("b.*"))
+
+
 def test_folders_with_loops_and_other_files(folder, caplog):
     (folder / "sub" / "loop").symlink_to(folder)
     (folder / "sub" / "@eaDir").mkdir()
@@ -398,7 +453,7 @@ def test_bad_arguments(weights, folder, tmp_path, monkeypatch, arguments, messag
 
 
 def test_nothing_readable_leaves_no_table(weights, folder, tmp_path):
-    with pytest.raises(RunError, match="no image could be read: no table was written"):
+    with pytest.raises(RunError, match="no image could be read: nothing was written"):
         run(weights, folder / "sub/img9.jpg", f"--out={tmp_path / 'a.csv'}")
     assert not list(tmp_path.glob("a.csv*"))
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distillation: the losses by their equations, teachers of other networks, and whole steps."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,10 @@ import optax
 import pytest
 
 from tests.helpers import small_network
+from tests.helpers.photos import png
+from tnt_flax.__main__ import main
 from tnt_flax.core.errors import InputError
+from tnt_flax.data.stored_logits import RecordLogits, is_logits_file, open_logits
 from tnt_flax.runtime import sharding
 from tnt_flax.training.distillation import load_teacher, make_distillation_loss
 from tnt_flax.training.experiment import Experiment
@@ -64,7 +69,7 @@ def test_a_teacher_is_renormalized_resampled_and_has_the_classes_of_the_data(nam
     expected = jax.jit(model.apply)(variables, theirs)[:, jnp.array([7, 2])]
     options = dict(image_size=(64, 64), dtype="float32")
     teacher = load_teacher(str(path), ("class 7", "class 2"), **HALF, **options)
-    found = jax.jit(teacher.logits)(teacher.variables, pixels * 2 - 1)
+    found = jax.jit(teacher.logits)(teacher.variables, {"image": pixels * 2 - 1})
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
     with pytest.raises(InputError, match="none is called 'dog'"):
         load_teacher(str(path), ("class 7", "dog"), **HALF, **options)
@@ -74,6 +79,69 @@ def test_a_teacher_needs_a_head(tmp_path):
     path = small_network.save(tmp_path, num_classes=0)
     with pytest.raises(InputError, match="has no head"):
         load_teacher(str(path), 3, **HALF, image_size=(48, 48), dtype="float32")
+
+
+# --------------------------------------------------------------------------------- stored logits
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Logits of three images of the classes b, a and c; the last image is unreadable."""
+    path = tmp_path / "logits.safetensors"
+    names = [f"/data/train/{name}.png" for name in ("x/0", "y/1", "y/2")]
+    with open_logits(path, names, 3, ("b", "a", "c")) as write:
+        write(np.float32([0, 1, 2]))
+        write(np.float32([3, 4, 5]))
+        write(None)
+    return str(path)
+
+
+def test_stored_logits_are_found_by_the_names_of_images_and_classes(stored, caplog):
+    assert is_logits_file(stored) and not is_logits_file(__file__)
+    for folder in ("/data/train", "/mnt/elsewhere"):  # the data may have moved
+        logits = RecordLogits(stored, [f"{folder}/y/1.png", f"{folder}/x/0.png"], ("a", "b"))
+        for each in (logits, pickle.loads(pickle.dumps(logits))):  # as worker processes do
+            assert [each[i].tolist() for i in (0, 1)] == [[4, 3], [1, 0]]
+    assert caplog.messages == ["warning: images below /mnt/elsewhere get the logits of /data/train"]
+    with pytest.raises(InputError, match="no logits of 1 of the 2 training images, such as .*y/2"):
+        RecordLogits(stored, ["/data/train/x/0.png", "/data/train/y/2.png"], ("a", "b"))
+    with pytest.raises(InputError, match="none is called 'd'"):
+        RecordLogits(stored, ["/data/train/x/0.png"], ("a", "d"))
+
+
+def test_stored_logits_do_not_fit_mixed_images(stored, smoke_config):
+    with pytest.raises(InputError, match="not of mixed ones: set augment.mixup_alpha=0"):
+        Experiment(smoke_config(distill__teacher=stored, augment__mixup_alpha=0.8))
+
+
+@pytest.mark.slow
+def test_stored_logits_train_like_their_teacher_if_views_are_those_of_the_evaluation(
+    smoke_config, tmp_path
+):
+    names = ("ant", "bee")
+    teacher = small_network.save(tmp_path, size=32, num_classes=2, class_names=[*names])
+    for i in range(24):
+        path = tmp_path / "data" / "train" / names[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(random.integers(0, 256, (32, 32, 3), np.uint8)))
+    logits = tmp_path / "logits.safetensors"
+    arguments = [str(teacher), str(tmp_path / "data/train"), f"--logits={logits}"]
+    assert main(["predict", *arguments]) == 0
+    evaluation_view = dict(augment__scale=(1.0, 1.0), augment__ratio=(1.0, 1.0))
+    data = dict(data__source="folder", data__root=str(tmp_path / "data"), batch_size=24)
+    losses = []
+    for path in (teacher, logits):
+        config = smoke_config(
+            **data | evaluation_view, distill__teacher=str(path), distill__weight=1.0
+        )
+        experiment = Experiment(config)
+        (batch,) = experiment.data.train_batches(0, 1)
+        batch.pop("replaced")
+        state, batch = experiment.init_or_load_state(), sharding.to_global(batch, experiment.mesh)
+        arguments = experiment.keys[1], *experiment.teacher_variables
+        losses.append(experiment.train_step(state, batch, *arguments)[1]["loss"])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    assert losses[0] > 0.01
 
 
 # ---------------------------------------------------------------------------------------- steps

@@ -94,6 +94,31 @@ def cache_folder() -> pathlib.Path | None:
 
 
 @contextlib.contextmanager
+def open_new(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """Opens a file for atomic writing, see `atomic_path`.
+
+    Raises:
+        InputError: `path` cannot be written.
+        RunError: the disk is full.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            temporary = stack.enter_context(atomic_path(path))
+            file = open(temporary, "xb")
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from error
+        try:
+            with file:
+                yield file
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            raise RunError(f"cannot write {path}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
 def open_table(
     path: pathlib.Path, columns: Mapping[str, type]
 ) -> Iterator[Callable[[dict[str, Any]], object]]:
@@ -109,21 +134,8 @@ def open_table(
     suffix = path.suffix.lower()
     if suffix not in _TABLES:
         raise InputError(f"{path} is not a known kind of table: use {', '.join(_TABLES)}")
-    with contextlib.ExitStack() as stack:
-        try:
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            temporary = stack.enter_context(atomic_path(path))
-            file = open(temporary, "xb")
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}") from error
-        try:
-            with file, _TABLES[suffix](file, columns) as write:
-                yield lambda row: write({k: _storable(x) for k, x in row.items()})
-        except OSError as error:
-            if error.errno not in FULL_DISK:
-                raise
-            raise RunError(f"cannot write {path}: {error.strerror}") from error
+    with open_new(path) as file, _TABLES[suffix](file, columns) as write:
+        yield lambda row: write({k: _storable(x) for k, x in row.items()})
 
 
 def _storable(value):

@@ -18,7 +18,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -69,13 +69,14 @@ def train_batches(
     transform: Callable[[Encoded, Sequence[np.random.Generator]], list[np.ndarray]],
     start_step: int,
     num_steps: int,
+    columns: Mapping[str, Sequence[np.ndarray]] = {},
     options: ReadOptions = ReadOptions(),
 ) -> Iterator[Batch]:
     """Yields this host's rows of the training batches.
 
-    Each batch is `image` uint8 [b, H, W, 3], `label` int32 [b] and `replaced` bool [b], with
-    b = plan.batch_size / options.num_hosts. With corrupt="skip" an unreadable record is replaced by
-    the next readable one, and `replaced` is true.
+    Each batch is `image` uint8 [b, H, W, 3], `label` int32 [b], `replaced` bool [b] and `columns`,
+    with b = plan.batch_size / options.num_hosts. With corrupt="skip" an unreadable record is
+    replaced by the next readable one, and `replaced` is true.
 
     The iterator is a generator: unless it is exhausted, `close()` it to stop its threads and
     processes. Worker processes ignore SIGTERM and SIGINT and end with this process.
@@ -84,6 +85,7 @@ def train_batches(
         source, plan: the records and their order.
         transform: a `functools.partial` of `transforms.train_transform`.
         start_step, num_steps: step of the first batch, and number of batches.
+        columns: further arrays, by name and record.
         options: see `ReadOptions`.
 
     Raises:
@@ -93,7 +95,9 @@ def train_batches(
     """
     rows = options.rows(plan.batch_size)
     reader = RetryingReader(source, options.retry_seconds)
-    view = _TrainView(reader, options.corrupt, rows, transform, plan, start_step, num_steps)
+    view = _TrainView(
+        reader, options.corrupt, rows, transform, plan, start_step, num_steps, columns
+    )
     return _run(view, options)
 
 
@@ -151,6 +155,7 @@ class _TrainView(_View):
     plan: TrainPlan
     start_step: int
     num_steps: int
+    columns: Mapping[str, Sequence[np.ndarray]]  # by record
 
     @functools.cached_property
     def elements_per_batch(self) -> int:
@@ -169,8 +174,7 @@ class _TrainView(_View):
         records = views_of_records(self.plan, self.start_step + step, self.rows)
         samples = []
         for record, views in records[i * RECORDS_PER_ELEMENT : (i + 1) * RECORDS_PER_ELEMENT]:
-            images, label, replaced = self._read(record, [key for _, key in views])
-            columns = {"label": np.int32(label), "replaced": np.bool_(replaced)}
+            images, columns = self._read(record, [key for _, key in views])
             samples += [
                 (row - self.rows.start, {"image": image, **columns})
                 for (row, _), image in zip(views, images, strict=True)
@@ -178,7 +182,7 @@ class _TrainView(_View):
         return samples
 
     def _read(self, record, keys):
-        """Returns images of the record, or of the first readable one after it, and its label."""
+        """Returns images and columns of the record, or of the first readable one after it."""
         for replacements in range(MAX_REPLACEMENTS + 1):
             candidate = (record + replacements) % len(self.reader.source)
             try:
@@ -186,7 +190,8 @@ class _TrainView(_View):
                 # New generators for each candidate: the images of the replacement must not depend
                 # on random numbers consumed for the unreadable record.
                 images = self.transform(encoded, [sample_generator(key) for key in keys])
-                return images, label, replacements > 0
+                columns = {"label": np.int32(label), "replaced": np.bool_(replacements > 0)}
+                return images, columns | {k: x[candidate] for k, x in self.columns.items()}
             except (CorruptImageError, OSError) as reason:
                 self.refuse_or_log(candidate, reason)
         raise InputError(

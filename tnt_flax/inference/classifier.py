@@ -38,10 +38,10 @@ class Outcome(NamedTuple):
     error: str | None = None
 
 
-class FeatureOutcome(NamedTuple):
-    """Result for one image: the head's input, float32 [D], or an error."""
+class VectorOutcome(NamedTuple):
+    """Result for one image: its logits or features, float32, or an error."""
 
-    features: np.ndarray | None
+    vector: np.ndarray | None
     error: str | None = None
 
 
@@ -87,7 +87,8 @@ class Classifier:
 
     Attributes:
         model, variables: for `model.apply(variables, images)`; see `tnt_flax.load`.
-        class_names: one name per class; empty without a head.
+        class_names: one name per class, for display; empty without a head.
+        stored_class_names: those in the weights file, such as synsets; None without any.
         image_size: pixels of each side, or (height, width).
         crop_fraction: the share of the resized image that the central crop keeps.
         mean, std: per channel, on the scale 0..1.
@@ -97,6 +98,7 @@ class Classifier:
         self, found: LoadedWeights, class_names: Sequence[str] | None = None, **policy: Any
     ):
         self._path = found.path
+        self._loss = ((found.info.get("config") or {}).get("loss") or {}).get("name")
         self.model = found.network.model
         classes = self.model.num_classes
         self._preprocessor = Preprocessor(found, **policy)
@@ -107,6 +109,7 @@ class Classifier:
                 f"{len(class_names)} class names for the {classes} classes of {found.path}"
             )
         self.class_names = tuple(class_names)
+        self.stored_class_names = found.class_names
         self.image_size = found.network.image_size
         self.crop_fraction = self._preprocessor.crop_fraction
         self.mean, self.std = map(tuple, (found.preprocessing[key] for key in ("mean", "std")))
@@ -116,18 +119,25 @@ class Classifier:
         self._compiling = threading.Lock()
 
     def predict(
-        self, images: Input | Iterable[Input], top: int = 5, batch_size: int = 64
+        self,
+        images: Input | Iterable[Input],
+        top: int = 5,
+        batch_size: int = 64,
+        threshold: float | None = None,
     ) -> list[list[Prediction]]:
         """Returns the `top` most probable classes of each image, by decreasing probability.
+
+        With `threshold`, for multi-label weights, returns all classes, possibly none, whose own
+        probability, the sigmoid of their logit, is greater.
 
         `images` is one image or several: paths, encoded bytes, PIL images, uint8 arrays [H, W] or
         [H, W, C], or one array [B, H, W, C]. The preprocessing is that of the evaluation.
 
         Raises:
-            InputError: the network has no head, or an image cannot be read; `outcomes` yields an
-                error instead.
+            InputError: the network has no head, or was trained with a softmax although there is a
+                threshold; or an image cannot be read, for which `outcomes` yields an error instead.
         """
-        outcomes = self.outcomes(_several(images), top, batch_size)
+        outcomes = self.outcomes(_several(images), top, batch_size, threshold=threshold)
         return [outcome.predictions for outcome in _without_errors(outcomes)]
 
     def features(self, images: Input | Iterable[Input], batch_size: int = 64) -> np.ndarray:
@@ -137,47 +147,87 @@ class Classifier:
         `images` is what `predict` takes. Raises InputError if an image cannot be read.
         """
         outcomes = self.feature_outcomes(_several(images), batch_size)
-        rows = [outcome.features for outcome in _without_errors(outcomes)]
+        rows = [outcome.vector for outcome in _without_errors(outcomes)]
         return np.stack(rows) if rows else np.zeros((0, self.model.num_features), np.float32)
 
     def outcomes(
-        self, images: Iterable[Input], top: int = 5, batch_size: int = 64, threads: int = 8
+        self,
+        images: Iterable[Input],
+        top: int = 5,
+        batch_size: int = 64,
+        threads: int = 8,
+        threshold: float | None = None,
     ) -> Iterator[Outcome]:
         """Yields an `Outcome` for each image in order, reading ahead in `threads` threads.
 
         `images` may be a generator; two batches are held in memory. Batches are split over all
-        local devices. An unreadable image has an `error` and no predictions. Raises InputError if
-        the network has no head.
+        local devices. An unreadable image has an `error` and no predictions. For `threshold` and
+        errors see `predict`.
         """
-        if not self.model.num_classes:
-            raise InputError(
-                f"{self._path} has no head, so it cannot classify: use features (--features)"
-            )
+        self._check_head()
         _check_positive(top=top, batch_size=batch_size, threads=threads)
-        for row, error in self._evaluate(self._probabilities, images, batch_size, threads):
+        function = self._probabilities
+        if threshold is not None:
+            self._check_threshold(threshold)
+            function = self._class_probabilities
+        for row, error in self._evaluate(function, images, batch_size, threads):
             if error:
                 yield Outcome([], error)
                 continue
-            best = np.argsort(-row, kind="stable")[:top]
+            best = np.argsort(-row, kind="stable")
+            best = best[:top] if threshold is None else best[row[best] > threshold]
             yield Outcome([Prediction(self.class_names[i], float(row[i]), int(i)) for i in best])
 
     def feature_outcomes(
         self, images: Iterable[Input], batch_size: int = 64, threads: int = 8
-    ) -> Iterator[FeatureOutcome]:
-        """Yields a `FeatureOutcome` for each image in order; otherwise as `outcomes`."""
+    ) -> Iterator[VectorOutcome]:
+        """Yields the features of each image in order; otherwise as `outcomes`."""
         _check_positive(batch_size=batch_size, threads=threads)
         for row, error in self._evaluate(self._features, images, batch_size, threads):
-            yield FeatureOutcome(row, error)
+            yield VectorOutcome(row, error)
+
+    def logit_outcomes(
+        self, images: Iterable[Input], batch_size: int = 64, threads: int = 8
+    ) -> Iterator[VectorOutcome]:
+        """Yields the logits of each image in order; otherwise as `outcomes`."""
+        self._check_head()
+        _check_positive(batch_size=batch_size, threads=threads)
+        for row, error in self._evaluate(self._logits, images, batch_size, threads):
+            yield VectorOutcome(row, error)
+
+    def _check_head(self):
+        if not self.model.num_classes:
+            raise InputError(
+                f"{self._path} has no head, so it cannot classify: use features (--features)"
+            )
+
+    def _check_threshold(self, threshold):
+        if not 0 <= threshold < 1:
+            raise InputError(f"threshold={threshold} is outside [0, 1)")
+        if self._loss == "softmax":
+            raise InputError(
+                f"{self._path} was trained with loss.name='softmax', so its classes exclude each "
+                "other: a threshold needs weights trained with 'bce'"
+            )
 
     # ------------------------------------------------------------------------------- evaluation
 
+    # All evaluate uint8 images [B, H, W, 3].
+
+    def _logits(self, variables: dict[str, Any], images: jax.Array) -> jax.Array:
+        """Returns logits [B, classes]."""
+        return self.model.apply(variables, normalize(images, self.mean, self.std))
+
     def _probabilities(self, variables: dict[str, Any], images: jax.Array) -> jax.Array:
-        """Evaluates uint8 images [B, H, W, 3]; returns probabilities [B, classes]."""
-        logits = self.model.apply(variables, normalize(images, self.mean, self.std))
-        return jax.nn.softmax(logits)
+        """Returns probabilities [B, classes] of classes that exclude each other."""
+        return jax.nn.softmax(self._logits(variables, images))
+
+    def _class_probabilities(self, variables: dict[str, Any], images: jax.Array) -> jax.Array:
+        """Returns the probability of each class, [B, classes], whatever the others are."""
+        return jax.nn.sigmoid(self._logits(variables, images))
 
     def _features(self, variables: dict[str, Any], images: jax.Array) -> jax.Array:
-        """Evaluates uint8 images [B, H, W, 3]; returns features [B, D]."""
+        """Returns features [B, D]."""
         body = self.model.clone(num_classes=0)
         return body.apply(variables, normalize(images, self.mean, self.std)).astype(np.float32)
 

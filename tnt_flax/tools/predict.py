@@ -4,6 +4,8 @@
     tnt-flax predict tnt_s_81.5.pth.tar cat.jpg holiday/ 'more/*.png'
     find photos -name '*.jpg' | tnt-flax predict runs/pets - --out=predictions.csv
     tnt-flax predict runs/pets photos/ --features --out=features.parquet
+    tnt-flax predict runs/tags photos/ --threshold=0.5 --out=predictions.csv
+    tnt-flax predict runs/teacher train/ --logits=logits.safetensors
 
 A path is a file, a folder (with all images below it), a pattern, or - for a list of files on stdin.
 Images are preprocessed as in evaluation. The last line on stdout is one JSON object. Exit code 1
@@ -25,8 +27,10 @@ import numpy as np
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.files import as_unicode, open_table
 from tnt_flax.data.images import log_left_out
+from tnt_flax.data.labels import SEPARATOR
 from tnt_flax.data.sources import storage
 from tnt_flax.data.sources.names import images_below, natural_key, read_lines
+from tnt_flax.data.stored_logits import open_logits
 from tnt_flax.runtime import host
 from tnt_flax.tools.command_line import (
     Parser,
@@ -37,7 +41,7 @@ from tnt_flax.tools.command_line import (
 )
 
 STDIN = "-"
-ON_INTERRUPT = "no table was written"
+ON_INTERRUPT = "nothing was written"
 
 
 def add_arguments(parser: Parser) -> None:
@@ -45,11 +49,15 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("paths", metavar="PATH", nargs="+", help="a file, a folder, a pattern, or - for stdin")
     add("--top", type=int, default=5, help="predictions per image")
+    text = "for weights of several classes per image: all classes whose probability is greater"
+    add("--threshold", type=float, metavar="P", help=text)
     add("--out", type=pathlib.Path, help="table to write: .csv, .jsonl or .parquet")
     add("--batch-size", type=int, default=64, help="images per batch")
     add("--threads", type=int, default=8, help="threads that decode images")
     add("--class-list", help="file with one class name per line")
     add("--features", action="store_true", help="write feature vectors instead of predictions")
+    text = "write logits to a .safetensors file instead, such as those of a teacher"
+    add("--logits", type=pathlib.Path, metavar="FILE", help=text)
     add_policy_options(parser)
 
 
@@ -64,35 +72,46 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.features and not args.out:
         raise InputError("--features needs a table: --out=FILE.parquet, .jsonl or .csv")
-    layout = {"features": np.ndarray} if args.features else columns(args.top)
-    layout = {"image": str, "error": str} | layout
-    table = open_table(args.out, layout) if args.out else contextlib.nullcontext()
-    with table as write_row:
+    if args.logits and (args.out or args.features or args.threshold is not None):
+        raise InputError("--logits writes nothing else: leave out --out, --features, --threshold")
+    out = args.out or args.logits
+    with contextlib.ExitStack() as stack:
+        if args.out:
+            write_row = stack.enter_context(open_table(args.out, columns(args)))
         files = find_images(args.paths, sys.stdin)
         host.cache_compilations()
         classifier = load_classifier(
             **weights_arguments(args), **policy_arguments(args), class_list=args.class_list
         )
         counts = {"images": 0, "unreadable": 0}
-        reading = dict(batch_size=args.batch_size, threads=args.threads)
-        if args.features:
-            outcomes = classifier.feature_outcomes(files, **reading)
-        else:
-            outcomes = classifier.outcomes(files, args.top, **reading)
-        outcomes, write = with_progress(outcomes, len(files))
+        outcomes, write = with_progress(outcomes_of(classifier, files, args), len(files))
+        if args.logits:
+            shape = files, classifier.model.num_classes
+            names = classifier.class_names if args.class_list else classifier.stored_class_names
+            store_row = stack.enter_context(open_logits(args.logits, *shape, names))
         for file, (result, error) in zip(map(as_unicode, files), outcomes, strict=True):
             counts["unreadable" if error else "images"] += 1
             if error:
                 write(f"left out: {as_unicode(error)}", file=sys.stderr)
-            if write_row:
-                found = {"features": result} if args.features else ranked(result)
-                write_row({"image": file, "error": error} | found)
+            if args.logits:
+                store_row(result)
+            elif args.out:
+                write_row({"image": file, "error": error} | row_of(result, error, args))
             elif not error:
-                text = "  ".join(f"{a.label} {a.probability:.1%}" for a in result)
-                write(f"{file}: {text}", file=sys.stdout)
-        if not counts["images"] and write_row:
-            raise RunError("no image could be read: no table was written")
-    return counts | ({"out": str(args.out)} if args.out else {})
+                write(f"{file}: {as_text(result)}", file=sys.stdout)
+        if not counts["images"] and out:
+            raise RunError(f"no image could be read: {ON_INTERRUPT}")
+    return counts | ({"out": str(out)} if out else {})
+
+
+def outcomes_of(classifier: Any, files: list[str], args: argparse.Namespace) -> Iterable[Any]:
+    """Returns an iterable of (result, error) for each file."""
+    reading = dict(batch_size=args.batch_size, threads=args.threads)
+    if args.features:
+        return classifier.feature_outcomes(files, **reading)
+    if args.logits:
+        return classifier.logit_outcomes(files, **reading)
+    return classifier.outcomes(files, args.top, threshold=args.threshold, **reading)
 
 
 def with_progress(items: Iterable[Any], total: int) -> tuple[Iterable[Any], Callable[..., None]]:
@@ -108,12 +127,33 @@ def failed(result: dict[str, Any]) -> bool:
     return not result["images"]
 
 
-def columns(top: int) -> dict[str, type]:
-    """Returns name and type of each column of predictions."""
-    ranked = {}
-    for rank in range(1, top + 1):
-        ranked |= {f"label_{rank}": str, f"probability_{rank}": float, f"index_{rank}": int}
-    return ranked
+def columns(args: argparse.Namespace) -> dict[str, type]:
+    """Returns name and type of each column of the table."""
+    found = {"image": str, "error": str}
+    if args.features:
+        return found | {"features": np.ndarray}
+    if args.threshold is not None:
+        return found | {"label": str, "probabilities": np.ndarray}
+    for rank in range(1, args.top + 1):
+        found |= {f"label_{rank}": str, f"probability_{rank}": float, f"index_{rank}": int}
+    return found
+
+
+def row_of(result: Any, error: str | None, args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the values of the columns for an image, except for its name and the error."""
+    if args.features:
+        return {"features": result}
+    if args.threshold is None:
+        return ranked(result)
+    if error:
+        return {}
+    probabilities = np.array([each.probability for each in result], np.float32)
+    label = SEPARATOR.join(each.label for each in result) or SEPARATOR
+    return {"label": label, "probabilities": probabilities}
+
+
+def as_text(predictions: Iterable[Any]) -> str:
+    return "  ".join(f"{a.label} {a.probability:.1%}" for a in predictions) or "no class"
 
 
 def ranked(predictions: Iterable[Any]) -> dict[str, Any]:

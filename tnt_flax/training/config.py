@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import images, randaugment, transforms
+from tnt_flax.data.stored_logits import is_logits_file
 from tnt_flax.models import MODELS, Network, create_model
 from tnt_flax.training import distillation
 from tnt_flax.training.losses import LOSSES
@@ -93,6 +94,11 @@ def check_config(config: ConfigDict) -> None:
     if augment.randaugment:
         randaugment.parse(augment.randaugment, config.data.mean)
     mixes = augment.mixup_alpha or augment.cutmix_alpha
+    if mixes and is_logits_file(config.distill.teacher):
+        raise InputError(
+            "distill.teacher has logits of single images, not of mixed ones: set "
+            "augment.mixup_alpha=0 and augment.cutmix_alpha=0, or use the weights as the teacher"
+        )
     if mixes and (groups < 1 or config.batch_size % (2 * groups)):
         raise InputError(
             f"batch_size={config.batch_size} does not split into augment.mix_groups={groups} "

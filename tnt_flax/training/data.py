@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from tnt_flax.data import images, pipeline, randaugment, sources, transforms
 from tnt_flax.data.labels import split_names
 from tnt_flax.data.plan import RecordsByClass, TrainPlan
+from tnt_flax.data.stored_logits import RecordLogits, is_logits_file
 
 Batches = Iterator[dict[str, np.ndarray]]
 
@@ -75,6 +76,15 @@ class ExperimentData:
         )
 
     @functools.cached_property
+    def columns(self) -> dict[str, RecordLogits]:
+        """Further columns of training batches: `teacher_logits` if `distill.teacher` has them."""
+        path = self.config.distill.teacher
+        if not is_logits_file(path):
+            return {}
+        names = [self.train_source.name_of(i) for i in range(len(self.train_source))]
+        return {"teacher_logits": RecordLogits(path, names, self.class_names)}
+
+    @functools.cached_property
     def randaugment(self) -> randaugment.RandAugment | None:
         text = self.config.augment.randaugment
         return randaugment.parse(text, self.config.data.mean) if text else None
@@ -98,7 +108,7 @@ class ExperimentData:
         """Yields this process's rows of the batches of `num_steps` steps from `start_step` on.
 
         A batch of b rows has `image` uint8 [b, H, W, 3], `label` int32 [b] or [b, L] and `replaced`
-        bool [b], True for neighbors of unreadable images.
+        bool [b], True for neighbors of unreadable images; and `columns`.
 
         Raises:
             InputError: an image cannot be read (with data.corrupt="error").
@@ -124,6 +134,7 @@ class ExperimentData:
             transform=transform,
             start_step=start_step,
             num_steps=num_steps,
+            columns=self.columns,
             options=self._read_options(),
         )
 

@@ -21,8 +21,13 @@ Normalization = tuple[Sequence[float], Sequence[float]]  # mean and std of each 
 class Teacher(NamedTuple):
     """A trained network for the classes of the training data."""
 
-    logits: Callable[[Any, jax.Array], jax.Array]  # (variables, images) -> float32 [B, K]
+    # (variables, batch) -> float32 [B, K]; the images of the batch are augmented and normalized.
+    logits: Callable[[Any, dict[str, jax.Array]], jax.Array]
     variables: Any  # on the host
+
+
+# Logits that `tnt-flax predict --logits` stored, of the evaluation view of each image.
+STORED = Teacher(lambda variables, batch: batch["teacher_logits"], {})
 
 
 def load_teacher(
@@ -61,8 +66,8 @@ def load_teacher(
     theirs = tuple(found.preprocessing["mean"]), tuple(found.preprocessing["std"])
     renormalize = make_renormalize((tuple(mean), tuple(std)), theirs)
 
-    def logits(variables, images):
-        found = model.apply(variables, renormalize(images), train=False)
+    def logits(variables, batch):
+        found = model.apply(variables, renormalize(batch["image"]), train=False)
         whole = len(columns) == num_classes and (columns == np.arange(num_classes)).all()
         return found if whole else found[:, columns]
 
@@ -88,10 +93,10 @@ def add_teacher(augment: Callable[..., tuple[jax.Array, jax.Array]], teacher: Te
     memory than a micro-batch of the student, as it has no gradient.
     """
 
-    def augment_and_teach(*args):
+    def augment_and_teach(batch, *args):
         *args, variables = args
-        images, targets = augment(*args)
-        return images, (targets, teacher.logits(variables, images))
+        images, targets = augment(batch, *args)
+        return images, (targets, teacher.logits(variables, batch | {"image": images}))
 
     return augment_and_teach
 

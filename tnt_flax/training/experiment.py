@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import transforms
 from tnt_flax.data.labels import class_order_warning
+from tnt_flax.data.stored_logits import is_logits_file
 from tnt_flax.models import Network, create_model
 from tnt_flax.runtime import processes, sharding
 from tnt_flax.runtime.checkpoints import Checkpoints
@@ -308,10 +309,13 @@ class Experiment:
     @functools.cached_property
     def teacher(self) -> distillation.Teacher | None:
         """The teacher of `distill.teacher`, for the classes of the training data."""
-        if not self.config.distill.teacher:
+        path = self.config.distill.teacher
+        if not path:
             return None
+        if is_logits_file(path):
+            return distillation.STORED
         return distillation.load_teacher(
-            self.config.distill.teacher,
+            path,
             self.data.class_names if self._num_classes is None else self._num_classes,
             image_size=self.data.image_size,
             dtype=self.config.model.dtype,
@@ -372,5 +376,9 @@ class Experiment:
         pixels = jax.ShapeDtypeStruct((rows, *self.data.image_size, 3), jnp.uint8)
         labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
         _, key = jax.eval_shape(self.split_seed)
+        batch = {"image": pixels, "label": labels}
+        if self.teacher is distillation.STORED:
+            logits = jax.ShapeDtypeStruct((rows, self.model.num_classes), jnp.float32)
+            batch["teacher_logits"] = logits
         teacher = [jax.eval_shape(lambda: self.teacher.variables)] if self.teacher else []
-        return self.state_shapes, {"image": pixels, "label": labels}, key, *teacher
+        return self.state_shapes, batch, key, *teacher

@@ -76,7 +76,7 @@ def check_data(experiment: Experiment) -> None:
     Raises:
         InputError: they differ, or the data, their class weights or the teacher cannot be read.
     """
-    _ = experiment.loss_fn
+    _ = experiment.loss_fn, experiment.data.columns
     multi_label = experiment.data.is_multi_label(experiment.data.eval_source)
     best = experiment.config.checkpoint.best
     if best == ("mean_per_class" if multi_label else "mean_average_precision"):
