@@ -78,6 +78,11 @@ class Policy:
         if self.max_pixels < -1:
             raise InputError(f"max_pixels={self.max_pixels} is less than -1")
 
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> "Policy":
+        """Returns the policy of a `config.data`."""
+        return cls(**{key: data[key] for key in POLICY_KEYS})
+
     @property
     def pixel_limit(self) -> float:
         """The largest number of pixels, which may be infinite."""

@@ -22,14 +22,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import traverse_util
-from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.core.files import write_atomic
-from tnt_flax.data.images import stored_policy
 from tnt_flax.data.labels import readable_names
 from tnt_flax.data.sources import Source
-from tnt_flax.data.transforms import eval_transform
 from tnt_flax.runtime import host, workdir
 from tnt_flax.tools import attention, figures, page
 from tnt_flax.tools.command_line import Parser
@@ -86,7 +83,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "calibration_error": calibration_error(predictions.calibration_sums()),
         "images": len(predictions.label),
     }
-    evaluated = Evaluated(args.workdir, config, found, source, predictions)
+    evaluated = Evaluated(args.workdir, experiment, found, source, predictions)
     try:
         write_atomic(out, make_page(evaluated, stored, summary))
     except OSError as error:
@@ -98,7 +95,7 @@ class Evaluated(NamedTuple):
     """A run with the predictions of one of its checkpoints on the evaluation split."""
 
     folder: pathlib.Path  # of the run
-    config: ConfigDict
+    experiment: Experiment
     found: LoadedWeights
     source: Source
     predictions: "Predictions"
@@ -110,13 +107,7 @@ class Evaluated(NamedTuple):
     def pixels(self, i: int) -> np.ndarray:
         """Returns an image after the evaluation transform, uint8 [H, W, 3]."""
         image, _ = self.source[int(self.predictions.record[i])]
-        data = self.config.data
-        return eval_transform(
-            image,
-            size=data.image_size,
-            crop_fraction=data.crop_fraction,
-            policy=stored_policy(data),
-        )
+        return self.experiment.data.eval_transform(image)
 
     def figure(self, i: int) -> str:
         """Renders an image with its predicted class, and its label if that differs."""
@@ -132,7 +123,8 @@ class Evaluated(NamedTuple):
 
 def make_page(evaluated: Evaluated, stored: dict[str, Any], summary: dict[str, Any]) -> str:
     """Fills the template. `stored` is the config as the run stored it."""
-    folder, config, found, _, predictions = evaluated
+    folder, experiment, found, _, predictions = evaluated
+    config = experiment.config
     lines = metrics.read_metrics_file(folder / "metrics.jsonl")
     curves = "<p>The workdir has no metrics.jsonl.</p>"
     if lines:

@@ -77,7 +77,7 @@ def check_config(config: ConfigDict) -> None:
         for key in keys:
             if not valid(value := attrgetter(key)(config)):
                 raise InputError(f"{key}={value} {problem}")
-    images.Policy(**{key: config.data[key] for key in images.POLICY_KEYS})
+    images.Policy.of(config.data)
     transforms.height_width(config.data.image_size)
     if config.mesh.gradient_dtype == "bfloat16" and config.model.dtype != "bfloat16":
         raise InputError(

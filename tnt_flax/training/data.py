@@ -92,7 +92,7 @@ class ExperimentData:
     @property
     def policy(self) -> images.Policy:
         """How images become 8-bit RGB."""
-        return images.Policy(**{key: self.config.data[key] for key in images.POLICY_KEYS})
+        return images.Policy.of(self.config.data)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -138,6 +138,16 @@ class ExperimentData:
             options=self._read_options(),
         )
 
+    @property
+    def eval_transform(self) -> Callable[[images.Encoded], np.ndarray]:
+        """Preprocesses an image for evaluation, see `transforms.eval_transform`."""
+        return functools.partial(
+            transforms.eval_transform,
+            size=self.config.data.image_size,
+            crop_fraction=self.config.data.crop_fraction,
+            policy=self.policy,
+        )
+
     def eval_batches(self, source: sources.Source | None = None) -> Batches:
         """Yields this process's rows of the evaluation batches: every image once, then padding.
 
@@ -145,15 +155,9 @@ class ExperimentData:
         [b], False for padding and unreadable images, and `corrupt` bool [b], True for unreadable
         images. `source` defaults to `eval_source`. Raises as `train_batches`.
         """
-        transform = functools.partial(
-            transforms.eval_transform,
-            size=self.config.data.image_size,
-            crop_fraction=self.config.data.crop_fraction,
-            policy=self.policy,
-        )
         return pipeline.eval_batches(
             self.eval_source if source is None else source,
-            transform=transform,
+            transform=self.eval_transform,
             batch_size=self.config.eval.batch_size,
             options=self._read_options(),
         )
