@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The evaluation preprocessing of loaded weights, for files, bytes, PIL images and arrays."""
 
-import dataclasses
 import logging
 import os
 from typing import Any
@@ -94,9 +93,8 @@ class Preprocessor:
             raise InputError(f"{name} cannot be read: {error.strerror or error}") from None
 
     def _warn(self, image, name):
-        policy = dataclasses.asdict(self.policy)
         for key, (applies, problem) in _IGNORED.items():
-            if not policy[key] and key not in self._warned and applies(image):
+            if key not in self._warned and not getattr(self.policy, key) and applies(image):
                 self._warned.add(key)
                 logger.warning(f"{name} {problem}; further images are not reported")
 
@@ -108,7 +106,7 @@ _IGNORED = {  # key of the policy: (whether an image needs it, what happens with
         "upright",
     ),
     "background": (
-        lambda image: is_transparent(image),
+        is_transparent,
         "has transparent pixels, whose hidden colors are used as in training: "
         "background=(255, 255, 255) (--background=255,255,255) puts white behind them",
     ),

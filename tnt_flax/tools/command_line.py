@@ -25,7 +25,6 @@ from tnt_flax.core.errors import (
     print_error,
 )
 
-POLICY_KEYS = ("exif", "background", "deep_pixels", "max_pixels")  # of data.images.Policy
 PACKAGE = pathlib.Path(__file__).parents[1]
 # Fields of a network that weights of an unpublished size do not determine.
 ARCHITECTURE_FIELDS = ("inner_heads", "outer_heads", "patch_size")
@@ -221,6 +220,8 @@ def add_policy_options(parser: Parser) -> None:
 
 def policy_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the policy options as arguments of `load_classifier`; None where not given."""
+    from tnt_flax.data.images import POLICY_KEYS  # Pillow is a slow import for --help
+
     return {key: getattr(args, key) for key in POLICY_KEYS}
 
 
