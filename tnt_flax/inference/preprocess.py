@@ -26,6 +26,16 @@ logger = logging.getLogger("tnt_flax")
 Input = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 
+def check_images(found: LoadedWeights) -> None:
+    """Raises InputError unless the network takes images of 3 channels and known size."""
+    network = found.network
+    if network.image_size is None or network.channels != 3:
+        raise InputError(
+            f"{found.path} takes images of {network.sentences} patches and {network.channels} "
+            "channels; square images of 3 channels are needed, or a size in its header"
+        )
+
+
 class Preprocessor:
     """Prepares images as the evaluation of the weights does.
 
@@ -46,15 +56,10 @@ class Preprocessor:
     """
 
     def __init__(self, found: LoadedWeights, **policy: Any):
-        network = found.network
-        if network.image_size is None or network.channels != 3:
-            raise InputError(
-                f"{found.path} takes images of {network.sentences} patches and {network.channels} "
-                "channels; square images of 3 channels are needed, or a size in its header"
-            )
+        check_images(found)
         if unknown := policy.keys() - set(POLICY_KEYS):
             raise InputError(f"{min(unknown)!r} is none of {', '.join(POLICY_KEYS)}")
-        self.image_size = height_width(network.image_size)
+        self.image_size = height_width(found.network.image_size)
         self.crop_fraction = found.preprocessing["crop_fraction"]
         self.interpolation = found.preprocessing.get("interpolation", "bicubic")
         data = (found.info.get("config") or {}).get("data") or {}

@@ -232,25 +232,14 @@ def _numbers(text: str) -> Any:
     return tuple(ast.literal_eval(f"({text},)"))
 
 
-def read_weights(args: argparse.Namespace, *, square_rgb: bool = False):
-    """Reads the weights that the options select; returns a `weights.read.LoadedWeights`.
+def read_weights(args: argparse.Namespace):
+    """Reads the weights that the options of `add_weights_options` select.
 
-    Args:
-        args: with the options of `add_weights_options`.
-        square_rgb: requires a network for square images of 3 channels.
-
-    Raises:
-        InputError: as `read_checkpoint` does, or the network takes other images.
+    Returns a `weights.read.LoadedWeights`. Raises InputError as `read_checkpoint` does.
     """
     from tnt_flax.weights.read import read_checkpoint
 
-    found = read_checkpoint(**weights_arguments(args))
-    if square_rgb and (found.network.grid is None or found.network.channels != 3):
-        raise InputError(
-            f"{found.path} takes images of {found.network.sentences} patches and "
-            f"{found.network.channels} channels; this command needs square images of 3 channels"
-        )
-    return found
+    return read_checkpoint(**weights_arguments(args))
 
 
 def run(

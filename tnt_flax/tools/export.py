@@ -25,6 +25,7 @@ import numpy as np
 from tnt_flax.core.errors import InputError, RunError, one_line
 from tnt_flax.core.files import atomic_path
 from tnt_flax.data.transforms import height_width
+from tnt_flax.inference.preprocess import check_images
 from tnt_flax.inference.stablehlo import load_exported, save_exported, trace
 from tnt_flax.runtime import host
 from tnt_flax.tools.command_line import Parser, add_weights_options, read_weights
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not out.parent.is_dir():
         raise InputError(f"there is no folder {out.parent}")
     host.cache_compilations()
-    found = read_weights(args, square_rgb=True)
+    found = read_weights(args)
+    check_images(found)
     logger.info(f"exporting {found.summary()}")
     try:
         with atomic_path(out) as temporary:
