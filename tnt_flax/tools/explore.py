@@ -13,7 +13,6 @@ means that the page could not be written, 2 that the input was wrong.
 
 import argparse
 import base64
-import io
 import json
 import logging
 import pathlib
@@ -22,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from tnt_flax.core.errors import RunError
 from tnt_flax.core.files import write_atomic
@@ -37,6 +35,7 @@ from tnt_flax.tools.command_line import (
     policy_arguments,
     read_weights,
 )
+from tnt_flax.tools.page import data_url
 from tnt_flax.weights.read import LoadedWeights
 
 logger = logging.getLogger(__name__)
@@ -100,7 +99,7 @@ def make_page(
             {
                 "name": name,
                 "size": trace.pixels.shape[:2],
-                "pixels": _png(trace.pixels),
+                "pixels": data_url(trace.pixels),
                 "predictions": _predictions(trace, labels),
                 "blocks": blocks,
                 "codes": base64.b64encode(codes).decode(),
@@ -174,9 +173,3 @@ def _predictions(trace, labels):
         return []
     best = np.argsort(-trace.probabilities, kind="stable")[:TOP]
     return [{"label": labels[i], "probability": float(trace.probabilities[i])} for i in best]
-
-
-def _png(pixels):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

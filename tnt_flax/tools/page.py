@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTML elements of the report, without external resources."""
+"""HTML elements of the report and of the page of explore, without external resources."""
 
 import base64
 import html
@@ -18,15 +18,19 @@ def text(value: object) -> str:
     return html.escape(str(value))
 
 
-def image(pixels: np.ndarray, caption: str, alt: str) -> str:
-    """Embeds uint8 pixels [H, W, 3]; `caption` is HTML."""
+def data_url(pixels: np.ndarray) -> str:
+    """Encodes uint8 pixels [H, W, 3] as the URL of a PNG."""
     from PIL import Image
 
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def image(pixels: np.ndarray, caption: str, alt: str) -> str:
+    """Embeds uint8 pixels [H, W, 3]; `caption` is HTML."""
     small = ' class="small"' if max(pixels.shape[:2]) < 100 else ""
-    tag = f'<img{small} alt="{text(alt)}" src="data:image/png;base64,{data}">'
+    tag = f'<img{small} alt="{text(alt)}" src="{data_url(pixels)}">'
     return f"<figure>{tag}<figcaption>{caption}</figcaption></figure>"
 
 
