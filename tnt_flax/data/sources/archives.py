@@ -15,7 +15,7 @@ from tnt_flax.core.errors import InputError
 from tnt_flax.data.images import image_suffixes, is_image
 from tnt_flax.data.sources import storage
 from tnt_flax.data.sources.index import IndexedImages, Part, open_index
-from tnt_flax.data.sources.label_lists import find_labels, image_stem, read_labels
+from tnt_flax.data.sources.label_lists import find_labels, image_stem, number_images
 from tnt_flax.data.sources.names import (
     BY_NAME,
     ClassOptions,
@@ -91,11 +91,8 @@ def imagenet_tars(
         raise InputError(f"ImageNet's tars have no split {split!r}: choose train or validation")
     index = open_index("imagenet val", [storage.join(root, VALIDATION)], _scan_images)
     file = storage.join(root, eval_labels) if eval_labels else find_labels([root], VALIDATION)
-    synset_of = read_labels(file, sorted(index.texts, key=natural_key))
-    synsets = sorted(set(synset_of.values()))
-    names, labels = number_classes(synsets, classes, file, exact=True)
-    label_of = dict(zip(synsets, labels.tolist(), strict=True))
-    return TarImages(index, names, [label_of[synset_of[image]] for image in index.texts])
+    names, label_of = number_images(file, sorted(index.texts, key=natural_key), classes)
+    return TarImages(index, names, [label_of[image] for image in index.texts])
 
 
 def _cut_classes(files, sizes):

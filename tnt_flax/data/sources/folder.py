@@ -11,7 +11,7 @@ import numpy as np
 from tnt_flax.core.errors import InputError, listed
 from tnt_flax.data.images import log_left_out
 from tnt_flax.data.sources import storage
-from tnt_flax.data.sources.label_lists import find_labels, image_stem, read_labels
+from tnt_flax.data.sources.label_lists import find_labels, image_stem, number_images
 from tnt_flax.data.sources.names import (
     BY_NAME,
     EVAL_SPLITS,
@@ -195,11 +195,9 @@ def _flat_folder(root, folder, eval_labels, classes):
                 f"no class folders in {folder}: expected {folder}/CLASS/IMAGE; if these are "
                 f'ImageNet\'s validation images: {error}; for other lists, data.source="table"'
             ) from None
-    synset_of = read_labels(path, list(map(image_stem, files)))
-    synsets = sorted(set(synset_of.values()))
-    class_names, of_synset = number_classes(synsets, classes, path, exact=True)
-    label_of = dict(zip(synsets, of_synset.tolist(), strict=True))
-    labels = np.array([label_of[synset_of[image_stem(file)]] for file in files], np.int32)
+    stems = list(map(image_stem, files))
+    class_names, label_of = number_images(path, stems, classes)
+    labels = np.array([label_of[stem] for stem in stems], np.int32)
     rows = np.flatnonzero(labels != LEFT_OUT)
     return ImageFiles(folder, Names([[files[row] for row in rows]]), labels[rows], class_names)
 

@@ -7,7 +7,7 @@ import tarfile
 
 from tnt_flax.core.errors import InputError, listed, one_line
 from tnt_flax.data.sources import storage
-from tnt_flax.data.sources.names import read_lines
+from tnt_flax.data.sources.names import ClassOptions, number_classes, read_lines
 
 LABEL_FILES = (  # looked for beside the images unless data.eval_labels is set
     "ILSVRC2012_devkit_t12.tar.gz",
@@ -34,6 +34,21 @@ def find_labels(folders: list[str], what: str) -> str:
         f"no labels for {what} in {folders[0]}: put {LABEL_FILES[0]} or {LABEL_FILES[2]} there, or "
         "set data.eval_labels to a file with one synset per line"
     )
+
+
+def number_images(
+    path: str, images: list[str], options: ClassOptions
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Returns the class names, and the label of each image or LEFT_OUT.
+
+    `path` and `images` are those of `read_labels`, `options` those of `names.number_classes`.
+    Raises InputError as both do.
+    """
+    synset_of = read_labels(path, images)
+    synsets = sorted(set(synset_of.values()))
+    class_names, labels = number_classes(synsets, options, path, exact=True)
+    label_of = dict(zip(synsets, labels.tolist(), strict=True))
+    return class_names, {image: label_of[synset] for image, synset in synset_of.items()}
 
 
 def read_labels(path: str, images: list[str]) -> dict[str, str]:
