@@ -58,21 +58,24 @@ def find_files(
 
 def _files_of(folder, split, pattern):
     names = storage.list_folder(folder)
+    files = sorted(filter(pattern.fullmatch, names), key=natural_key)
     for candidate in split_names(split):
-        word = re.compile(rf"(?<![a-z0-9]){re.escape(candidate)}(?![a-z])", re.IGNORECASE)
         found = [
             path
             for name in names
             if name.lower() == candidate and storage.is_folder(storage.join(folder, name))
             for path in _glob(storage.join(folder, f"{name}/*"), pattern)
         ]
-        if not found:
-            files = _glob(storage.join(folder, "*"), pattern)
-            found = [path for path in files if word.search(os.path.basename(path))]
+        found = found or [storage.join(folder, name) for name in files if has_word(name, candidate)]
         if found:
             report_split(split, candidate, folder)
             return found
     return []
+
+
+def has_word(name: str, word: str) -> bool:
+    """True if a file name has the word, in any case of letters: "x_train2.csv" has "train"."""
+    return bool(re.search(rf"(?<![a-z0-9]){re.escape(word)}(?![a-z])", name, re.IGNORECASE))
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -36,7 +36,7 @@ from tnt_flax.data.sources.names import (
     report_split,
     split_names,
 )
-from tnt_flax.data.sources.shards import find_files
+from tnt_flax.data.sources.shards import find_files, has_word
 
 TABLE = re.compile(
     r"(?!readme|classes\.txt|dataset_info)[^.].*\.(csv|tsv|txt|jsonl|json|parquet)", re.IGNORECASE
@@ -131,9 +131,8 @@ def _only_table(root):
 
 
 def _is_named(file, split):
-    words = "|".join(map(re.escape, split_names(split)))
     name = os.path.basename(file)
-    return split == name or re.search(rf"(?<![a-z0-9])({words})(?![a-z])", name, re.IGNORECASE)
+    return split == name or any(has_word(name, word) for word in split_names(split))
 
 
 class _ImageList:
