@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image folders: order, labels, held-out images, and error messages."""
 
+import dataclasses
 import os
 import pickle
 
@@ -238,7 +239,8 @@ def test_a_class_list_may_name_a_subset(tmp_path, caplog):
     source = image_folder(tmp_path, "train", options)
     assert source.class_names == ("cat", "ant") and source.labels.tolist() == [0, 0, 0, 1]
     assert caplog.messages == [f"{tmp_path}/train: left out 1 of 3 classes"]
-    message = message_of(lambda: image_folder(tmp_path, "train", options._replace(subset=False)))
+    whole = dataclasses.replace(options, subset=False)
+    message = message_of(lambda: image_folder(tmp_path, "train", whole))
     assert "has the class 'bee'" in message and "set data.subset=true" in message
 
 

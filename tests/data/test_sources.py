@@ -67,10 +67,10 @@ def test_class_lists_order_and_choose_the_classes_of_any_source(tmp_path):
         lambda: open_source("digits", "test", classes=ClassOptions(str(path)))
     )
     for options, message in (
-        (ClassOptions(order="alphabetical"), "use natural or string"),
-        (ClassOptions(subset=True), "needs data.class_list"),
+        (dict(order="alphabetical"), "use natural or string"),
+        (dict(subset=True), "needs data.class_list"),
     ):
-        assert message in message_of(lambda o=options: open_source("digits", "test", classes=o))
+        assert message in message_of(lambda o=options: ClassOptions(**o))
 
 
 # ----------------------------------------------------------------------------------------- digits

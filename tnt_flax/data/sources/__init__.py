@@ -169,7 +169,6 @@ def choose_classes(source: Source, options: ClassOptions) -> Source:
     Raises InputError if the class list does not have all classes, unless `options.subset`.
     """
     if not options.class_list:
-        number_classes([], options, "the data")  # checks the options
         return source
     where = source.name_of(0)
     names, labels = number_classes(source.class_names, options, where, exact=True)

@@ -6,12 +6,12 @@ Every source finds its splits, numbers its classes and reads its lists with the 
 
 import codecs
 import collections
+import dataclasses
 import heapq
 import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -116,13 +116,27 @@ def report_split(split: str, found: str, where: str) -> None:
 # ----------------------------------------------------------------------------------------- classes
 
 
-class ClassOptions(NamedTuple):
-    """How the classes of a data set are numbered."""
+@dataclasses.dataclass(frozen=True)
+class ClassOptions:
+    """How the classes of a data set are numbered.
+
+    Raises InputError for an unknown order, and for a subset without a class list.
+    """
 
     class_list: str = ""  # file with the names in order
     order: str = "natural"  # or "string", of names without a class list
     subset: bool = False  # leave out images of classes that are not in the class list
     evaluation: bool = False  # the split may lack classes of the class list
+
+    def __post_init__(self):
+        if self.order not in CLASS_ORDERS:
+            raise InputError(
+                f"data.class_order={self.order!r} is not known: use {' or '.join(CLASS_ORDERS)}"
+            )
+        if self.subset and not self.class_list:
+            raise InputError(
+                "data.subset=true needs data.class_list, a file with the classes to keep"
+            )
 
 
 BY_NAME = ClassOptions()
@@ -157,7 +171,7 @@ def number_classes(
             a class that is not there (if `exact`, unless `options.evaluation`).
     """
     found, numeric = set(texts), not exact and all(re.fullmatch(r"\d{1,9}", t) for t in texts)
-    classes = _choose_classes(texts, options, names, numeric)
+    classes = _class_names(texts, options, names, numeric)
     label_of = {name: label for label, name in enumerate(classes)}
     if numeric and not found <= set(classes) and not (options.subset and set(classes) <= found):
         label_of = {text: int(text) for text in texts if int(text) < len(classes)}
@@ -182,14 +196,8 @@ def number_classes(
     return classes, np.array([label_of.get(text, LEFT_OUT) for text in texts], np.int32)
 
 
-def _choose_classes(texts, options, names, numeric):
-    """Returns the class names, after a check of the options."""
-    if options.order not in CLASS_ORDERS:
-        raise InputError(
-            f"data.class_order={options.order!r} is not known: use {' or '.join(CLASS_ORDERS)}"
-        )
-    if options.subset and not options.class_list:
-        raise InputError("data.subset=true needs data.class_list, a file with the classes to keep")
+def _class_names(texts, options, names, numeric):
+    """Returns the class names."""
     if options.class_list:
         return read_class_list(options.class_list)
     if names is not None:
