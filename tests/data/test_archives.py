@@ -293,6 +293,9 @@ def test_shards_are_found_by_split_and_pattern(tmp_path):
     for split in ("validation", "nothing*"):
         message = refused(find_files, str(tmp_path), split, _SHARD)
         assert split in message and "which holds constrained.tar, in-train-10.tar, " in message
+    (tmp_path / "Mine").mkdir()
+    (tmp_path / "Mine/c.tar").write_bytes(b"")
+    assert found("Mine") == ["Mine/c.tar"]
     assert "set data.root" in refused(webdataset, "", "train")
     assert "cannot read /nowhere: No such" in refused(webdataset, "/nowhere", "train")
     assert "cannot read" in refused(webdataset, tmp_path, "x-{0..1}.tar")

@@ -63,7 +63,7 @@ def _files_of(folder, split, pattern):
         found = [
             path
             for name in names
-            if name.lower() == candidate and storage.is_folder(storage.join(folder, name))
+            if candidate in (name, name.lower()) and storage.is_folder(storage.join(folder, name))
             for path in _glob(storage.join(folder, f"{name}/*"), pattern)
         ]
         found = found or [storage.join(folder, name) for name in files if has_word(name, candidate)]
