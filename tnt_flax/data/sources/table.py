@@ -86,7 +86,7 @@ def open_table(
         files = find_files(root, holdout.train_split if divided else split, TABLE)
     divided = divided or (shared and part)
     named_for_split = not shared or _is_named(shared, split)
-    schema = _schema(files[0])
+    schema, table = _open_first(files[0])
     image = _column("image", columns.image, IMAGE_COLUMNS, schema, files[0])
     label = _column("label", columns.label, LABEL_COLUMNS, schema, files[0])
     names = parquet.class_names(schema, label)
@@ -95,7 +95,7 @@ def open_table(
         index = open_index(f"parquet {image} {label}", files, scan)
         source = IndexedImages(index, *number_classes(index.texts, classes, files[0], names=names))
     else:
-        listing, mark = _ImageList(files[0], root), None
+        listing, mark = _ImageList(files[0], table, root), None
         if shared:
             mark = _column("split", columns.split, SPLIT_COLUMNS, schema, shared, optional=True)
         for file in files:
@@ -136,10 +136,13 @@ def _is_named(file, split):
 
 
 class _ImageList:
-    """Paths and labels of images, gathered from the tables of a split."""
+    """Paths and labels of images, gathered from the tables of a split.
 
-    def __init__(self, first, root):
-        self.first, self.data_root = first, root
+    `table` is the content of the file `first`, or None if `add` reads it.
+    """
+
+    def __init__(self, first, table, root):
+        self.first, self.table, self.data_root = first, table, root
         self.root = None  # of all paths
         self.paths, self.texts, self.marks = [], [], []
 
@@ -147,7 +150,9 @@ class _ImageList:
         """Adds the rows of a table; `mark` is the column of splits, or None."""
         keys = [key for _, key, _, _ in string.Formatter().parse(image) if key]
         wanted = [*(keys or [image]), label, *([mark] if mark else [])]
-        table = _read(file, wanted)
+        table, self.table = self.table, None
+        if table is None:
+            table = _read(file, wanted)
         self.texts.append(parquet.label_texts(table[label], names, file))
         if keys:
             columns = {key: table[key].to_pylist() for key in keys}
@@ -258,12 +263,13 @@ def _column(what, given, usual, schema, file, optional=False):
 # --------------------------------------------------------------------------------------- formats
 
 
-def _schema(file):
-    """Returns names and types of the columns; text files have strings only."""
+def _open_first(file):
+    """Returns names and types of the columns; and the table if it is text, else None."""
     if file.lower().endswith(".parquet"):
         with storage.as_input_error(f"cannot read {file}"), storage.open_sequential(file) as opened:
-            return pq.read_schema(opened)
-    return _read(file, None).schema
+            return pq.read_schema(opened), None
+    table = _read(file, None)
+    return table.schema, table
 
 
 def _read(file, columns):
