@@ -211,13 +211,21 @@ def test_weights_in_several_files_are_joined(tmp_path):
         ({"more": "part-0.safetensors"}, "lists more, which its files do not have"),
         ({"norm.bias": "../x"}, "lists '../x', which is not a file beside it"),
         ({"norm.bias": "part-2.safetensors"}, "cannot read .*part-2.safetensors: No such file"),
+        ({"norm.bias": index.name}, "lists 'model.safetensors.index.json', which is not a file"),
+        ({"norm.bias": "a\0b"}, r"lists 'a\\x00b', which is not a file beside it"),
+        (dict.fromkeys(TENSORS, 3), "lists 3, which is not a file beside it"),
     ]:
         index.write_text(json.dumps({"weight_map": files | change}))
         with pytest.raises(InputError, match=message):
             read_checkpoint(tmp_path, **HEADS)
-    index.write_text("[]")
-    with pytest.raises(InputError, match="is not an index of weights"):
-        read_checkpoint(tmp_path, **HEADS)
+    for text, message in [
+        ("[]", "is not an index of weights"),
+        ("[" * 100_000, "is not an index of weights: RecursionError"),
+        ('{"weight_map": {}}', "lists no weights"),
+    ]:
+        index.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_checkpoint(tmp_path, **HEADS)
 
 
 def test_the_weights_in_a_folder_are_found(tmp_path):

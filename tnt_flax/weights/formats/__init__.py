@@ -116,7 +116,7 @@ def _open_safetensors(path: pathlib.Path) -> Content:
             else:
                 read = functools.partial(file.get_tensor, name)
                 tensors[name] = StoredTensor(shape, dtype, read)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} is not a complete safetensors file: {one_line(error)}") from error
     if not isinstance(info, dict):
         raise InputError(f"{path} has a {HEADER!r} header that is not an object")
@@ -128,17 +128,29 @@ def _open_shards(path: pathlib.Path) -> Content:
     try:
         files = json.loads(path.read_text("utf-8"))["weight_map"]
         shards = sorted(set(files.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not an index of weights: {one_line(error)}") from error
+    if not shards:
+        raise InputError(f"{path} lists no weights")
     tree: dict[str, Any] = {}
     for shard in shards:
-        if pathlib.PurePath(shard).name != shard:
+        if not _is_shard_name(shard):
             raise InputError(f"{path} lists {ascii(shard)[:50]}, which is not a file beside it")
         content = open_file(path.parent / shard)
         tree |= content.tree if isinstance(content.tree, dict) else {}
     if missing := [name for name in files if name not in tree]:
         raise InputError(f"{path} lists {listed(missing, limit=3)}, which its files do not have")
     return Content(f"{len(shards)} files of {content.file_format}", tree, notes=content.notes)
+
+
+def _is_shard_name(name: Any) -> bool:
+    """Whether `name` can be a file of weights beside an index, but not an index itself."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and pathlib.PurePath(name).name == name
+        and not name.endswith(INDEX)
+    )
 
 
 def _open_torch(path: pathlib.Path) -> Content:
