@@ -121,10 +121,17 @@ def test_stems_are_adapted_as_timms(channels, torch, timm, tmp_path):
     np.testing.assert_allclose(ours, theirs.transpose(2, 3, 1, 0), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["official", "legacy"])
-def test_the_command_compares(legacy, torch, timm, tmp_path):
-    network = small(timm, legacy=legacy)
+@pytest.mark.parametrize(
+    "fields",
+    [dict(legacy=False), dict(legacy=True), dict(img_size=(32, 64))],
+    ids=["official", "legacy", "rectangle"],
+)
+def test_the_command_compares(fields, torch, timm, tmp_path):
+    network = small(timm, **fields)
     fill(torch, network)
+    size = fields.get("img_size", (64, 64))
+    config = {"model_args": SMALL, "pretrained_cfg": {"input_size": [3, *size]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     command = [sys.executable, "-m", "tnt_flax", "convert", "--check", save(network, tmp_path)]
     command += ["--against=timm", *flags(HEADS)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -19,6 +19,7 @@ import numpy as np
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import fingerprint
+from tnt_flax.data.transforms import height_width
 from tnt_flax.tools.command_line import Parser, add_weights_options, read_weights
 from tnt_flax.weights import names, write
 from tnt_flax.weights.identify import variant_of
@@ -95,8 +96,7 @@ def compare_with_timm(found: LoadedWeights) -> float:
     state = {name: torch.from_numpy(x) for name, x in names.export("timm", target.params)}
     network.load_state_dict(state, strict=True)
 
-    size = arguments["img_size"]
-    shape = (2, size, size, found.network.channels)
+    shape = (2, *height_width(arguments["img_size"]), found.network.channels)
     images = np.random.default_rng(0).standard_normal(shape, np.float32)
     with torch.no_grad():
         theirs = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
@@ -120,7 +120,7 @@ def print_facts(found: LoadedWeights, *, list_names: bool) -> dict[str, Any]:
         "variant": variant_of(model),
         "weights": found.weights,  # None: unknown
         "parameters": found.num_params,
-        "image_size": found.network.image_size,  # None: not square
+        "image_size": found.network.image_size,  # None: unknown
         "channels": found.network.channels,
         "num_classes": model.num_classes,
         **found.preprocessing,
