@@ -7,7 +7,6 @@ all parameters once, and runs the linen network: outputs are bit-identical.
 """
 
 import pathlib
-import re
 from typing import Any
 
 import jax
@@ -21,7 +20,6 @@ from tnt_flax.weights import names
 from tnt_flax.weights.load import load as load_linen
 
 COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
-BLOCK = re.compile(r"((?:stages_\d+/)?)blocks/(\d+)/(.*)")
 
 
 class Layer(nnx.Module):
@@ -161,17 +159,11 @@ def _set(module, path, variable):
 
 def _stacked(linen, tensors):
     """Returns the parameter tree of `linen`, given its tensors by per-block name."""
-    starts: dict[str, list[int]] = {}
-    for (*stage, group), _ in linen.stacks():
-        prefix = "".join(f"{name}/" for name in stage)
-        starts.setdefault(prefix, []).append(int(group.removeprefix("blocks_")))
-    flat, stacks = {}, {}
-    for name, x in tensors.items():
-        if match := BLOCK.fullmatch(name):
-            prefix, i, leaf = match[1], int(match[2]), match[3]
-            start = max(s for s in starts[prefix] if s <= i)
-            stacks.setdefault(f"{prefix}blocks_{start}/{leaf}", {})[i] = x
-        else:
-            flat[name] = x
-    flat |= {name: jnp.stack([x for _, x in sorted(xs.items())]) for name, xs in stacks.items()}
+    flat = dict(tensors)
+    for path, length in linen.stacks():
+        stack = names.STACKED.fullmatch("/".join((*path, "")))
+        first, *others = (names.unstacked_name(stack, i) for i in range(length))
+        for leaf in [name.removeprefix(first) for name in flat if name.startswith(first)]:
+            blocks = [flat.pop(block + leaf) for block in (first, *others)]
+            flat[stack[0] + leaf] = jnp.stack(blocks)
     return unflatten_dict(flat, sep="/")
