@@ -37,6 +37,10 @@ function placeBlocks(image) {
   }
 }
 
+const currentBlock = (image) => image.blocks[controls.block.value - 1];
+const sentenceSide = (image, block) => image.size[0] / image.blocks[0].grid[0] * block.side; // pixels
+const wordsPerSide = (block) => Math.round(Math.sqrt(block.words));
+const rowAndColumn = (index, columns) => [Math.floor(index / columns), index % columns];
 const range = (n) => Array.from({length: n}, (_, i) => i);
 const headsOf = (choice, count) => (choice in range(count) ? [Number(choice)] : range(count));
 
@@ -122,24 +126,24 @@ function attentionMap(view, index, choice) {
   const block = image.blocks[index];
   const sentence = controls.query.value === "sentence" ? sentenceOf(view, block) : null;
   const tokens = queryTokens(block, sentence);
-  const cell = image.size[0] / image.blocks[0].grid[0];
   if (choice === ROLLOUT) {
     const weights = rollout(image, index, tokens);
-    return {weights: weights.slice(first()), grid: image.blocks[0].grid, cell, total: weights.length};
+    const {grid} = image.blocks[0];
+    const cell = sentenceSide(image, image.blocks[0]);
+    return {weights: weights.slice(first()), grid, cell, total: weights.length};
   }
   const weights = outerAttention(image, block, choice, tokens);
   return {
     weights: weights.slice(first()),
     grid: keyGrid(block),
-    cell: cell * block.side * block.reduction,
+    cell: sentenceSide(image, block) * block.reduction,
     total: weights.length,
   };
 }
 
 // Returns the sentence of a block at the view's position, which is in pixels.
 function sentenceOf(view, block) {
-  const cell = view.image.size[0] / view.image.blocks[0].grid[0] * block.side;
-  return cellOf(view.position, {cell, grid: block.grid});
+  return cellOf(view.position, {cell: sentenceSide(view.image, block), grid: block.grid});
 }
 
 // Returns the cell of a map at a position in pixels.
@@ -176,6 +180,11 @@ function darken(context, weights, [rows, columns], cell, [height, width]) {
   context.fillRect(0, rows * cell, columns * cell, height);
 }
 
+function drawMap(context, {picture, image}, map) {
+  context.drawImage(picture, 0, 0, image.size[1], image.size[0]);
+  darken(context, map.weights, map.grid, map.cell, image.size);
+}
+
 function drawGrid(context, [rows, columns], cell) {
   const line = context.getTransform().a;
   context.strokeStyle = "rgba(160, 160, 160, 0.35)";
@@ -204,7 +213,10 @@ function outline(context, row, column, cell, dashed) {
 }
 
 const percent = (x) => `${(100 * x).toFixed(2)} %`;
-const place = (index, columns) => `row ${Math.floor(index / columns) + 1}, column ${index % columns + 1}`;
+const place = (index, columns) => {
+  const [row, column] = rowAndColumn(index, columns);
+  return `row ${row + 1}, column ${column + 1}`;
+};
 const indexOfLargest = (weights) => weights.indexOf(Math.max(...weights));
 const headName = (choice) => (choice === MEAN ? "mean of the heads" : `head ${Number(choice) + 1}`);
 
@@ -215,12 +227,11 @@ function drawSentences(view) {
   const choice = controls.head.value;
   const map = attentionMap(view, index, choice);
   const context = prepare(view.sentences, image.size);
-  context.drawImage(view.picture, 0, 0, image.size[1], image.size[0]);
-  darken(context, map.weights, map.grid, map.cell, image.size);
-  const cell = image.size[0] / image.blocks[0].grid[0] * block.side;
+  drawMap(context, view, map);
+  const cell = sentenceSide(image, block);
   drawGrid(context, block.grid, cell);
   const sentence = sentenceOf(view, block);
-  const [row, column] = [Math.floor(sentence / block.grid[1]), sentence % block.grid[1]];
+  const [row, column] = rowAndColumn(sentence, block.grid[1]);
   outline(context, row, column, cell, !view.kept);
 
   const own = controls.query.value === "sentence";
@@ -247,9 +258,9 @@ function drawWords(view) {
   const {image} = view;
   const index = controls.block.value - 1;
   const block = image.blocks[index];
-  const cell = image.size[0] / image.blocks[0].grid[0] * block.side;
+  const cell = sentenceSide(image, block);
   const sentence = sentenceOf(view, block);
-  const [row, column] = [Math.floor(sentence / block.grid[1]), sentence % block.grid[1]];
+  const [row, column] = rowAndColumn(sentence, block.grid[1]);
   const context = prepare(view.words, [cell, cell]);
   context.imageSmoothingEnabled = false;
   context.drawImage(
@@ -261,13 +272,13 @@ function drawWords(view) {
     view.wordsCaption.textContent += ` Block ${index + 1} does not read words.`;
     return;
   }
-  const side = Math.round(Math.sqrt(block.words));
+  const side = wordsPerSide(block);
   if (view.word !== null) {
     const word = Math.min(view.word, block.words - 1);
     const weights = innerAttention(image, block, controls.innerHead.value, sentence, word);
     darken(context, weights, [side, side], cell / side, [cell, cell]);
     drawGrid(context, [side, side], cell / side);
-    outline(context, Math.floor(word / side), word % side, cell / side, false);
+    outline(context, ...rowAndColumn(word, side), cell / side, false);
     const best = indexOfLargest(weights);
     view.wordReading.dataset.weight = weights[best];
     view.wordReading.textContent = `The word in ${place(word, side)} attends most to the word in `
@@ -285,8 +296,7 @@ function drawStrip(view) {
   view.strip.querySelectorAll("button").forEach((button, index) => {
     const map = attentionMap(view, index, choice);
     const context = prepare(button.firstChild, view.image.size);
-    context.drawImage(view.picture, 0, 0, view.image.size[1], view.image.size[0]);
-    darken(context, map.weights, map.grid, map.cell, view.image.size);
+    drawMap(context, view, map);
     button.setAttribute("aria-pressed", index === controls.block.value - 1);
   });
 }
@@ -320,7 +330,7 @@ function setOptions(select, options) {
 
 // Lists the heads of the current block; PyramidTNT has more in later blocks.
 function fillHeads() {
-  const block = data.images[0].blocks[controls.block.value - 1];
+  const block = currentBlock(data.images[0]);
   const heads = (count) => (data.mean_of_heads ? [] : range(count).map((i) => [`${i}`, `${i + 1}`]));
   setOptions(controls.head, [[MEAN, "mean"], [ROLLOUT, "rollout"], ...heads(block.heads)]);
   setOptions(controls.innerHead, [[MEAN, "mean"], ...heads(block.inner_heads)]);
@@ -340,7 +350,7 @@ function pointed(event, [height, width]) {
 const ARROWS = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]};
 
 function moveSentence(view, position) {
-  const block = view.image.blocks[controls.block.value - 1];
+  const block = currentBlock(view.image);
   const before = sentenceOf(view, block);
   view.position = position;
   if (sentenceOf(view, block) !== before) view.word = null;
@@ -360,7 +370,7 @@ function letGo(view) {
 function listenToSentences(view) {
   const {image} = view;
   const same = (position) => {
-    const block = image.blocks[controls.block.value - 1];
+    const block = currentBlock(image);
     return sentenceOf({...view, position}, block) === sentenceOf(view, block);
   };
   view.sentences.addEventListener("pointermove", (event) => {
@@ -376,8 +386,7 @@ function listenToSentences(view) {
     if (event.key === "Enter") view.kept = !view.kept;
     const step = ARROWS[event.key];
     if (step) {
-      const block = image.blocks[controls.block.value - 1];
-      const cell = image.size[0] / image.blocks[0].grid[0] * block.side;
+      const cell = sentenceSide(image, currentBlock(image));
       moveSentence(view, view.position.map((x, axis) =>
         Math.min(Math.max(x + step[axis] * cell, 0), image.size[axis] - 1e-3)));
     }
@@ -386,9 +395,9 @@ function listenToSentences(view) {
 }
 
 function listenToWords(view) {
-  const block = () => view.image.blocks[controls.block.value - 1];
+  const block = () => currentBlock(view.image);
   const point = (event) => {
-    const side = Math.round(Math.sqrt(block().words));
+    const side = wordsPerSide(block());
     const [row, column] = pointed(event, [side, side]).map(Math.floor);
     view.word = block().words ? row * side + column : null;
     drawWords(view);
@@ -399,11 +408,11 @@ function listenToWords(view) {
     const step = ARROWS[event.key];
     if (!step || !block().words) return;
     event.preventDefault();
-    const side = Math.round(Math.sqrt(block().words));
+    const side = wordsPerSide(block());
     const word = view.word ?? 0;
     const move = view.word === null ? [0, 0] : step;
-    const [row, column] = [Math.floor(word / side) + move[0], word % side + move[1]]
-      .map((x) => Math.min(Math.max(x, 0), side - 1));
+    const [row, column] = rowAndColumn(word, side)
+      .map((x, axis) => Math.min(Math.max(x + move[axis], 0), side - 1));
     view.word = row * side + column;
     drawWords(view);
   });
@@ -472,7 +481,7 @@ function play() {
 // ---------------------------------------------------------------------------------------- start
 
 function introduce() {
-  const cut = data.images[0].size[0] / data.images[0].blocks[0].grid[0];
+  const cut = sentenceSide(data.images[0], data.images[0].blocks[0]);
   byId("network").textContent = data.network;
   byId("introduction").textContent =
     `The image is cut into sentences of ${cut}x${cut} pixels, and each sentence into words. In every `
