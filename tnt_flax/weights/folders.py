@@ -26,9 +26,18 @@ def is_run(folder: pathlib.Path) -> bool:
     """Whether `folder` is a workdir of ours, its folder of checkpoints, or one of them."""
     if any((folder / name).exists() for name in DEFAULT_FILES):
         return False
-    steps = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    numbered = any(name.isdecimal() for name in _names(steps))
-    return numbered or (folder.name.isdecimal() and (folder / "info").exists())
+    return is_step(folder) or any(name.isdecimal() for name in _names(steps_of(folder)))
+
+
+def is_step(folder: pathlib.Path) -> bool:
+    """Whether `folder` is one checkpoint of a run of ours."""
+    return folder.name.isdecimal() and (folder / "info").exists()
+
+
+def steps_of(folder: pathlib.Path) -> pathlib.Path:
+    """Returns the folder of checkpoints of a workdir; such a folder itself."""
+    inside = folder / "checkpoints"
+    return inside if inside.is_dir() else folder
 
 
 def find_weights(folder: pathlib.Path) -> pathlib.Path:

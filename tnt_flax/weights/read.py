@@ -116,7 +116,7 @@ def read_checkpoint(
     notes, source = [], str(path)
     address = None if os.path.exists(source) else hub.address_of(source)
     if address:
-        fetched = hub.fetch(address)  # raises for networks without published weights
+        fetched = hub.fetch(address)
         name = name or (source if source in MODELS else None)  # the file must be that network
         path, source = fetched.path, fetched.address
         notes += fetched.notes
@@ -326,9 +326,8 @@ def _read_run(
     from tnt_flax.runtime import checkpoints as run_checkpoints  # slow: imports Orbax
 
     step_folder = path
-    if not path.name.isdecimal() or not (path / "info").exists():
-        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        step_folder = run_checkpoints.find_checkpoint(folder, checkpoint)
+    if not folders.is_step(path):
+        step_folder = run_checkpoints.find_checkpoint(folders.steps_of(path), checkpoint)
     info = run_checkpoints.read_info(step_folder)
     stored = run_checkpoints.read_param_shapes(step_folder)
     shapes = {
