@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import safetensors.numpy
@@ -110,8 +111,7 @@ def test_files_beside_the_weights_are_read(folder, files):
 def test_what_does_not_apply_is_a_warning(folder, files, note):
     found = read_checkpoint(folder(**files), **HEADS)
     (warning,) = (x for x in found.notes if x.startswith("warning"))
-    with pytest.raises(AssertionError, match=note):
-        raise AssertionError(warning)
+    assert re.search(note, warning)
 
 
 @pytest.mark.parametrize(

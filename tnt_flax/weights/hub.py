@@ -4,7 +4,7 @@
 An address is a name in HUB, or `hf://OWNER/NAME[@REVISION][/FILE]`. REVISION is a branch or a tag
 without slashes, a commit hash, or `refs/pr/NUMBER`; without it, the branch main. FILE is a path in
 the repository; without it, the first of DEFAULT_FILES that the repository has. `address_of` knows
-other forms. The files of DESCRIPTIONS in the same folder are downloaded with the weights.
+other forms. The files of `inputs.DESCRIPTIONS` in the same folder are downloaded too.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import re
 
 from tnt_flax.core.errors import InputError, one_line
 from tnt_flax.models import MODELS
+from tnt_flax.weights.inputs import DESCRIPTIONS
 
 HUB = {  # our name -> repository of its weights; the other models have none
     "tnt_b_patch16_224": "timm/tnt_b_patch16_224.in1k",
@@ -21,7 +22,6 @@ HUB = {  # our name -> repository of its weights; the other models have none
     "tnt_s_patch16_224": "timm/tnt_s_patch16_224.in1k",
 }
 LOCAL = "local-dir:"  # timm's name for a folder
-DESCRIPTIONS = ("config.json", "preprocessor_config.json")
 DEFAULT_FILES = ("model.safetensors", "pytorch_model.bin")
 GRAMMAR = "hf://OWNER/NAME[@REVISION][/FILE]"
 ADDRESS = re.compile(

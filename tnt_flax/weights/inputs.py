@@ -14,6 +14,9 @@ from typing import Any
 
 from tnt_flax.core.errors import InputError, one_line
 
+# Files that timm and transformers keep beside weights.
+DESCRIPTIONS = ("config.json", "preprocessor_config.json")
+PREPROCESSING_KEYS = ("mean", "std", "crop_fraction", "interpolation")  # keys of `config.data`
 # Field of our networks -> argument of timm's TNT.
 TIMM_ARGUMENTS = {
     "patch_size": "patch_size",
@@ -49,10 +52,8 @@ class Inputs:
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """The fields without the class names, under the names of `config.data`."""
-        fields = dataclasses.asdict(self)
-        del fields["class_names"]
-        return fields
+        """The fields of PREPROCESSING_KEYS."""
+        return {key: getattr(self, key) for key in PREPROCESSING_KEYS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,24 +109,19 @@ def from_header(source: str, info: Mapping[str, Any]) -> Description:
     names = info.get("class_names")
     return Description(
         source=source,
-        preprocessing={key: data.get(key) for key in _FIELDS},
+        preprocessing={key: data.get(key) for key in PREPROCESSING_KEYS},
         class_names=None if names is None else tuple(names),
     )
 
 
-_FIELDS = ("mean", "std", "crop_fraction", "interpolation")
-
-
 def from_folder(folder: pathlib.Path) -> Description | None:
-    """Reads the files that timm and transformers keep beside weights; None if they state nothing.
+    """Reads the files of DESCRIPTIONS in a folder; returns None if they state nothing.
 
     Raises:
-        InputError: `config.json` or `preprocessor_config.json` is not JSON.
+        InputError: one of them is not JSON.
     """
-    config, processor = (
-        _read_json(folder / f"{x}.json") for x in ("config", "preprocessor_config")
-    )
-    source = f"{folder}/config.json" if config else f"{folder}/preprocessor_config.json"
+    config_file, processor_file = (folder / name for name in DESCRIPTIONS)
+    config, processor = _read_json(config_file), _read_json(processor_file)
     timm = _table(config, "pretrained_cfg") or _table(processor, "pretrained_cfg")
     if not timm and "architecture" in config:
         timm = config  # as timm wrote it until 2023
@@ -135,7 +131,7 @@ def from_folder(folder: pathlib.Path) -> Description | None:
     if not (names or arguments or any(preprocessing.values())):
         return None
     return Description(
-        source=source,
+        source=str(config_file if config else processor_file),
         preprocessing=preprocessing,
         class_names=names,
         fields={
@@ -143,7 +139,7 @@ def from_folder(folder: pathlib.Path) -> Description | None:
             for ours, theirs in TIMM_ARGUMENTS.items()
             if isinstance(arguments.get(theirs), int | float)
         },
-        image_size=_height_width(timm.get("input_size")),
+        image_size=_image_size(timm.get("input_size")),
         notes=tuple(notes),
     )
 
@@ -158,7 +154,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _height_width(size: Any) -> tuple[int, int] | None:
+def _image_size(size: Any) -> tuple[int, int] | None:
     """Returns (height, width) of timm's [channels, height, width]."""
     match size:
         case [int(), int(height), int(width)]:
