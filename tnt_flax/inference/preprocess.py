@@ -61,7 +61,7 @@ class Preprocessor:
             raise InputError(f"{min(unknown)!r} is none of {', '.join(POLICY_KEYS)}")
         self.image_size = height_width(found.network.image_size)
         self.crop_fraction = found.preprocessing["crop_fraction"]
-        self.interpolation = found.preprocessing.get("interpolation", "bicubic")
+        self.interpolation = found.preprocessing["interpolation"]
         data = (found.info.get("config") or {}).get("data") or {}
         self.policy: Policy = stored_policy(data, **policy)
         self._warned: set[str] = set()

@@ -84,8 +84,7 @@ outer/reduce/norm      -                  -                -                    
 """
 
 # Rows that are a tensor, without leaves.
-SINGLE = ("word_pos", "cls_token", "sentence_pos", "relative_pos")
-SINGLE += ("layer_scale1", "layer_scale2")
+SINGLE = ("word_pos", "cls_token", "sentence_pos", "relative_pos", "layer_scale1", "layer_scale2")
 # Leaves of each kind of layer: ours, torch's, MindSpore's.
 LAYER_LEAVES = [("kernel", "weight", "weight"), ("bias", "bias", "bias")]
 NORM_LEAVES = [("scale", "weight", "gamma"), ("bias", "bias", "beta")]
@@ -94,7 +93,6 @@ STATISTICS_LEAVES = [  # of a BatchNorm, besides those of a norm
     ("var", "running_var", None),
     ("count", "num_batches_tracked", None),
 ]
-STATISTICS = tuple(ours for ours, _, _ in STATISTICS_LEAVES)
 
 # Layouts of the word positions other than (1, M, C): (1, C, M), or (1, C, H, W) with H W = M.
 WORD_POS = {"timm": "1CHW", "mmpretrain": "1CHW", "mindspore_pets": "1CM"}
