@@ -14,7 +14,15 @@ import pytest
 from tnt_flax.__main__ import main
 from tnt_flax.core.errors import InputError
 from tnt_flax.tools import compile_check
-from tnt_flax.tools.targets import GIB, GPUS, TPUS, describe_gpu, find_target, tpu_devices
+from tnt_flax.tools.targets import (
+    GIB,
+    GPUS,
+    TPUS,
+    Target,
+    describe_gpu,
+    find_target,
+    tpu_devices,
+)
 from tnt_flax.training.experiment import Experiment
 
 TINY = {  # eight images of one sentence
@@ -85,6 +93,19 @@ def test_a_program_larger_than_the_memory_does_not_fit(topology, chips):
         compiled = compile_check.compile_for(target, jax.jit(lambda x: x + 1), (x,))
         assert compiled.fits == fits
         assert compiled.arguments_gib == (pytest.approx(2, abs=0.1) if fits else None)
+
+
+def test_a_step_that_does_not_fit_comes_with_the_accumulate_that_does(
+    tiny_config, monkeypatch, capsys
+):
+    monkeypatch.setattr(Experiment, "jit_train_step", lambda self, count=1: count)
+    figures = lambda target, step, arguments: compile_check.Compiled(step >= 3, 1.0, 2.0, 0.0, "")
+    monkeypatch.setattr(compile_check, "compile_for", figures)
+    target = Target(jax.devices("cpu")[:2], "cpu", GIB)
+    tiny_config.batch_size = 16
+    result = compile_check.compile_check(tiny_config, target, classes=10)
+    assert not result["fits"] and result["accumulate"] == 4
+    assert "DOES NOT FIT\n  accumulate=4 is the smallest that fits" in capsys.readouterr().out
 
 
 @pytest.mark.tpu_compiler

@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -114,8 +114,10 @@ def disable_x64() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explain_device_errors() -> Iterator[None]:
+def explain_device_errors(suggest: Callable[[], str] | None = None) -> Iterator[None]:
     """Turns a device's out-of-memory error into a RunError with the config keys that help.
+
+    `suggest` returns the end of the message, and may take minutes.
 
     Raises an InputError if `config.deterministic` needs another version of jaxlib.
     """
@@ -129,9 +131,11 @@ def explain_device_errors() -> Iterator[None]:
             ) from None
         if not OUT_OF_MEMORY.search(str(error)):
             raise
-        raise RunError(
+        message = (
             f"out of memory on the device ({one_line(error)}): reduce batch_size, or "
             "eval.batch_size if it happened in an evaluation; set accumulate=2 or more, or "
-            "model.remat='block'; or shard the state over more devices with mesh.fsdp; "
-            "tnt-flax compile-check tells what fits"
-        ) from None
+            "model.remat='block'; or shard the state over more devices with mesh.fsdp"
+        )
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # not even the compiler has memory
+            message += f"; {suggest()}" if suggest else ""
+        raise RunError(message) from None

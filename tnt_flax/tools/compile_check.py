@@ -5,7 +5,8 @@
     tnt-flax compile-check --config=tnt_s --device=h100 --config.batch_size=128
     tnt-flax compile-check --config=tnt_s --device=h100 --program=forward
 
-Reports memory, FLOPs and collectives; for GPUs also the kernels, the bytes that they move and the
+Reports memory, FLOPs and collectives, and for a training step that does not fit into memory the
+smallest `accumulate` that does; for GPUs also the kernels, the bytes that they move and the
 time that bytes and FLOPs take at least. Reads no data. Needs `pip install "tnt_flax[tpu]"` or
 "tnt_flax[cuda-compile]". The figures are the compiler's: nothing is executed, and another version
 may give others. The last line on stdout is one JSON object. Exit code 1 means that the program
@@ -27,6 +28,7 @@ from tnt_flax.tools.describe import count_macs
 from tnt_flax.tools.hlo import Kernel, Program
 from tnt_flax.tools.targets import GIB, Target, find_target
 from tnt_flax.training.experiment import Experiment
+from tnt_flax.training.memory import describe_accumulate, memory_of, smallest_accumulate
 
 logger = logging.getLogger(__name__)
 PROGRAMS = ("step", "forward", "eval")
@@ -92,19 +94,12 @@ def compile_check(
     )
     with jax.set_mesh(experiment.mesh):
         compiled = compile_for(target, jitted, arguments)
-    result = {
-        "fits": compiled.fits,
-        "temporaries_gib": compiled.temporaries_gib,
-        "arguments_gib": compiled.arguments_gib,
-        "device_gib": round(target.memory / GIB, 3),
-        "devices": count,
-        "images_per_device": batch_size / count,
-    }
-    print(f"memory per device    {result['device_gib']:g} GiB")
-    if compiled.temporaries_gib is not None:
-        print(f"  arguments          {compiled.arguments_gib:.2f} GiB")
-        print(f"  temporaries        {compiled.temporaries_gib:.2f} GiB")
-    print(f"  the program        {'fits' if compiled.fits else 'DOES NOT FIT'}")
+        result = {"devices": count, "images_per_device": batch_size / count}
+        result |= report_memory(compiled, target)
+        if program == "step" and not compiled.fits:
+            fits = lambda step: compile_for(target, step, arguments).fits
+            result["accumulate"] = smallest_accumulate(experiment, fits)
+            print(f"  {describe_accumulate(result['accumulate'])}")
     hlo = Program(compiled.hlo)
     if target.bandwidth and compiled.hlo:
         result |= report_kernels(hlo.kernels(), target, batch_size / count)
@@ -137,6 +132,22 @@ def make_program(experiment: Experiment, program: str) -> tuple[Callable, tuple]
     split = jax.NamedSharding(experiment.mesh, jax.P(experiment.mesh.axis_names))
     forward = jax.jit(experiment.model.apply, in_shardings=(everywhere, split))
     return forward, (variables, images)
+
+
+def report_memory(compiled: Compiled, target: Target) -> dict[str, Any]:
+    """Prints the memory per device and returns it for the JSON object."""
+    device_gib = round(target.memory / GIB, 3)
+    print(f"memory per device    {device_gib:g} GiB")
+    if compiled.temporaries_gib is not None:
+        print(f"  arguments          {compiled.arguments_gib:.2f} GiB")
+        print(f"  temporaries        {compiled.temporaries_gib:.2f} GiB")
+    print(f"  the program        {'fits' if compiled.fits else 'DOES NOT FIT'}")
+    return {
+        "fits": compiled.fits,
+        "temporaries_gib": compiled.temporaries_gib,
+        "arguments_gib": compiled.arguments_gib,
+        "device_gib": device_gib,
+    }
 
 
 def report_kernels(kernels: list[Kernel], target: Target, images: float) -> dict[str, Any]:
@@ -180,15 +191,11 @@ def compile_for(target: Target, jitted: Callable, arguments: tuple) -> Compiled:
         logger.info(one_line(error))
         return Compiled(False, None, None, time.perf_counter() - start, "")
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    # Donated arguments share their memory with outputs.
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    held = memory.argument_size_in_bytes + results + memory.generated_code_size_in_bytes
-    temporaries = memory.temp_size_in_bytes
+    memory = memory_of(compiled)
     return Compiled(
-        fits=held + temporaries <= target.memory,
-        arguments_gib=round(held / GIB, 3),
-        temporaries_gib=round(temporaries / GIB, 3),
+        fits=sum(memory) <= target.memory,
+        arguments_gib=round(memory.held / GIB, 3),
+        temporaries_gib=round(memory.temporaries / GIB, 3),
         compile_s=seconds,
         hlo=compiled.as_text(),
     )

@@ -329,8 +329,11 @@ class Experiment:
             return ()
         return (sharding.put_global(self.teacher.variables, self.mesh),)
 
-    def make_train_step(self) -> Callable:
-        """Returns `train_step(state, batch, key, ...)`; see `step.make_train_step`."""
+    def make_train_step(self, accumulate: int | None = None) -> Callable:
+        """Returns `train_step(state, batch, key, ...)`; see `step.make_train_step`.
+
+        `accumulate` is by default that of the config.
+        """
         augment = self.make_augment(self.model.num_classes)
         if self.teacher:
             augment = distillation.add_teacher(augment, self.teacher)
@@ -341,7 +344,7 @@ class Experiment:
             ema_decay=self.config.ema.decay,
             loss_fn=self.loss_fn,
             ema_warmup=self.config.ema.warmup,
-            accumulate=self.config.accumulate,
+            accumulate=accumulate or self.config.accumulate,
             gradient_dtype=self.config.mesh.gradient_dtype,
         )
 
@@ -353,14 +356,18 @@ class Experiment:
         """Returns `predict_step(variables, images)`; see `step.make_predict_step`."""
         return step.make_predict_step(model, **self.data.normalization)
 
-    @functools.cached_property
-    def train_step(self) -> Callable:
-        """The function of `make_train_step`, compiled for `mesh`; it donates the state."""
+    def jit_train_step(self, accumulate: int | None = None) -> Callable:
+        """Returns the function of `make_train_step`, jitted for `mesh`; it donates the state."""
         state, _, _, *teacher = self.step_shapes
-        train_step, deterministic = self.make_train_step(), self.config.deterministic
+        train_step, deterministic = self.make_train_step(accumulate), self.config.deterministic
         return sharding.jit_train_step(
             train_step, self.mesh, state, *teacher, deterministic=deterministic
         )
+
+    @functools.cached_property
+    def train_step(self) -> Callable:
+        """The function of `jit_train_step`, for the config."""
+        return self.jit_train_step()
 
     @functools.cached_property
     def eval_step(self) -> Callable:

@@ -15,7 +15,7 @@ from tnt_flax.runtime import host, processes
 from tnt_flax.runtime.checkpoints import Checkpoints
 from tnt_flax.runtime.sharding import to_global
 from tnt_flax.runtime.watchdog import Watchdog
-from tnt_flax.training import run
+from tnt_flax.training import memory, run
 from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.metrics import MetricWriter, StepMeter, format_averages
 from tnt_flax.training.step import TrainState
@@ -62,7 +62,8 @@ def train_and_evaluate(
         # Runs before `checkpoints.close`, which would wait for the other processes: an error ends
         # them first.
         stack.push(lambda kind, error, trace: watchdog.abort(error))
-        stack.enter_context(host.explain_device_errors())
+        suggest = functools.partial(memory.suggest_accumulate, experiment)
+        stack.enter_context(host.explain_device_errors(suggest))
         state = checkpoints.restore_latest(experiment.abstract_state)
         if state is None:
             state = experiment.init_or_load_state()
