@@ -23,6 +23,7 @@ from tnt_flax.training.train import train_and_evaluate
 
 PUBLISHED = "rand-m9-mstd0.5-inc1"
 NAMES = [
+    "cifar10",
     "default",
     "digits",
     "finetune",
@@ -43,6 +44,7 @@ NAMES = [
     "tnt_s_deit3_384",
     "tnt_s_muon",
     "tnt_ti",
+    "textures",
     "transfer",
 ]
 PARAMETERS = {
