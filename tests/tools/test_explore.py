@@ -58,7 +58,8 @@ def test_names_cannot_end_the_script(tmp_path):
     path = small_network.save(tmp_path, class_names=["</script><b>"] * 10, depth=1)
     found = read_checkpoint(path)
     (trace,) = attention.trace_attention(found, np.zeros((1, 48, 48, 3), np.uint8))
-    page, _ = explore.make_page(found, [trace], ["</script>.png"])
+    data, _ = explore.page_data(found, [trace], ["</script>.png"])
+    page = explore.render(data)
     assert page.count("</script>") == 2
 
 

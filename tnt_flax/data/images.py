@@ -47,6 +47,10 @@ class HugeImageError(CorruptImageError):
     """The image has more pixels than the policy's limit."""
 
 
+class UnknownFormatError(CorruptImageError):
+    """The data is in no image format that Pillow reads."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """How images become 8-bit RGB. The defaults are those of timm and torchvision.
@@ -145,7 +149,7 @@ def _as_corrupt():
     except (CorruptImageError, MemoryError):
         raise
     except Image.UnidentifiedImageError:  # PIL's message contains a memory address
-        raise CorruptImageError("not an image format that PIL reads") from None
+        raise UnknownFormatError("not an image format that PIL reads") from None
     except Exception as error:  # PIL's readers raise OSError, SyntaxError, struct.error...
         raise CorruptImageError(one_line(error)) from None
 

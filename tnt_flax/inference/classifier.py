@@ -164,19 +164,27 @@ class Classifier:
         local devices. An unreadable image has an `error` and no predictions. For `threshold` and
         errors see `predict`.
         """
-        self._check_head()
+        self.check_head()
         _check_positive(top=top, batch_size=batch_size, threads=threads)
         function = self._probabilities
         if threshold is not None:
             self._check_threshold(threshold)
             function = self._class_probabilities
         for row, error in self._evaluate(function, images, batch_size, threads):
-            if error:
-                yield Outcome([], error)
-                continue
-            best = np.argsort(-row, kind="stable")
-            best = best[:top] if threshold is None else best[row[best] > threshold]
-            yield Outcome([Prediction(self.class_names[i], float(row[i]), int(i)) for i in best])
+            yield self._outcome(row, error, top, threshold)
+
+    def preprocess(self, image: Input) -> np.ndarray:
+        """Returns the network's input before normalization, uint8 [H, W, 3].
+
+        Raises InputError if the image cannot be read, see `Preprocessor.read`.
+        """
+        return self._preprocessor.read(image)
+
+    def classify(self, pixels: Sequence[np.ndarray], top: int = 5) -> list[Outcome]:
+        """Returns an `Outcome` for each result of `preprocess`; all are evaluated in one batch."""
+        rows = 1 << (len(pixels) - 1).bit_length()
+        evaluated = self._evaluate_batch(self._probabilities, pixels, rows)
+        return [self._outcome(row, error, top) for row, error in evaluated]
 
     def feature_outcomes(
         self, images: Iterable[Input], batch_size: int = 64, threads: int = 8
@@ -190,12 +198,13 @@ class Classifier:
         self, images: Iterable[Input], batch_size: int = 64, threads: int = 8
     ) -> Iterator[VectorOutcome]:
         """Yields the logits of each image in order; otherwise as `outcomes`."""
-        self._check_head()
+        self.check_head()
         _check_positive(batch_size=batch_size, threads=threads)
         for row, error in self._evaluate(self._logits, images, batch_size, threads):
             yield VectorOutcome(row, error)
 
-    def _check_head(self):
+    def check_head(self) -> None:
+        """Raises InputError if the network has no head."""
         if not self.model.num_classes:
             raise InputError(
                 f"{self._path} has no head, so it cannot classify: use features (--features)"
@@ -211,6 +220,13 @@ class Classifier:
             )
 
     # ------------------------------------------------------------------------------- evaluation
+
+    def _outcome(self, row, error, top, threshold=None):
+        if error:
+            return Outcome([], error)
+        best = np.argsort(-row, kind="stable")
+        best = best[:top] if threshold is None else best[row[best] > threshold]
+        return Outcome([Prediction(self.class_names[i], float(row[i]), int(i)) for i in best])
 
     # All evaluate uint8 images [B, H, W, 3].
 

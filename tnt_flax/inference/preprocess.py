@@ -71,7 +71,7 @@ class Preprocessor:
 
         Raises:
             InputError: the image cannot be read; `name` is what the message calls an image that is
-                not a file.
+                not a file. Its `__cause__` is the CorruptImageError, if there is one.
         """
         try:
             if isinstance(image, str | os.PathLike):
@@ -93,7 +93,7 @@ class Preprocessor:
                 policy=self.policy,
             )
         except CorruptImageError as error:
-            raise InputError(f"{name} is not a usable image: {error}") from None
+            raise InputError(f"{name} is not a usable image: {error}") from error
         except OSError as error:
             raise InputError(f"{name} cannot be read: {error.strerror or error}") from None
 

@@ -104,28 +104,45 @@ def averaging_matrix(grid: Grid, side: int, squares: Grid) -> np.ndarray:
 
 def trace_attention(found: LoadedWeights, images: np.ndarray) -> list[Trace]:
     """Runs the network on uint8 images [B, H, W, 3]; returns one Trace each."""
-    model, variables = found.network.model, found.variables
-    mean, std = (tuple(found.preprocessing[key]) for key in ("mean", "std"))
-    run = jax.jit(lambda v, x: block_outputs(model, v, normalize(x, mean, std)))
-    blocks = jax.device_get(run(variables, images))
-    probabilities = [None] * len(images)
-    if model.num_classes:
-        predict = jax.jit(step.make_predict_step(model, mean=mean, std=std))
-        probabilities = np.asarray(predict(variables, images))
-    read = [(i, block) for i, block in enumerate(blocks) if "inner_attention" in block]
-    return [
-        Trace(
-            image,
-            model.block_layouts(found.network.grid),
-            model.has_class_token,
-            [block["outer_attention"][row] for block in blocks],
-            {i: block["inner_attention"][row] for i, block in read},
-            [block["sentences"][row] for block in blocks],
-            {i: block["words"][row] for i, block in read},
-            probabilities[row],
-        )
-        for row, image in enumerate(images)
-    ]
+    return Tracer(found)(images)
+
+
+class Tracer:
+    """`trace_attention` for several calls, compiled once per number of images.
+
+    Args:
+        found: the weights.
+        variables: those of `found` on a device, where they stay between calls.
+    """
+
+    def __init__(self, found: LoadedWeights, variables: Any = None):
+        self._network = found.network
+        self._variables = found.variables if variables is None else variables
+        model = found.network.model
+        mean, std = (tuple(found.preprocessing[key]) for key in ("mean", "std"))
+        self._run = jax.jit(lambda v, x: block_outputs(model, v, normalize(x, mean, std)))
+        self._predict = jax.jit(step.make_predict_step(model, mean=mean, std=std))
+
+    def __call__(self, images: np.ndarray) -> list[Trace]:
+        model = self._network.model
+        blocks = jax.device_get(self._run(self._variables, images))
+        probabilities = [None] * len(images)
+        if model.num_classes:
+            probabilities = np.asarray(self._predict(self._variables, images))
+        read = [(i, block) for i, block in enumerate(blocks) if "inner_attention" in block]
+        return [
+            Trace(
+                image,
+                model.block_layouts(self._network.grid),
+                model.has_class_token,
+                [block["outer_attention"][row] for block in blocks],
+                {i: block["inner_attention"][row] for i, block in read},
+                [block["sentences"][row] for block in blocks],
+                {i: block["words"][row] for i, block in read},
+                probabilities[row],
+            )
+            for row, image in enumerate(images)
+        ]
 
 
 def rollout(attention: Sequence[np.ndarray]) -> np.ndarray:

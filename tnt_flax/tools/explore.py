@@ -13,6 +13,8 @@ means that the page could not be written, 2 that the input was wrong.
 
 import argparse
 import base64
+import functools
+import hashlib
 import json
 import logging
 import pathlib
@@ -66,7 +68,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     logger.info(f"tracing {found.summary()}")
     traces = trace_attention(found, pixels)
     names = [pathlib.Path(image).name for image in args.images]
-    page, error = make_page(found, traces, names, light=args.light)
+    data, error = page_data(found, traces, names, light=args.light)
+    page = render(data)
     try:
         write_atomic(args.out, page.encode())
     except OSError as problem:
@@ -79,18 +82,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def make_page(
-    found: LoadedWeights, traces: Sequence[Trace], names: Sequence[str], *, light: bool = False
-) -> tuple[str, float]:
-    """Returns the page, and the largest error of an attention weight on the page.
+def page_data(
+    found: LoadedWeights,
+    traces: Sequence[Trace],
+    names: Sequence[str],
+    *,
+    light: bool = False,
+    labels: Sequence[str] | None = None,
+) -> tuple[dict[str, Any], float]:
+    """Returns the data of a page for `render`, and the largest error of an attention weight.
 
     Args:
         found: the weights, for the names of network and classes.
         traces: of `trace_attention`, one per image.
         names: titles of the images.
         light: store the mean of the heads only.
+        labels: names of the classes, by default those of the weights.
     """
-    labels = display_names(found.class_names, found.network.model.num_classes)
+    labels = labels or display_names(found.class_names, found.network.model.num_classes)
     images, error = [], 0.0
     for trace, name in zip(traces, names, strict=True):
         codes, scales, blocks = encode_attention(trace, light)
@@ -113,11 +122,36 @@ def make_page(
         "mean_of_heads": light,
         "images": images,
     }
-    template = string.Template((FOLDER / "page.html").read_text())
-    parts = {"style": "style.css", "script": "script.js"}
-    text = {name: (FOLDER / file).read_text() for name, file in parts.items()}
+    return data, error
+
+
+def render(data: dict[str, Any]) -> str:
+    """Returns the page that shows the data of `page_data`."""
+    text, template = _parts()
     # "<" would end the script element inside a string of the data, such as a file name.
-    return template.substitute(text, data=json.dumps(data).replace("<", "\\u003c")), error
+    encoded = json.dumps(data).replace("<", "\\u003c")
+    return template.substitute(text, policy=content_policy(), data=encoded)
+
+
+def content_policy() -> str:
+    """Returns the Content-Security-Policy of the page: its own style and script, no requests."""
+    text, _ = _parts()
+    digests = {
+        name: base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
+        for name, part in text.items()
+    }
+    return (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{digests['style']}'; "
+        f"script-src 'sha256-{digests['script']}'; base-uri 'none'; form-action 'none'"
+    )
+
+
+@functools.cache
+def _parts():
+    """Returns {"style": text, "script": text} and the page's template."""
+    files = {"style": "style.css", "script": "script.js"}
+    text = {name: (FOLDER / file).read_text("utf-8") for name, file in files.items()}
+    return text, string.Template((FOLDER / "page.html").read_text("utf-8"))
 
 
 def encode_attention(
