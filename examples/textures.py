@@ -46,7 +46,16 @@ def main(argv: list[str]) -> None:
     if args.photos and not args.photos.is_dir():
         parser.error(f"{args.photos} is not a folder")
     files = own_photos(args.photos) if args.photos else packaged_photos(parser)
-    counts = {file.stem: write_patches(file, args.out) for file in files}
+    if len(files) < 2:
+        parser.error(f"{args.photos} has fewer than two photographs")
+    counts = {}
+    for file in files:
+        try:
+            counts[file.stem] = write_patches(file, args.out)
+        except OSError as error:  # unreadable, or a second file of this name
+            parser.error(f"{file}: {error}")
+        if not min(counts[file.stem].values()):
+            parser.error(f"{file} is too small or flat: it has no patches for training or testing")
     print(json.dumps({"out": str(args.out), "patches": counts}))
 
 

@@ -59,14 +59,24 @@ def test_training_and_test_patches_are_eight_pixels_apart(textures):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--out=."], r"\. exists: choose another folder"),
+        (["--out=."], ". exists: choose another folder"),
         (["--out=new", "--photos=absent"], "absent is not a folder"),
+        (["--out=new", "--photos=one"], "one has fewer than two photographs"),
+        (["--out=new", "--photos=broken"], "broken/b.jpg: cannot identify image file"),
+        (["--out=new", "--photos=flat"], "flat/a.png is too small or flat"),
         (["--out=new"], "no photographs: pip install scikit-image scikit-learn, or set --photos"),
     ],
 )
-def test_bad_input_is_one_line(textures, flags, message, capsys, monkeypatch):
+def test_bad_input_is_one_line(textures, flags, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("one", "broken", "flat"):
+        (tmp_path / folder).mkdir()
+        Image.new("L", (100, 100)).save(tmp_path / folder / "a.png")
+    (tmp_path / "broken/b.jpg").write_bytes(b"no image")
+    (tmp_path / "broken/a.png").write_bytes(jpeg("china"))
+    Image.new("L", (100, 100)).save(tmp_path / "flat/b.png")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as exit:
         textures.main(flags)
     assert exit.value.code == 2
-    assert message.replace("\\", "") in capsys.readouterr().err
+    assert message in capsys.readouterr().err
