@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.photos import png
+from tnt_flax.__main__ import main
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.data.labels import split_names
 from tnt_flax.data.sources import labels_of, open_source
@@ -100,24 +101,45 @@ def test_settings_for_images_of_one_class_are_refused(folder, smoke_config):
         _ = Experiment(config).data.plan
 
 
+@pytest.fixture
+def table(folder):
+    """The images of `folder` as train.csv and validation.csv."""
+    for split in ("train", "validation"):
+        paths = sorted((folder / split).rglob("*.png"))
+        lines = [f"{path.relative_to(folder)},{path.parent.name}" for path in paths]
+        (folder / f"{split}.csv").write_text("\n".join(["image,label", *lines]))
+    return folder
+
+
 @pytest.mark.slow
-def test_a_run_learns_several_classes_and_reports_average_precision(folder, smoke_config, tmp_path):
+@pytest.mark.parametrize("source", ["folder", "table"])
+def test_a_run_learns_several_classes_and_reports_average_precision(
+    table, source, smoke_config, tmp_path
+):
     config = smoke_config(
-        data__source="folder", data__root=str(folder), data__eval_split="validation",
+        data__source=source, data__root=str(table), data__eval_split="validation",
         loss__name="bce", checkpoint__best="mean_average_precision", epochs=40, batch_size=40,
         eval__batch_size=8, eval__every="20 epochs", ema__decay=0.0, model__outer_dim=24,
     )  # fmt: skip
     result = train_and_evaluate(config, tmp_path / "run")
     assert result["mean_average_precision"] > 0.9
     assert result["images"] == 12 and "mean_per_class" not in result
-    table = tmp_path / "classes.csv"
-    again = evaluate_checkpoint(config, tmp_path / "run", "last", str(table))
+    per_class = tmp_path / "classes.csv"
+    again = evaluate_checkpoint(config, tmp_path / "run", "last", str(per_class))
     assert again["mean_average_precision"] == pytest.approx(result["mean_average_precision"])
     assert again["loss"] == pytest.approx(result["loss"], rel=1e-5)
-    rows = list(csv.DictReader(table.read_text().splitlines()))
+    rows = list(csv.DictReader(per_class.read_text().splitlines()))
     assert [(row["class"], row["images"]) for row in rows] == [
         ("blue", "6"), ("green", "3"), ("red", "6")
     ]  # fmt: skip
     values = [float(row["average_precision"]) for row in rows]
     assert np.mean(values) == pytest.approx(result["mean_average_precision"])
     assert "eval/mean_average_precision" in (tmp_path / "run/metrics.jsonl").read_text()
+
+    out, images = tmp_path / "predictions.csv", sorted((table / "validation").rglob("*.png"))
+    options = ["--threshold=0.4", f"--out={out}", *map(str, images)]
+    assert main(["predict", str(tmp_path / "run"), *options]) == 0
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert {label for row in rows for label in row["label"].split("|")} == {*COLORS}
+    found = open_source("table", "predictions", root=str(tmp_path))  # predictions are a table
+    assert [found.class_names[label] for label in found.labels] == [row["label"] for row in rows]

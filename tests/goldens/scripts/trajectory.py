@@ -21,12 +21,13 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "trajectory.npz"
 CLASSES, IMAGE_SIZE, BATCH = 5, 32, 8
 EPOCHS, WARMUP, COOLDOWN, STEPS_PER_EPOCH = 7, 2, 3, 5  # 50 steps: warm-up, cosine, cool-down
 EMA_DECAY = 0.9  # the published one would stay at the initial weights
-# Optimizer, learning rate, weight decay, loss and label smoothing of the configs that are compared.
+# Of the configs that are compared: optimizer, peak, first and last learning rate, weight decay,
+# threshold of the binary cross entropy (None: softmax) and label smoothing.
 RECIPES = {
-    "tnt_s": ("adamw", 1e-3, 0.05, "softmax", 0.1),
-    "tnt_s_deit3": ("lamb", 4e-3, 0.05, "bce", 0.0),
-    "tnt_s_a2": ("lamb", 5e-3, 0.02, "bce", 0.0),
-    "tnt_s_muon": ("muon", 1e-3, 0.05, "softmax", 0.1),
+    "tnt_s": ("adamw", (1e-3, 1e-6, 1e-5), 0.05, None, 0.1),
+    "tnt_s_deit3": ("lamb", (4e-3, 1e-6, 1e-5), 0.05, 0.0, 0.0),
+    "tnt_s_a2": ("lamb", (5e-3, 1e-4, 1e-6), 0.02, 0.2, 0.0),
+    "tnt_s_muon": ("muon", (1e-3, 1e-6, 1e-5), 0.05, None, 0.1),
 }
 MUON_MOMENTUM = 0.95
 # The batch is two groups: the first is mixed by mixup, the second by cutmix, always the same way.
@@ -134,7 +135,7 @@ def train(dtype: str = "float64", recipe: str = "tnt_s") -> dict[str, object]:
     from timm.utils import ModelEma
 
     dtype = getattr(torch, dtype)
-    name, rate, weight_decay, loss_name, smoothing = RECIPES[recipe]
+    name, (rate, warmup_rate, min_rate), weight_decay, threshold, smoothing = RECIPES[recipe]
     newton_schulz = timm.optim.muon.zeropower_via_newtonschulz  # in bfloat16 by default
     newton_schulz.__defaults__ = tuple(
         dtype if x is torch.bfloat16 else x for x in newton_schulz.__defaults__
@@ -150,16 +151,15 @@ def train(dtype: str = "float64", recipe: str = "tnt_s") -> dict[str, object]:
         sched="cosine",
         num_epochs=EPOCHS,
         cooldown_epochs=COOLDOWN,
-        min_lr=1e-5,
-        warmup_lr=1e-6,
+        min_lr=min_rate,
+        warmup_lr=warmup_rate,
         warmup_epochs=WARMUP,
     )
     assert epochs == EPOCHS + COOLDOWN
     ema = ModelEma(model, decay=EMA_DECAY)
-    loss_fn = {
-        "softmax": SoftTargetCrossEntropy(),
-        "bce": BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0),
-    }[loss_name]
+    loss_fn = SoftTargetCrossEntropy()
+    if threshold is not None:
+        loss_fn = BinaryCrossEntropy(smoothing=0.0, target_threshold=threshold)
     losses, rates, data = [], [], iter(batches())
     for epoch in range(epochs):
         for _ in range(STEPS_PER_EPOCH):
