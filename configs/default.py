@@ -97,6 +97,7 @@ def get_config() -> ConfigDict:
     config.augment.interpolation = "random"  # of bicubic and bilinear; or one of them
     config.augment.flip = 0.5  # probability of a horizontal flip
     config.augment.randaugment = "rand-m9-mstd0.5-inc1"  # in timm's notation; "" disables
+    config.augment.randaugment_on = "host"  # "device": in the step, for GPUs; see docs/data.md
     config.augment.three_augment = False  # DeiT-III's 3-Augment, before color_jitter
     config.augment.color_jitter = 0.4  # brightness, contrast, saturation; ignored with randaugment
     config.augment.repeats = 3  # views per image; an epoch covers 1/repeats of the images

@@ -54,6 +54,7 @@ CHOICES = {
     "data.corrupt": ("error", "skip"),
     "distill.kind": distillation.KINDS,
     "augment.interpolation": tuple(transforms.INTERPOLATIONS),
+    "augment.randaugment_on": ("host", "device"),
     "augment.resampling": ("pillow", "opencv"),
     "eval.weights": ("ema", "raw"),
     "loss.name": LOSSES,

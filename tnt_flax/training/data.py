@@ -114,7 +114,7 @@ class ExperimentData:
             InputError: an image cannot be read (with data.corrupt="error").
             StorageUnavailable: the storage failed for `data.retry_seconds`.
         """
-        options = self.config.augment
+        options, on_host = self.config.augment, self.config.augment.randaugment_on == "host"
         transform = functools.partial(
             transforms.train_transform,
             size=self.config.data.image_size,
@@ -123,8 +123,8 @@ class ExperimentData:
             flip=options.flip,
             interpolation=options.interpolation,
             three_augments=options.three_augment,
-            jitter=options.color_jitter,
-            randaugment=self.randaugment,
+            jitter=0.0 if self.randaugment else options.color_jitter,
+            randaugment=self.randaugment if on_host else None,
             resampler=transforms.resampler(options.resampling),
             policy=self.policy,
         )

@@ -22,7 +22,7 @@ from tnt_flax.models import Network, create_model
 from tnt_flax.runtime import processes, sharding
 from tnt_flax.runtime.checkpoints import Checkpoints
 from tnt_flax.runtime.workdir import check_space, config_to_json
-from tnt_flax.training import distillation, losses, mixup, step
+from tnt_flax.training import device_randaugment, distillation, losses, mixup, step
 from tnt_flax.training.config import check_config, resolve_model_config, steps_of
 from tnt_flax.training.data import ExperimentData
 from tnt_flax.training.optimizer import Optimizer, check_freeze, make_optimizer
@@ -277,13 +277,18 @@ class Experiment:
 
     def make_augment(self, num_classes: int) -> step.AugmentFn:
         """Returns `augment(batch, mix_key, erase_key, step)`; see `step.make_augment`."""
-        options = self.config.augment
+        options, augment = self.config.augment, None
+        if options.randaugment_on == "device" and self.data.randaugment:
+            augment = functools.partial(
+                device_randaugment.randaugment, augment=self.data.randaugment
+            )
         mix_steps = None
         if options.mix_off_epochs:
             mix_steps = max(self.total_steps - options.mix_off_epochs * self.steps_per_epoch, 0)
         return step.make_augment(
             num_classes,
             label_smoothing=options.label_smoothing,
+            randaugment=augment,
             mix_steps=mix_steps,
             **mixup.functions(options),
             **self.data.normalization,

@@ -65,6 +65,7 @@ def make_augment(
     label_smoothing: float,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    randaugment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     mix: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None,
     mix_steps: int | None = None,
     erase: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
@@ -80,6 +81,7 @@ def make_augment(
         label_smoothing: share of a target that is spread evenly over all classes.
         mean: per channel, for pixels in [0, 1].
         std: per channel, for pixels in [0, 1].
+        randaugment: `randaugment(key, images)` for uint8 images, before mixing; None disables.
         mix: `mix(key, images, targets)` for uint8 images and smoothed targets; None disables.
         mix_steps: mix in the first `mix_steps` steps only; None: in all.
         erase: `erase(key, images)` for normalized images; None disables.
@@ -90,6 +92,8 @@ def make_augment(
         if targets.ndim == 3:  # several classes per image
             targets = targets.max(axis=1)
         targets = optax.smooth_labels(targets, label_smoothing)
+        if randaugment:  # with a key of its own, which `mix` does not derive from `mix_key`
+            images = randaugment(jax.random.fold_in(mix_key, 2**31), images)
         if mix:
             mixed = mix(mix_key, images, targets)
             if mix_steps is not None:
