@@ -93,7 +93,7 @@ def test_every_command_has_an_example():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["what_tnt_sees", "few_digits"])
+@pytest.mark.parametrize("script", ["what_tnt_sees", "few_textures"])
 def test_scripts_of_the_figures_start(script):
     run = [sys.executable, ROOT / f"docs/{script}.py", "--help"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
