@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains or evaluates TNT from a checkout: `tnt-flax train`, or with --mode=eval `tnt-flax eval`.
+"""Runs `tnt-flax train`, or with --mode=eval `tnt-flax eval`, without installation.
 
 python main.py --config=configs/digits.py --workdir=runs/digits
 python main.py --config=configs/digits.py --workdir=runs/digits --mode=eval
+
+The command is `tnt_flax/tools/train.py`, which calls `tnt_flax/training/train.py`.
 """
 
 import sys

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 1024  # images per step, over all devices and hosts
     config.accumulate = 1  # micro-batches that a step computes in turn, to save memory
     config.stall_minutes = 30.0  # watchdog timeout without a finished step or batch; 0 disables
-    config.deterministic = False  # slower, bit-identical resume on GPUs; elsewhere it always is
+    config.deterministic = False  # True: bit-identical resume on GPUs, slower; on CPUs always so
     config.init_from = ""  # initial weights of any framework: file, workdir or hf:// address
 
     # Device mesh. The sizes may change on resume (results then differ by rounding).
@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
     # (Hopper GPUs).
     config.model.inner_impl = "auto"  # of the inner transformer
     config.model.outer_impl = "auto"  # of the outer transformer
-    config.model.remat = "auto"  # rematerialization: "none" or "block"
+    config.model.remat = "auto"  # rematerialization: "none" or "block"; auto: block, except on CPUs
     # Architecture: unset fields come from the name.
     config.model.depth = config_dict.placeholder(int)  # number of blocks
     config.model.depths = config_dict.placeholder(tuple)  # PyramidTNT: blocks of its four stages
@@ -61,9 +61,9 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     # "folder", "table" (CSV, JSON lines, Parquet), "imagenet_tars", "webdataset", "tfds", "digits"
     config.data.source = "folder"
-    config.data.root = ""  # folder, table, or gs:// or hf:// address; data_dir of tfds ("": tfds')
+    config.data.root = ""  # folder, table, or gs:// or hf:// address; of tfds the data_dir
     config.data.name = ""  # tfds data set, such as "cifar10" or "imagenet2012:5.1.0"
-    config.data.train_split = "train"  # shards and tables: also a file or "P-{000000..000146}.tar"
+    config.data.train_split = "train"  # shards, tables: also a file or "train-{000..146}.tar"
     config.data.eval_split = "validation"  # or valid, val, test: the first that is there
     config.data.holdout = 0.0  # fraction held out if a folder or table has no evaluation split
     config.data.class_list = ""  # file with one class per line, in order; "" sorts the names
@@ -86,8 +86,8 @@ def get_config() -> ConfigDict:
     config.data.deep_pixels = config_dict.FieldReference("clip", object)
     config.data.max_pixels = -1  # larger images are corrupt; -1 is Pillow's limit, 0 is no limit
     config.data.corrupt = "error"  # or "skip": replace unreadable images by neighbors, and count
-    config.data.threads = 8  # per worker process, for decoding and augmentation
-    config.data.workers = 0  # processes per host, each with data.threads; 0: in the main process
+    config.data.threads = 8  # that decode and augment, in each process that reads images
+    config.data.workers = 0  # reading processes of each training process; 0: it reads itself
     config.data.retry_seconds = 120.0  # retry storage errors (not corrupt images) for this long
 
     config.augment = ConfigDict()
@@ -106,7 +106,8 @@ def get_config() -> ConfigDict:
     config.augment.cutmix_alpha = 1.0  # likewise; 0 disables CutMix
     config.augment.mix_prob = 1.0  # probability of mixing a group
     config.augment.mix_switch_prob = 0.5  # probability of CutMix instead of mixup
-    config.augment.mix_groups = 8  # groups of consecutive images, each with its own mixing weight
+    # Groups of rows with a mixing weight each. The views of an image are in different groups.
+    config.augment.mix_groups = 8
     config.augment.mix_off_epochs = 0  # last epochs without mixup and CutMix
     config.augment.erase_prob = 0.25  # random erasing, after mixing: probability per image
     config.augment.erase_area = (0.02, 1 / 3)  # random erasing: area as a fraction of the image
@@ -132,14 +133,16 @@ def get_config() -> ConfigDict:
     config.optimizer.schedule_interval = "epoch"  # as published; or "step": change in every step
     config.optimizer.learning_rate = 1e-3  # peak; not scaled by the batch size
     config.optimizer.warmup_learning_rate = 1e-6  # at step 0, rises linearly
-    config.optimizer.min_learning_rate = 1e-5  # at the end; of cosine and linear in the cool-down
+    config.optimizer.min_learning_rate = (
+        1e-5  # at the end; cosine and linear keep it in the cool-down
+    )
     config.optimizer.warmup_epochs = 5
     config.optimizer.cooldown_epochs = 10
     config.optimizer.beta1 = 0.9
     config.optimizer.beta2 = 0.999
     config.optimizer.eps = 1e-8
     config.optimizer.momentum = 0.9  # of sgd and muon; the others have beta1
-    config.optimizer.weight_decay = 0.05  # of kernels; multiplied by the learning rate
+    config.optimizer.weight_decay = 0.05  # of kernels and relative positions; times learning rate
     config.optimizer.clip_norm = 0.0  # global gradient norm; 0 disables clipping
     config.optimizer.layer_decay = 1.0  # layer-wise learning-rate decay factor; 1 disables
     config.optimizer.freeze = ""  # regex of parameter names to freeze
@@ -151,7 +154,7 @@ def get_config() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.every = "1 epochs"  # and after the last step
     config.eval.batch_size = 1024
-    config.eval.weights = "ema"  # or "raw"; also selects the best checkpoint
+    config.eval.weights = "ema"  # or "raw": the weights that are evaluated and ranked
     config.eval.patience = 0  # stop after so many evaluations without a better best; 0 disables
     # Only for tnt-flax eval:
     config.eval.classes = ""  # restrict to "imagenet-a", "imagenet-r" or a file's classes; "" all

@@ -8,6 +8,7 @@ multiplied only at equal ranks (the tests forbid implicit rank promotion), hence
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 
@@ -30,7 +31,7 @@ MatmulFn = Callable[[Array, Array], Array]
 
 # torch's trunc_normal_(std=.02, a=-2, b=2) cuts at 100 sigma, so it is a plain normal;
 # jax's truncated_normal would cut at 2 sigma and shrink the standard deviation to .0176.
-token_init = nn.initializers.normal(0.02)
+normal_init = nn.initializers.normal(0.02)
 
 # Two passes: flax's fast variance E[x^2] - E[x]^2 loses all digits where the variance is small.
 # Statistics and affine are computed in float32 whatever `dtype` is; the result has type `dtype`.
@@ -52,7 +53,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
-        kernel = self.param("kernel", token_init, (x.shape[-1], self.features))
+        kernel = self.param("kernel", normal_init, (x.shape[-1], self.features))
         # `shard_batch` of input and output makes FSDP gather the kernel, not exchange activations.
         x = self.matmul_fn(shard_batch(x.astype(self.dtype)), jnp.asarray(kernel))
         x = shard_batch(x)
@@ -141,10 +142,10 @@ class Attention(nn.Module):
     dtype: DTypeLike = jnp.float32
     num_keys: int | None = None  # number of leading tokens that are attended to; None is all
     # Faster replacements for parts of `__call__`. `attention_fn(query, key, value, scale)` replaces
-    # logits, softmax and weighted sum; None computes them below. It is not used if `num_queries` is
-    # given, if weights are captured or dropped, or if there is a bias and `attention_bias` is
-    # False; otherwise the bias is its fifth argument. Without `context` it gets the keys of all
-    # tokens and applies `num_keys` itself.
+    # logits, softmax and weighted sum; None computes them below. It is not used with `num_queries`,
+    # while attention weights are captured, or with attention dropout. With a bias it is used only
+    # if `attention_bias`, which means that the bias is its fifth argument. Without `context` it
+    # gets the keys of all tokens and applies `num_keys` itself.
     attention_fn: AttentionFn | None = None
     attention_bias: bool = False
     matmul_fn: MatmulFn = mixed_precision.matmul
@@ -180,7 +181,8 @@ class Attention(nn.Module):
         key, value = project("key", context), project("value", context)
         scale = query.shape[-1] ** -0.5
         if use_attention_fn:
-            x = self.attention_fn(query, key, value, scale, *[] if bias is None else [bias])
+            biases = () if bias is None else (bias,)
+            x = self.attention_fn(query, key, value, scale, *biases)
         else:
             logits = jnp.einsum("...qhd,...khd->...hqk", query, key) * scale
             logits = logits.astype(jnp.float32)
@@ -317,7 +319,7 @@ def position_table(
     module: nn.Module,
     name: str,
     shape: tuple[int, ...],
-    init: Callable[..., Array] = token_init,
+    init: Callable[..., Array] = normal_init,
 ) -> Array:
     """Returns the parameter `name` of `module`, a table of positions.
 
@@ -345,8 +347,8 @@ def resample(table: Array, axis: int, old: list[Grid], new: list[Grid]) -> Array
     """
     before = table.shape[:axis]
     after = table.shape[axis + len(old) :]
-    grids = table.reshape(*before, *sum(old, ()), *after)
-    shape = (*before, *sum(new, ()), *after)
+    grids = table.reshape(*before, *itertools.chain(*old), *after)
+    shape = (*before, *itertools.chain(*new), *after)
     resampled = jax.image.resize(grids, shape, "cubic", antialias=True)
     return resampled.reshape(*before, *map(math.prod, new), *after)
 
@@ -362,7 +364,7 @@ def check_images(images: Array, patch_size: int) -> None:
         raise InputError(f"image size {height}x{width} is not divisible by patch size {patch_size}")
 
 
-def check_fields(model: nn.Module, **choices: tuple[str, ...]) -> None:
+def check_choices_and_rates(model: nn.Module, **choices: tuple[str, ...]) -> None:
     """Raises InputError unless the fields of a network are valid.
 
     Each field in `choices` must have one of the values given for it, and all dropout and drop-path

@@ -31,7 +31,7 @@ from tnt_flax.models.layers import (
     LayerNorm,
     MatmulFn,
     TransformerBlock,
-    check_fields,
+    check_choices_and_rates,
     check_images,
     drop_path_rates,
     position_table,
@@ -391,7 +391,7 @@ class PyramidTNT(nn.Module):
 
     def check_fields(self) -> None:
         impls = dict(inner_impl=IMPLEMENTATIONS, outer_impl=IMPLEMENTATIONS)
-        check_fields(self, remat=select.REMAT, **impls)
+        check_choices_and_rates(self, remat=select.REMAT, **impls)
         if len(self.depths) != len(WIDENING) or min(self.depths) < 1:
             raise InputError(f"depths={self.depths} must be the blocks of {len(WIDENING)} stages")
 

@@ -6,6 +6,7 @@ transformer attends among the words of each sentence, the words are projected an
 sentence, and the outer transformer attends among the sentences. Letters in shapes, throughout:
 
     B images   N sentences per image   M words per sentence   C word width   D sentence width
+    T tokens of the outer transformer: the sentences and the class token
 
 The default fields are the official network (huawei-noah, `tnt_pytorch/tnt.py`).
 """
@@ -26,12 +27,12 @@ from tnt_flax.models.layers import (
     GELU,
     Dense,
     TransformerBlock,
-    check_fields,
+    check_choices_and_rates,
     check_images,
     drop_path_rates,
+    normal_init,
     position_table,
     resample,
-    token_init,
 )
 from tnt_flax.models.network import BlockLayout, Grid, Images
 from tnt_flax.models.scan import scan_blocks
@@ -99,10 +100,10 @@ class TNT(nn.Module):
 
     # -- Variant: see VARIANTS
     conv_first: bool = False  # convolve the image, then cut patches; otherwise the reverse
-    norm_each_word: bool = False  # in blocks, LayerNorm before proj over C; otherwise over M * C
-    proj_bias: bool = False  # in blocks, bias of proj
-    proj_norm: bool = True  # in blocks, LayerNorm after proj
-    stem_norm: bool = True  # LayerNorm after the stem's proj
+    norm_each_word: bool = False  # blocks: LayerNorm of words before proj over C; or over M * C
+    proj_bias: bool = False  # blocks: bias of the dense layer of proj
+    proj_norm: bool = True  # blocks: LayerNorm after the dense layer of proj
+    stem_norm: bool = True  # stem: LayerNorm after the dense layer of proj
     zero_sentences: bool = False  # add the stem's output after positions and dropout, not before
     qkv_bias: bool = False
     output_bias: bool = True  # of stem, attention outputs, fc2 and head
@@ -115,6 +116,7 @@ class TNT(nn.Module):
     inner_impl: str = "auto"  # implementation of the inner transformer
     outer_impl: str = "auto"  # implementation of the outer transformer
 
+    # -- What loading and export ask of a class, see `models.network.Network`
     variants: ClassVar = VARIANTS
     base_name: ClassVar = "tnt_s_patch16_224"
     has_class_token: ClassVar = True
@@ -133,7 +135,7 @@ class TNT(nn.Module):
         words, sentences = select.to_layout(inner_impl, outer_impl, words, sentences, train=train)
         rates = drop_path_rates(self) if train and self.drop_path else None
         # The head reads the class token alone. In the last block no other sentence needs an update,
-        # which saves 6 % of TNT-S, unless squeeze-excite reads the mean over all.
+        # which saves 6 % of the FLOPs of TNT-S, unless squeeze-excite reads the mean over all.
         last_queries = None if self.se else dict(num_queries=1)
         for start, stop, vanilla in self.groups():
             block = self.make_block(f"blocks_{start}", vanilla)
@@ -148,7 +150,7 @@ class TNT(nn.Module):
                 last=last_queries if stop == self.depth else None,
             )
 
-        # By the field, as in `embed`, which runs before `outer_impl` is chosen.
+        # Of the field, not of the choice above: the stem, which comes before it, has the same norm.
         norm_layer = select.norm_layer(self.outer_impl)
         norm = norm_layer(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
         features = norm(sentences[:, 0])
@@ -182,7 +184,7 @@ class TNT(nn.Module):
         )
         projected = to_sentences(words)
 
-        cls_token = self.param("cls_token", token_init, (1, 1, self.outer_dim))
+        cls_token = self.param("cls_token", normal_init, (1, 1, self.outer_dim))
         cls_token = jnp.broadcast_to(cls_token, (images.shape[0], 1, self.outer_dim))
         cls_token = cls_token.astype(self.dtype)
         patches = jnp.zeros_like(projected) if self.zero_sentences else projected
@@ -232,13 +234,14 @@ class TNT(nn.Module):
         """Returns the implementations of the inner and of the outer transformer.
 
         "reference" replaces even an explicit choice where no other works: to create parameters, to
-        sow attention weights, and for dropout in the inner transformer.
+        sow attention weights, for dropout in the inner transformer, and where the token that "gpu"
+        may append would show.
         """
         if self.is_initializing() or self.is_mutable_collection("intermediates"):
             return "reference", "reference"
         outer = select.choose_outer(self.outer_impl, sentences.shape, self.outer_heads)
         if outer == "gpu" and (self.se or self.is_mutable_collection("maps")):
-            outer = "reference"  # "gpu" may append a token, which both would include
+            outer = "reference"  # the mean of `se`, and maps, would include the appended token
         has_dropout = train and (self.dropout or self.attention_dropout)
         if not self.inner_heads or has_dropout:
             return "reference", outer
@@ -255,7 +258,7 @@ class TNT(nn.Module):
 
     def check_fields(self) -> None:
         impls = dict(inner_impl=select.INNER, outer_impl=select.OUTER)
-        check_fields(self, gelu=tuple(GELU), remat=select.REMAT, **impls)
+        check_choices_and_rates(self, gelu=tuple(GELU), remat=select.REMAT, **impls)
         if self.depth < 1:
             raise InputError(f"depth={self.depth}: a network has one block at least")
         if self.conv_first and self.patch_size % self.inner_stride:

@@ -90,6 +90,7 @@ def unfold_kernel(kernel: Float[Array, "7 7 channels C"], size: int, stride: int
     """
     before = WORD_PADDING[0][0]
     starts = [i * stride - before for i in range(-(-size // stride))]
+    # (low, high, interior) of `lax.pad`.
     around = {start: (start, size - start - WORD_KERNEL[0], 0) for start in starts}
     keep = (0, 0, 0)  # channels and features are not padded
     windows = [

@@ -30,7 +30,7 @@ class ExperimentData:
         self.config, self._host_rows = config, host_rows
 
     def open_source(self, split: str, **options: bool) -> sources.Source:
-        """Opens the records of a split; for `options` see `data.sources.open_split`."""
+        """Opens the records of a split; for `options` see `sources.open_split`."""
         return sources.open_split(self.config.data, split, **options)
 
     def is_multi_label(self, source: sources.Source) -> bool:
@@ -70,9 +70,9 @@ class ExperimentData:
             len(source),
             self.config.batch_size,
             self.config.seed,
-            augment.repeats,
-            augment.mix_groups,
-            balance,
+            repeats=augment.repeats,
+            groups=augment.mix_groups,  # the views of an image are mixed in different groups
+            balance=balance,
         )
 
     @functools.cached_property
@@ -107,8 +107,9 @@ class ExperimentData:
     def train_batches(self, start_step: int, num_steps: int) -> Batches:
         """Yields this process's rows of the batches of `num_steps` steps from `start_step` on.
 
-        A batch of b rows has `image` uint8 [b, H, W, 3], `label` int32 [b] or [b, L] and `replaced`
-        bool [b], True for neighbors of unreadable images; and `columns`.
+        A batch of b rows has `image` uint8 [b, H, W, 3]; `label` int32 [b], or [b, L] with the
+        classes of an image, padded with -1; `replaced` bool [b], True where the next readable image
+        replaces an unreadable one; and the rows of each of `columns`.
 
         Raises:
             InputError: an image cannot be read (with data.corrupt="error").
@@ -151,7 +152,7 @@ class ExperimentData:
     def eval_batches(self, source: sources.Source | None = None) -> Batches:
         """Yields this process's rows of the evaluation batches: every image once, then padding.
 
-        A batch of b rows has `image` uint8 [b, H, W, 3], `label` int32 [b] or [b, L], `mask` bool
+        A batch of b rows has `image` uint8 [b, H, W, 3], `label` as in training, `mask` bool
         [b], False for padding and unreadable images, and `corrupt` bool [b], True for unreadable
         images. `source` defaults to `eval_source`. Raises as `train_batches`.
         """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An experiment: the data, network, optimizer and compiled steps that a config describes.
+"""An experiment: the data, network, optimizer and steps that a config describes.
 
 Training, evaluation, the tools and the benchmarks all set up through this class.
 """
@@ -7,7 +7,7 @@ Training, evaluation, the tools and the benchmarks all set up through this class
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +34,19 @@ from tnt_flax.weights.load import adapt
 from tnt_flax.weights.read import LoadedWeights, read_checkpoint
 
 
+class Keys(NamedTuple):
+    """Random keys of a run."""
+
+    init: jax.Array  # of the initial weights
+    steps: jax.Array  # of all steps, see `step.step_keys`
+
+
 class Experiment:
-    """Everything that a config describes. The attribute `data` is its `data.ExperimentData`.
+    """Everything that a config describes. `data` is its `training.data.ExperimentData`.
 
     Cached properties are built on first use, which may raise InputError. Methods named `make_*`
-    return functions or modules that are not compiled. `train_step` and `eval_step` are compiled for
-    `mesh`.
+    return functions or modules that are not jitted, and those named `init_*` are not jitted
+    themselves. `train_step` and `eval_step` are jitted for `mesh`.
 
     Args:
         config: see `configs/default.py`. If it names no network, the network is that of `weights`.
@@ -47,7 +54,8 @@ class Experiment:
             `config.init_from`. To load the values, see `load_variables`.
         checkpoint: "best" or "last", where `weights` is a workdir.
         devices: devices of the mesh; defaults to all devices of all processes.
-        num_classes: defaults to the number of classes of the training data.
+        num_classes: defaults to the number of classes of the training data. If it is given, no
+            data are read for the network and the loss: class weights are ones.
         steps_per_epoch: defaults to that of the training data. With `num_classes` and
             `steps_per_epoch`, the train step is built without reading data.
 
@@ -107,6 +115,11 @@ class Experiment:
         return found
 
     @property
+    def _has_data(self) -> bool:
+        """False if the caller gave the number of classes: then no data are read."""
+        return self._num_classes is None
+
+    @property
     def steps_per_epoch(self) -> int:
         return self._steps_per_epoch or self.data.plan.steps_per_epoch
 
@@ -149,8 +162,8 @@ class Experiment:
     @functools.cached_property
     def model(self) -> Network:
         """The network, for the classes of the training data."""
-        known = self._num_classes
-        return self.make_model(len(self.data.class_names) if known is None else known)
+        num_classes = len(self.data.class_names) if self._has_data else self._num_classes
+        return self.make_model(num_classes)
 
     def init_variables(self, key: jax.Array) -> step.Variables:
         """Returns initial parameters and statistics; to jit or to `jax.eval_shape`."""
@@ -173,38 +186,48 @@ class Experiment:
             InputError: the weights cannot be read (see `weights.read.read_checkpoint`), or are of
                 another network.
         """
+        # Files determine neither heads nor patch size, which are those of the config. The number of
+        # classes is set below.
         model, image_size = self.make_model(num_classes=0), self.data.image_size
         kind = "ema" if class_names else self.config.eval.weights
         fields = unstored_fields(model)
         found = read_checkpoint(
             path, weights=kind, checkpoint=checkpoint, other_head=bool(class_names), **fields
         )
-        wanted = {f"data.{key}": given for key, given in self.data.normalization.items()}
-        if not class_names:  # an evaluation; a fine-tuning run has a crop of its own
-            wanted["data.crop_fraction"] = self.config.data.crop_fraction
-            wanted["interpolation"] = "bicubic"
-        for key, given in wanted.items():
-            if (stored := found.preprocessing[key.removeprefix("data.")]) != given:
-                found.notes.append(f"warning: made with {key}={stored}, used with {given}")
-        # Before `adapt`, which changes `found` in place.
+        found.notes += self._preprocessing_warnings(found, crop=not class_names)
+        # Taken from `found` before `adapt` changes its variables in place.
         summary, num_classes, new_head = found.summary(), found.network.model.num_classes, False
         if class_names:
             renamed = found.class_names not in (None, tuple(class_names))
             new_head = renamed or len(class_names) != num_classes
             num_classes = len(class_names)
-            if not new_head and found.class_names is None:
-                found.notes += filter(None, [class_order_warning(class_names)])
+            ordered = new_head or found.class_names is not None
+            if not ordered and (warning := class_order_warning(class_names)):
+                found.notes.append(warning)
         adapted = adapt(found, num_classes, image_size, in_channels=3, new_head=new_head)
         description = f"the {self.config.model.name} that the config describes"
         check_same(found.path, adapted, model.clone(num_classes=num_classes), description)
         found.log_notes(summary)
         return found.variables, found
 
+    def _preprocessing_warnings(self, found: LoadedWeights, *, crop: bool) -> list[str]:
+        """Returns where images of training or evaluation differ from what weights were made for."""
+        wanted = {f"data.{key}": given for key, given in self.data.normalization.items()}
+        if crop:
+            wanted["data.crop_fraction"] = self.config.data.crop_fraction
+            wanted["interpolation"] = "bicubic"
+        stored = {key: found.preprocessing[key.removeprefix("data.")] for key in wanted}
+        return [
+            f"warning: made with {key}={stored[key]}, used with {given}"
+            for key, given in wanted.items()
+            if stored[key] != given
+        ]
+
     # ---------------------------------------------------------------------------- state and steps
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        """The mesh of all devices. Every device gets equally many rows of a batch."""
+        """The mesh of `devices`. Every device gets equally many rows of a batch."""
         axes = {axis: self.config.mesh[axis] for axis in sharding.AXES}
         mesh = sharding.make_mesh(self._devices, **axes)
         accumulate = self.config.accumulate
@@ -214,8 +237,10 @@ class Experiment:
         return mesh
 
     def _host_rows(self) -> tuple[int, int]:
-        """Returns the index of this host and the number of hosts that share a batch."""
-        # Hosts that read the same rows count as one: see `sharding.host_rows`.
+        """Returns which rows of a batch this process reads: an index, and the number of parts.
+
+        Processes that read the same rows have the same index: see `sharding.host_rows`.
+        """
         return sharding.host_rows(self.mesh) if jax.process_count() > 1 else (0, 1)
 
     @functools.cached_property
@@ -225,13 +250,13 @@ class Experiment:
         schedule = make_schedule(self.config.epochs, self.steps_per_epoch, **schedule_options)
         return make_optimizer(schedule, **options)
 
-    def split_seed(self) -> tuple[jax.Array, jax.Array]:
-        """Returns the keys of the initial weights and of all steps (see `step.step_keys`)."""
-        return tuple(jax.random.split(jax.random.key(self.config.seed)))
+    def split_seed(self) -> Keys:
+        """Returns the random keys of the run; not jitted."""
+        return Keys(*jax.random.split(jax.random.key(self.config.seed)))
 
     @functools.cached_property
-    def keys(self) -> tuple[jax.Array, jax.Array]:
-        """The keys of `split_seed`, replicated over the mesh."""
+    def keys(self) -> Keys:
+        """The random keys of the run, replicated over the mesh."""
         return jax.jit(self.split_seed, out_shardings=sharding.replicated(self.mesh))()
 
     def init_state(self, key: jax.Array) -> TrainState:
@@ -253,7 +278,7 @@ class Experiment:
         """Returns the sharded state of step 0, with new weights or those of `init_from`."""
         shardings = sharding.shardings(self.state_shapes, self.mesh)
         if not self.config.init_from:
-            return jax.jit(self.init_state, out_shardings=shardings)(self.keys[0])
+            return jax.jit(self.init_state, out_shardings=shardings)(self.keys.init)
         variables, _ = self.load_variables(self.config.init_from, self.data.class_names)
         variables = sharding.put_global(variables, self.mesh)
         create = lambda variables: TrainState.create(variables, self.optimizer.tx)
@@ -300,7 +325,7 @@ class Experiment:
         options = dict(**self.config.loss)
         weights = options.pop("class_weights") or None
         if weights:
-            if self._num_classes is None:
+            if self._has_data:
                 weights = losses.read_class_weights(weights, self.data.train_source)
             else:  # no data: weights of the same shape
                 weights = np.ones(self._num_classes)
@@ -321,7 +346,7 @@ class Experiment:
             return distillation.STORED
         return distillation.load_teacher(
             path,
-            self.data.class_names if self._num_classes is None else self._num_classes,
+            self.data.class_names if self._has_data else self._num_classes,
             image_size=self.data.image_size,
             dtype=self.config.model.dtype,
             **self.data.normalization,
@@ -329,13 +354,13 @@ class Experiment:
 
     @functools.cached_property
     def teacher_variables(self) -> tuple[step.Variables, ...]:
-        """The teacher's variables, sharded: the last argument of `train_step` if there is one."""
+        """The further arguments of `train_step`: with a teacher its variables, sharded; else ()."""
         if self.teacher is None:
             return ()
         return (sharding.put_global(self.teacher.variables, self.mesh),)
 
     def make_train_step(self, accumulate: int | None = None) -> Callable:
-        """Returns `train_step(state, batch, key, ...)`; see `step.make_train_step`.
+        """Returns `train_step(state, batch, key, *teacher_variables)`; see `step.make_train_step`.
 
         `accumulate` is by default that of the config.
         """
@@ -376,8 +401,8 @@ class Experiment:
 
     @functools.cached_property
     def eval_step(self) -> Callable:
-        """The function of `make_eval_step` for `model`, compiled for `mesh`."""
-        multi_label = self._num_classes is None and self.data.is_multi_label(self.data.eval_source)
+        """The function of `make_eval_step` for `model`, jitted for `mesh`."""
+        multi_label = self._has_data and self.data.is_multi_label(self.data.eval_source)
         eval_step = self.make_eval_step(self.model, multi_label=multi_label)
         return sharding.jit_eval_step(eval_step, self.mesh, self.config.deterministic)
 
@@ -387,7 +412,7 @@ class Experiment:
         rows = self.config.batch_size
         pixels = jax.ShapeDtypeStruct((rows, *self.data.image_size, 3), jnp.uint8)
         labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        _, key = jax.eval_shape(self.split_seed)
+        key = jax.eval_shape(self.split_seed).steps
         batch = {"image": pixels, "label": labels}
         if self.teacher is distillation.STORED:
             logits = jax.ShapeDtypeStruct((rows, self.model.num_classes), jnp.float32)

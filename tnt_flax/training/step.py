@@ -22,7 +22,7 @@ from tnt_flax.training.optimizer import Optimizer, select, trainable_mask
 Batch = dict[str, jax.Array]
 Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}, as `model.apply` takes them
 # (batch, key of mixing, key of erasing, step, *more) -> (images float32 [B, H, W, 3], targets).
-# Targets are float32 [B, K], or (targets, teacher's logits [B, K]) by `distillation.add_teacher`.
+# Targets are float32 [B, K], K classes, or by `distillation.add_teacher` (targets, logits [B, K]).
 AugmentFn = Callable[..., tuple[jax.Array, Any]]
 
 CALIBRATION_BINS = 15  # of equal width, as in Guo et al. (arXiv 1706.04599)
@@ -148,8 +148,8 @@ def split_into_micro_batches(loss_and_grads: Callable, count: int) -> Callable:
     The result has the same arguments and results: loss and gradients are means over the
     micro-batches, summed in float32. Only the activations of one micro-batch are in memory at a
     time. Micro-batch i has the rows i, i + count, ...: every device keeps its rows. Dropout differs
-    between micro-batches, and BatchNorm uses, and averages, the statistics of each. With a `count`
-    of 1, `loss_and_grads` itself is returned.
+    between micro-batches. BatchNorm normalizes with the statistics of each, and updates its running
+    statistics once per micro-batch. With a `count` of 1, `loss_and_grads` itself is returned.
 
     Args:
         loss_and_grads: `jax.value_and_grad` of a function of `make_loss`.
@@ -253,8 +253,8 @@ def update_state(
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     if optimizer.freeze:
-        # The optimizer's mask does not suffice: `optax.masked` passes the gradients of masked
-        # tensors on as updates, and a stack with some frozen blocks is updated as a whole.
+        # The optimizer's mask does not suffice: a stack with some frozen blocks is updated as a
+        # whole, and its weight decay changes them.
         params = select(trainable_mask(params, optimizer.freeze), params, state.params)
         mask = trainable_mask(batch_stats, optimizer.freeze)
         batch_stats = select(mask, batch_stats, state.batch_stats)
@@ -295,7 +295,9 @@ def update_ema(ema: Variables, variables: Variables, decay: float | jax.Array) -
     return jax.tree.map(update, ema, variables)
 
 
-def finite_flags(computed: Variables, variables: Variables, skip: jax.Array) -> Bool[Array, "2P"]:
+def finite_flags(
+    computed: Variables, variables: Variables, skip: jax.Array
+) -> Bool[Array, "flags"]:
     """Returns one flag per leaf of `computed`, then one per leaf of `variables`.
 
     `computed` are the gradients of a step and its new running statistics, `variables` the
@@ -323,8 +325,8 @@ class Scores(NamedTuple):
 def score(logits: Float[Array, "B K"], labels: Int[Array, "B L"]) -> Scores:
     """Compares logits with the classes that are right for each image, padded with -1.
 
-    With up to five classes top5 is always true. An image without any label has an infinite loss;
-    `sum_scores` masks it out.
+    With up to five classes top5 is true for every image with a label. An image without any label
+    has an infinite loss: the `mask` of `sum_scores` must leave it out.
     """
     _, best = jax.lax.top_k(logits, min(5, logits.shape[1]))
     hits = (best[:, :, None] == labels[:, None, :]).any(axis=2)  # bool [B, 5]
@@ -344,7 +346,9 @@ def calibration_bin(confidence: Float[Array, "B"]) -> Int[Array, "B"]:
 def sum_scores(
     scores: Scores, labels: Int[Array, "B"], mask: Bool[Array, "B"], num_classes: int
 ) -> dict[str, jax.Array]:
-    """Sums over the rows where `mask` is True; the others are padding or unreadable images.
+    """Sums over the rows where `mask` is True.
+
+    The others are padding, unreadable images, or images without a label.
 
     Returns:
         top1, top5, loss, images: scalars.
@@ -352,9 +356,9 @@ def sum_scores(
         calibration [3, bins]: images, top1 and confidence by confidence.
     """
 
-    def sums_by(index, count, *columns):
+    def sums_by(index, num_bins, *columns):
         values = jnp.where(mask[:, None], jnp.stack(columns, axis=1), 0.0)
-        return jax.ops.segment_sum(values, index, count).T
+        return jax.ops.segment_sum(values, index, num_bins).T
 
     ones, bins = jnp.ones_like(scores.confidence), calibration_bin(scores.confidence)
     return {

@@ -59,8 +59,8 @@ def train_and_evaluate(
         # ---------------------------------------------------------------- state, new or restored
         checkpoints = experiment.open_checkpoints(workdir)
         stack.callback(checkpoints.close)  # commits the save in flight
-        # Runs before `checkpoints.close`, which would wait for the other processes: an error ends
-        # them first.
+        # Runs before `checkpoints.close`, which would wait for the other processes: after an error,
+        # `abort` ends all processes first.
         stack.push(lambda kind, error, trace: watchdog.abort(error))
         suggest = functools.partial(memory.suggest_accumulate, experiment)
         stack.enter_context(host.explain_device_errors(suggest))
@@ -80,7 +80,7 @@ def train_and_evaluate(
 
         # ---------------------------------------------------------------- final artifacts
         step = int(state.step)
-        checkpoints.save_blocking(state, step, metrics)  # unless the loop's save succeeded
+        checkpoints.save_blocking(state, step, metrics)  # does nothing if the loop saved this step
         digest = run.write_final_artifacts(experiment, state, workdir, writer)
         # A process that exits much earlier than the others would count as dead.
         processes.barrier("end", run.ONE_HOUR)
@@ -97,11 +97,11 @@ def train_loop(
     """Runs all steps from `state` on; returns the final state and the metrics of its evaluation.
 
     `eval.patience` may end the run earlier. A signal makes `watchdog` raise Stopped after a step or
-    a batch of an evaluation, or while the loop waits for data; the loop then saves the state. If
-    the data fail, a run of one process also saves, one of several ends at once without saving.
+    a batch of an evaluation, and with one process while the loop waits for data. The loop then
+    saves the state. If the data fail, a run of one process saves, too; one of several ends at once.
     """
     step, total_steps = int(state.step), experiment.total_steps  # step: updates of `state`
-    step_args = (experiment.keys[1], *experiment.teacher_variables)
+    step_args = (experiment.keys.steps, *experiment.teacher_variables)
     due = functools.partial(is_due, experiment)
     evaluate = functools.partial(run.evaluate_state, experiment, writer, watchdog)
     check = functools.partial(run.check_finite, experiment, checkpoints)
@@ -111,7 +111,7 @@ def train_loop(
     batches = experiment.data.train_batches(step, total_steps - step)
     try:
         metrics = checkpoints.metrics(step)  # the result if no step is left
-        # A signal came before the evaluation of `step` was complete, and the state was saved below.
+        # A signal stopped an earlier process in this evaluation: it saved no metrics.
         if step and due("eval", step) and not metrics:
             metrics = evaluate(state, step)
             checkpoints.add_metrics(step, metrics)
