@@ -10,6 +10,7 @@
     python -m benchmarks loop --config=configs/digits.py
     python -m benchmarks compile --device=v5e:2x2
     python -m benchmarks gpu
+    python -m benchmarks demo
 
 `python -m benchmarks COMMAND --help` describes what is measured. Run them in the checkout.
 
@@ -49,6 +50,7 @@ COMMANDS = {
     ),
     "compile": Command("compile", "measure_compile", "step compiled for GPUs or TPUs"),
     "gpu": Command("gpu", "measure_gpu", "forward pass and training step on a GPU"),
+    "demo": Command("demo", "measure_demo", "load on the local page of tnt-flax demo"),
 }
 
 

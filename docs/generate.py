@@ -5,6 +5,8 @@
 {{ notebook FILE }}       the cells of a notebook, with the outputs of docs/run_notebooks.py
 {{ versions FILE FILE }}  table of the main versions that constraint files pin
 {{ commands }}            what `tnt-flax COMMAND --help` prints
+
+Also makes explore_digit.html, the explorer in look.md, from docs/explore_digit.json.
 """
 
 import json
@@ -42,6 +44,23 @@ def on_page_markdown(markdown: str, **_) -> str:
         return generators[match[1]](*(ROOT / path for path in match[2].split()))
 
     return GENERATED.sub(generate, markdown)
+
+
+def on_files(files, config, **_):
+    """Adds the explorer to the files of the site; mkdocs calls it once."""
+    from mkdocs.structure.files import File
+
+    page = File.generated(config, "explore_digit.html", content=explorer_page())
+    files.append(page)
+    return files
+
+
+def explorer_page() -> str:
+    """Returns the explorer of docs/explore_digit.json."""
+    sys.path.insert(0, str(ROOT))
+    from tnt_flax.tools import explore
+
+    return explore.render(json.loads((ROOT / "docs/explore_digit.json").read_text()))
 
 
 def config_tables(path: pathlib.Path) -> str:

@@ -40,7 +40,7 @@ def test_requirements_are_those_of_the_package_and_its_training_with_reasons(pro
         assert lines[0].startswith("# ") and lines[0].endswith((".", ":")) or not requirements
         listed |= dict(requirements)
     extras = project["optional-dependencies"]
-    packaged = [*project["dependencies"], *extras["train"], *extras["tfds"]]
+    packaged = [*project["dependencies"], *extras["train"], *extras["tfds"], *extras["demo"]]
     assert listed == dict(map(normalized, packaged))
 
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "export": Command("export", "write StableHLO, ONNX, or a folder for timm", TRAIN),
     "visualize": Command("visualize", "plot attention and features of an image", TRAIN),
     "explore": Command("explore", "write a page to explore attention", TRAIN),
+    "demo": Command("demo", "serve a page that classifies and explores images", ("train", "demo")),
     "report": Command("report", "write a run as one HTML page", TRAIN),
     "describe": Command("describe", "list parts: parameters, FLOPs, bytes"),
     "check-data": Command("check_data", "find corrupt and unusual images", TRAIN),

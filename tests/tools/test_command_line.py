@@ -11,7 +11,9 @@ from tnt_flax.__main__ import COMMANDS, load_command, main
 from tnt_flax.core.errors import InputError, RunError, Stopped
 from tnt_flax.tools import command_line
 
-NAMES = "train eval predict convert export visualize explore report describe check-data preview"
+NAMES = (
+    "train eval predict convert export visualize explore demo report describe check-data preview"
+)
 NAMES = {*NAMES.split(), "compile-check", "selftest"}
 
 

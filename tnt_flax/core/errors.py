@@ -63,6 +63,7 @@ EXTRAS = {
     "hub": "huggingface_hub",
     "gcs": "gcsfs",
     "opencv": "cv2",
+    "demo": "python_multipart starlette uvicorn",
     "onnx": "onnx onnx_ir onnxruntime",
     "tpu": "libtpu",
     "wandb": "wandb",

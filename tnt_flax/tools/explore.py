@@ -146,6 +146,11 @@ def content_policy() -> str:
     )
 
 
+def style() -> str:
+    """Returns the style sheet, which the demo shares."""
+    return _parts()[0]["style"]
+
+
 @functools.cache
 def _parts():
     """Returns {"style": text, "script": text} and the page's template."""
