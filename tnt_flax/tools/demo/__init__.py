@@ -2,17 +2,11 @@
 """Serves a page on this machine that classifies images and explores attention.
 
     tnt-flax demo tnt_s_81.5.pth.tar
-    tnt-flax demo runs/digits --port=0 --exif
+    curl --form image=@cat.jpg http://127.0.0.1:8000/predict
 
-Open the address that the command prints. Drop, paste or choose images: the page shows predictions,
-and opens the attention explorer of each image. For scripts, there is POST /predict:
-
-    curl --form image=@cat.jpg --form image=@dog.jpg http://127.0.0.1:8000/predict
-    curl --data-binary @cat.jpg 'http://127.0.0.1:8000/predict?top=3'
-
-Other machines are not answered unless --host is given. Uploads stay in memory, for a while. Ctrl-C
-ends the command. The last line on stdout is one JSON object. Exit code 1 means that the port is in
-use, 2 that the input was wrong.
+Open the address that is printed, and drop, paste or choose images. Other machines are not answered
+unless --host is given. Uploads stay in memory. Ctrl-C ends the command. Exit code 1 means that the
+port is in use, 2 that the input was wrong.
 """
 
 import argparse
