@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import tnt_flax
-from tnt_flax.core.errors import BAD_INPUT, InputError, did_you_mean, print_error, require_extras
+from tnt_flax.core.errors import BAD_INPUT, InputError, did_you_mean, require_extras
 from tnt_flax.tools import command_line
 
 
@@ -71,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(name: str, arguments: Sequence[str]) -> int:
     try:
         require_extras(f"tnt-flax {name}", *COMMANDS[name].extras)
-    except InputError as error:
-        return print_error(error)
-    module, parser = load_command(name)
+        module, parser = load_command(name)
+    except (InputError, KeyboardInterrupt) as error:
+        return command_line.print_end(error, "nothing was written")
     return command_line.run(
         parser,
         module.run,

@@ -264,7 +264,7 @@ def test_labels_are_numbers_or_names_in_cls_or_json(tmp_path):
         (sample("a", 1, cls="0", jpg="x"), "sample 'a' has two images"),
         # Files of a sample that are not consecutive are two incomplete samples.
         ({"a.png": b"1", "b.png": b"2", "a.cls": b"0"}, "sample 'a' has no label"),
-        ({"README": b"x"}, "x.tar: no records found"),
+        ({"README": b"x", "notes.md": b"x"}, "x.tar: no records found"),
     ],
 )
 def test_incomplete_samples_are_refused(tmp_path, files, expected):
@@ -302,10 +302,10 @@ def test_shards_are_found_by_split_and_pattern(tmp_path):
 
 
 def test_compressed_shards_are_refused(tmp_path):
-    (tmp_path / "train-0.tar.gz").write_bytes(b"")
-    assert "train-0.tar.gz is compressed and has no random access" in refused(
-        webdataset, tmp_path, "train"
-    )
+    for name, start in (("train-0.tar.gz", b""), ("val-0.tar", b"\x1f\x8b"), ("dev.tar", b"BZh")):
+        (tmp_path / name).write_bytes(start + bytes(100))
+        message = refused(webdataset, tmp_path, name.partition(".")[0].partition("-")[0] + "*")
+        assert f"{name} is compressed and has no random access" in message
 
 
 # ------------------------------------------------------------------------------------------ common

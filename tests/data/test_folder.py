@@ -76,7 +76,7 @@ def test_class_list_orders_the_labels(tmp_path):
         (b"cat\ndog\nfox\n", "names 'fox', which is not one of the 2 classes"),
         (b"cat\ndog\ncat\n", "names 'cat' more than once"),
         (None, "cannot read the class list"),
-        (b"caf\xe9", "can't decode byte 0xe9"),
+        (b"caf\xe9", "line 1 is not UTF-8: save the file as UTF-8"),
     ],
 )
 def test_class_list_must_match_the_folders(tmp_path, classes, expected):
@@ -296,6 +296,28 @@ def test_a_root_one_folder_above_the_data_is_named(tmp_path):
     write_images(tmp_path, "pets/train/x/a.png")
     message = message_of(lambda: image_folder(str(tmp_path), "train"))
     assert f"set data.root={tmp_path}/pets" in message
+
+
+def test_pipes_are_passed_over(tmp_path, caplog):
+    write_classes(tmp_path / "train", x=1, y=1)
+    os.mkfifo(tmp_path / "train/x/pipe.jpg")
+    os.symlink("pipe.jpg", tmp_path / "train/x/link.jpg")
+    assert len(image_folder(tmp_path, "train")) == 2
+    assert "2 .jpg (a pipe or device)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("train/all/x/1.png", "one class folder, 'all', with the folders x: if those are splits"),
+        ("archive/set/train/x/1.png", "set data.root=.*/archive; if they are classes"),
+        ("train/x/file", "train/x has no images: Pillow decodes none of 1 without suffix"),
+    ],
+)
+def test_folders_at_another_depth_are_refused(tmp_path, name, expected):
+    write_images(tmp_path, name)
+    with pytest.raises(InputError, match=expected):
+        image_folder(tmp_path, "train", holdout=FIFTH)
 
 
 def test_names_of_files_take_one_array(tmp_path):

@@ -177,7 +177,7 @@ def test_a_folder_takes_what_pillow_decodes_and_names_the_rest(tmp_path, caplog)
         f"left out of {tmp_path}/train, not images that Pillow decodes: 2 .heic" in record.message
     )
     assert "pip install pillow-heif" in record.message
-    for kind in ("1 .txt", "1 .eps", "1 .h5", "1 no suffix"):
+    for kind in ("1 .txt", "1 .eps", "1 .h5", "1 without suffix"):
         assert kind in record.message
 
 

@@ -49,6 +49,9 @@ def test_evaluation_may_lack_classes_but_have_no_others(caplog):
     assert source.class_names == ("a", "b", "c")
     assert records(source) == [(0, 2), (1, 0)] and source.name_of(1) == "record 1"
     assert caplog.messages == ["the evaluation split has no images of b"]
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    source = with_classes(Named(decomposed), ("b", composed))
+    assert source.class_names == ("b", composed) and records(source) == [(0, 1)]
     assert "has the class 'b', which is not one of the 2 of training (a, c)" in message_of(
         lambda: with_classes(full, ("a", "c"))
     )

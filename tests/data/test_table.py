@@ -54,6 +54,9 @@ def as_csv(rows, header="path,label", delimiter=",", end="\n"):
         ("train.csv", "\ufeff" + as_csv(ROWS, end="\r\n")),
         ("train.csv", as_csv([(f'"{a}"', b) for a, b in ROWS], "Filename,Class")),
         ("train.tsv", as_csv(ROWS, "image\tspecies", "\t")),
+        ("train.csv", as_csv(ROWS, "path;label", ";")),
+        ("train.csv", as_csv(ROWS, "path\tlabel", "\t")),
+        ("train.csv", as_csv([(a.replace("/", "\\"), b) for a, b in ROWS])),
         ("train.jsonl", "\n".join(json.dumps({"file_name": a, "label": b}) for a, b in ROWS)),
         ("train.json", json.dumps([{"file": a, "category": b} for a, b in ROWS])),
         ("train.txt", "\n".join(f"{a} {b}" for a, b in ROWS)),
@@ -65,6 +68,11 @@ def test_text_tables(images, name, text):
     assert source.class_names == ("cat", "dog") and names_and_labels(source) == EXPECTED
     assert source[3] == (image(3), 1) and source.labels.tolist() == [0, 1] * 3
     assert records(pickle.loads(pickle.dumps(source))) == records(source)
+
+
+def test_repeated_images_are_reported(images, caplog):
+    (images / "train.csv").write_text(as_csv([*ROWS, (ROWS[0][0], "dog")]))
+    assert len(table(images)) == 7 and "1 rows repeat a path" in caplog.text
 
 
 def test_numbers_are_labels_or_positions_in_a_class_list(images):
@@ -85,8 +93,8 @@ def test_columns_can_be_named_and_paths_built_from_them(images):
     source = table(images, image="images/{id}.png", label="y")
     assert names_and_labels(source) == {f"{k}.png": f"c{k % 2}" for k in range(6)}
     for options, message in [
-        ({}, "has no column of images, but id, x, y: set data.image_column"),
-        (dict(image="id"), "has no column of labels, but id, x, y: set data.label_column"),
+        ({}, "has no column of images, but id, x, y: name the columns"),
+        (dict(image="id"), "has no column of labels, but id, x, y: name the columns"),
         (dict(image="ids", label="y"), "has no column 'ids' (did you mean 'id'?), but id, x, y"),
         (dict(image="id", label="y"), "its first image '0' is not in "),
     ]:
@@ -152,10 +160,14 @@ def test_layouts_of_other_libraries(tmp_path):
         ("path,label\n", "cannot read"),
         ("path,label\nimages/0.png,cat,dog\n", "cannot read"),
         ("", "cannot read"),
+        ('path,label\n"images/0.png,cat\nimages/1.png,dog\n', "cannot read"),
+        ("path,label\nimages/0.png,NaN\n", "the label 'NaN'"),
+        ("images/0.png,cat\nimages/1.png,dog\n", "name the columns in its first line"),
+        (b"path,label\nimages/0.png,caf\xe9\n", "line 2 is not UTF-8: save the file as UTF-8"),
     ],
 )
 def test_invalid_tables_are_refused(images, text, expected):
-    (images / "train.csv").write_text(text)
+    (images / "train.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     assert expected in message_of(lambda: table(images))
 
 
@@ -233,7 +245,9 @@ def test_parquet_without_an_evaluation_split_is_divided(tmp_path, folder):
         (lambda: hugging_face(PHOTOS[:2], labels=[-1, -1]), "has the label '-1'"),
         (lambda: hugging_face(PHOTOS[:2], labels=[0, 7]), "numbers from 0 to 2"),
         (lambda: hugging_face(PHOTOS[:2], labels=[0, None]), "1 rows without a label"),
-        (lambda: hugging_face([PHOTOS[0], None]), "1 rows have no image"),
+        (lambda: hugging_face([PHOTOS[0], None]), "1 rows have no image: remove them"),
+        (lambda: pa.table({"image": [[b"x"]], "label": ["a"]}), "has images of type list"),
+        (lambda: pa.table({"image": [{"url": "x"}], "label": ["a"]}), "has images of type struct"),
         (lambda: hugging_face(PHOTOS[:2]).drop_columns("label"), "has no column of labels"),
     ],
 )

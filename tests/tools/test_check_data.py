@@ -202,6 +202,25 @@ def test_a_file_that_vanishes_is_corrupt(config, folder):
     assert line["detail"] == "cannot be read: No such file or directory"
 
 
+def test_tables_are_checked(folder, smoke_config, capsys):
+    rows = [
+        f"{split}/{file}"
+        for split, file in (
+            ("train", "cat/fine.jpg"),
+            ("train", "cat/page.jpg"),
+            ("train", "dog/rotated.jpg"),
+        )
+    ]
+    (folder / "train.csv").write_text("path,label\n" + "\n".join(f"{r},{r[6:9]}" for r in rows))
+    (folder / "val.csv").write_text("path,label\nval/ant/1.png,ant\n")
+    config = smoke_config(data__source="table", data__root=str(folder), data__eval_split="val")
+    found = check_data.check_data(config)
+    assert (found["images"], found["corrupt"], found["rotated"]) == (3, 1, 1)
+    assert f"{folder}/train/cat/page.jpg" in capsys.readouterr().out
+    with pytest.raises(InputError, match="the evaluation split has the class 'ant'"):
+        check_data.check_data(config, "both")
+
+
 class Source(list):
     class_names = ("many", "one", "none")
 

@@ -70,6 +70,7 @@ def test_the_module_is_the_same_program_and_imports_no_library(root):
     [
         (None, 0, ""),
         (InputError("bad path"), 2, "error: bad path\n"),
+        (InputError("bad\npath\t"), 2, "error: bad\\npath\\t\n"),
         (RunError("full disk"), 1, "error: full disk\n"),
         (Stopped("saved step 3"), 42, "stopped: saved step 3\n"),
         (KeyboardInterrupt(), 130, "interrupted: half a file remains\n"),
@@ -86,6 +87,15 @@ def test_exit_codes_and_one_line_for_each_error(error, code, line, capsys):
     out, err = capsys.readouterr()
     assert (ended, err) == (code, line)
     assert out == ("" if error else '{"images": 3}\n')
+
+
+def test_ctrl_c_during_the_imports_is_one_line(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    assert main(["describe"]) == 130
+    assert capsys.readouterr().err == "interrupted: nothing was written\n"
 
 
 def test_a_failed_result_is_printed_and_exits_with_one(capsys):

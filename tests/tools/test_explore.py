@@ -232,5 +232,5 @@ def test_light_pages_have_the_mean_of_the_heads(tmp_path, browser, capsys):
 
 def test_a_folder_that_does_not_exist_is_one_line(tmp_path, capsys):
     path, image = small_network.save(tmp_path, depth=1), small_network.photo(tmp_path)
-    assert main(["explore", str(path), str(image), "--out=missing/page.html"]) == 1
+    assert main(["explore", str(path), str(image), "--out=missing/page.html"]) == 2
     assert "error: cannot write missing/page.html" in capsys.readouterr().err

@@ -468,6 +468,12 @@ def test_command_with_stdin_and_closed_stdout(weights, folder, root):
     assert first.startswith(f"{folder}/china.png: ")
     assert json.loads(last) == {"images": 1, "unreadable": 1}
 
+    nul = f"{folder}/china.png\0".encode()  # as `find -print0` writes it
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, cwd=root, input=nul, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert done.stderr.endswith(b"error: cannot write the output: No space left on device\n")
+
     read, write = os.pipe()
     os.close(read)  # as `head` does
     cut = subprocess.run(

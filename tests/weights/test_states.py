@@ -5,6 +5,7 @@ Kinds reported by users of timm, Lightning, mmpretrain, DeepSpeed, FSDP, acceler
 """
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -247,6 +248,62 @@ def test_the_weights_in_a_folder_are_found(tmp_path):
     (run_folder / ".metadata").write_bytes(b"")
     with pytest.raises(InputError, match="is a distributed checkpoint of torch: join it by python"):
         read_checkpoint(run_folder)
+
+
+def test_shards_in_a_folder_need_their_index(tmp_path):
+    for number in range(2):
+        part = dict(list(TENSORS.items())[number::2])
+        safetensors.numpy.save_file(part, tmp_path / f"tnt-0000{number + 1}-of-00002.safetensors")
+    with pytest.raises(InputError, match="in several files without their index: put NAME.index"):
+        read_checkpoint(tmp_path, **HEADS)
+    files = {name: f"tnt-0000{i % 2 + 1}-of-00002.safetensors" for i, name in enumerate(TENSORS)}
+    (tmp_path / "tnt.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    check_whole(read_checkpoint(tmp_path, **HEADS))
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "weights")
+    with pytest.raises(InputError, match="is a pipe or device: save the weights to a file"):
+        read_checkpoint(tmp_path / "weights")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"blocks.0.mlp_in.fc1.weight": np.int8},
+            "fc1.weight are quantized or integers: save dense tensors",
+        ),
+        ({"norm.weight": np.bool_}, "norm.weight are quantized"),
+    ],
+)
+def test_quantized_weights_are_refused(tmp_path, change, message):
+    changed = {name: TENSORS[name].astype(dtype) for name, dtype in change.items()}
+    with pytest.raises(InputError, match=message):
+        read_checkpoint(save(tmp_path, TENSORS | changed), **HEADS)
+
+
+def test_adapters_are_refused(tmp_path):
+    adapter = {"base_model.model.blocks.0.qk.lora_A.weight": KERNEL}
+    for content in (adapter, prefixed("base_model.model.") | adapter):
+        with pytest.raises(InputError, match="holds a LoRA adapter: merge it"):
+            read_checkpoint(save(tmp_path, content), **HEADS)
+
+
+def test_tensors_without_values_are_ignored(tmp_path):
+    """As torch stores `nn.Linear(width, 0)`, the head of num_classes=0 in some trainers."""
+    empty = {"head.weight": KERNEL[:0], "head.bias": BIAS[:0], "blocks.0.cache": KERNEL[:0]}
+    found = read_checkpoint(save(tmp_path, BODY | empty), **HEADS)
+    assert found.network.model.num_classes == 0 and "(without values)" in " ".join(found.notes)
+
+
+def test_convert_leaves_out_a_head_of_layers(tmp_path):
+    source, ours = tmp_path / "x.pth", tmp_path / "ours.safetensors"
+    torch.write(source, BODY | linear("head.0", 8) | linear("head.2", 5, 8))
+    assert run(source, ours, "--no-head", *flags(HEADS))["num_classes"] == 0
+    assert read_checkpoint(ours).network.model.num_classes == 0
+    error = run(source, tmp_path / "y.safetensors", *flags(HEADS), code=2)
+    assert "head.0.weight" in error and "--no-head" in error
 
 
 def test_shards_without_values_are_explained(tmp_path):

@@ -4,6 +4,7 @@
 import contextlib
 import difflib
 import importlib.util
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -40,6 +41,11 @@ def one_line(error: BaseException) -> str:
     """Returns the type and the first line of an error, for use inside another message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Returns `text` as one line: control characters, such as line breaks in names, are escaped."""
+    return re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], text)
 
 
 def listed(items: Sequence[str], limit: int = 5, separator: str = ", ") -> str:
@@ -89,7 +95,7 @@ def print_error(error: BaseException) -> int:
         if isinstance(error, Stopped):
             print(f"stopped: {error}", file=sys.stderr, flush=True)
         elif isinstance(error, InputError | RunError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         else:
             traceback.print_exception(error)
     if isinstance(error, Stopped):

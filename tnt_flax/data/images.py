@@ -324,13 +324,20 @@ def is_image(name: str) -> bool:
     return not base.startswith(".") and os.path.splitext(base)[1].lower() in image_suffixes()
 
 
-def log_left_out(names: Iterable[str], where: str) -> None:
-    """Warns of files that are not images by their suffix: how many of each. Hidden ones are not."""
+def count_suffixes(names: Iterable[str]) -> str:
+    """Returns how many files there are of each suffix, such as "3 .txt, 1 .heic"; hidden ones not.
+
+    Adds what reads HEIC.
+    """
     bases = (os.path.basename(name) for name in names)
     suffixes = (os.path.splitext(b)[1].lower() for b in bases if not b.startswith("."))
-    counts = collections.Counter(suffix or "no suffix" for suffix in suffixes)
-    if counts:
-        kinds = listed([f"{count:,} {suffix}" for suffix, count in counts.most_common()])
-        heic = counts.keys() & {".heic", ".heif", ".hif"}
-        hint = " (HEIC: pip install pillow-heif)" if heic else ""
-        logger.warning(f"left out of {where}, not images that Pillow decodes: {kinds}{hint}")
+    counts = collections.Counter(suffix or "without suffix" for suffix in suffixes)
+    heic = counts.keys() & {".heic", ".heif", ".hif"}
+    hint = " (HEIC: pip install pillow-heif)" if heic else ""
+    return listed([f"{count:,} {suffix}" for suffix, count in counts.most_common()]) + hint
+
+
+def log_left_out(names: Iterable[str], where: str) -> None:
+    """Warns of files that are not images by their suffix."""
+    if kinds := count_suffixes(names):
+        logger.warning(f"left out of {where}, not images that Pillow decodes: {kinds}")

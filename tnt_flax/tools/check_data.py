@@ -39,7 +39,7 @@ from tnt_flax.data.images import (
     open_image,
     unusual,
 )
-from tnt_flax.data.sources import Source
+from tnt_flax.data.sources import Source, with_classes
 from tnt_flax.tools.command_line import Parser
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,8 @@ def check_data(config: ConfigDict, split: str = "train", out: str | None = None)
         name: experiment.data.open_source(config.data[f"{name}_split"], evaluation=name == "eval")
         for name in splits
     }
+    if split == "both" and not experiment.data.is_multi_label(sources["train"]):
+        with_classes(sources["eval"], sources["train"].class_names)  # raises as training does
     checked = {key: value for key, value in config.data.items() if key not in OTHER_KEYS}
     checked["records"] = {name: len(source) for name, source in sources.items()}
     file, earlier = open_findings(out, checked) if out else (None, [])

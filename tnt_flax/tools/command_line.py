@@ -4,6 +4,7 @@
 import argparse
 import ast
 import difflib
+import errno
 import importlib.util
 import json
 import logging
@@ -121,12 +122,13 @@ def read_config(file: str, overrides: Sequence[str] = ()):
         return holder.value
     except (
         flags.Error,
-        InputError,
+        ValueError,
         AttributeError,
         KeyError,
         TypeError,
         OSError,
         ImportError,
+        SyntaxError,
     ) as error:
         raise InputError(_explain_config_error(error)) from None
 
@@ -151,6 +153,10 @@ def _explain_config_error(error: Exception) -> str:
         frame = [line for line in lines if line.startswith('File "')][-1:]
         before, own_error, own_message = lines[-1].partition("tnt_flax.core.errors.InputError: ")
         message = own_message if own_error else f"the config file failed: {before} ({frame[0]})"
+    if isinstance(error, SyntaxError):
+        message = f"the config file failed: SyntaxError: {message}"
+    if "get_config() takes 0 positional" in message:
+        message = "the config takes no argument: leave out the colon and what follows"
     close = re.search(r'Did you mean "(.+)" instead of "(.+?)"', message)
     if close:
         message = f"the config has no key {close[2]!r}: did you mean {close[1]!r}?"
@@ -232,14 +238,16 @@ def _numbers(text: str) -> Any:
     return tuple(ast.literal_eval(f"({text},)"))
 
 
-def read_weights(args: argparse.Namespace):
+def read_weights(args: argparse.Namespace, **options: Any):
     """Reads the weights that the options of `add_weights_options` select.
+
+    `options` are further arguments of `read_checkpoint`.
 
     Returns a `weights.read.LoadedWeights`. Raises InputError as `read_checkpoint` does.
     """
     from tnt_flax.weights.read import read_checkpoint
 
-    return read_checkpoint(**weights_arguments(args))
+    return read_checkpoint(**weights_arguments(args), **options)
 
 
 def run(
@@ -271,8 +279,13 @@ def run(
     except BrokenPipeError:  # the reader of stdout, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return print_error(RunError(f"cannot write the output: {error.strerror}"))
     except EXPECTED as error:
-        return _print_end(error, on_interrupt)
+        return print_end(error, on_interrupt)
 
 
 @contextmanager
@@ -282,10 +295,11 @@ def exit_on_error(on_interrupt: str) -> Iterator[None]:
     try:
         yield
     except EXPECTED as error:
-        sys.exit(_print_end(error, on_interrupt))
+        sys.exit(print_end(error, on_interrupt))
 
 
-def _print_end(error: BaseException, on_interrupt: str) -> int:
+def print_end(error: BaseException, on_interrupt: str) -> int:
+    """Prints an expected error to stderr and returns the exit code."""
     if isinstance(error, KeyboardInterrupt):
         print(f"interrupted: {on_interrupt}", file=sys.stderr)
         return INTERRUPTED

@@ -11,6 +11,7 @@ with --against, that the outputs differ by more than rounding; 2 that the input 
 """
 
 import argparse
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -23,6 +24,7 @@ from tnt_flax.data.transforms import height_width
 from tnt_flax.tools.command_line import Parser, add_weights_options, read_weights
 from tnt_flax.weights import names, write
 from tnt_flax.weights.identify import variant_of
+from tnt_flax.weights.load import adapt
 from tnt_flax.weights.names import join_collections
 from tnt_flax.weights.read import LoadedWeights
 
@@ -38,6 +40,7 @@ def add_arguments(parser: Parser) -> None:
         choices=list(write.SUFFIXES),
         help="framework (default: from the extension)",
     )
+    add("--no-head", action="store_true", help="leave out the head, of one layer or several")
     add("--check", action="store_true", help="describe CHECKPOINT and convert nothing")
     add("--against", choices=["timm"], help="compare logits with timm's (needs torch)")
     add("--names", action="store_true", help="list the source and target name of every tensor")
@@ -55,9 +58,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.check:
         framework = write.check_destination(args.destination, args.to)
     try:
-        found = read_weights(args)
+        found = read_weights(args, other_head=args.no_head)
     except InputError as error:
-        raise InputError("\n  ".join([str(error), *error.details])) from None
+        for line in error.details if args.names else ():
+            print(line)
+        raise
+    if args.no_head:
+        remove_head(found)
     result = print_facts(found, list_names=args.names)
     if not args.check:
         target = write.to_framework(found, framework)
@@ -75,6 +82,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         result["against_timm"] = compare_with_timm(found)
         print_row("max |timm - ours|", f"{result['against_timm']:.1e}")
     return result
+
+
+def remove_head(found: LoadedWeights) -> None:
+    """Removes the head and the class names of weights, in place."""
+    found.network = dataclasses.replace(found.network, model=adapt(found, num_classes=0))
+    found.inputs = dataclasses.replace(found.inputs, class_names=None)
 
 
 def compare_with_timm(found: LoadedWeights) -> float:

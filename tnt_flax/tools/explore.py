@@ -24,8 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from tnt_flax.core.errors import RunError
-from tnt_flax.core.files import write_atomic
+from tnt_flax.core.files import open_new
 from tnt_flax.data.labels import display_names
 from tnt_flax.inference.preprocess import Preprocessor
 from tnt_flax.runtime import host
@@ -58,26 +57,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Writes the page; returns the JSON object of the last line.
 
     Raises:
-        InputError: the weights or an image are wrong.
-        RunError: the page cannot be written.
+        InputError: the weights or an image are wrong, or the page cannot be written.
+        RunError: the disk is full.
     """
     host.cache_compilations()
-    found = read_weights(args)
-    preprocessor = Preprocessor(found, **policy_arguments(args))
-    pixels = np.stack([preprocessor.read(image) for image in args.images])
-    logger.info(f"tracing {found.summary()}")
-    traces = trace_attention(found, pixels)
-    names = [pathlib.Path(image).name for image in args.images]
-    data, error = page_data(found, traces, names, light=args.light)
-    page = render(data)
-    try:
-        write_atomic(args.out, page.encode())
-    except OSError as problem:
-        raise RunError(f"cannot write {args.out}: {problem.strerror or problem}") from None
+    with open_new(args.out) as file:
+        found = read_weights(args)
+        preprocessor = Preprocessor(found, **policy_arguments(args))
+        pixels = np.stack([preprocessor.read(image) for image in args.images])
+        logger.info(f"tracing {found.summary()}")
+        traces = trace_attention(found, pixels)
+        names = [pathlib.Path(image).name for image in args.images]
+        data, error = page_data(found, traces, names, light=args.light)
+        page = render(data).encode()
+        file.write(page)
     return {
         "out": str(args.out),
         "images": len(traces),
-        "bytes": len(page.encode()),
+        "bytes": len(page),
         "largest_error": round(error, 6),
     }
 

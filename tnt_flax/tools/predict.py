@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from tnt_flax.core.errors import InputError, RunError
+from tnt_flax.core.errors import InputError, RunError, printable
 from tnt_flax.core.files import as_unicode, open_table
 from tnt_flax.data.images import log_left_out
 from tnt_flax.data.labels import SEPARATOR
@@ -92,13 +92,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for file, (result, error) in zip(map(as_unicode, files), outcomes, strict=True):
             counts["unreadable" if error else "images"] += 1
             if error:
-                write(f"left out: {as_unicode(error)}", file=sys.stderr)
+                named = as_unicode(error if file in as_unicode(error) else f"{file}: {error}")
+                write(printable(f"left out: {named}"), file=sys.stderr)
             if args.logits:
                 store_row(result)
             elif args.out:
                 write_row({"image": file, "error": error} | row_of(result, error, args))
             elif not error:
-                write(f"{file}: {as_text(result)}", file=sys.stdout)
+                write(printable(f"{file}: {as_text(result)}"), file=sys.stdout)
         if not counts["images"] and out:
             raise RunError(f"no image could be read: {ON_INTERRUPT}")
     return counts | ({"out": str(out)} if out else {})
@@ -173,7 +174,8 @@ def find_images(paths: Iterable[str], stdin: TextIO) -> list[str]:
     files: list[str] = []
     for path in paths:
         if path == STDIN:
-            found = read_lines(stdin.buffer.read(), "surrogateescape")
+            data = stdin.buffer.read()  # NUL ends a name after `find -print0`
+            found = read_lines(data.replace(b"\0", b"\n"), "surrogateescape")
         elif os.path.isdir(path):
             found = _below(path)
         elif os.path.exists(path):

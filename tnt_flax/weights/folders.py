@@ -3,6 +3,7 @@
 
 import os
 import pathlib
+import re
 
 from tnt_flax.core.errors import InputError, listed
 from tnt_flax.weights.formats import INDEX
@@ -57,6 +58,13 @@ def find_weights(folder: pathlib.Path) -> pathlib.Path:
             f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE.pth"
         )
     files = sorted(name for name in names if _is_weights_file(name))
+    if len(indices := sorted(name for name in names if name.endswith(INDEX))) == 1:
+        return folder / indices[0]
+    if any(re.search(r"-\d+-of-\d+\.", name) for name in files):
+        raise InputError(
+            f"{folder} has weights in several files without their index: put NAME{INDEX} there, as "
+            "it was saved or published with them"
+        )
     if len(files) == 1:
         return folder / files[0]
     if files:

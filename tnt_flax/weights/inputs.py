@@ -89,7 +89,10 @@ class Description:
         try:
             return _checked(Inputs(**{**defaults, **stated}, class_names=names))
         except (TypeError, ValueError) as error:
-            raise InputError(f"{self.source} has an invalid preprocessing: {error}") from error
+            raise InputError(
+                f"{self.source} has an invalid preprocessing ({error}): correct mean, std, crop "
+                "and interpolation, or remove them"
+            ) from error
 
 
 def _checked(inputs: Inputs) -> Inputs:

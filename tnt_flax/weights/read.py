@@ -18,6 +18,7 @@ from tnt_flax.core.trees import check_tensors_match
 from tnt_flax.models import MODELS, create_model
 from tnt_flax.weights import folders, hub, identify, inputs, names, states
 from tnt_flax.weights.formats import Content, open_file
+from tnt_flax.weights.formats.restricted_pickle import DENSE
 
 logger = logging.getLogger("tnt_flax")
 
@@ -253,14 +254,18 @@ def _check_tensors(
     source: str, tensors: Mapping[str, Any], expected: Mapping, unexpected: Mapping[str, Any]
 ) -> None:
     """Raises InputError unless the tensors are exactly those of the network."""
+    packed = [name for name, x in tensors.items() if name in expected and not _is_float(x)]
+    if packed := [name for name in packed if _is_float(expected[name])]:
+        raise InputError(f"{source}: {listed(packed, limit=3)} are quantized or integers: {DENSE}")
     more = {(f"{n} (again)" if n in tensors else n): x for n, x in unexpected.items()}
     try:
         check_tensors_match(source, _as_converted({**tensors, **more}), _as_converted(expected))
     except InputError as error:
         if not more:
             raise
-        advice = f"with another head (num_classes=N, 0 for none, or init_from) {listed([*more], 3)}"
-        raise InputError(f"{error}; {advice} would be left out", error.details) from error
+        advice = "with another head (num_classes=N, 0 for none, init_from, or convert --no-head)"
+        left_out = f"{advice} {listed([*more], 3)} would be left out"
+        raise InputError(f"{error}; {left_out}", error.details) from error
 
 
 def _conversions(tensors: Mapping[str, Any]) -> Iterator[str]:

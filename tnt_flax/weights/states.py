@@ -19,7 +19,7 @@ import numpy as np
 from tnt_flax.core.errors import InputError, did_you_mean, listed
 from tnt_flax.weights import name_tables, names
 from tnt_flax.weights.formats import StoredTensor, described, stored_tensor
-from tnt_flax.weights.formats.restricted_pickle import Stub
+from tnt_flax.weights.formats.restricted_pickle import DENSE, Stub
 
 # Keys and prefixes of EMA weights: model_ema, state_dict_ema, ema.module., swa_model ...
 EMA = re.compile(r"(^|[._])(ema|swa|averaged?)([._]|$)", re.IGNORECASE)
@@ -34,6 +34,7 @@ SENTENCE_POS, WORD_POS = (
 )
 ANCHORS = sorted(SENTENCE_POS | WORD_POS)
 BEYOND = "not of the network"
+EMPTY = "without values"
 FEWEST = 8  # known names of a network
 MOST_NETWORKS = 16  # in one dictionary
 DEEPEST = 8  # nested dictionaries and lists
@@ -69,6 +70,11 @@ def choose(
         InputError: there is no network, or there are several to choose from.
     """
     states = find_states(content)
+    if any("lora_A." in name for _, entries in _dictionaries(content) for name in entries):
+        raise InputError(
+            f"{source} holds a LoRA adapter: merge it into the network (peft's merge_and_unload) "
+            "and save the state_dict"
+        )
     by_label = {found.label: found for found in states}
     if not states:
         raise InputError(f"{source} {_why_none(content)}")
@@ -239,6 +245,8 @@ def assign(source: str, state: State, *, other_head: bool) -> Assigned:
         else:
             others[stored] = x
     _check_tensors(source, weights)
+    for name in [name for name, (_, x) in weights.items() if 0 in x.shape]:
+        left_out[weights.pop(name)[0]] = EMPTY
     left_out |= {stored: reason for stored, x in others.items() if (reason := _no_weight(x))}
     others = {stored: x for stored, x in others.items() if stored not in left_out}
     width = next((x.shape[-1:] for name, (_, x) in weights.items() if name in SENTENCE_POS), ())
@@ -270,7 +278,7 @@ def _check_tensors(source: str, weights: Mapping[str, tuple[str, Any]]) -> None:
     for stored, x in weights.values():
         if not _is_tensor(x):
             what = described(x) if isinstance(x, Stub) else f"a {type(x).__name__}"
-            raise InputError(f"{source}: {stored!r} is not a tensor, but {what}")
+            raise InputError(f"{source}: {stored!r} is not a tensor, but {what}: {DENSE}")
     if all(0 in x.shape for _, x in weights.values()):
         raise InputError(
             f"{source}: its tensors are empty, as in DeepSpeed's shards of ZeRO-3: join the shards "
@@ -290,6 +298,8 @@ def _no_weight(x: Any) -> str | None:
     """Returns why an entry beside the network is no weight of any."""
     if not _is_tensor(x):
         return "not a tensor"
+    if 0 in x.shape:
+        return EMPTY
     is_counter = math.prod(x.shape) == 1 and np.dtype(x.dtype).kind in "biu"
     return "a counter" if is_counter else None
 

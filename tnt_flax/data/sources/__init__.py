@@ -5,7 +5,9 @@ A source is a sequence of records, see `Source`. Sources pickle, because worker 
 copy.
 """
 
+import functools
 import logging
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -148,15 +150,20 @@ def with_classes(evaluation: Source, class_names: Sequence[str]) -> Source:
     """
     if tuple(evaluation.class_names) == tuple(class_names):
         return evaluation
+    # macOS writes the letters of a name in another Unicode form than Linux and Windows.
+    composed = functools.partial(unicodedata.normalize, "NFC")
     label_of = {name: label for label, name in enumerate(class_names)}
-    if unknown := [name for name in evaluation.class_names if name not in label_of]:
+    label_of = {composed(name): label for name, label in label_of.items()} | label_of
+    spelled = [n if n in label_of else composed(n) for n in evaluation.class_names]
+    if unknown := [name for name in spelled if name not in label_of]:
         raise InputError(
             f"the evaluation split has the class {unknown[0]!r}, which is not one of the "
-            f"{len(class_names)} of training ({listed(class_names)}): remove it, or set "
+            f"{len(class_names)} of training ({listed(class_names)})"
+            f"{did_you_mean(unknown[0], class_names)}: remove it, or set "
             "data.class_list and data.subset=true"
         )
-    labels = np.array([label_of[name] for name in evaluation.class_names], np.int32)
-    lacking = [name for name in class_names if name not in set(evaluation.class_names)]
+    labels = np.array([label_of[name] for name in spelled], np.int32)
+    lacking = [n for label, n in enumerate(class_names) if label not in set(labels.tolist())]
     if lacking:
         logger.warning("the evaluation split has no images of %s", listed(lacking))
     return Relabeled(evaluation, tuple(class_names), labels)

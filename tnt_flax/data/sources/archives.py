@@ -25,12 +25,19 @@ from tnt_flax.data.sources.names import (
 )
 from tnt_flax.data.sources.shards import find_files
 
+LABELS = ("cls", "json")  # suffixes of files with the label of a sample
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
+
 
 def members(file: BinaryIO, start: int, end: int, what: str) -> Iterator[tarfile.TarInfo]:
     """Yields the regular files of the tar in bytes [start, end) of a file, from their headers.
 
-    Raises InputError, with `what` as the tar's name, if it is truncated, damaged or sparse.
+    Raises InputError, with `what` as the tar's name, if it is compressed, truncated, damaged or
+    sparse.
     """
+    file.seek(start)
+    if file.read(6).startswith(COMPRESSED):
+        raise InputError(f"{what} is compressed and has no random access: decompress it")
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -149,8 +156,10 @@ def _scan_shard(file, part, shard):
     for key, group in itertools.groupby(found, lambda member: _key(member.name)):
         what = f"{shard}: sample {key!r}"
         files = {member.name[len(key) + 1 :].lower(): member for member in group}
-        text = _label(file, files, what)
         images = [member for suffix, member in files.items() if f".{suffix}" in image_suffixes()]
+        if not images and not files.keys() & set(LABELS):
+            continue  # no sample, such as README.md
+        text = _label(file, files, what)
         if len(images) != 1:
             problem = "two images" if images else f"no image among {', '.join(files)}"
             raise InputError(f"{what} has {problem}")
@@ -167,7 +176,7 @@ def _key(name):
 
 
 def _label(file, files, what):
-    for extension in ("cls", "json"):
+    for extension in LABELS:
         try:
             member = files[extension]
             file.seek(member.offset_data)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tnt_flax.core.errors import InputError, listed
-from tnt_flax.data.images import log_left_out
+from tnt_flax.data.images import count_suffixes, log_left_out
 from tnt_flax.data.sources import storage
 from tnt_flax.data.sources.label_lists import find_labels, image_stem, number_images
 from tnt_flax.data.sources.names import (
@@ -105,6 +105,8 @@ def image_folder(
     folder, part = _find_split(root, split, holdout)
     if not (found := _folders_in(folder, "split folder")):
         return _flat_folder(root, folder, eval_labels, classes)
+    if len(found) == 1 and not classes.evaluation:
+        _check_depth(folder, found[0])
     class_names, labels = number_classes(found, classes, folder, exact=True)
     order = [i for i in np.argsort(labels, kind="stable").tolist() if labels[i] != LEFT_OUT]
     sizes, others = [], []
@@ -209,10 +211,25 @@ def _folders_in(path, what):
     return sorted((name for name in names if not is_passed_over(name)), key=natural_key)
 
 
+def _check_depth(folder, only):
+    """Raises InputError if the only class folder holds folders but no files: they are classes."""
+    path = os.path.join(folder, only)
+    with storage.as_input_error(f"cannot read the class folder {path}"):
+        names = [name for name in os.listdir(path) if not is_passed_over(name)]
+    inner = sorted(name for name in names if os.path.isdir(os.path.join(path, name)))
+    if inner and len(inner) == len(names):
+        raise InputError(
+            f"{folder} has one class folder, {only!r}, with the folders {listed(inner)}: if those "
+            f"are splits, set data.root={path}; if they are classes, move them up into {folder}"
+        )
+
+
 def _images_of(folder, class_name, may_be_empty):
     path = os.path.join(folder, class_name)
     with storage.as_input_error(f"cannot read the class folder {path}"):
         files, others = images_below(path)
     if not files and not may_be_empty:
-        raise InputError(f"class folder {path} has no images: add some, or remove it")
+        kinds = count_suffixes(others)
+        held = f"Pillow decodes none of {kinds}; " if kinds else ""
+        raise InputError(f"class folder {path} has no images: {held}add some, or remove it")
     return files, others

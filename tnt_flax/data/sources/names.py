@@ -51,7 +51,13 @@ def read_lines(data: bytes, errors: str = "strict") -> list[str]:
     other encodings, unless `errors` is "surrogateescape".
     """
     encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-    lines = re.split(r"\r\n|\r|\n", data.decode(encoding, errors))
+    try:
+        lines = re.split(r"\r\n|\r|\n", data.decode(encoding, errors))
+    except UnicodeDecodeError as error:
+        line = 1 + data.count(b"\n", 0, error.start)
+        raise ValueError(
+            f"line {line} is not {encoding.removesuffix('-sig').upper()}: save the file as UTF-8"
+        ) from None
     return [line for line in lines if line.strip()]
 
 
@@ -234,7 +240,9 @@ def images_below(folder: str) -> tuple[list[str], list[str]]:
                     is_folder = entry.is_dir()
                 except OSError:  # a link to itself
                     continue
-                if not is_folder:
+                if not is_folder and not entry.is_file() and os.path.exists(entry.path):
+                    others.append(f"{entry.name} (a pipe or device)")  # reading it would not end
+                elif not is_folder:
                     (found if is_image(entry.name) else others).append(below + entry.name)
                 elif not is_passed_over(entry.name):
                     item = (linked or entry.is_symlink(), f"{below}{entry.name}/")

@@ -58,7 +58,8 @@ def label_texts(labels: pa.ChunkedArray, names: tuple[str, ...] | None, where: s
     texts = pc.cast(labels, pa.string()).dictionary_encode().combine_chunks()
     found = texts.dictionary.to_pylist()
     for text in found:
-        if not text.strip() or (integer and not 0 <= int(text) < (len(names or ()) or 2**31)):
+        missing = text.strip().lower() in ("", "nan")
+        if missing or (integer and not 0 <= int(text) < (len(names or ()) or 2**31)):
             raise InputError(
                 f"{where} has the label {text!r}: labels are names, or numbers from 0"
                 + (f" to {len(names) - 1}" if names else "")
@@ -105,6 +106,8 @@ def scan(image: str, label: str, file: BinaryIO, part: Part, path: str) -> Itera
         chunk = table.metadata.row_group(group).column(number)
         try:
             found = list(_values(file, chunk, bool(levels)))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
         except (IndexError, KeyError, ValueError, pa.ArrowException) as error:
             raise InputError(
                 f"{path}: cannot locate the images of row group {group} ({error}): write the file "
@@ -161,7 +164,7 @@ def _values(file, chunk, has_levels) -> Iterator[tuple]:
     """Yields where each value of a column chunk is: (start, size) and, if compressed, the block."""
     statistics = chunk.statistics
     if statistics is not None and statistics.null_count:
-        raise ValueError(f"{statistics.null_count} rows have no image")
+        raise InputError(f"{statistics.null_count} rows have no image: remove them")
     position, dictionary, remaining = chunk.data_page_offset, [], chunk.num_values
     if chunk.has_dictionary_page and chunk.dictionary_page_offset:
         position = min(position, chunk.dictionary_page_offset)

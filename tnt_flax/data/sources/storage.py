@@ -43,7 +43,8 @@ def as_input_error(problem: str) -> Iterator[None]:
     except InputError:
         raise
     except (OSError, ValueError) as error:
-        raise InputError(f"{problem}: {getattr(error, 'strerror', None) or error}") from None
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0][:300]
+        raise InputError(f"{problem}: {reason}") from None
 
 
 # ----------------------------------------------------------------------------------------- paths

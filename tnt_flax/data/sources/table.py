@@ -9,6 +9,7 @@ import csv
 import functools
 import io
 import json
+import logging
 import os
 import re
 import string
@@ -37,6 +38,8 @@ from tnt_flax.data.sources.names import (
     split_names,
 )
 from tnt_flax.data.sources.shards import find_files, has_word
+
+logger = logging.getLogger("tnt_flax")
 
 TABLE = re.compile(
     r"(?!readme|classes\.txt|dataset_info)[^.].*\.(csv|tsv|txt|jsonl|json|parquet)", re.IGNORECASE
@@ -161,16 +164,33 @@ class _ImageList:
         else:
             column = table[image]
             if pa.types.is_struct(column.type):
-                column = pc.struct_field(column, "path")
+                if column.type.get_field_index("path") >= 0:
+                    column = pc.struct_field(column, "path")
+            if pa.types.is_nested(column.type):
+                raise InputError(
+                    f"{file} has images of type {column.type}: use one path per image, or one "
+                    "encoded image"
+                )
             paths = pa.array(pc.cast(column, pa.string()).to_pylist(), pa.string())
         if paths.null_count:
             raise InputError(f"{file}: {paths.null_count} rows have no image")
-        self.paths.append(_below(self._find_root(file, paths, image), self.root, paths))
+        folder = self._find_root(file, paths)
+        if folder is None and "\\" in paths[0].as_py():
+            paths = pc.replace_substring(paths, "\\", "/")  # written on Windows
+            folder = self._find_root(file, paths)
+        if folder is None:
+            raise InputError(
+                f"{file}: its first image {paths[0].as_py()!r} is not in "
+                f"{os.path.dirname(file) or '.'}: paths are relative to the table; set "
+                "data.image_column to the column, or to a pattern such as 'images/{id}.jpg'"
+            )
+        self.root = folder if self.root is None else self.root
+        self.paths.append(_below(folder, self.root, paths))
         if mark:
             self.marks.append(pc.cast(table[mark], pa.string()).combine_chunks())
 
-    def _find_root(self, file, paths, image):
-        """Returns the folder that the paths of a table are relative to; the first one is kept."""
+    def _find_root(self, file, paths):
+        """Returns the folder that the paths of a table are relative to, or None."""
         folder = os.path.dirname(file)
         bases = [folder]
         if not storage.is_remote(file) and len(paths):
@@ -178,16 +198,8 @@ class _ImageList:
             data_root = os.path.expanduser(self.data_root)
             bases += [data_root, os.path.join(data_root, stem)]
             first = paths[0].as_py()
-            found = [base for base in bases if os.path.exists(storage.join(base, first))]
-            if not found:
-                raise InputError(
-                    f"{file}: its first image {first!r} is not in {bases[0] or '.'}: paths are "
-                    "relative to the table; set data.image_column to the column, or to a pattern "
-                    "such as 'images/{id}.jpg'"
-                )
-            bases = found
-        self.root = bases[0] if self.root is None else self.root
-        return bases[0]
+            bases = [base for base in bases if os.path.exists(storage.join(base, first))]
+        return next(iter(bases), None)
 
     def rows_of(self, split):
         """Returns which rows are of a split, by the marks or the first folders; None if unknown."""
@@ -225,6 +237,9 @@ class _ImageList:
         label_of = dict(zip(found, of_found.tolist(), strict=True))
         table = np.array([label_of.get(text, LEFT_OUT) for text in spelled], np.int32)
         labels = table[numbers]
+        if repeated := len(paths) - pc.count_distinct(paths).as_py():
+            message = "%s lists images more than once: %d rows repeat a path"
+            logger.warning(message, self.first, repeated)
         kept = labels != LEFT_OUT
         paths = paths.filter(pa.array(kept))
         chunks = (paths.slice(i, CHUNK).to_pylist() for i in range(0, len(paths), CHUNK))
@@ -255,7 +270,8 @@ def _column(what, given, usual, schema, file, optional=False):
     found = next((by_name[name] for name in usual if name in by_name), None)
     if found is None and not optional:
         raise InputError(
-            f"{file} has no column of {what}s, but {listed(fields)}: set data.{what}_column"
+            f"{file} has no column of {what}s, but {listed(fields)}: name the columns in its first "
+            f"line, or set data.{what}_column"
         )
     return found
 
@@ -288,8 +304,10 @@ def _read(file, columns):
     return found.select(columns) if columns else found
 
 
-def _read_csv(data, delimiter=","):
-    text = "\n".join(read_lines(data))
+def _read_csv(data):
+    lines = read_lines(data)
+    delimiter = max(",\t;|", key=lines[0].count) if lines else ","  # the commonest of its header
+    text = "\n".join(lines)
     header = next(csv.reader(io.StringIO(text), delimiter=delimiter), [])
     return pyarrow.csv.read_csv(
         io.BytesIO(text.encode()),
@@ -319,7 +337,7 @@ def _read_list(data):
 
 READERS = {
     "csv": _read_csv,
-    "tsv": functools.partial(_read_csv, delimiter="\t"),
+    "tsv": _read_csv,
     "txt": _read_list,
     "jsonl": _read_json_lines,
     "json": _read_json,

@@ -61,6 +61,8 @@ def open_file(path: pathlib.Path) -> Content:
     Raises:
         InputError: no such file, an unknown format, damaged, or a pickled object.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is a pipe or device: save the weights to a file first")
     try:
         with open(path, "rb") as f:
             head = f.read(512)
@@ -117,7 +119,10 @@ def _open_safetensors(path: pathlib.Path) -> Content:
                 read = functools.partial(file.get_tensor, name)
                 tensors[name] = StoredTensor(shape, dtype, read)
     except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} is not a complete safetensors file: {one_line(error)}") from error
+        raise InputError(
+            f"{path} is not a complete safetensors file: copy or download it again "
+            f"({one_line(error)})"
+        ) from error
     if not isinstance(info, dict):
         raise InputError(f"{path} has a {HEADER!r} header that is not an object")
     return Content("safetensors", tensors, info)

@@ -31,6 +31,7 @@ MOST_READS = 2**21  # one or two per opcode; a TNT-B with its optimizer state ta
 MOST_ELEMENTS = 2**48
 MOST_AXES = 32
 KEYS = (str, int, float, bool, type(None))
+DENSE = "save dense tensors of float32, float16 or bfloat16 instead"
 TRUSTED = "if you trust its source, load it there and save only its state_dict"
 # NumPy's equivalents of torch's storage types.
 STORAGES = {
@@ -151,7 +152,7 @@ class RestrictedUnpickler(pickle._Unpickler):
         dtype, key, _, size, *view = pid[1:]
         if not isinstance(dtype, np.dtype) or view not in ([], [None]):
             name = f" {dtype.name}" if isinstance(dtype, Stub) else ""
-            raise InvalidFile(f"has a storage of an unknown kind{name}: refused")
+            raise InvalidFile(f"has a storage of an unknown kind{name}: {DENSE}")
         if type(key) is not str or not _are_counts((size,)):
             raise InvalidFile("has a storage of an absurd size: refused")
         raw = None
