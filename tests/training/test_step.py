@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from tnt_flax.configs import default
 from tnt_flax.core.trees import named_leaves
 from tnt_flax.models import TNT
 from tnt_flax.models.pyramid_tnt import BatchNorm
@@ -182,6 +183,23 @@ def test_micro_batches_on_a_mesh_sum_gradients_in_turn_and_exchange_nothing_else
         exchanged.append({x for x in collectives if (x.kind, x.dtype) != ("all-reduce", "f32")})
     np.testing.assert_allclose(*metrics, rtol=2e-6)
     assert exchanged[0] == exchanged[1]
+
+
+@pytest.mark.slow
+def test_the_published_recipe_exchanges_gradients_and_nothing_else():
+    """On eight devices: one sum for each block and one for the other weights and the metrics."""
+    config = default.get_config()
+    config.batch_size, config.data.image_size = 64, 32
+    small = dict(depth=3, outer_dim=24, inner_dim=4, outer_heads=2, inner_heads=2)
+    config.model.update(dtype="float32", **small)
+    experiment = Experiment(config, num_classes=10, steps_per_epoch=29)
+    step = experiment.train_step.lower(*experiment.step_shapes).compile()
+    (exchanged,) = Program(step.as_text()).collectives()
+    assert (exchanged.kind, exchanged.dtype, exchanged.executed) == ("all-reduce", "f32", 3)
+    params = sum(x.size for x in jax.tree.leaves(experiment.state_shapes.params))
+    # The stem is a product of a sentence's 16 * 16 * 3 pixels with 16 words; its kernel is 7 x 7.
+    stem = small["inner_dim"] * (16 * 16 * 3 * 16 - 7 * 7 * 3)
+    assert exchanged.bytes == 4 * (params + stem + 1)  # 1 is the loss
 
 
 def test_the_decay_of_the_ema_warms_up(batch):
