@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exports compute the source's function, are verified, and are refused otherwise."""
 
+import argparse
 import datetime
 import json
 import subprocess
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 
 import tnt_flax
-from tests.helpers import small_network
+from tests.helpers import hub_server, small_network
 from tnt_flax.__main__ import main
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.inference import stablehlo
 from tnt_flax.tools import export
+from tnt_flax.tools.command_line import read_config
+from tnt_flax.training.evaluate import evaluate_checkpoint
 from tnt_flax.weights.read import read_checkpoint
 
 
@@ -83,7 +86,7 @@ def test_stablehlo_of_a_pyramid(tmp_path, capsys):
 def test_unusable_stablehlo_files(tmp_path, monkeypatch):
     path = tmp_path / "f.stablehlo"
     stablehlo.save_exported(
-        path, stablehlo.trace(lambda x: x.sum(axis=(1, 2, 3)), 16, ("cuda",)), {}
+        path, stablehlo.trace(lambda x: x.sum(axis=(1, 2, 3)), (16, 16, 3), ("cuda",)), {}
     )
     with pytest.raises(InputError, match="is for cuda, this is cpu"):
         stablehlo.load_exported(path)
@@ -100,12 +103,14 @@ def test_unusable_stablehlo_files(tmp_path, monkeypatch):
 
 
 def test_a_wrong_export_is_not_written(tmp_path, monkeypatch, capsys):
-    def wrong(found, path):
+    def wrong(found, path, args):
         path.write_bytes(b"half a file")
         model, variables = found.network.model, {"params": found.params}
-        return jax.jit(lambda images: model.apply(variables, 1.01 * images))
+        return jax.jit(lambda images: {"logits": model.apply(variables, 1.01 * images)})
 
-    monkeypatch.setitem(export.FORMATS, "stablehlo", wrong)
+    monkeypatch.setitem(
+        export.FORMATS, "stablehlo", export.FORMATS["stablehlo"]._replace(write=wrong)
+    )
     code = main(
         ["export", str(small_network.save(tmp_path, depth=1)), str(tmp_path / "x.stablehlo")]
     )
@@ -116,31 +121,145 @@ def test_a_wrong_export_is_not_written(tmp_path, monkeypatch, capsys):
 
 def test_nan_is_a_difference(tmp_path):
     found = read_checkpoint(small_network.save(tmp_path, depth=1))
+    args = argparse.Namespace(outputs=("logits",), layout=None, dtype=None, int8=False)
     with pytest.raises(RunError, match="differs"):
-        export.verify(found, lambda x: np.full((len(x), 10), np.nan), "x")
+        export.verify(found, lambda x: {"logits": np.full((len(x), 10), np.nan)}, "x", args)
+
+
+def expected_outputs(path, images):
+    """Returns what the Flax network computes, by the names of the exports' outputs."""
+    model, variables = tnt_flax.load(path)
+    features = jax.jit(model.clone(num_classes=0).apply)(variables, images)
+    blocks = jax.jit(lambda x: tnt_flax.block_outputs(model, variables, x))(images)
+    by_block = {f"{k}_{i}": x for i, block in enumerate(blocks) for k, x in block.items()}
+    return {"logits": source(path, images), "features": features, **by_block}
+
+
+def check_outputs(found, expected, outputs, tolerance):
+    wanted = [k for k in expected if k in outputs or k.rpartition("_")[0] in outputs]
+    assert sorted(found) == sorted(wanted)
+    for name in wanted:
+        np.testing.assert_allclose(found[name], expected[name], atol=tolerance, err_msg=name)
+
+
+TNT, PYRAMID = ("tnt_s_patch16_224", 48), ("ptnt_ti_patch16_192", 64)
+ATTENTION = "logits,features,outer_attention,inner_attention"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the exporter's plugins
 @pytest.mark.slow
-@pytest.mark.parametrize("name, size", [("tnt_s_patch16_224", 48), ("ptnt_ti_patch16_192", 64)])
-def test_onnx(name, size, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "network, outputs, options, tolerance",
+    [
+        (TNT, ATTENTION, ["--layout=nchw"], 1e-4),
+        (PYRAMID, ATTENTION, [], 1e-4),
+        (TNT, "features", ["--opset=16"], 1e-4),
+        (PYRAMID, "logits", ["--opset=16"], 1e-4),
+        (TNT, "logits", ["--opset=26"], 1e-4),
+        (PYRAMID, "logits,sentences,words", ["--opset=26", "--layout=nchw"], 1e-4),
+        (TNT, ATTENTION, ["--dtype=float16"], 5e-3),
+        (PYRAMID, "logits", ["--dtype=float16", "--layout=nchw"], 5e-3),
+        (TNT, "logits,features", ["--int8"], 0.05),
+        (PYRAMID, "logits", ["--int8"], 0.05),
+    ],
+)
+def test_onnx(network, outputs, options, tolerance, tmp_path, capsys):
     pytest.importorskip("jax2onnx")
     import onnx
     import onnxruntime
 
-    path, out = small_network.save(tmp_path, name, size), tmp_path / "small.onnx"
+    path, out = small_network.save(tmp_path, *network), tmp_path / "small.onnx"
+    size = network[1]
     images = np.random.default_rng(1).normal(size=(5, size, size, 3)).astype(np.float32)
+    expected = expected_outputs(path, images)
     with jax.numpy_rank_promotion("allow"):  # which the exporter's convolutions need
-        assert run(capsys, path, out)["max_abs_difference"] < 1e-4
+        result = run(capsys, path, out, f"--outputs={outputs}", *options)
+    assert result["max_abs_difference"] < tolerance and result["bytes"] == out.stat().st_size
+    layout = "nchw" if "--layout=nchw" in options else "nhwc"
+    pixels = images.transpose(0, 3, 1, 2) if layout == "nchw" else images
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     (inputs,) = session.get_inputs()
-    assert inputs.name == "images" and inputs.shape == ["batch", size, size, 3]
-    expected = source(path, images)
+    assert inputs.name == "images" and inputs.shape == ["batch", *pixels.shape[1:]]
+    assert inputs.type == "tensor(float)"
+    names = [x.name for x in session.get_outputs()]
     for count in (2, 5):
-        (logits,) = session.run(["logits"], {"images": images[:count]})
-        np.testing.assert_allclose(logits, expected[:count], atol=1e-4)
-    metadata = {entry.key: json.loads(entry.value) for entry in onnx.load(out).metadata_props}
+        found = dict(zip(names, session.run(None, {"images": pixels[:count]}), strict=True))
+        cut = {name: x[:count] for name, x in expected.items()}
+        check_outputs(found, cut, outputs.split(","), tolerance)
+    model = onnx.load(out)
+    metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert metadata["class_names"][0] == "class 0" and metadata["mean"] == [0.5] * 3
+    assert metadata["layout"] == layout
+    opset = next((int(x[8:]) for x in options if x.startswith("--opset=")), 23)
+    assert opset in {x.version for x in model.opset_import if not x.domain}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "network, dtype, tolerance",
+    [(TNT, "float32", 1e-5), (PYRAMID, "float32", 1e-5), (TNT, "float16", 5e-3)]
+    + [(TNT, "bfloat16", 0.05), (PYRAMID, "bfloat16", 0.05)],
+)
+def test_stablehlo_with_options(network, dtype, tolerance, tmp_path, capsys):
+    path, out = small_network.save(tmp_path, *network), tmp_path / "small.stablehlo"
+    options = ["--layout=nchw", f"--dtype={dtype}", f"--outputs={ATTENTION}"]
+    assert run(capsys, path, out, *options)["max_abs_difference"] < tolerance
+    size = network[1]
+    images = np.random.default_rng(1).normal(size=(3, size, size, 3)).astype(np.float32)
+    loaded = tnt_flax.load_exported(out)
+    found = loaded(images.transpose(0, 3, 1, 2))
+    check_outputs(found, expected_outputs(path, images), ATTENTION.split(","), tolerance)
+    assert found["logits"].dtype == np.float32
+    assert loaded.info["layout"] == "nchw" and loaded.info["dtype"] == dtype
+    model, variables = tnt_flax.load(path, dtype=dtype)
+    same = jax.jit(model.apply)(variables, images)
+    np.testing.assert_allclose(found["logits"], same, atol=tolerance / 2)
+
+
+@pytest.mark.slow
+def test_logits_need_a_head(tmp_path, capsys):
+    path = small_network.save(tmp_path, depth=1, num_classes=0)
+    assert main(["export", str(path), str(tmp_path / "x.stablehlo"), "--outputs=logits"]) == 2
+    assert "has no head" in capsys.readouterr().err
+    assert run(capsys, path, tmp_path / "x.stablehlo")["max_abs_difference"] < 1e-4
+
+
+@pytest.mark.slow
+def test_what_is_pushed_loads_again(tmp_path, images, root):
+    """In processes: huggingface_hub reads its environment when it is imported."""
+    pytest.importorskip("huggingface_hub")
+    path = small_network.save(tmp_path)
+    np.save(tmp_path / "images.npy", images)
+    code = (
+        "import sys, jax, numpy, tnt_flax; model, variables = tnt_flax.load('hf://lab/digits'); "
+        "print(jax.jit(model.apply)(variables, numpy.load(sys.argv[1])).tolist())"
+    )
+    with hub_server.serve({}) as server:
+        client = hub_server.Client(tmp_path, server)
+        command = ["-m", "tnt_flax", "export", path, "--push=lab/digits", "--license=mit"]
+        for _ in range(2):  # the second updates
+            result = json.loads(client.run(*command).splitlines()[-1])
+            assert result["pushed"] == f"hf://lab/digits@{server.heads['lab/digits']}"
+        files = server.files["lab/digits", server.heads["lab/digits"]]
+        assert sorted(files) == ["README.md", "config.json", "model.safetensors"]
+        assert b'tnt_flax.load("hf://lab/digits")' in files["README.md"]
+        logits = json.loads(client.run("-c", code, tmp_path / "images.npy").splitlines()[-1])
+    np.testing.assert_allclose(logits, source(path, images), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_exports_are_evaluated(tmp_path, capsys):
+    """The model card states the result."""
+    path = small_network.save(tmp_path, size=32, depth=1, class_names=list("0123456789"))
+    result = run(capsys, path, tmp_path / "folder", "--config=digits")
+    config = read_config("digits", ["--config.data.mean=(0.5,0.5,0.5)"])
+    with config.ignore_type():
+        config.data.std = (0.25, 0.25, 0.25)
+    expected = evaluate_checkpoint(config, None, str(path))
+    for key in ("top1", "images", "mean_per_class"):
+        assert result["evaluation"][key] == expected[key], key
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert f"| top-1 accuracy | {expected['top1']:.4f} |" in card and "| images | 360 |" in card
 
 
 def test_onnx_requires_its_packages(tmp_path, capsys, monkeypatch):
@@ -165,8 +284,7 @@ def test_folder_for_timm(tmp_path, capsys):
     assert config["pretrained_cfg"]["input_size"] == [3, 48, 48]
     assert config["model_args"]["num_heads_inner"] == 2
     assert config["architecture"] == "tnt_s_patch16_224" and config["model_args"]["legacy"] is True
-    card = (out / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: timm\n") and "images of 48 pixels" in card
+    assert "| images | 48x48 pixels, RGB |" in (out / "README.md").read_text()
 
 
 @pytest.mark.oracle

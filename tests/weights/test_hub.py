@@ -4,27 +4,19 @@
 huggingface_hub reads its environment when it is imported, so its side runs in processes of its own.
 """
 
-import contextlib
-import hashlib
-import http.server
 import json
-import os
-import pathlib
 import re
 import shutil
-import subprocess
-import sys
-import threading
 
 import pytest
 
 from tests.goldens.scripts.weights import GOLDEN
 from tests.helpers.foreign_weights import flags, golden, run
+from tests.helpers.hub_server import NEW, OLD, Client, serve
 from tnt_flax.core.errors import InputError
 from tnt_flax.weights import hub
 
 pytest.importorskip("huggingface_hub", reason='pip install ".[hub]"')
-NEW, OLD = "b" * 40, "a" * 40  # commits
 SAFE, PICKLE = "model.safetensors", "pytorch_model.bin"
 FILES = {  # (repository, commit) -> the files in it
     ("timm/tnt_s_patch16_224.in1k", NEW): {SAFE: b"new", PICKLE: b"pickle", "sub/x.bin": b"sub"},
@@ -39,7 +31,6 @@ FILES = {  # (repository, commit) -> the files in it
         b'"pretrained_cfg": {"crop_pct": 0.75}}',
     },
 }
-REVISIONS = {"main": NEW, "v1": OLD, "refs/pr/7": OLD, NEW: NEW, OLD: OLD}
 FAILING = {  # repository -> status, X-Error-Code
     "lab/gated": (403, "GatedRepo"),
     "lab/ill": (500, None),
@@ -68,87 +59,11 @@ for address in sys.argv[2:]:
 """
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves /OWNER/NAME/resolve/REVISION/FILE."""
-
-    def do_HEAD(self):
-        self.server.asked.append(f"{self.command} {self.path}")
-        path = self.path.replace("%2F", "/")
-        repo, _, rest = path.removeprefix("/").partition("/resolve/")
-        if repo in FAILING:
-            status, code = FAILING[repo]
-            return self.send(status, code=code)
-        if not any(repo == known for known, _ in FILES):
-            return self.send(404, code="RepoNotFound")
-        revision = next((r for r in REVISIONS if rest.startswith(f"{r}/")), None)
-        commit = REVISIONS.get(revision)
-        if (repo, commit) not in FILES:
-            return self.send(404, code="RevisionNotFound")
-        content = FILES[repo, commit].get(rest.removeprefix(f"{revision}/"))
-        if content is None:
-            return self.send(404, code="EntryNotFound", commit=commit)
-        if repo == "lab/short" and self.command == "GET":
-            return self.send(200, content[:-1], commit=commit)
-        return self.send(200, content, commit=commit)
-
-    do_GET = do_HEAD
-
-    def send(self, status, content=b"", code=None, commit=None):
-        self.send_response(status)
-        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-        self.send_header("Content-Length", str(len(content)))
-        for name, value in {"X-Error-Code": code, "X-Repo-Commit": commit}.items():
-            if value:
-                self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
-
-class Client:
-    """Processes with a cache of their own that ask `server`."""
-
-    def __init__(self, home: pathlib.Path, server: http.server.HTTPServer):
-        self.home, self.server = home, server
-
-    def fetch(self, *addresses, mode="", offline=False):
-        """Returns the result for each address, of one new process, and its number of downloads."""
-        out = self.run("-c", CLIENT, mode, *addresses, offline=offline)
-        gets = [x for x in self.server.asked if x.startswith("GET") and "/api/" not in x]
-        return [json.loads(line) for line in out.splitlines()], len(gets)
-
-    def run(self, *arguments, offline=False):
-        """Returns the stdout of a Python process."""
-        self.server.asked.clear()
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-        env |= {
-            "HF_ENDPOINT": f"http://127.0.0.1:{self.server.server_port}",
-            "HF_HOME": str(self.home),
-            "HF_HUB_OFFLINE": str(int(offline)),
-            "NO_PROXY": "*",
-        }
-        command = [sys.executable, *arguments]
-        out = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-        assert out.returncode == 0, out.stderr
-        assert "B/s" not in out.stderr  # no progress bar without a terminal
-        return out.stdout
-
-
-@contextlib.contextmanager
-def serving():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked = []
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+def fetch(client, *addresses, mode="", offline=False):
+    """Returns the result for each address, of one new process, and its number of downloads."""
+    out = client.run("-c", CLIENT, mode, *addresses, offline=offline)
+    gets = [x for x in client.server.asked if x.startswith("GET") and "/api/" not in x]
+    return [json.loads(line) for line in out.splitlines()], len(gets)
 
 
 def test_the_requested_file_is_fetched(tmp_path):
@@ -165,25 +80,25 @@ def test_the_requested_file_is_fetched(tmp_path):
             f"fetched revision {NEW}",
         ],
     }
-    with serving() as server:
+    with serve(FILES, FAILING) as server:
         client = Client(tmp_path, server)
-        first, downloads = client.fetch(*wanted)
+        first, downloads = fetch(client, *wanted)
         assert first == list(wanted.values())
         assert downloads == 5  # three of the seven are the same file
-        assert client.fetch(*wanted) == (first, 0)
-        assert client.fetch(*wanted, offline=True) == (first, 0)
+        assert fetch(client, *wanted) == (first, 0)
+        assert fetch(client, *wanted, offline=True) == (first, 0)
         assert server.asked == []
-    assert client.fetch(*wanted) == (first, 0)  # the server is gone
+    assert fetch(client, *wanted) == (first, 0)  # the server is gone
     for folder in list(tmp_path.rglob(".no_exist")):
         shutil.rmtree(folder)
-    ([answer], _) = client.fetch("hf://lab/pickle", offline=True)
+    ([answer], _) = fetch(client, "hf://lab/pickle", offline=True)
     assert answer[-1].startswith("warning: config.json is not in the cache, and the server")
 
 
 def test_weights_are_loaded_from_the_hub(tmp_path):
     path, heads = golden("timm")
     command = ["-m", "tnt_flax", "convert", "--check", *flags(heads)]
-    with serving() as server:
+    with serve(FILES, FAILING) as server:
         out = Client(tmp_path, server).run(*command, "hf://lab/tnt")
     fetched = json.loads(out.splitlines()[-1])
     assert fetched["source"] == f"hf://lab/tnt@main/{SAFE}"
@@ -194,7 +109,7 @@ def test_weights_are_loaded_from_the_hub(tmp_path):
 def test_the_config_beside_the_weights_is_fetched(tmp_path):
     """It states the numbers of heads. The command takes timm's form of the address."""
     command = ["-m", "tnt_flax", "convert", "--check", "hf-hub:lab/described"]
-    with serving() as server:
+    with serve(FILES, FAILING) as server:
         client = Client(tmp_path, server)
         first = json.loads(client.run(*command).splitlines()[-1])
         assert first == json.loads(client.run(*command, offline=True).splitlines()[-1])
@@ -227,8 +142,8 @@ def check_error(answer, address, reason):
 
 
 def test_every_failure_is_one_line(tmp_path):
-    with serving() as server:
-        answers, _ = Client(tmp_path, server).fetch(*ERRORS)
+    with serve(FILES, FAILING) as server:
+        answers, _ = fetch(Client(tmp_path, server), *ERRORS)
     for answer, (address, reason) in zip(answers, ERRORS.items(), strict=True):
         check_error(answer, address, reason)
     assert not list(tmp_path.rglob("snapshots/*/*"))  # nothing that is cut off stays
@@ -245,9 +160,9 @@ def test_every_failure_is_one_line(tmp_path):
     ids=["no server", "offline", "disk full", "no huggingface_hub"],
 )
 def test_unavailable_files_are_explained(tmp_path, options, reason):
-    with serving() as server:
+    with serve(FILES, FAILING) as server:
         pass
-    ([answer], _) = Client(tmp_path, server).fetch("tnt_s_patch16_224", **options)
+    ([answer], _) = fetch(Client(tmp_path, server), "tnt_s_patch16_224", **options)
     check_error(answer, "tnt_s_patch16_224", reason)
 
 

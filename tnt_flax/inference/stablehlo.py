@@ -17,20 +17,25 @@ import numpy as np
 from jax import export as jax_export
 
 from tnt_flax.core.errors import InputError, one_line
-from tnt_flax.data.transforms import Size, height_width
 
 PROGRAM, INFO = "program", "export.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """A network without its code; call it with normalized float32 images [B, H, W, 3], any B."""
+    """A network without its code; call it with normalized float32 images, any number B.
+
+    Images are [B, H, W, 3], or [B, 3, H, W] if `info["layout"]` is "nchw".
+    """
 
     program: jax_export.Exported
-    info: dict[str, Any]  # image_size, mean, std, crop_fraction, class_names, created, jax ...
+    info: dict[str, Any]  # image_size, mean, std, crop_fraction, class_names, layout, dtype ...
 
-    def __call__(self, images: Any) -> jax.Array:
-        """Returns logits [B, classes], or features [B, D] of a network without a head."""
+    def __call__(self, images: Any) -> Any:
+        """Returns logits [B, classes], or features [B, D] of a network without a head.
+
+        A network exported with several `--outputs` returns a dictionary of arrays.
+        """
         return self.program.call(images)
 
 
@@ -76,9 +81,10 @@ def save_exported(path: pathlib.Path, program: jax_export.Exported, info: dict[s
         file.writestr(PROGRAM, bytes(program.serialize()))
 
 
-def trace(function: Any, image_size: Size, platforms: tuple[str, ...]) -> jax_export.Exported:
-    """Exports `function` of images [B, H, W, 3] with symbolic B for all `platforms`."""
+def trace(
+    function: Any, image_shape: tuple[int, ...], platforms: tuple[str, ...]
+) -> jax_export.Exported:
+    """Exports `function` of images [B, *image_shape] with symbolic B for all `platforms`."""
     (batch,) = jax_export.symbolic_shape("batch")
-    shape = (batch, *height_width(image_size), 3)
-    images = jax.ShapeDtypeStruct(shape, np.float32)
+    images = jax.ShapeDtypeStruct((batch, *image_shape), np.float32)
     return jax_export.export(jax.jit(function), platforms=platforms)(images)

@@ -44,11 +44,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, doc: str, **options: Any):
         options = {"formatter_class": argparse.RawDescriptionHelpFormatter} | options
         super().__init__(prog=prog, description=doc, allow_abbrev=False, **options)
-        self._takes_config = False
+        self._takes_config = self._needs_config = False
 
-    def add_config(self) -> None:
-        """Adds `--config=FILE` and `--config.KEY=VALUE`; `args.config` is a ConfigDict."""
-        self._takes_config = True
+    def add_config(self, *, required: bool = True) -> None:
+        """Adds `--config=FILE` and `--config.KEY=VALUE`; `args.config` is a ConfigDict or None."""
+        self._takes_config, self._needs_config = True, required
         text = "a name, such as tnt_s, or a file with get_config(), such as configs/tnt_s.py"
         self.add_argument("--config", metavar="FILE", help=text)
         self.epilog = "Any key of the config can be set: --config.batch_size=96."
@@ -67,9 +67,10 @@ class Parser(argparse.ArgumentParser):
         if rest:
             self._refuse(rest[0])
         if self._takes_config:
-            if parsed.config is None:
+            if parsed.config is not None:
+                parsed.config = read_config(parsed.config, overrides)
+            elif self._needs_config or overrides:
                 raise InputError("--config=FILE is missing, for instance --config=digits")
-            parsed.config = read_config(parsed.config, overrides)
         return parsed
 
     def error(self, message: str):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes weights: our own .safetensors, files of other frameworks, and folders for timm's hub."""
+"""Writes weights: our own .safetensors, and files of other frameworks."""
 
 import dataclasses
 import json
@@ -13,9 +13,8 @@ import safetensors.numpy
 from tnt_flax.core.errors import InputError, RunError, listed
 from tnt_flax.core.files import write_atomic
 from tnt_flax.core.trees import fingerprint, named_leaves
-from tnt_flax.data.transforms import height_width
 from tnt_flax.models import Network
-from tnt_flax.weights import hub, identify, names
+from tnt_flax.weights import identify, names
 from tnt_flax.weights.formats import HEADER, mindspore, torch
 from tnt_flax.weights.inputs import TIMM_ARGUMENTS
 from tnt_flax.weights.read import LoadedWeights, read_file
@@ -32,7 +31,6 @@ SUFFIXES = {
 # the results slightly. Biases may differ where they are zero.
 STRUCTURE = ("conv_first", "norm_each_word", "proj_norm", "stem_norm", "zero_sentences")
 NUMERICS = ("norm_eps", "gelu")
-HUB_WEIGHTS = "model.safetensors"
 
 
 def save_weights(path: pathlib.Path, params: Any, info: dict[str, Any]) -> None:
@@ -227,69 +225,3 @@ def timm_arguments(target: ForeignWeights, loaded: LoadedWeights) -> dict[str, A
         "num_classes": model.num_classes,
         **{theirs: getattr(model, ours) for ours, theirs in TIMM_ARGUMENTS.items()},
     }
-
-
-def write_hub_folder(folder: pathlib.Path, target: ForeignWeights, loaded: LoadedWeights) -> None:
-    """Writes config.json, model.safetensors and README.md; raises what `write` raises."""
-    folder.mkdir()
-    write(folder / HUB_WEIGHTS, "timm", target, loaded)
-    config = _hub_config(target, loaded)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "README.md").write_text(_model_card(target, loaded))
-
-
-def _hub_config(target: ForeignWeights, loaded: LoadedWeights) -> dict[str, Any]:
-    known, arguments = facts(loaded), timm_arguments(target, loaded)
-    for name in ("in_chans", "num_classes"):  # stored elsewhere in the file
-        arguments.pop(name)
-    size = known["image_size"]
-    config = {
-        # Other sizes and variants are TNT-S with other arguments.
-        "architecture": loaded.name if loaded.name in hub.HUB else "tnt_s_patch16_224",
-        "num_classes": known["num_classes"],
-        "num_features": target.model.outer_dim,
-        "model_args": arguments,
-        "pretrained_cfg": {
-            "input_size": [loaded.network.channels, *height_width(size)],
-            "fixed_input_size": True,
-            "interpolation": known["interpolation"],
-            "crop_pct": known["crop_fraction"],
-            "mean": known["mean"],
-            "std": known["std"],
-            "first_conv": "pixel_embed.proj",
-            "classifier": "head",
-        },
-    }
-    if known["class_names"]:
-        config["label_names"] = known["class_names"]
-    return config
-
-
-def _model_card(target: ForeignWeights, loaded: LoadedWeights) -> str:
-    """Returns README.md as the hub shows it, without a license: the owner has to add it."""
-    known, model = facts(loaded), loaded.network.model
-    size, count = known["image_size"], known["num_classes"]
-    notes = "".join(f"- {note}\n" for note in target.notes)
-    return f"""---
-library_name: timm
-pipeline_tag: image-classification
-tags: [image-classification, timm, transformer-in-transformer]
----
-# {known["network"]}
-
-Transformer in Transformer ([paper](https://arxiv.org/abs/2103.00112)), the {known["variant"]}
-network: {loaded.num_params:,} parameters, {model.depth} blocks, images of {size} pixels,
-{f"{count} classes" if count else "features, no head"}.
-Converted by tnt_flax from {loaded.naming} weights.
-{notes}
-Images are resized to {size} / {known["crop_fraction"]:.4g} pixels ({known["interpolation"]}),
-center-cropped, and normalized with mean {tuple(known["mean"])} and standard deviation
-{tuple(known["std"])}.
-
-```python
-model = timm.create_model("local-dir:FOLDER", pretrained=True)  # or hf-hub:OWNER/NAME
-
-model, variables = tnt_flax.load("FOLDER")  # or hf://OWNER/NAME
-classifier = tnt_flax.load_classifier("FOLDER")
-```
-"""
