@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
     config.model.inner_impl = "auto"  # of the inner transformer
     config.model.outer_impl = "auto"  # of the outer transformer
     config.model.remat = "auto"  # rematerialization: "none" or "block"; auto: block, except on CPUs
+    config.model.unroll = False  # compiles every block separately: slower to compile, see speed.md
     # Architecture: unset fields come from the name.
     config.model.depth = config_dict.placeholder(int)  # number of blocks
     config.model.depths = config_dict.placeholder(tuple)  # PyramidTNT: blocks of its four stages

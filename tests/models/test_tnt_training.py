@@ -43,6 +43,7 @@ PLAIN = dict(inner_impl="reference", outer_impl="reference", remat="none")
     [
         dict(inner_impl="cpu", outer_impl="cpu"),
         dict(remat="block"),
+        dict(remat="block", unroll=True),
         dict(inner_impl="lanes"),
     ],
     ids=str,

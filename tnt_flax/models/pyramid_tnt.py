@@ -213,6 +213,7 @@ class Stage(nn.Module):
     grid: Grid
     ratio: int  # see REDUCTION
     remat: bool
+    unroll: bool
 
     @nn.compact
     def __call__(
@@ -243,6 +244,7 @@ class Stage(nn.Module):
                 relative_pos,
                 train=train,
                 remat=self.remat,
+                unroll=self.unroll,
             )
         return words, sentences
 
@@ -294,6 +296,7 @@ class PyramidTNT(nn.Module):
     # -- Execution: same function, see `models.kernels.select`
     dtype: DTypeLike = jnp.float32  # of the computation; weights, norms, softmax stay float32
     remat: str = "auto"  # what the backward pass computes again to save memory
+    unroll: bool = False  # compile every block separately, see `models.scan`
     inner_impl: str = "auto"  # implementation of the inner transformer
     outer_impl: str = "auto"  # implementation of the outer transformer
 
@@ -322,8 +325,8 @@ class PyramidTNT(nn.Module):
         for i, (grid, own_rates) in enumerate(zip(grids, rates, strict=True)):
             if i:
                 words, sentences = self.merge(i, words, sentences, grids[i - 1])
-            remat = select.remats_blocks(self.remat)
-            stage = Stage(self.depths[i], grid, REDUCTION[i], remat, name=f"stages_{i}")
+            loop = select.remats_blocks(self.remat), self.unroll
+            stage = Stage(self.depths[i], grid, REDUCTION[i], *loop, name=f"stages_{i}")
             block = self.make_block(i, grid, train)
             words, sentences = stage(block, words, sentences, own_rates, train)
 

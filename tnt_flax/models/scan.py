@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs equal blocks as one loop over their stacked parameters, so that XLA compiles one block.
 
+Unrolled, XLA compiles every block. That takes longer, but a step moves fewer bytes: what the blocks
+save for the backward pass is not copied to and from stacks.
+
 The last block may run after the loop, with other arguments. For that the loop carries a float
 counter, exact up to 2**24. XLA knows the value of an integer counter after the loop, and so copies
 the last block's weights before the loop. For example, the last block of TNT-S, compiled for a CPU
@@ -42,6 +45,7 @@ def scan_blocks(
     *args: Any,
     train: bool,
     remat: bool,
+    unroll: bool = False,
     last: dict[str, Any] | None = None,
 ) -> tuple[Array, ...]:
     """Runs `length` blocks that differ in their parameters alone; returns the last block's tokens.
@@ -57,7 +61,7 @@ def scan_blocks(
         rates: drop-path rate of each block; None disables drop path.
         args: further arguments of every block.
         train: gives every block a dropout key.
-        remat: computes every block again in the backward pass.
+        remat, unroll: compute every block again in the backward pass; compile it separately.
         last: keyword arguments of the last block, which then may return other shapes, such as
             sentences (B, 1, D). Ignored while capturing: all blocks must write equal shapes.
 
@@ -88,16 +92,18 @@ def scan_blocks(
     last_apart = last is not None and not capture
     carry = (tokens, jnp.float32(0))  # a float on purpose: see above
     in_loop = [x[: length - last_apart] for x in tangents]
-    (tokens, i), captured = jax.lax.scan(_rematerialized(body) if remat else body, carry, in_loop)
+    (tokens, i), captured = _loop(body, carry, in_loop, remat, unroll)
     for collection in capture:
         parent.put_variable(collection, block.name, captured[collection])
     return run_block(tokens, i, [x[-1] for x in tangents], **last) if last_apart else tokens
 
 
-def _rematerialized(body):
-    # Inside scan, XLA cannot merge recomputation and original, so no barrier is needed.
-    policy = jax.checkpoint_policies.save_only_these_names(SAVED)
-    return jax.checkpoint(body, prevent_cse=False, policy=policy)
+def _loop(body, carry, xs, remat, unroll):
+    if remat:
+        # Inside a loop, XLA cannot merge recomputation and original, so no barrier is needed.
+        policy = jax.checkpoint_policies.save_only_these_names(SAVED)
+        body = jax.checkpoint(body, prevent_cse=unroll, policy=policy)
+    return jax.lax.scan(body, carry, xs, unroll=unroll or 1)
 
 
 def _element(tree, i):

@@ -113,6 +113,7 @@ class TNT(nn.Module):
     # -- Execution: same function, see `models.kernels.select`
     dtype: DTypeLike = jnp.float32  # of the computation; weights, norms, softmax stay float32
     remat: str = "auto"  # what the backward pass computes again to save memory
+    unroll: bool = False  # compile every block separately, see `models.scan`
     inner_impl: str = "auto"  # implementation of the inner transformer
     outer_impl: str = "auto"  # implementation of the outer transformer
 
@@ -147,6 +148,7 @@ class TNT(nn.Module):
                 None if rates is None else rates[start:stop],
                 train=train,
                 remat=select.remats_blocks(self.remat),
+                unroll=self.unroll,
                 last=last_queries if stop == self.depth else None,
             )
 

@@ -27,8 +27,8 @@ VARIANTS_OF = {
 }
 
 # Fields of TNT that do not change the function it computes at inference.
-FREE_FIELDS = {"dtype", "remat", "inner_impl", "outer_impl", "dropout", "attention_dropout"}
-FREE_FIELDS |= {"drop_path", "uniform_drop_path", "parent", "name"}
+FREE_FIELDS = {"dtype", "remat", "unroll", "inner_impl", "outer_impl", "parent", "name"}
+FREE_FIELDS |= {"dropout", "attention_dropout", "drop_path", "uniform_drop_path"}
 # Preprocessing of each variant's published weights, from the evaluation code of its framework: mean
 # and standard deviation per channel of images in [0, 1], and the size of the central crop relative
 # to the resized image. All others are as "official".
