@@ -95,7 +95,10 @@ def check_data(config: ConfigDict, split: str = "train", out: str | None = None)
         for name in splits
     }
     if split == "both" and not experiment.data.is_multi_label(sources["train"]):
-        with_classes(sources["eval"], sources["train"].class_names)  # raises as training does
+        try:
+            with_classes(sources["eval"], sources["train"].class_names)
+        except InputError as error:  # which ends a training run, but not this check
+            logger.warning("%s", error)
     checked = {key: value for key, value in config.data.items() if key not in OTHER_KEYS}
     checked["records"] = {name: len(source) for name, source in sources.items()}
     file, earlier = open_findings(out, checked) if out else (None, [])
