@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -100,6 +101,9 @@ def serve(weights: str | pathlib.Path, *options: str) -> Iterator[Server]:
             for line in map(bytes.decode, process.stderr):
                 lines.append(line)
                 if found := re.match(r"open (http://\S+)", line):
+                    # An unread pipe fills up and blocks the server's next message.
+                    drain = threading.Thread(target=process.stderr.read, daemon=True)
+                    drain.start()
                     yield Server(urlsplit(found[1]).netloc, process.pid)
                     break
             else:
