@@ -2,6 +2,7 @@
 """Writes ONNX models: a program by jax2onnx, in float16 or int8 by ONNX Runtime's own tools."""
 
 import contextlib
+import functools
 import json
 import logging
 import pathlib
@@ -57,17 +58,24 @@ def write(
         shape = ("batch", *image_shape)
         symbolic = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
         names = list(jax.eval_shape(program, symbolic))
+        convert = functools.partial(
+            jax2onnx.to_onnx,
+            lambda images: tuple(map(program(images).get, names)),
+            inputs=[shape],
+            input_names=["images"],
+            output_names=names,
+            model_name=name,
+            opset=opset,
+        )
         # Without loops over blocks: a loop would keep the stacked weights twice, and hide them from
-        # the tools below.
-        with jax.disable_jit():
-            model = jax2onnx.to_onnx(
-                lambda images: tuple(map(program(images).get, names)),
-                inputs=[shape],
-                input_names=["images"],
-                output_names=names,
-                model_name=name,
-                opset=opset,
-            )
+        # the tools below. JAX cannot unroll the empty loop before a single block.
+        try:
+            with jax.disable_jit():
+                model = convert()
+        except ValueError as error:
+            if "zero-length scan" not in str(error):
+                raise
+            model = convert()
         model = _with_constants(model)
         if int8:
             model = _quantized(model)
