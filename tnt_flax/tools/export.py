@@ -313,13 +313,13 @@ def evaluate(found: LoadedWeights, run: Run, args: argparse.Namespace) -> dict[s
     with config.ignore_type(), config.unlocked():
         config.data.image_size = found.network.image_size
         config.data.update({k: found.preprocessing[k] for k in ("mean", "std", "crop_fraction")})
-    experiment = Experiment(config, num_classes=classes, weights=found.path)
+    experiment = Experiment(config, weights=found.path)
     source = evaluation.open_labeled_source(experiment)
-    if experiment.is_multi_label(source):
+    if experiment.data.is_multi_label(source):
         raise InputError("--config has images of several classes: evaluate with `tnt-flax eval`")
     allowed = select_classes(config.eval.classes, found.class_names, classes)
     to_network = map_to_network(source.class_names, found.class_names, classes)
-    batches = evaluation.relabeled(experiment.eval_batches(source), to_network, allowed)
+    batches = evaluation.relabeled(experiment.data.eval_batches(source), to_network, allowed)
     network = _Exported(run, args.layout, classes)
     eval_step = experiment.make_eval_step(network, classes=allowed)
     return evaluation.evaluate(eval_step, {}, batches, experiment.mesh)[0]
