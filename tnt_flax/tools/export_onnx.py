@@ -67,15 +67,7 @@ def write(
             model_name=name,
             opset=opset,
         )
-        # Without loops over blocks: a loop would keep the stacked weights twice, and hide them from
-        # the tools below. JAX cannot unroll the empty loop before a single block.
-        try:
-            with jax.disable_jit():
-                model = convert()
-        except ValueError as error:
-            if "zero-length scan" not in str(error):
-                raise
-            model = convert()
+        model = _unrolled(convert)
         model = _with_constants(model)
         if int8:
             model = _quantized(model)
@@ -120,6 +112,20 @@ def _session(model: str, **options: Any) -> Any:
         setattr(session_options, key, value)
     providers = ["CPUExecutionProvider"]
     return onnxruntime.InferenceSession(model, session_options, providers=providers)
+
+
+def _unrolled(convert: Callable[[], Any]) -> Any:
+    """Converts without loops over blocks.
+
+    A loop would keep the stacked weights twice, and hide them from the tools below.
+    """
+    try:
+        with jax.disable_jit():
+            return convert()
+    except ValueError as error:  # JAX cannot unroll the empty loop before a single block
+        if "zero-length scan" not in str(error):
+            raise
+        return convert()
 
 
 def _with_constants(model: Any) -> Any:
