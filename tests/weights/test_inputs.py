@@ -118,10 +118,10 @@ def test_what_does_not_apply_is_a_warning(folder, files, note):
     "content, message",
     [
         ("{", "cannot read .*config.json: JSONDecodeError.*: repair or remove it"),
-        (json.dumps(TIMM | {"pretrained_cfg": {"std": [0, 0, 0]}}), "invalid preprocessing: mean="),
+        (json.dumps(TIMM | {"pretrained_cfg": {"std": [0, 0, 0]}}), "invalid preprocessing .mean="),
         (json.dumps(TIMM | {"pretrained_cfg": {"crop_pct": 2}}), "a crop of 2.0 of the image"),
-        (json.dumps(TIMM | {"pretrained_cfg": {"mean": "x"}}), "invalid preprocessing: could not"),
-        (json.dumps(TIMM | {"pretrained_cfg": {"mean": [0.5]}}), "invalid preprocessing: mean="),
+        (json.dumps(TIMM | {"pretrained_cfg": {"mean": "x"}}), "invalid preprocessing .could not"),
+        (json.dumps(TIMM | {"pretrained_cfg": {"mean": [0.5]}}), "invalid preprocessing .mean="),
         ("[" * 100_000, "cannot read .*config.json: RecursionError: .*: repair or remove it"),
     ],
 )
