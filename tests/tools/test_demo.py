@@ -58,11 +58,10 @@ def address(weights, classifier):
 
 def request(address, path="/predict", body=None, method="POST", headers=None):
     """Returns (status, headers, JSON or text) of an answer."""
-    connection = http.client.HTTPConnection(address, timeout=60)
-    connection.request(method, path, body, headers or {})
-    answer = connection.getresponse()
-    text = answer.read().decode()
-    connection.close()
+    with contextlib.closing(http.client.HTTPConnection(address, timeout=60)) as connection:
+        connection.request(method, path, body, headers or {})
+        answer = connection.getresponse()
+        text = answer.read().decode()
     is_json = answer.headers["Content-Type"] == "application/json"
     return answer.status, answer.headers, json.loads(text) if is_json else text
 
