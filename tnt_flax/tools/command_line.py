@@ -5,6 +5,7 @@ import argparse
 import ast
 import difflib
 import errno
+import functools
 import importlib.util
 import json
 import logging
@@ -32,6 +33,9 @@ ARCHITECTURE_FIELDS = ("inner_heads", "outer_heads", "patch_size")
 EXPECTED = (InputError, RunError, Stopped, KeyboardInterrupt)  # errors that end a command
 
 
+HelpFormatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are `InputError`s of one line.
 
@@ -42,14 +46,14 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, prog: str, doc: str, **options: Any):
-        options = {"formatter_class": argparse.RawDescriptionHelpFormatter} | options
+        options = {"formatter_class": HelpFormatter} | options
         super().__init__(prog=prog, description=doc, allow_abbrev=False, **options)
         self._takes_config = self._needs_config = False
 
     def add_config(self, *, required: bool = True) -> None:
         """Adds `--config=FILE` and `--config.KEY=VALUE`; `args.config` is a ConfigDict or None."""
         self._takes_config, self._needs_config = True, required
-        text = "a name, such as tnt_s, or a file with get_config(), such as configs/tnt_s.py"
+        text = "a name, or a file with get_config(): tnt_s, configs/tnt_s.py"
         self.add_argument("--config", metavar="FILE", help=text)
         self.epilog = "Any key of the config can be set: --config.batch_size=96."
 
@@ -193,12 +197,11 @@ def add_weights_options(parser: Parser) -> None:
     add(
         "source",
         metavar="CHECKPOINT",
-        help="weights file of any framework, workdir, folder of one checkpoint, hf://OWNER/NAME, "
-        "or the name of a network",
+        help="weights of any framework: file, workdir, checkpoint, hf://OWNER/NAME, network",
     )
     add("--weights", choices=["ema", "raw"], default="ema", help="which, if CHECKPOINT has both")
     add("--checkpoint", choices=["best", "last"], default="best", help="which one of a workdir")
-    add("--state", help="which network, if CHECKPOINT has several, such as student and teacher")
+    add("--state", help="which network, if CHECKPOINT has several, such as teacher")
     add("--name", help="network that CHECKPOINT must contain; any other is an error")
     for field in ARCHITECTURE_FIELDS:
         help_text = "needed only if CHECKPOINT has an unpublished size"

@@ -4,15 +4,11 @@
     tnt-flax export tnt_s_81.5.pth.tar tnt_s.stablehlo --dtype=bfloat16
     tnt-flax export runs/digits digits.onnx --layout=nchw --outputs=logits,features
     tnt-flax export runs/digits digits.onnx --int8 --config=digits
-    tnt-flax export tnt_s_81.5.pth.tar tnt_s_timm
     tnt-flax export runs/digits --push=OWNER/NAME --license=apache-2.0
 
-OUT.stablehlo is for JAX on CPUs, GPUs and TPUs (`tnt_flax.load_exported`; readable for 180 days),
-OUT.onnx for ONNX Runtime, a folder for timm and the Hugging Face hub. Both files take normalized
-float32 images, of any number. Every export is verified: its outputs on random images are compared
-with the source's. With --config it is also evaluated. The last line on stdout is one JSON object.
-Exit code 1 means that the export could not be written or pushed or differs from its source, 2 that
-the input was wrong.
+OUT.stablehlo is for JAX (`tnt_flax.load_exported`, for 180 days), OUT.onnx for ONNX Runtime, and
+folders for timm and the Hugging Face hub. The outputs are compared with the source's. The last line
+on stdout is one JSON object. Exit code 1: not written, not pushed or different; 2: wrong input.
 """
 
 import argparse
@@ -52,7 +48,7 @@ def add_arguments(parser: Parser) -> None:
     text = "FILE.stablehlo, FILE.onnx, or a folder; not needed with --push"
     add("out", metavar="OUT", type=pathlib.Path, nargs="?", help=text)
     names = ",".join(program.OUTPUTS)
-    add("--outputs", metavar="NAMES", type=_outputs, help=f"some of {names}; default logits")
+    add("--outputs", metavar="NAMES", type=_outputs, help=f"{names} (default: logits)")
     text = "of the images: nhwc (default), as in JAX, or nchw, as in torch"
     add("--layout", choices=program.LAYOUTS, help=text)
     text = "of the computation and of most weights; default float32"
@@ -63,7 +59,7 @@ def add_arguments(parser: Parser) -> None:
     add("--int8", action="store_true", help="quantize the .onnx file")
     add("--push", metavar="OWNER/NAME", help="upload the folder to the Hugging Face hub")
     add("--private", action="store_true", help="push to a private repository")
-    text = "for the model card, such as apache-2.0; default that of the source's card"
+    text = "for the model card; default that of the source's card"
     add("--license", metavar="ID", help=text)
 
 

@@ -2,7 +2,6 @@
 """Classifies images with weights of any framework: class names and probabilities.
 
     tnt-flax predict tnt_s_81.5.pth.tar cat.jpg holiday/ 'more/*.png'
-    find photos -name '*.jpg' | tnt-flax predict runs/pets - --out=predictions.csv
     tnt-flax predict runs/pets photos/ --features --out=features.parquet
     tnt-flax predict runs/tags photos/ --threshold=0.5 --out=predictions.csv
     tnt-flax predict runs/teacher train/ --logits=logits.safetensors
@@ -49,14 +48,14 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("paths", metavar="PATH", nargs="+", help="a file, a folder, a pattern, or - for stdin")
     add("--top", type=int, default=5, help="predictions per image")
-    text = "for weights of several classes per image: all classes whose probability is greater"
+    text = "all classes of an image with a greater probability"
     add("--threshold", type=float, metavar="P", help=text)
     add("--out", type=pathlib.Path, help="table to write: .csv, .jsonl or .parquet")
     add("--batch-size", type=int, default=64, help="images per batch")
     add("--threads", type=int, default=8, help="threads that decode images")
     add("--class-list", help="file with one class name per line")
     add("--features", action="store_true", help="write feature vectors instead of predictions")
-    text = "write logits to a .safetensors file instead, such as those of a teacher"
+    text = "write logits instead, for distillation: a .safetensors file"
     add("--logits", type=pathlib.Path, metavar="FILE", help=text)
     add_policy_options(parser)
 
