@@ -5,6 +5,7 @@ import functools
 
 import flax.traverse_util
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 
@@ -86,6 +87,29 @@ def training_value_and_gradients(model, params, images):
     """Returns the values of `value_and_gradients` in training, with a fixed key for dropout."""
     rngs = {"dropout": jax.random.key(1)}
     return value_and_gradients(model, params, images, train=True, rngs=rngs)
+
+
+def check_bfloat16(model, reference, variables, images):
+    """Compares two networks in bfloat16 with `reference` in float32.
+
+    The errors of logits, and of the gradients of all parameters together, may be 1.5 times those of
+    `reference`.
+    """
+    weights = normal(images.shape[0], reference.num_classes, seed=3)
+
+    def run(model):
+        def loss(params):
+            logits = model.apply(variables | {"params": params}, images)
+            return jnp.sum(weights * logits), logits
+
+        gradients, logits = jit(jax.grad(loss, has_aux=True))(variables["params"])
+        return logits.ravel(), jax.flatten_util.ravel_pytree(gradients)[0]
+
+    exact = run(reference)
+    low = [run(network.clone(dtype=jnp.bfloat16)) for network in (model, reference)]
+    for expected, ours, theirs in zip(exact, *low, strict=True):
+        ours, theirs = (jnp.linalg.norm(x - expected) for x in (ours, theirs))
+        assert 0 < ours < 1.5 * theirs
 
 
 def check_same(found, expected, tolerance=1e-5):

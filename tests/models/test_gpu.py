@@ -4,7 +4,6 @@
 import functools
 
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import pytest
 
@@ -97,19 +96,8 @@ def test_attention_of_sentences_ignores_appended_tokens(length):
 
 @pytest.mark.slow
 def test_bfloat16_is_as_near_as_the_reference():
-    """Logits, and the gradients of all parameters together."""
     model, params, images = build(ODD, **REFERENCE)
-
-    def run(model):
-        loss = lambda params: networks.loss(model, images, params)
-        gradients = jax.flatten_util.ravel_pytree(networks.jit(jax.grad(loss))(params))[0]
-        return networks.apply(model, params, images).ravel(), gradients
-
-    exact = run(model)
-    low = lambda impl: run(model.clone(dtype=jnp.bfloat16, **impl))
-    error = lambda found: [jnp.linalg.norm(x - y) for x, y in zip(found, exact, strict=True)]
-    for ours, theirs in zip(error(low(GPU)), error(low(REFERENCE)), strict=True):
-        assert ours < 1.5 * theirs
+    networks.check_bfloat16(model.clone(**GPU), model, {"params": params}, images)
 
 
 def test_attention_of_sentences_with_a_bias():

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import tnt_flax
 from tests.goldens.scripts.pyramid import CLASSES, FIELDS, GOLDEN, LABELS, SIZE, digest, images
-from tests.helpers import numpy_tnt
+from tests.helpers import networks, numpy_tnt
 from tests.helpers.networks import jit
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import fingerprint, named_leaves
@@ -85,10 +85,24 @@ def test_layer_scale_multiplies_the_outputs_of_attention_and_mlp():
 
 
 @pytest.mark.slow
+def test_bfloat16_is_as_near_with_gpu_as_with_the_reference():
+    """At the widths of PyramidTNT-Ti."""
+    impls = dict(inner_impl="reference", outer_impl="reference")
+    reference = tnt_flax.create_model(
+        "ptnt_ti_patch16_192", num_classes=10, depths=(1, 1, 1, 1), **impls
+    )
+    pixels = networks.normal(4, 128, 128, 3)
+    variables = jit(reference.init)(jax.random.key(1), pixels)
+    model = reference.clone(inner_impl="gpu", outer_impl="gpu")
+    networks.check_bfloat16(model, reference, variables, pixels)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["cpu", "gpu"])
 def test_loss_gradients_and_statistics_equal_the_official_code(found, expected, impl):
-    """With rematerialization."""
-    model = found.network.model.clone(inner_impl=impl, outer_impl=impl, remat="block")
+    """With rematerialization, and every block compiled separately."""
+    options = dict(remat="block", unroll=True)
+    model = found.network.model.clone(inner_impl=impl, outer_impl=impl, **options)
     variables = found.variables
 
     def loss_of(params):

@@ -205,5 +205,5 @@ def test_empty_blocks_are_refused(tmp_path):
 def test_nested_headers_are_refused(tmp_path):
     header = {"tnt_flax": "[" * 100_000}
     safetensors.numpy.save_file({"a": np.zeros(2)}, tmp_path / "x.safetensors", metadata=header)
-    with pytest.raises(InputError, match="is not a complete safetensors file: RecursionError"):
+    with pytest.raises(InputError, match="is not a complete safetensors file: .*RecursionError"):
         read_checkpoint(tmp_path / "x.safetensors")
