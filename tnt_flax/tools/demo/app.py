@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlsplit
 
+from python_multipart.exceptions import FormParserError
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
@@ -154,8 +155,9 @@ class Uploads:
             form = await _InMemoryParser(
                 request.headers, stream, max_files=MAX_FILES, max_fields=MAX_FILES
             ).parse()
-        except MultiPartException as error:
-            raise Refused(400, f"the form cannot be read: {_printable(error.message)}") from None
+        except (MultiPartException, FormParserError) as error:
+            problem = getattr(error, "message", str(error))
+            raise Refused(400, f"the form cannot be read: {_printable(problem)}") from None
         try:
             files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
             if not files:
