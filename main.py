@@ -4,7 +4,8 @@
 python main.py --config=configs/digits.py --workdir=runs/digits
 python main.py --config=configs/digits.py --workdir=runs/digits --mode=eval
 
-The command is `tnt_flax/tools/train.py`, which calls `tnt_flax/training/train.py`.
+The commands are `tnt_flax/tools/train.py`, which calls `tnt_flax/training/train.py`, and
+`tnt_flax/tools/evaluate.py`.
 """
 
 import sys

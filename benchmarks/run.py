@@ -234,7 +234,7 @@ def _bare_pass(config):
     from tnt_flax.training.experiment import Experiment
 
     experiment = Experiment(config)
-    state, step_key = experiment.init_or_load_state(), experiment.keys.steps
+    state, step_key = experiment.new_state(), experiment.keys.steps
     train_step, steps_per_epoch = experiment.train_step, experiment.steps_per_epoch
     with contextlib.closing(experiment.data.train_batches(0, 1)) as batches:
         batch = next(batches)

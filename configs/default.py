@@ -2,7 +2,8 @@
 """All config keys, with their defaults: the published recipe of TNT-S on ImageNet-1k.
 
 The other files import this one and change values. Any key can be set on the command line:
---config.batch_size=256 --config.data.root=/data/imagenet. Durations are "N epochs" or "N steps".
+--config.batch_size=256 --config.data.root=/data/imagenet. Values of the keys named `every` are
+"N epochs" or "N steps".
 """
 
 from collections.abc import Iterable
@@ -18,8 +19,8 @@ def get_config() -> ConfigDict:
     config.epochs = 300  # warm-up and cosine; optimizer.cooldown_epochs are added
     config.batch_size = 1024  # images per step, over all devices and hosts
     config.accumulate = 1  # micro-batches that a step computes in turn, to save memory
-    config.stall_minutes = 30.0  # watchdog timeout without a finished step or batch; 0 disables
-    config.deterministic = False  # True: bit-identical resume on GPUs, slower; on CPUs always so
+    config.stall_minutes = 30.0  # watchdog: ends a run without a step or eval batch; 0 disables
+    config.deterministic = False  # True: resume is bit-identical on GPUs, too; slower
     config.init_from = ""  # initial weights of any framework: file, workdir or hf:// address
 
     # Device mesh. The sizes may change on resume (results then differ by rounding).
@@ -57,14 +58,14 @@ def get_config() -> ConfigDict:
     config.model.mlp_ratio = config_dict.placeholder(float)  # hidden width of the MLPs / width
     config.model.se = config_dict.placeholder(bool)  # squeeze-and-excitation (paper Table 12)
     config.model.layer_scale = config_dict.placeholder(bool)  # learned factors of all updates
-    config.model.vanilla_blocks = config_dict.placeholder(tuple)  # no words (paper Table 5)
+    config.model.vanilla_blocks = config_dict.placeholder(tuple)  # indices; no words (Table 5)
 
     config.data = ConfigDict()
     # "folder", "table" (CSV, JSON lines, Parquet), "imagenet_tars", "webdataset", "tfds", "digits"
     config.data.source = "folder"
     config.data.root = ""  # folder, table, or gs:// or hf:// address; of tfds the data_dir
     config.data.name = ""  # tfds data set, such as "cifar10" or "imagenet2012:5.1.0"
-    config.data.train_split = "train"  # shards, tables: also a file or "train-{000..146}.tar"
+    config.data.train_split = "train"  # or of shards and tables a path or pattern
     config.data.eval_split = "validation"  # or valid, val, test: the first that is there
     config.data.holdout = 0.0  # fraction held out if a folder or table has no evaluation split
     config.data.class_list = ""  # file with one class per line, in order; "" sorts the names
@@ -83,7 +84,8 @@ def get_config() -> ConfigDict:
     # How images become 8-bit RGB; the defaults give timm's pixels.
     config.data.exif = False  # turn images upright by their EXIF orientation
     config.data.background = ()  # RGB color, 0 to 255, behind transparency; () drops alpha
-    # Of 16 bits and floats: "clip" to 0..255, each image's "minmax", or (low, high) as 0 and 255.
+    # How 16-bit and float pixels become 0..255: "clip"; "minmax" scales the range of each image;
+    # (low, high) scales this range.
     config.data.deep_pixels = config_dict.FieldReference("clip", object)
     config.data.max_pixels = -1  # larger images are corrupt; -1 is Pillow's limit, 0 is no limit
     config.data.corrupt = "error"  # or "skip": replace unreadable images by neighbors, and count
@@ -107,9 +109,10 @@ def get_config() -> ConfigDict:
     config.augment.cutmix_alpha = 1.0  # likewise; 0 disables CutMix
     config.augment.mix_prob = 1.0  # probability of mixing a group
     config.augment.mix_switch_prob = 0.5  # probability of CutMix instead of mixup
-    # Groups of rows with a mixing weight each. The views of an image are in different groups.
+    # Groups of rows with a mixing weight each. With mix_groups >= repeats, the views of an image
+    # are in different groups.
     config.augment.mix_groups = 8
-    config.augment.mix_off_epochs = 0  # last epochs without mixup and CutMix
+    config.augment.mix_off_epochs = 0  # last epochs without mixup and CutMix, cool-down included
     config.augment.erase_prob = 0.25  # random erasing, after mixing: probability per image
     config.augment.erase_area = (0.02, 1 / 3)  # random erasing: area as a fraction of the image
     config.augment.erase_ratio = (0.3, 1 / 0.3)  # random erasing: aspect ratio

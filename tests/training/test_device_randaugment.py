@@ -109,7 +109,7 @@ def test_the_config_moves_randaugment_to_the_device(smoke_config, monkeypatch):
         run = Experiment(smoke_config(**options, augment__color_jitter=0.4 * (text == "rand")))
         batches.append(next(run.data.train_batches(0, 1))["image"])
         on_device.append(run.make_augment(10)["randaugment"])
-    assert on_device[1].keywords == {"augment": randaugment.parse("rand", (0.5, 0.5, 0.5))}
+    assert on_device[1].keywords == {"policy": randaugment.parse("rand", (0.5, 0.5, 0.5))}
     assert on_device[0] is on_device[2] is on_device[3] is None
     assert (batches[0] != batches[3]).any()
     np.testing.assert_array_equal(batches[1], batches[3])  # no color jitter either

@@ -137,7 +137,7 @@ def test_stored_logits_train_like_their_teacher_if_views_are_those_of_the_evalua
         experiment = Experiment(config)
         (batch,) = experiment.data.train_batches(0, 1)
         batch.pop("replaced")
-        state, batch = experiment.init_or_load_state(), sharding.to_global(batch, experiment.mesh)
+        state, batch = experiment.new_state(), sharding.to_global(batch, experiment.mesh)
         arguments = experiment.keys.steps, *experiment.teacher_variables
         losses.append(experiment.train_step(state, batch, *arguments)[1]["loss"])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
@@ -158,7 +158,7 @@ def test_a_step_distils_on_a_mesh_with_micro_batches(smoke_config, tmp_path):
     def first_step(**changes):
         config = smoke_config(**model | changes, distill__teacher=str(path), distill__weight=1.0)
         experiment = Experiment(config, num_classes=10, steps_per_epoch=29)
-        state, inputs = experiment.init_or_load_state(), sharding.to_global(batch, experiment.mesh)
+        state, inputs = experiment.new_state(), sharding.to_global(batch, experiment.mesh)
         step, key = experiment.train_step, experiment.keys.steps
         _, metrics = step(state, inputs, key, *experiment.teacher_variables)
         return metrics

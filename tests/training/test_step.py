@@ -172,7 +172,7 @@ def test_micro_batches_on_a_mesh_sum_gradients_in_turn_and_exchange_nothing_else
     for accumulate in (3, 1):
         config = smoke_config(**changes, accumulate=accumulate)
         experiment = Experiment(config, num_classes=10, steps_per_epoch=29)
-        state, key = experiment.init_or_load_state(), experiment.keys.steps
+        state, key = experiment.new_state(), experiment.keys.steps
         inputs = sharding.to_global(batch, experiment.mesh)
         step = experiment.train_step.lower(state, inputs, key).compile()
         metrics.append([])

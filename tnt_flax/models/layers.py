@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers of both networks, with torch's defaults where flax's differ.
+"""The layers of both networks, initialized as in the official code.
 
 Every layer acts on sequences `(*batch, T, W)` of T tokens of width W: the outer transformer reads
-sentences `(B, N + 1, D)`, the inner transformer words `(B, N, M, C)`. Arrays are added or
+sentences `(B, T, D)`, the inner transformer words `(B, N, M, C)`. Arrays are added or
 multiplied only at equal ranks (the tests forbid implicit rank promotion), hence every `[None]` and
 `broadcast_to`. Weights read from a file may be NumPy arrays, hence `jnp.asarray(...)`.
 """
@@ -145,7 +145,7 @@ class Attention(nn.Module):
     # logits, softmax and weighted sum; None computes them below. It is not used with `num_queries`,
     # while attention weights are captured, or with attention dropout. With a bias it is used only
     # if `attention_bias`, which means that the bias is its fifth argument. Without `context` it
-    # gets the keys of all tokens and applies `num_keys` itself.
+    # gets the keys of all tokens and must ignore those from `num_keys` on, which its maker binds.
     attention_fn: AttentionFn | None = None
     attention_bias: bool = False
     matmul_fn: MatmulFn = mixed_precision.matmul

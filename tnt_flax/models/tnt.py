@@ -100,7 +100,7 @@ class TNT(nn.Module):
 
     # -- Variant: see VARIANTS
     conv_first: bool = False  # convolve the image, then cut patches; otherwise the reverse
-    norm_each_word: bool = False  # blocks: LayerNorm of words before proj over C; or over M * C
+    norm_each_word: bool = False  # blocks: first LayerNorm of proj over C; False: over M * C
     proj_bias: bool = False  # blocks: bias of the dense layer of proj
     proj_norm: bool = True  # blocks: LayerNorm after the dense layer of proj
     stem_norm: bool = True  # stem: LayerNorm after the dense layer of proj
@@ -152,7 +152,7 @@ class TNT(nn.Module):
                 last=last_queries if stop == self.depth else None,
             )
 
-        # Of the field, not of the choice above: the stem, which comes before it, has the same norm.
+        # Chosen by the field, as in the stem, where the local `outer_impl` is not known yet.
         norm_layer = select.norm_layer(self.outer_impl)
         norm = norm_layer(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
         features = norm(sentences[:, 0])
@@ -235,9 +235,9 @@ class TNT(nn.Module):
     def implementations(self, words: Words, sentences: Sentences, train: bool) -> tuple[str, str]:
         """Returns the implementations of the inner and of the outer transformer.
 
-        "reference" replaces even an explicit choice where no other works: to create parameters, to
-        sow attention weights, for dropout in the inner transformer, and where the token that "gpu"
-        may append would show.
+        "reference" replaces even an explicit choice where some do not work: to create parameters,
+        to sow attention weights, for dropout in the inner transformer, and where the token that
+        "gpu" may append would show.
         """
         if self.is_initializing() or self.is_mutable_collection("intermediates"):
             return "reference", "reference"

@@ -31,10 +31,10 @@ class Calls(NamedTuple):
     bicubic: Bool[Array, "..."]  # filter of geometric operations; else bilinear
 
 
-def randaugment(key: Key[Array, ""], images: Images, augment: RandAugment) -> Images:
-    """Applies `augment.num_ops` randomly sampled operations to each image, one after the other."""
-    step = lambda images, calls: (apply_ops(images, calls, augment), None)
-    return jax.lax.scan(step, images, sample(key, len(images), augment))[0]
+def randaugment(key: Key[Array, ""], images: Images, policy: RandAugment) -> Images:
+    """Applies `policy.num_ops` randomly sampled operations to each image, one after the other."""
+    step = lambda images, calls: (apply_ops(images, calls, policy), None)
+    return jax.lax.scan(step, images, sample(key, len(images), policy))[0]
 
 
 def sample(key: Key[Array, ""], batch: int, augment: RandAugment) -> Calls:

@@ -45,8 +45,8 @@ class Experiment:
     """Everything that a config describes. `data` is its `training.data.ExperimentData`.
 
     Cached properties are built on first use, which may raise InputError. Methods named `make_*`
-    return functions or modules that are not jitted, and those named `init_*` are not jitted
-    themselves. `train_step` and `eval_step` are jitted for `mesh`.
+    return functions or modules that are not jitted. `init_variables` and `init_state` are for the
+    caller to jit. `train_step` and `eval_step` are jitted for `mesh`.
 
     Args:
         config: see `configs/default.py`. If it names no network, the network is that of `weights`.
@@ -116,7 +116,7 @@ class Experiment:
 
     @property
     def _has_data(self) -> bool:
-        """False if the caller gave the number of classes: then no data are read."""
+        """False if the caller gave the number of classes: network and loss then need no data."""
         return self._num_classes is None
 
     @property
@@ -186,8 +186,7 @@ class Experiment:
             InputError: the weights cannot be read (see `weights.read.read_checkpoint`), or are of
                 another network.
         """
-        # Files determine neither heads nor patch size, which are those of the config. The number of
-        # classes is set below.
+        # Files determine neither numbers of attention heads nor patch size: those are the config's.
         model, image_size = self.make_model(num_classes=0), self.data.image_size
         kind = "ema" if class_names else self.config.eval.weights
         fields = unstored_fields(model)
@@ -195,14 +194,14 @@ class Experiment:
             path, weights=kind, checkpoint=checkpoint, other_head=bool(class_names), **fields
         )
         found.notes += self._preprocessing_warnings(found, crop=not class_names)
-        # Taken from `found` before `adapt` changes its variables in place.
-        summary, num_classes, new_head = found.summary(), found.network.model.num_classes, False
+        summary = found.summary()  # before `adapt` changes its variables in place
+        num_classes, new_head = found.network.model.num_classes, False
         if class_names:
             renamed = found.class_names not in (None, tuple(class_names))
             new_head = renamed or len(class_names) != num_classes
             num_classes = len(class_names)
-            ordered = new_head or found.class_names is not None
-            if not ordered and (warning := class_order_warning(class_names)):
+            unnamed = not new_head and found.class_names is None  # maybe in another order
+            if unnamed and (warning := class_order_warning(class_names)):
                 found.notes.append(warning)
         adapted = adapt(found, num_classes, image_size, in_channels=3, new_head=new_head)
         description = f"the {self.config.model.name} that the config describes"
@@ -274,7 +273,7 @@ class Experiment:
         shardings = sharding.shardings(self.state_shapes, self.mesh)
         return jax.tree.map(lambda x, s: x.update(sharding=s), self.state_shapes, shardings)
 
-    def init_or_load_state(self) -> TrainState:
+    def new_state(self) -> TrainState:
         """Returns the sharded state of step 0, with new weights or those of `init_from`."""
         shardings = sharding.shardings(self.state_shapes, self.mesh)
         if not self.config.init_from:
@@ -302,10 +301,10 @@ class Experiment:
 
     def make_augment(self, num_classes: int) -> step.AugmentFn:
         """Returns `augment(batch, mix_key, erase_key, step)`; see `step.make_augment`."""
-        options, augment = self.config.augment, None
+        options, randaugment = self.config.augment, None
         if options.randaugment_on == "device" and self.data.randaugment:
-            augment = functools.partial(
-                device_randaugment.randaugment, augment=self.data.randaugment
+            randaugment = functools.partial(
+                device_randaugment.randaugment, policy=self.data.randaugment
             )
         mix_steps = None
         if options.mix_off_epochs:
@@ -313,7 +312,7 @@ class Experiment:
         return step.make_augment(
             num_classes,
             label_smoothing=options.label_smoothing,
-            randaugment=augment,
+            randaugment=randaugment,
             mix_steps=mix_steps,
             **mixup.functions(options),
             **self.data.normalization,

@@ -22,7 +22,8 @@ from tnt_flax.training.optimizer import Optimizer, select, trainable_mask
 Batch = dict[str, jax.Array]
 Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}, as `model.apply` takes them
 # (batch, key of mixing, key of erasing, step, *more) -> (images float32 [B, H, W, 3], targets).
-# Targets are float32 [B, K], K classes, or by `distillation.add_teacher` (targets, logits [B, K]).
+# Targets: float32 [B, K] for K classes; after `distillation.add_teacher` the pair of these and the
+# teacher's logits [B, K].
 AugmentFn = Callable[..., tuple[jax.Array, Any]]
 
 CALIBRATION_BINS = 15  # of equal width, as in Guo et al. (arXiv 1706.04599)
@@ -92,7 +93,8 @@ def make_augment(
         if targets.ndim == 3:  # several classes per image
             targets = targets.max(axis=1)
         targets = optax.smooth_labels(targets, label_smoothing)
-        if randaugment:  # with a key of its own, which `mix` does not derive from `mix_key`
+        if randaugment:
+            # `mix` splits `mix_key`, which may give the keys of `fold_in` with small numbers.
             images = randaugment(jax.random.fold_in(mix_key, 2**31), images)
         if mix:
             mixed = mix(mix_key, images, targets)
@@ -133,7 +135,8 @@ def make_loss(
             images,
             train=True,
             rngs={"dropout": key},
-            # BatchNorm normalizes with its running statistics if the collection is immutable.
+            # `models.pyramid_tnt.BatchNorm`, unlike flax's, normalizes with its running statistics
+            # if the collection is immutable.
             # Unlike False, an empty list keeps the second result of `apply`.
             mutable=[] if frozen_stats else ["batch_stats"],
         )
@@ -284,7 +287,7 @@ def update_ema(ema: Variables, variables: Variables, decay: float | jax.Array) -
     """Returns decay * ema + (1 - decay) * variables.
 
     The EMA of a constant is exactly that constant, which keeps frozen weights bit-identical.
-    Integers, BatchNorm's counts, are copied.
+    Integers are copied: the `count` of `models.pyramid_tnt.BatchNorm`.
     """
 
     def update(old, new):
@@ -353,7 +356,7 @@ def sum_scores(
     Returns:
         top1, top5, loss, images: scalars.
         per_class [3, classes]: images, top1 and top5 by label.
-        calibration [3, bins]: images, top1 and confidence by confidence.
+        calibration [3, bins]: images, sum of top1 and sum of confidence, by bins of confidence.
     """
 
     def sums_by(index, num_bins, *columns):

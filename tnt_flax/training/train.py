@@ -34,8 +34,8 @@ def train_and_evaluate(
     Args:
         config: see `configs/default.py`.
         workdir: folder of the run.
-        owns_process: the run may exit the process, as that of a command, see `Watchdog`. Otherwise,
-            a run of a single process ends by an exception only.
+        owns_process: True: the run may end the process itself, as a command may, see `Watchdog`.
+            False: a run of a single process returns or raises.
 
     Returns:
         The metrics of the last evaluation (see `evaluate.evaluate`), the step, and the SHA-256
@@ -66,7 +66,7 @@ def train_and_evaluate(
         stack.enter_context(host.explain_device_errors(suggest))
         state = checkpoints.restore_latest(experiment.abstract_state)
         if state is None:
-            state = experiment.init_or_load_state()
+            state = experiment.new_state()
         start_step = int(state.step)
         run.log_start(experiment, workdir, start_step)
         for warning in experiment.training_warnings():
@@ -98,9 +98,9 @@ def train_loop(
 
     `eval.patience` may end the run earlier. A signal makes `watchdog` raise Stopped after a step or
     a batch of an evaluation, and with one process while the loop waits for data. The loop then
-    saves the state. If the data fail, a run of one process saves, too; one of several ends at once.
+    saves the state. If the data fail, only a run of one process saves.
     """
-    step, total_steps = int(state.step), experiment.total_steps  # step: updates of `state`
+    step, total_steps = int(state.step), experiment.total_steps  # step: updates applied so far
     step_args = (experiment.keys.steps, *experiment.teacher_variables)
     due = functools.partial(is_due, experiment)
     evaluate = functools.partial(run.evaluate_state, experiment, writer, watchdog)
@@ -111,7 +111,7 @@ def train_loop(
     batches = experiment.data.train_batches(step, total_steps - step)
     try:
         metrics = checkpoints.metrics(step)  # the result if no step is left
-        # A signal stopped an earlier process in this evaluation: it saved no metrics.
+        # An earlier start of this run ended in this evaluation, or had another `eval.every`.
         if step and due("eval", step) and not metrics:
             metrics = evaluate(state, step)
             checkpoints.add_metrics(step, metrics)
@@ -123,7 +123,7 @@ def train_loop(
             batch = to_global(batch, experiment.mesh)
             state, step_metrics = experiment.train_step(state, batch, *step_args)
             step += 1
-            meter.add(step, step_metrics)  # fetches those of step - 1: the device never waits
+            meter.add(step, step_metrics)  # fetches those of step - 1: the device need not wait
             if due("log", step):
                 averages = meter.averages(step)
                 writer.write(step, averages | {"checkpoint/failed": checkpoints.failed_saves})
@@ -141,7 +141,7 @@ def train_loop(
         meter.fetch_pending_metrics()  # raises RunError instead of saving a NaN
         if step:  # a new run recreates the state of step 0
             checkpoints.save_blocking(state, step)
-        if isinstance(error, Stopped):
+        if isinstance(error, Stopped) and step:
             raise Stopped(f"step {step} is saved; the same command resumes from there") from None
         raise
     finally:
