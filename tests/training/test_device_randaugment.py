@@ -89,7 +89,7 @@ def test_distribution_is_that_of_the_host(config):
 @pytest.mark.slow
 def test_images_do_not_depend_on_the_devices_or_on_other_images():
     images = np.random.default_rng(0).integers(0, 256, (16, 12, 10, 3), np.uint8)
-    apply = functools.partial(device_randaugment.randaugment, augment=PUBLISHED)
+    apply = functools.partial(device_randaugment.randaugment, policy=PUBLISHED)
     expected = jax.jit(apply)(jax.random.key(3), images)
     assert ((expected != images).any((1, 2, 3)).mean()) > 0.5
     np.testing.assert_array_equal(jax.jit(apply)(jax.random.key(3), images[:5]), expected[:5])
