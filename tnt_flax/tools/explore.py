@@ -42,6 +42,7 @@ from tnt_flax.weights.read import LoadedWeights
 logger = logging.getLogger(__name__)
 TOP = 5  # predictions per image
 FOLDER = pathlib.Path(__file__).parent / "explorer"
+STYLE, PREDICTIONS = FOLDER / "style.css", FOLDER / "predictions.js"  # shared with the demo
 
 
 def add_arguments(parser: Parser) -> None:
@@ -143,16 +144,11 @@ def content_policy() -> str:
     )
 
 
-def style() -> str:
-    """Returns the style sheet, which the demo shares."""
-    return _parts()[0]["style"]
-
-
 @functools.cache
 def _parts():
     """Returns {"style": text, "script": text} and the page's template."""
-    files = {"style": "style.css", "script": "script.js"}
-    text = {name: (FOLDER / file).read_text("utf-8") for name, file in files.items()}
+    files = {"style": [STYLE], "script": [PREDICTIONS, FOLDER / "script.js"]}
+    text = {k: "".join(file.read_text("utf-8") for file in x) for k, x in files.items()}
     return text, string.Template((FOLDER / "page.html").read_text("utf-8"))
 
 

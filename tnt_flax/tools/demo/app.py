@@ -58,14 +58,19 @@ def make_app(service: Service, local: bool) -> ASGIApp:
 
     routes = [
         Route("/", _static(_page(service), "text/html")),
-        Route("/script.js", _static((FOLDER / "script.js").read_text("utf-8"), "text/javascript")),
-        Route("/style.css", _static((FOLDER / "style.css").read_text("utf-8"), "text/css")),
-        Route("/explorer.css", _static(explore.style(), "text/css")),
+        Route("/script.js", _static(_read(FOLDER / "script.js"), "text/javascript")),
+        Route("/predictions.js", _static(_read(explore.PREDICTIONS), "text/javascript")),
+        Route("/style.css", _static(_read(FOLDER / "style.css"), "text/css")),
+        Route("/explorer.css", _static(_read(explore.STYLE), "text/css")),
         Route("/predict", uploads.predict, methods=["POST"]),
         Route("/explore/{key}", explorer),
     ]
     handlers = {Refused: _refuse, HTTPException: _http_error, Exception: _internal_error}
     return Guard(Starlette(routes=routes, exception_handlers=handlers), local)
+
+
+def _read(path):
+    return path.read_text("utf-8")
 
 
 def _static(text, media_type):
@@ -77,7 +82,7 @@ def _static(text, media_type):
 
 def _page(service):
     values = {"network": html.escape(service.network), "megabytes": MAX_BYTES >> 20}
-    return string.Template((FOLDER / "page.html").read_text("utf-8")).substitute(values)
+    return string.Template(_read(FOLDER / "page.html")).substitute(values)
 
 
 class Uploads:

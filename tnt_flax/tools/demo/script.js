@@ -24,17 +24,7 @@ function showFailure(card, message) {
 function showPredictions(card, {predictions, explorer}) {
   card.querySelector(".message").remove();
   const table = card.querySelector(".predictions");
-  for (const {label, probability} of predictions) {
-    const [name, share] = [document.createElement("td"), document.createElement("td")];
-    name.textContent = label;
-    const bar = document.createElement("div");
-    bar.className = "bar";
-    const length = document.createElement("i");
-    length.style.width = `${70 * probability}%`;
-    bar.append(length, `${(100 * probability).toFixed(2)} %`);
-    share.append(bar);
-    table.insertRow().append(name, share);
-  }
+  listPredictions(table, predictions);
   table.hidden = false;
   const link = card.querySelector(".explore");
   link.href = explorer;

@@ -1,5 +1,5 @@
-"use strict";
-// Draws attention over images. Attention weights are code * scale, see tools/explore.py.
+// Draws attention over images. Attention weights are code * scale, see tools/explore.py. Follows
+// predictions.js in the same script.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const ROLLOUT = "rollout";
@@ -212,7 +212,6 @@ function outline(context, row, column, cell, dashed) {
   context.setLineDash([]);
 }
 
-const percent = (x) => `${(100 * x).toFixed(2)} %`;
 const place = (index, columns) => {
   const [row, column] = rowAndColumn(index, columns);
   return `row ${row + 1}, column ${column + 1}`;
@@ -418,18 +417,8 @@ function listenToWords(view) {
   });
 }
 
-function listPredictions(view) {
-  for (const {label, probability} of view.image.predictions) {
-    const [name, share] = [document.createElement("td"), document.createElement("td")];
-    name.textContent = label;
-    const bar = document.createElement("div");
-    bar.className = "bar";
-    const length = document.createElement("i");
-    length.style.width = `${70 * probability}%`;
-    bar.append(length, percent(probability));
-    share.append(bar);
-    view.predictions.insertRow().append(name, share);
-  }
+function showPredictions(view) {
+  listPredictions(view.predictions, view.image.predictions);
   view.predictions.hidden = !view.image.predictions.length;
 }
 
@@ -455,7 +444,7 @@ function makeView(image) {
     wordReading: find("word-reading"), strip: find("strip"), predictions: find("predictions"),
   };
   root.querySelector("h2").textContent = image.name;
-  listPredictions(view);
+  showPredictions(view);
   makeStrip(view);
   listenToSentences(view);
   listenToWords(view);
