@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A network with its weights as one function of images, for export."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.models import block_outputs
+from tnt_flax.training.step import cast_kernels
 from tnt_flax.weights.read import LoadedWeights
 
 BLOCK_OUTPUTS = ("outer_attention", "inner_attention", "sentences", "words")
@@ -48,7 +49,8 @@ def make_program(
         raise InputError(f"{found.path} has no head: --outputs=logits is not possible")
     reference = dict(inner_impl="reference", outer_impl="reference", remat="none")
     model = found.network.model.clone(dtype=jnp.dtype(dtype), **(reference if portable else {}))
-    variables = _with_kernels(jax.device_get(found.variables), dtype)
+    # Stored as the network would cast them.
+    variables = cast_kernels(jax.device_get(found.variables), jnp.dtype(dtype))
     of_blocks = [name for name in outputs if name in BLOCK_OUTPUTS]
 
     def program(images):
@@ -75,12 +77,3 @@ def make_program(
         return {k: x for k, x in results.items() if k in outputs or k.rpartition("_")[0] in outputs}
 
     return program
-
-
-def _with_kernels(variables: Mapping[str, Any], dtype: str) -> Any:
-    """Returns the variables with kernels of `dtype`, to which the network would cast them."""
-
-    def cast(path, x):
-        return x.astype(jnp.dtype(dtype)) if path[-1].key == "kernel" else x
-
-    return jax.tree_util.tree_map_with_path(cast, variables)
