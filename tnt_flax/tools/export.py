@@ -301,7 +301,6 @@ def evaluate(found: LoadedWeights, run: Run, args: argparse.Namespace) -> dict[s
         InputError: the data cannot be read, their classes are not those of the network, or their
             images have several classes.
     """
-    from tnt_flax.data.labels import map_to_network, select_classes
     from tnt_flax.training import evaluate as evaluation
     from tnt_flax.training.experiment import Experiment
 
@@ -313,9 +312,7 @@ def evaluate(found: LoadedWeights, run: Run, args: argparse.Namespace) -> dict[s
     source = evaluation.open_labeled_source(experiment)
     if experiment.data.is_multi_label(source):
         raise InputError("--config has images of several classes: evaluate with `tnt-flax eval`")
-    allowed = select_classes(config.eval.classes, found.class_names, classes)
-    to_network = map_to_network(source.class_names, found.class_names, classes)
-    batches = evaluation.relabeled(experiment.data.eval_batches(source), to_network, allowed)
+    batches, allowed = evaluation.labeled_batches(experiment, source, found.class_names, classes)
     network = _Exported(run, args.layout, classes)
     eval_step = experiment.make_eval_step(network, classes=allowed)
     return evaluation.evaluate(eval_step, {}, batches, experiment.mesh)[0]

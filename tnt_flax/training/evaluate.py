@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -186,15 +186,12 @@ def evaluate_checkpoint(
         variables, found = experiment.load_variables(path, checkpoint=checkpoint)
         variables = sharding.put_global(variables, mesh)
         class_names, num_classes = found.class_names, found.network.model.num_classes
-        classes = select_classes(experiment.config.eval.classes, class_names, num_classes)
-        to_network = map_to_network(source.class_names, class_names, num_classes)
+        batches, classes = labeled_batches(experiment, source, class_names, num_classes)
 
         logger.info(f"evaluating on {len(source)} images")
         model = experiment.make_model(num_classes)
         eval_step = experiment.make_eval_step(model, classes=classes, multi_label=multi_label)
         eval_step = sharding.jit_eval_step(eval_step, mesh, experiment.config.deterministic)
-        batches = experiment.data.eval_batches(source)
-        batches = relabeled(batches, to_network, classes, keep_unlabeled=multi_label)
         # `setup`: there is nothing to save, so a signal may end the process at once.
         progress = functools.partial(watchdog.progress, setup=True)
         metrics, sums = evaluate(eval_step, variables, batches, mesh, progress)
@@ -207,6 +204,33 @@ def evaluate_checkpoint(
         if write_row:
             write_per_class(write_row, sums["per_class"], class_names, multi_label)
     return {**metrics, "checkpoint": found.path}
+
+
+def labeled_batches(
+    experiment: Experiment,
+    source: Source,
+    class_names: Sequence[str] | None,
+    num_classes: int,
+) -> tuple[Batches, tuple[int, ...] | None]:
+    """Returns evaluation batches with the labels of a network, and its allowed classes.
+
+    Args:
+        experiment: of the evaluation.
+        source: the evaluation split.
+        class_names: of the network, if they are known.
+        num_classes: of the network.
+
+    Returns:
+        The batches of `relabeled`, and the classes that predictions are restricted to by
+        `eval.classes`; None for all.
+
+    Raises:
+        InputError: the classes do not fit together, see `data.labels`.
+    """
+    classes = select_classes(experiment.config.eval.classes, class_names, num_classes)
+    to_network = map_to_network(source.class_names, class_names, num_classes)
+    batches, keep = experiment.data.eval_batches(source), experiment.data.is_multi_label(source)
+    return relabeled(batches, to_network, classes, keep_unlabeled=keep), classes
 
 
 @contextlib.contextmanager
