@@ -163,7 +163,8 @@ def with_classes(evaluation: Source, class_names: Sequence[str]) -> Source:
             "data.class_list and data.subset=true"
         )
     labels = np.array([label_of[name] for name in spelled], np.int32)
-    lacking = [n for label, n in enumerate(class_names) if label not in set(labels.tolist())]
+    present = set(labels.tolist())
+    lacking = [name for label, name in enumerate(class_names) if label not in present]
     if lacking:
         logger.warning("the evaluation split has no images of %s", listed(lacking))
     return Relabeled(evaluation, tuple(class_names), labels)
