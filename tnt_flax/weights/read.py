@@ -254,8 +254,8 @@ def _check_tensors(
     source: str, tensors: Mapping[str, Any], expected: Mapping, unexpected: Mapping[str, Any]
 ) -> None:
     """Raises InputError unless the tensors are exactly those of the network."""
-    packed = [name for name, x in tensors.items() if name in expected and not _is_float(x)]
-    if packed := [name for name in packed if _is_float(expected[name])]:
+    floats = {name for name, x in expected.items() if _is_float(x)}
+    if packed := [name for name, x in tensors.items() if name in floats and not _is_float(x)]:
         raise InputError(f"{source}: {listed(packed, limit=3)} are quantized or integers: {DENSE}")
     more = {(f"{n} (again)" if n in tensors else n): x for n, x in unexpected.items()}
     try:
