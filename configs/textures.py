@@ -23,7 +23,6 @@ def get_config():
     config.data.root = "textures"
     config.data.name = ""
 
-    config.augment.randaugment = ""
     config.augment.color_jitter = 0.0  # the textures are grey
     config.augment.mixup_alpha = 0.0  # mixing needs longer runs
     config.augment.cutmix_alpha = 0.0
