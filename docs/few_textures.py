@@ -140,11 +140,11 @@ def run(workdir, config):
 
 def neighbors(train, test, names, features, count=1) -> float:
     """Returns the top-1 on the test images of the nearest training images by `features`."""
-    (images, labels), (queries, answers) = (
+    (images, labels), (test_images, test_labels) = (
         read(root / split, names) for root, split in ((train, "train"), (test, "test"))
     )
     nearest = KNeighborsClassifier(count).fit(FEATURES[features](images), labels)
-    return float(nearest.score(FEATURES[features](queries), answers))
+    return float(nearest.score(FEATURES[features](test_images), test_labels))
 
 
 def read(folder, names):
