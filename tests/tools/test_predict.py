@@ -347,6 +347,7 @@ def logits_of(classifier, files):
     return np.asarray(jax.jit(classifier.model.apply)(classifier.variables, images))
 
 
+@pytest.mark.slow
 def test_predictions_above_a_threshold(weights, folder, tmp_path, capsys):
     files = [folder / "china.png", folder / "small.png"]
     classifier = tnt_flax.load_classifier(weights)
@@ -374,6 +375,7 @@ def test_predictions_above_a_threshold(weights, folder, tmp_path, capsys):
         classifier.predict(files, threshold=0.5)
 
 
+@pytest.mark.slow
 def test_logits_are_stored_with_the_names_of_the_images(weights, folder, tmp_path):
     files, path = [folder / "china.png", folder / "sub/img9.jpg"], tmp_path / "a.safetensors"
     result = run(weights, *files, f"--logits={path}")
