@@ -38,8 +38,8 @@ from tnt_flax.runtime.processes import exit_now
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 OPTIONAL_SIGNALS = tuple(getattr(signal, x) for x in ("SIGHUP", "SIGUSR1") if hasattr(signal, x))
 POLL_INTERVAL = 1.0  # seconds between checks of the clock and of the other processes
-# Seconds that a failed process 0 waits before it exits, so that the others can read the cause:
-# its exit ends the coordinator and with it the others.
+# Seconds that process 0 waits before it exits after a failure, so that the others can read the
+# cause and exit: its exit ends the coordinator, which aborts those that still run.
 EXIT_DELAY = 3.0
 # JAX's errors when another process has died: from gloo, NCCL or the coordination service.
 CONNECTION_ERRORS = re.compile(
@@ -176,7 +176,7 @@ class Watchdog:
         else:
             code, cause = print_error(error), one_line(error)
         self._report_failure(code, cause)
-        exit_now(code)
+        self._exit_after_failure(code)
 
     # ------------------------------------------------------------------------------- signals
 
@@ -232,7 +232,7 @@ class Watchdog:
         logger.error(f"error: {cause}; stacks of all threads above{hint}")
         if self._may_exit:
             self._report_failure(STALLED, cause)
-            exit_now(STALLED)
+            self._exit_after_failure(STALLED)
         thread, error = ctypes.c_ulong(self._run_thread), ctypes.py_object(_Stalled)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)
 
@@ -246,7 +246,7 @@ class Watchdog:
                 f"error: process {failure['process']} ({failure['host']}) ended the run: "
                 f"{failure['cause']}"
             )
-            exit_now(failure["code"])
+            self._exit_after_failure(failure["code"])
 
     def _report_failure(self, code, cause):
         if not self._distributed:
@@ -258,6 +258,9 @@ class Watchdog:
             processes.coordinator_client().key_value_set(FAILURE_KEY, json.dumps(failure))
         except jax.errors.JaxRuntimeError:
             pass  # another process failed first, or the coordinator has ended
-        if processes.is_main_process():
+
+    def _exit_after_failure(self, code):
+        if self._distributed and processes.is_main_process():
             sys.stderr.flush()
             time.sleep(EXIT_DELAY)
+        exit_now(code)
