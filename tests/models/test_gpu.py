@@ -70,7 +70,7 @@ def attend(qkv, scale):
 def test_attention_of_words(gain, tolerance):
     """With a gain of 30 the softmax is near a maximum; its exponentials must not overflow."""
     qkv, weights = gain * normal(2, 3, 16, 3, 2, 3), normal(2, 3, 16, 2, 3, seed=1)
-    run = lambda fn: jax.value_and_grad(lambda x: (weights * fn(x, 0.4)).sum())(qkv)
+    run = lambda fn: jax.jit(jax.value_and_grad(lambda x: (weights * fn(x, 0.4)).sum()))(qkv)
     check_same(run(gpu.attend_words), run(attend), tolerance)
 
 
@@ -81,7 +81,7 @@ def test_gradient_of_the_layer_norm():
 
     def run(module):
         loss = lambda params, x: (weights * module(epsilon=1e-9).apply(params, x)).sum()
-        return jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, x)
 
     check_same(run(gpu.LayerNorm), run(layers.LayerNorm), 1e-3)
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import numpy_tnt
 from tests.helpers.jaxprs import equations
-from tests.helpers.networks import normal, random_variables
+from tests.helpers.networks import jit, normal, random_variables
 from tnt_flax.models import TNT, PyramidTNT, layers
 
 # -- LayerNorm and GELU
@@ -38,7 +38,8 @@ def test_attention_equals_loops_over_heads(fields):
     x = 2 * normal(2, 3, 5, 12)
     attention = layers.Attention(3, **fields)
     variables = random_variables(attention, x, train=False)
-    out, state = attention.apply(variables, x, train=False, mutable=["intermediates"])
+    run = jit(functools.partial(attention.apply, train=False, mutable=["intermediates"]))
+    out, state = run(variables, x)
     weights = state["intermediates"]["weights"][0]
     assert weights.shape == (2, 3, 3, 5, 5)
     for i, j in np.ndindex(2, 3):
@@ -53,10 +54,14 @@ def test_leading_queries_with_a_bias_equal_those_of_all_queries():
     x, bias = normal(2, 5, 12), normal(1, 3, 5, 5)
     block = layers.TransformerBlock(3)
     variables = random_variables(block, x, None, train=False)
-    run = functools.partial(block.apply, variables, x, None, bias=bias, train=False)
-    assert run(num_queries=2).shape == (2, 2, 12)
-    np.testing.assert_allclose(run(num_queries=2), run()[:, :2], atol=1e-6)
-    assert abs(run() - block.apply(variables, x, None, train=False)).max() > 0.01
+    run = jit(functools.partial(block.apply, train=False), static_argnames="num_queries")
+    first, full = (
+        run(variables, x, None, bias=bias, num_queries=2),
+        run(variables, x, None, bias=bias),
+    )
+    assert first.shape == (2, 2, 12)
+    np.testing.assert_allclose(first, full[:, :2], atol=1e-6)
+    assert abs(full - run(variables, x, None)).max() > 0.01
 
 
 def test_large_logits_do_not_overflow():
@@ -64,7 +69,8 @@ def test_large_logits_do_not_overflow():
     attention = layers.Attention(1)
     variables = random_variables(attention, x, train=False)
     expected, _ = numpy_tnt.attention(variables["params"], np.asarray(x[0], np.float64), heads=1)
-    np.testing.assert_allclose(attention.apply(variables, x, train=False)[0], expected, rtol=1e-3)
+    found = jit(functools.partial(attention.apply, train=False))(variables, x)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +91,8 @@ def test_transformer_block_equals_the_equations(fields):
         numpy_tnt.transformer(block, params, tokens, heads=3)[0]
         for tokens in np.asarray(x, np.float64)
     ]
-    np.testing.assert_allclose(block.apply(variables, x, None, train=False), expected, atol=1e-5)
+    found = jit(functools.partial(block.apply, train=False))(variables, x, None)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_mlp_width_is_truncated_like_torchs():
