@@ -1,4 +1,4 @@
-# make train    makes the environment and trains a small TNT on the embedded digits
+# make train    makes the environment and trains a small TNT on scikit-learn's digits
 # make eval     evaluates the run of `make train`
 # make test     makes the environment and runs ruff and the fast tests: 5 minutes on 2 cores
 # make test-all installs torch, timm and libtpu, too, and runs all other tests: slow, soak, oracle

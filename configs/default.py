@@ -36,12 +36,12 @@ def get_config() -> ConfigDict:
     config.model.name = "tnt_s_patch16_224"  # of tnt_flax.list_models(); "": that of the weights
     config.model.drop_path = 0.1  # stochastic depth rate of the last block, linear from 0
     config.model.uniform_drop_path = False  # the rate of all blocks (DeiT-III)
-    config.model.dropout = 0.0  # after position embeddings, attention projections and MLP layers
+    config.model.dropout = 0.0  # of sentences with positions, attention outputs and MLPs
     config.model.attention_dropout = 0.0  # of attention weights
     config.model.dtype = "bfloat16"  # activations; weights, norms and softmax are float32
     # "auto", or an implementation of the same function, equal up to rounding: "reference", "cpu",
-    # "gpu"; for TNT also "pallas" (TPU) and, in the inner transformer only, "lanes" and "mosaic"
-    # (Hopper GPUs).
+    # "gpu"; for TNT also "pallas", for TPUs. The inner transformer of TNT also has "lanes", for
+    # TPUs, and "mosaic", for Hopper GPUs.
     config.model.inner_impl = "auto"  # of the inner transformer
     config.model.outer_impl = "auto"  # of the outer transformer
     config.model.remat = "auto"  # rematerialization: "none" or "block"; auto: block, except on CPUs
@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
     config.model.inner_stride = config_dict.placeholder(int)  # pixels between words
     config.model.mlp_ratio = config_dict.placeholder(float)  # hidden width of the MLPs / width
     config.model.se = config_dict.placeholder(bool)  # squeeze-and-excitation (paper Table 12)
-    config.model.layer_scale = config_dict.placeholder(bool)  # learned factors of all updates
+    config.model.layer_scale = config_dict.placeholder(bool)  # LayerScale in both transformers
     config.model.vanilla_blocks = config_dict.placeholder(tuple)  # indices; no words (Table 5)
 
     config.data = ConfigDict()
@@ -65,11 +65,11 @@ def get_config() -> ConfigDict:
     config.data.source = "folder"
     config.data.root = ""  # folder, table, or gs:// or hf:// address; of tfds the data_dir
     config.data.name = ""  # tfds data set, such as "cifar10" or "imagenet2012:5.1.0"
-    config.data.train_split = "train"  # or of shards and tables a path or pattern
-    config.data.eval_split = "validation"  # or valid, val, test: the first that is there
+    config.data.train_split = "train"  # name; for shards and tables also a path or pattern
+    config.data.eval_split = "validation"  # if missing: valid, val, ..., test, the first found
     config.data.holdout = 0.0  # fraction held out if a folder or table has no evaluation split
     config.data.class_list = ""  # file with one class per line, in order; "" sorts the names
-    config.data.class_order = "natural"  # of names without a list; "string" is torchvision's
+    config.data.class_order = "natural"  # order without class_list; "string" is torchvision's
     config.data.subset = False  # leave out classes that are not in class_list
     config.data.balanced = False  # all classes equally often: repeats images of small classes
     config.data.image_column = ""  # table: paths, bytes, or "images/{id}.jpg"; "" finds the column
@@ -90,7 +90,7 @@ def get_config() -> ConfigDict:
     config.data.max_pixels = -1  # larger images are corrupt; -1 is Pillow's limit, 0 is no limit
     config.data.corrupt = "error"  # or "skip": replace unreadable images by neighbors, and count
     config.data.threads = 8  # that decode and augment, in each process that reads images
-    config.data.workers = 0  # reading processes of each training process; 0: it reads itself
+    config.data.workers = 0  # reader processes per training process; 0: only its threads read
     config.data.retry_seconds = 120.0  # retry storage errors (not corrupt images) for this long
 
     config.augment = ConfigDict()
@@ -107,11 +107,11 @@ def get_config() -> ConfigDict:
     config.augment.label_smoothing = 0.1
     config.augment.mixup_alpha = 0.8  # mixing weights are Beta(alpha, alpha); 0 disables mixup
     config.augment.cutmix_alpha = 1.0  # likewise; 0 disables CutMix
-    config.augment.mix_prob = 1.0  # probability of mixing a group
-    config.augment.mix_switch_prob = 0.5  # probability of CutMix instead of mixup
     # Groups of rows with a mixing weight each. With mix_groups >= repeats, the views of an image
     # are in different groups.
     config.augment.mix_groups = 8
+    config.augment.mix_prob = 1.0  # probability of mixing a group
+    config.augment.mix_switch_prob = 0.5  # probability of CutMix instead of mixup
     config.augment.mix_off_epochs = 0  # last epochs without mixup and CutMix, cool-down included
     config.augment.erase_prob = 0.25  # random erasing, after mixing: probability per image
     config.augment.erase_area = (0.02, 1 / 3)  # random erasing: area as a fraction of the image

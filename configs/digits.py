@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small TNT on the embedded handwritten digits: minutes on two CPU cores, no download.
+"""A small TNT on scikit-learn's handwritten digits: minutes on two CPU cores, no download.
 
     tnt-flax train --config=digits --workdir=runs/digits
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# The smallest run that still does everything: 29 steps an epoch on the embedded digits.
+# The smallest run that still does everything: 29 steps an epoch on the digits.
 SMOKE = {
     "epochs": 1,
     "batch_size": 48,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers of both networks, initialized as in the official code.
+"""The layers of TNT and PyramidTNT, initialized as in the official code.
 
 Every layer acts on sequences `(*batch, T, W)` of T tokens of width W: the outer transformer reads
 sentences `(B, T, D)`, the inner transformer words `(B, N, M, C)`. Arrays are added or
@@ -145,7 +145,7 @@ class Attention(nn.Module):
     # logits, softmax and weighted sum; None computes them below. It is not used with `num_queries`,
     # while attention weights are captured, or with attention dropout. With a bias it is used only
     # if `attention_bias`, which means that the bias is its fifth argument. Without `context` it
-    # gets the keys of all tokens and must ignore those from `num_keys` on, which its maker binds.
+    # gets the keys of all tokens, and must itself ignore those from `num_keys` on.
     attention_fn: AttentionFn | None = None
     attention_bias: bool = False
     matmul_fn: MatmulFn = mixed_precision.matmul

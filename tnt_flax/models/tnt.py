@@ -8,7 +8,7 @@ sentence, and the outer transformer attends among the sentences. Letters in shap
     B images   N sentences per image   M words per sentence   C word width   D sentence width
     T tokens of the outer transformer: the sentences and the class token
 
-The default fields are the official network (huawei-noah, `tnt_pytorch/tnt.py`).
+The defaults are those of the official network (huawei-noah, `tnt_pytorch/tnt.py`).
 """
 
 import itertools
@@ -44,7 +44,7 @@ from tnt_flax.models.tnt_blocks import (
     WordsToSentences,
 )
 
-# Four networks were published as TNT. "legacy" is timm before 1.0.16 and mmpretrain, written before
+# Four variants were published as TNT. "legacy" is timm before 1.0.16 and mmpretrain, written before
 # the authors' code was public. Both MindSpore variants are the authors' own, the first for
 # ImageNet, the second for Oxford-IIIT Pets.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -93,12 +93,12 @@ class TNT(nn.Module):
     vanilla_blocks: tuple[int, ...] = ()  # indices of blocks without words (paper, Table 5)
 
     # -- Regularization
-    dropout: float = 0.0  # of positions, attention outputs and MLPs
+    dropout: float = 0.0  # of sentences with positions, attention outputs and MLPs
     attention_dropout: float = 0.0
     drop_path: float = 0.0  # of the last block, increasing linearly from 0 in the first
     uniform_drop_path: bool = False  # the same rate in every block (DeiT-III)
 
-    # -- Variant: see VARIANTS
+    # -- Variant: see VARIANTS. proj is the `WordsToSentences` of the blocks or of the stem.
     conv_first: bool = False  # convolve the image, then cut patches; otherwise the reverse
     norm_each_word: bool = False  # blocks: first LayerNorm of proj over C; False: over M * C
     proj_bias: bool = False  # blocks: bias of the dense layer of proj
@@ -135,8 +135,8 @@ class TNT(nn.Module):
         # From here on words and sentences may have the shapes of an implementation.
         words, sentences = select.to_layout(inner_impl, outer_impl, words, sentences, train=train)
         rates = drop_path_rates(self) if train and self.drop_path else None
-        # The head reads the class token alone. In the last block no other sentence needs an update,
-        # which saves 6 % of the FLOPs of TNT-S, unless squeeze-excite reads the mean over all.
+        # The head reads the class token alone, so the last outer transformer updates that token
+        # alone: 6 % fewer FLOPs for TNT-S. Squeeze-excite reads the mean over all tokens.
         last_queries = None if self.se else dict(num_queries=1)
         for start, stop, vanilla in self.groups():
             block = self.make_block(f"blocks_{start}", vanilla)
@@ -152,7 +152,7 @@ class TNT(nn.Module):
                 last=last_queries if stop == self.depth else None,
             )
 
-        # Chosen by the field, as in the stem, where the local `outer_impl` is not known yet.
+        # From `self.outer_impl`, like the stem, which runs before `outer_impl` is chosen above.
         norm_layer = select.norm_layer(self.outer_impl)
         norm = norm_layer(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
         features = norm(sentences[:, 0])
@@ -235,15 +235,15 @@ class TNT(nn.Module):
     def implementations(self, words: Words, sentences: Sentences, train: bool) -> tuple[str, str]:
         """Returns the implementations of the inner and of the outer transformer.
 
-        "reference" replaces even an explicit choice where some do not work: to create parameters,
-        to sow attention weights, for dropout in the inner transformer, and where the token that
-        "gpu" may append would show.
+        Falls back to "reference", even from an explicit choice, where an implementation cannot
+        work: in `init`, to sow attention weights, with dropout in the inner transformer, and where
+        the padding token of "gpu" would show.
         """
         if self.is_initializing() or self.is_mutable_collection("intermediates"):
             return "reference", "reference"
         outer = select.choose_outer(self.outer_impl, sentences.shape, self.outer_heads)
         if outer == "gpu" and (self.se or self.is_mutable_collection("maps")):
-            outer = "reference"  # the mean of `se`, and maps, would include the appended token
+            outer = "reference"  # the mean of `se`, and maps, would include the padding token
         has_dropout = train and (self.dropout or self.attention_dropout)
         if not self.inner_heads or has_dropout:
             return "reference", outer

@@ -157,7 +157,7 @@ class TNTBlock(nn.Module):
         drop_path_rate: rate of all updates of both transformers; None disables drop path.
         bias: [1, heads, T, K], added to the logits of the outer attention. K is T, or less if
             `outer` reduces the tokens that are attended to.
-        num_queries: Q, the number of leading sentences updated and returned; None is all T.
+        num_queries: Q, the number of leading tokens that `outer` returns; None is all T.
         train: enables dropout.
     """
 
@@ -179,9 +179,9 @@ class TNTBlock(nn.Module):
         if self.inner:
             words = self.inner(words, drop_path_rate, train=train)
             update = self.proj(words)
-            if update.shape == sentences.shape:  # no class token, or `proj` has added rows for it
+            if update.shape == sentences.shape:  # no class token, or `proj` returned all T tokens
                 sentences = sentences + update
-            else:  # row 0 is the class token; "gpu" may append a row. Neither has words.
+            else:  # Token 0 is the class token; "gpu" may pad by one token. Neither has words.
                 sentences = sentences.at[:, 1 : 1 + update.shape[1]].add(update)
         sentences = self.outer(
             sentences, drop_path_rate, num_queries=num_queries, bias=bias, train=train

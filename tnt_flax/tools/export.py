@@ -310,7 +310,7 @@ def evaluate(found: LoadedWeights, run: Run, args: argparse.Namespace) -> dict[s
         config.data.update({k: found.preprocessing[k] for k in ("mean", "std", "crop_fraction")})
     experiment = Experiment(config, weights=found.path)
     source = evaluation.open_labeled_source(experiment)
-    if experiment.data.is_multi_label(source):
+    if getattr(source, "max_labels", None) is not None:
         raise InputError("--config has images of several classes: evaluate with `tnt-flax eval`")
     batches, allowed = evaluation.labeled_batches(experiment, source, found.class_names, classes)
     network = _Exported(run, args.layout, classes)

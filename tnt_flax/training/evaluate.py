@@ -60,8 +60,8 @@ def evaluate(
     Returns:
         The metrics: top1 and top5 (fractions), loss (mean), ece (expected calibration error),
         mean_per_class (mean of the top-1 accuracies of the classes), images, skipped (unreadable
-        images). For multi-label data, top1, top5 and ece count images with a class only, the
-        binary cross entropy is the loss, and mean_average_precision replaces mean_per_class.
+        images). For multi-label data, top1, top5 and ece count images with at least one class,
+        the binary cross entropy is the loss, and mean_average_precision replaces mean_per_class.
         The sums of `eval_step` over all batches, in float64. For multi-label data "per_class" is
         [2, classes]: images and average precision.
 

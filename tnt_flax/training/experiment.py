@@ -186,7 +186,7 @@ class Experiment:
             InputError: the weights cannot be read (see `weights.read.read_checkpoint`), or are of
                 another network.
         """
-        # Files determine neither numbers of attention heads nor patch size: those are the config's.
+        # Most files state neither the numbers of heads nor the patch size: pass the config's.
         model, image_size = self.make_model(num_classes=0), self.data.image_size
         kind = "ema" if class_names else self.config.eval.weights
         fields = unstored_fields(model)
@@ -200,7 +200,7 @@ class Experiment:
             renamed = found.class_names not in (None, tuple(class_names))
             new_head = renamed or len(class_names) != num_classes
             num_classes = len(class_names)
-            unnamed = not new_head and found.class_names is None  # maybe in another order
+            unnamed = not new_head and found.class_names is None  # their order is unknown
             if unnamed and (warning := class_order_warning(class_names)):
                 found.notes.append(warning)
         adapted = adapt(found, num_classes, image_size, in_channels=3, new_head=new_head)
@@ -210,7 +210,7 @@ class Experiment:
         return found.variables, found
 
     def _preprocessing_warnings(self, found: LoadedWeights, *, crop: bool) -> list[str]:
-        """Returns where images of training or evaluation differ from what weights were made for."""
+        """Returns warnings where the config's preprocessing differs from that of the weights."""
         wanted = {f"data.{key}": given for key, given in self.data.normalization.items()}
         if crop:
             wanted["data.crop_fraction"] = self.config.data.crop_fraction

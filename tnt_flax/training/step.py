@@ -94,7 +94,7 @@ def make_augment(
             targets = targets.max(axis=1)
         targets = optax.smooth_labels(targets, label_smoothing)
         if randaugment:
-            # `mix` splits `mix_key`, which may give the keys of `fold_in` with small numbers.
+            # With a small number, `fold_in` could return a key that `mix` splits from `mix_key`.
             images = randaugment(jax.random.fold_in(mix_key, 2**31), images)
         if mix:
             mixed = mix(mix_key, images, targets)
@@ -117,7 +117,7 @@ def make_loss(
 
     `images` are float32 [B, H, W, 3]. `targets` are what `loss_fn` takes: [B, K], or a tuple with
     the logits of a teacher; see `training.losses` and `training.distillation`. Parameters that
-    `freeze` matches get no gradient. If `freeze` matches all running statistics, BatchNorm
+    `freeze` matches get a gradient of 0. If `freeze` matches all running statistics, BatchNorm
     normalizes with them, as in evaluation.
     """
 
@@ -256,8 +256,8 @@ def update_state(
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     if optimizer.freeze:
-        # The optimizer's mask does not suffice: a stack with some frozen blocks is updated as a
-        # whole, and its weight decay changes them.
+        # The optimizer's mask does not suffice: stacked blocks are updated as a whole if some of
+        # them are not frozen, and weight decay changes the frozen ones.
         params = select(trainable_mask(params, optimizer.freeze), params, state.params)
         mask = trainable_mask(batch_stats, optimizer.freeze)
         batch_stats = select(mask, batch_stats, state.batch_stats)
@@ -332,7 +332,7 @@ def score(logits: Float[Array, "B K"], labels: Int[Array, "B L"]) -> Scores:
     has an infinite loss: the `mask` of `sum_scores` must leave it out.
     """
     _, best = jax.lax.top_k(logits, min(5, logits.shape[1]))
-    hits = (best[:, :, None] == labels[:, None, :]).any(axis=2)  # bool [B, 5]
+    hits = (best[:, :, None] == labels[:, None, :]).any(axis=2)  # bool [B, min(5, K)]
     log_probabilities = jax.nn.log_softmax(logits)
     right = jnp.take_along_axis(log_probabilities, jnp.maximum(labels, 0), axis=1)
     loss = -jax.nn.logsumexp(jnp.where(labels < 0, -jnp.inf, right), axis=1)
@@ -393,7 +393,7 @@ def make_eval_step(
         mean: per channel, for pixels in [0, 1].
         std: per channel, for pixels in [0, 1].
         classes: restricts the predictions to these classes; None allows all.
-        multi_label: sum over the images with a class only, and also return "rows" for
+        multi_label: sum over images with at least one class, and also return "rows" for
             `evaluate.multi_label_metrics`: `logits` [B, K], `targets` bool [B, K], `mask` [B].
     """
     allowed = None

@@ -34,12 +34,12 @@ def train_and_evaluate(
     Args:
         config: see `configs/default.py`.
         workdir: folder of the run.
-        owns_process: True: the run may end the process itself, as a command may, see `Watchdog`.
-            False: a run of a single process returns or raises.
+        owns_process: True lets `Watchdog` exit the process, as in a command. With False, a single
+            process returns or raises instead; one of several processes may always exit.
 
     Returns:
         The metrics of the last evaluation (see `evaluate.evaluate`), the step, and the SHA-256
-        fingerprint of the final parameters.
+        fingerprint of the final parameters and statistics.
 
     Raises:
         InputError: the config, the data or the workdir is wrong.
@@ -96,9 +96,9 @@ def train_loop(
 ) -> tuple[TrainState, dict[str, float]]:
     """Runs all steps from `state` on; returns the final state and the metrics of its evaluation.
 
-    `eval.patience` may end the run earlier. A signal makes `watchdog` raise Stopped after a step or
-    a batch of an evaluation, and with one process while the loop waits for data. The loop then
-    saves the state. If the data fail, only a run of one process saves.
+    `eval.patience` may end the run earlier. On a signal, `watchdog` raises Stopped after a step or
+    an evaluation batch; in a single process, also during the wait for data. The loop then saves the
+    state. If the data fail, only a single process saves.
     """
     step, total_steps = int(state.step), experiment.total_steps  # step: updates applied so far
     step_args = (experiment.keys.steps, *experiment.teacher_variables)
@@ -111,7 +111,7 @@ def train_loop(
     batches = experiment.data.train_batches(step, total_steps - step)
     try:
         metrics = checkpoints.metrics(step)  # the result if no step is left
-        # An earlier start of this run ended in this evaluation, or had another `eval.every`.
+        # An earlier start of this run was stopped in this evaluation, or had another `eval.every`.
         if step and due("eval", step) and not metrics:
             metrics = evaluate(state, step)
             checkpoints.add_metrics(step, metrics)
