@@ -158,6 +158,7 @@ def test_reference_lists_every_public_name():
     assert set(tnt_flax.__all__) <= {name.rpartition(".")[2] for name in documented}
 
 
+@pytest.mark.slow
 def test_table_of_models():
     text = PAGES["docs/models.md"]
     rows = dict(re.findall(r"^\| `(p?tnt_\w+)` \| ([\d,]+) \|", text, re.MULTILINE))

@@ -18,6 +18,7 @@ from tnt_flax.models import TNT, PyramidTNT, block_outputs, create_model, featur
 from tnt_flax.models.features import with_positions
 from tnt_flax.models.layers import resample
 
+SLOW = pytest.mark.slow
 PYRAMID = dict(outer_dim=8, inner_dim=2, outer_heads=2, inner_heads=1, depths=(1, 1, 1, 1))
 
 
@@ -37,11 +38,11 @@ def map_shapes(model, variables, height, width):
 @pytest.mark.parametrize(
     "height, width, tnt, pyramid",
     [
-        (8, 100, (1, 7), [(4, 13), (2, 7), (1, 4), (1, 2)]),
         (224, 224, (14, 14), [(28, 28), (14, 14), (7, 7), (4, 4)]),
-        (384, 384, (24, 24), [(48, 48), (24, 24), (12, 12), (6, 6)]),
-        (512, 512, (32, 32), [(64, 64), (32, 32), (16, 16), (8, 8)]),
-        (800, 1333, (50, 84), [(100, 167), (50, 84), (25, 42), (13, 21)]),
+        pytest.param(8, 100, (1, 7), [(4, 13), (2, 7), (1, 4), (1, 2)], marks=SLOW),
+        pytest.param(384, 384, (24, 24), [(48, 48), (24, 24), (12, 12), (6, 6)], marks=SLOW),
+        pytest.param(512, 512, (32, 32), [(64, 64), (32, 32), (16, 16), (8, 8)], marks=SLOW),
+        pytest.param(800, 1333, (50, 84), [(100, 167), (50, 84), (25, 42), (13, 21)], marks=SLOW),
     ],
 )
 def test_shapes_equal_the_documented_table(height, width, tnt, pyramid, root):
@@ -89,6 +90,7 @@ def test_maps_are_the_outputs_of_the_blocks(make):
             np.testing.assert_allclose(each.features, sentences, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_images_are_padded_with_zeros_to_the_right_and_below():
     model, _ = small_tnt()
     images = jnp.asarray(np.random.RandomState(0).standard_normal((1, 20, 40, 3)), jnp.float32)
@@ -126,6 +128,7 @@ def test_gradients_reach_all_but_the_head_and_frozen_statistics_stay():
     assert changed == {}
 
 
+@pytest.mark.slow
 def test_relative_positions_are_resampled_along_four_axes():
     """A ramp along one axis stays a ramp along that axis alone."""
     ramp = jnp.arange(8.0)[:, None, None, None] + jnp.zeros((8, 8, 4, 4))

@@ -43,7 +43,12 @@ def assert_equal(found, wanted, tolerance):
 # Three heads of 64 leave half of the lanes free, three images half a program; two heads are wider
 # than the lanes. Long sentences are done slab by slab, here of two heads each.
 @pytest.mark.parametrize(
-    "shape, short", [((3, 9, 3, 64), 256), ((1, 9, 2, 256), 256), ((2, 9, 4, 64), 8)]
+    "shape, short",
+    [
+        pytest.param((3, 9, 3, 64), 256, marks=pytest.mark.slow),
+        pytest.param((1, 9, 2, 256), 256, marks=pytest.mark.slow),
+        ((2, 9, 4, 64), 8),
+    ],
 )
 def test_equals_the_plain_attention(shape, short, monkeypatch):
     monkeypatch.setattr(outer_pallas, "SHORT", short)
@@ -51,6 +56,7 @@ def test_equals_the_plain_attention(shape, short, monkeypatch):
     assert_equal(run(attend, arrays), run(reference, arrays), 1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_rounded_no_more_than_the_plain_attention():
     arrays = inputs((1, 21, 1, 64))
     low = [x.astype(jnp.bfloat16) for x in arrays]
@@ -67,6 +73,7 @@ def test_large_logits_stay_finite():
     assert_equal(run(attend, arrays), run(reference, arrays), 1e-5)
 
 
+@pytest.mark.slow
 def test_on_a_mesh_every_device_does_its_images_without_asking_the_others():
     arrays = inputs((8, 5, 1, 64))
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"))

@@ -222,6 +222,7 @@ def test_word_maps_join_neighbouring_sentences():
         np.testing.assert_array_equal(tile, padded[8 * y : 8 * y + 8, 8 * x : 8 * x + 8])
 
 
+@pytest.mark.slow
 def test_initial_values_have_the_official_distributions():
     spread = {
         "stem/sentences_2/conv/kernel": (2 / (9 * 40)) ** 0.5,
@@ -265,6 +266,7 @@ def test_shapes_of_block_outputs():
     assert ["inner_attention" in b for b in blocks] == [True, True, False, True, True]
 
 
+@pytest.mark.slow
 def test_drop_path_spares_the_first_block(found):
     model = found.network.model.clone(drop_path=0.9)
     apply = functools.partial(model.apply, found.variables, train=True, mutable=["maps"])
@@ -298,6 +300,7 @@ def test_dropout_applies_to_positions_and_not_to_sentences(found):
     assert seen == [(1, 64, 4)]
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close(found, expected):
     model = found.network.model.clone(dtype=jnp.bfloat16)
 

@@ -57,6 +57,7 @@ def test_parameters_of_the_projections(
 # -- From words to sentences
 
 
+@pytest.mark.slow
 def test_a_patch_reaches_only_its_sentence_before_the_outer_attention():
     """By the nonzero entries of the Jacobian of sentence n with respect to patch k."""
     model, params, images = build((1, 32, 48, 3), depth=1)
@@ -76,6 +77,7 @@ def test_a_patch_reaches_only_its_sentence_before_the_outer_attention():
 # -- Initial values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels, bound", [(3, 0.0824786), (1, 0.1428571)])
 def test_the_stems_convolution_starts_with_torchs_default(channels, bound):
     embed = WordEmbedding(1024)

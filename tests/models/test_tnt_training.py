@@ -39,16 +39,16 @@ PLAIN = dict(inner_impl="reference", outer_impl="reference", remat="none")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "fields",
+    "variant, fields",
     [
-        dict(inner_impl="cpu", outer_impl="cpu"),
-        dict(remat="block"),
-        dict(remat="block", unroll=True),
-        dict(inner_impl="lanes"),
+        ("official", dict(inner_impl="cpu", outer_impl="cpu")),
+        ("official", dict(remat="block")),
+        ("official", dict(remat="block", unroll=True)),
+        ("official", dict(inner_impl="lanes")),
+        ("mindspore_pets", dict(inner_impl="cpu", outer_impl="cpu", remat="block")),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("variant", ["official", "mindspore_pets"])
 def test_implementations_and_remat_do_not_change_the_gradients(variant, fields):
     value, gradients = reference_gradients(variant, **PLAIN)
     other_value, other_gradients = reference_gradients(variant, **(PLAIN | fields))
@@ -62,6 +62,7 @@ def assert_near(found, expected):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-6 * largest)
 
 
+@pytest.mark.slow
 def test_remat_stores_fewer_activations():
     def stored(remat):
         """Returns the bytes that the forward pass keeps for the backward pass."""
@@ -189,7 +190,14 @@ def official_logits():
     return apply(*build())
 
 
-@pytest.mark.parametrize("rate", ["dropout", "attention_dropout", "drop_path"])
+@pytest.mark.parametrize(
+    "rate",
+    [
+        "drop_path",
+        pytest.param("dropout", marks=pytest.mark.slow),
+        pytest.param("attention_dropout", marks=pytest.mark.slow),
+    ],
+)
 def test_training_mode_is_random_and_evaluation_is_not(rate):
     model, params, images = build(**{rate: 0.5})
     variables = {"params": params}
@@ -208,6 +216,7 @@ def test_training_mode_without_rates_needs_no_rng():
     np.testing.assert_allclose(logits, official_logits(), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dropout_of_positions_applies_to_sentences_alone():
     model, params, images = build((8, 32, 48, 3), depth=1, dropout=0.5)
     params = edited(params, SILENT_INNER | SILENT_OUTER | {"blocks_0/proj/norm2/scale": 0})
@@ -228,6 +237,7 @@ def test_dropout_of_positions_applies_to_sentences_alone():
 # -- Initial values
 
 
+@pytest.mark.slow
 def test_initial_values_are_the_published_distributions():
     model = TNT(outer_dim=192, inner_dim=24, outer_heads=3, inner_heads=4, depth=2)
     params = jit(model.init)(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]

@@ -243,6 +243,7 @@ def test_training_does_not_depend_on_the_mesh(trained_alone, name):
         assert exchanged["all-gather"].in_loops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ["reference", "cpu", "lanes"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dtype_of_weight_gradients_before_the_sum_over_devices(smoke_config, inner, dtype):

@@ -269,6 +269,7 @@ def test_onnx_requires_its_packages(tmp_path, capsys, monkeypatch):
     assert "pip install --no-deps jax2onnx" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_folder_for_timm(tmp_path, capsys):
     path, out = small_network.save(tmp_path, "tnt_s_legacy_patch16_224"), tmp_path / "folder"
     result = run(capsys, path, out)

@@ -174,7 +174,7 @@ def test_services_compile_once_per_power_of_two(one_device, weights):
         assert [p.index for (p,) in predictions] == [p.index for (p,) in found[4][:size]]
 
 
-@pytest.mark.parametrize("num_classes", [10, 0])
+@pytest.mark.parametrize("num_classes", [10, pytest.param(0, marks=pytest.mark.slow)])
 def test_features_are_the_heads_input(one_device, tmp_path, num_classes):
     path = small_network.save(tmp_path, size=32, num_classes=num_classes)
     classifier = tnt_flax.load_classifier(path)
@@ -282,6 +282,7 @@ def test_policy_options_of_the_command(one_device, weights, tmp_path, monkeypatc
         run(weights, deep, "--background=red")
 
 
+@pytest.mark.slow
 def test_rectangular_images(one_device, tmp_path):
     size = (32, 64)
     path = small_network.save(tmp_path, size=size, class_names=NAMES, data=DATA)

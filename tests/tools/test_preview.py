@@ -37,6 +37,7 @@ class Recorder:
         return variables["params"]["logits"], {}
 
 
+@pytest.mark.slow
 def test_samples_equal_the_input_of_a_training_step(smoke_config, monkeypatch):
     # Compiling its sampler takes longer than all the rest.
     monkeypatch.setattr(jax.random, "beta", lambda key, a, b, shape: jax.random.uniform(key, shape))

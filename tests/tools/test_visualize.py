@@ -100,6 +100,7 @@ def test_overlay_heatmap_darkens_small_weights():
     assert darkened[:, 0].max() < 40 and darkened[0].max() < 40
 
 
+@pytest.mark.slow
 def test_trace_of_tnt(tmp_path):
     """Traces two images; the class token of the last block gives the prediction by hand."""
     found = read_checkpoint(small_network.save(tmp_path))

@@ -122,6 +122,7 @@ def test_frozen_tensors_have_no_moments():
     assert sum(x.size for x in moments) == 2 * sum(x.size for x in jax.tree.leaves(params["head"]))
 
 
+@pytest.mark.slow
 def test_a_linear_probe_computes_no_gradient_of_the_blocks(batch):
     def loops(freeze):
         state, step = setup(freeze)

@@ -122,6 +122,7 @@ def assert_close(found, expected, start, tolerance=1e-5):
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * moved + 1e-7, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lamb", "muon"])
 def test_norms_and_matrices_are_those_of_single_blocks(name):
     start, grads = normal(0, 0.5), [normal(seed, 0.1) for seed in range(1, 4)]

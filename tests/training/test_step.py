@@ -136,6 +136,7 @@ def test_micro_batches_give_the_loss_and_the_update_of_the_whole_batch(batch):
         jax.tree.map(close, state, results[0][1])
 
 
+@pytest.mark.slow
 def test_micro_batches_have_their_own_statistics_and_dropout(batch):
     state, step = start(Normed(), accumulate=2)
     new, metrics = step(state, batch, jax.random.key(1))
@@ -329,6 +330,7 @@ def test_a_nan_reaches_the_sums_unless_its_row_is_padding():
     assert np.isnan(sums(True, True)["loss"])
 
 
+@pytest.mark.slow
 def test_mixed_targets_are_smoothed_once():
     sampled = mixup.Mix(jnp.array([0.25, 0.5]), jnp.zeros((2, 4), jnp.int32))
     options = OPTIONS | dict(mix=lambda key, *args: mixup.apply_mix(*args, sampled))

@@ -159,6 +159,7 @@ def test_training_starts_from_weights_of_any_framework(finished, smoke_config, t
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), ema, params)
 
 
+@pytest.mark.slow
 def test_other_classes_get_a_new_head(finished, smoke_config, capsys):
     config, workdir, _ = finished
     same, renamed = tuple("0123456789"), tuple("abcdefghij")
@@ -368,6 +369,7 @@ def test_unavailable_data_end_the_run_with_its_state_saved(smoke_config, tmp_pat
     assert train_and_evaluate(config, tmp_path / "run")["fingerprint"] == expected["fingerprint"]
 
 
+@pytest.mark.slow
 def test_an_exhausted_device_is_one_line(smoke_config, tmp_path, at):
     at("step 2 ", lambda: jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(2**45))()))
     with pytest.raises(RunError, match="out of memory on the device .*reduce batch_size"):

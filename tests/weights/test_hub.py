@@ -66,6 +66,7 @@ def fetch(client, *addresses, mode="", offline=False):
     return [json.loads(line) for line in out.splitlines()], len(gets)
 
 
+@pytest.mark.slow
 def test_the_requested_file_is_fetched(tmp_path):
     wanted = {
         "tnt_s_patch16_224": ["new", f"{S}@main/{SAFE}", f"fetched revision {NEW}"],

@@ -125,6 +125,7 @@ def test_grids_that_are_not_square(tmp_path):
         tnt_flax.load(path, image_size=64, **HEADS)
 
 
+@pytest.mark.slow
 def test_other_channels(path, params):
     kernel = params["word_embed"]["conv"]["kernel"]
     model, variables = tnt_flax.load(path, in_channels=1)
