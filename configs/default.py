@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     config.model.name = "tnt_s_patch16_224"  # of tnt_flax.list_models(); "": that of the weights
     config.model.drop_path = 0.1  # stochastic depth rate of the last block, linear from 0
     config.model.uniform_drop_path = False  # the rate of all blocks (DeiT-III)
-    config.model.dropout = 0.0  # of sentences with positions, attention outputs and MLPs
+    config.model.dropout = 0.0  # of embeddings, attention outputs and MLPs
     config.model.attention_dropout = 0.0  # of attention weights
     config.model.dtype = "bfloat16"  # activations; weights, norms and softmax are float32
     # "auto", or an implementation of the same function, equal up to rounding: "reference", "cpu",
@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
     config.model.inner_impl = "auto"  # of the inner transformer
     config.model.outer_impl = "auto"  # of the outer transformer
     config.model.remat = "auto"  # rematerialization: "none" or "block"; auto: block, except on CPUs
-    config.model.unroll = False  # compiles every block separately: slower to compile, see speed.md
+    config.model.unroll = False  # compiles every block separately, see docs/speed.md
     # Architecture: unset fields come from the name.
     config.model.depth = config_dict.placeholder(int)  # number of blocks
     config.model.depths = config_dict.placeholder(tuple)  # PyramidTNT: blocks of its four stages
@@ -54,11 +54,11 @@ def get_config() -> ConfigDict:
     config.model.outer_heads = config_dict.placeholder(int)
     config.model.inner_heads = config_dict.placeholder(int)
     config.model.patch_size = config_dict.placeholder(int)  # pixels per side of a sentence
-    config.model.inner_stride = config_dict.placeholder(int)  # pixels between words
+    config.model.inner_stride = config_dict.placeholder(int)  # pixels from word to word
     config.model.mlp_ratio = config_dict.placeholder(float)  # hidden width of the MLPs / width
     config.model.se = config_dict.placeholder(bool)  # squeeze-and-excitation (paper Table 12)
     config.model.layer_scale = config_dict.placeholder(bool)  # LayerScale in both transformers
-    config.model.vanilla_blocks = config_dict.placeholder(tuple)  # indices; no words (Table 5)
+    config.model.vanilla_blocks = config_dict.placeholder(tuple)  # blocks without words (Table 5)
 
     config.data = ConfigDict()
     # "folder", "table" (CSV, JSON lines, Parquet), "imagenet_tars", "webdataset", "tfds", "digits"
@@ -88,7 +88,7 @@ def get_config() -> ConfigDict:
     # (low, high) scales this range.
     config.data.deep_pixels = config_dict.FieldReference("clip", object)
     config.data.max_pixels = -1  # larger images are corrupt; -1 is Pillow's limit, 0 is no limit
-    config.data.corrupt = "error"  # or "skip": replace unreadable images by neighbors, and count
+    config.data.corrupt = "error"  # or "skip": replace unreadable images; evaluation omits them
     config.data.threads = 8  # that decode and augment, in each process that reads images
     config.data.workers = 0  # reader processes per training process; 0: only its threads read
     config.data.retry_seconds = 120.0  # retry storage errors (not corrupt images) for this long
@@ -149,7 +149,7 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.05  # of kernels and relative positions; times learning rate
     config.optimizer.clip_norm = 0.0  # global gradient norm; 0 disables clipping
     config.optimizer.layer_decay = 1.0  # layer-wise learning-rate decay factor; 1 disables
-    config.optimizer.freeze = ""  # regex of parameter names to freeze
+    config.optimizer.freeze = ""  # regex of names such as "blocks/3/inner/fc1/kernel"
 
     config.ema = ConfigDict()
     config.ema.decay = 0.99996  # per step; 0 disables the EMA
@@ -159,7 +159,7 @@ def get_config() -> ConfigDict:
     config.eval.every = "1 epochs"  # and after the last step
     config.eval.batch_size = 1024
     config.eval.weights = "ema"  # or "raw": the weights that are evaluated and ranked
-    config.eval.patience = 0  # stop after so many evaluations without a better best; 0 disables
+    config.eval.patience = 0  # stop after so many evaluations without a new best; 0 disables
     # Only for tnt-flax eval:
     config.eval.classes = ""  # restrict to "imagenet-a", "imagenet-r" or a file's classes; "" all
     config.eval.real_labels = ""  # ReaL's real.json, in data.root; replaces the labels

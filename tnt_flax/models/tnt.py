@@ -152,7 +152,7 @@ class TNT(nn.Module):
                 last=last_queries if stop == self.depth else None,
             )
 
-        # From `self.outer_impl`, like the stem, which runs before `outer_impl` is chosen above.
+        # The stem runs before `outer_impl` is chosen. Norms outside of the blocks use the field.
         norm_layer = select.norm_layer(self.outer_impl)
         norm = norm_layer(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
         features = norm(sentences[:, 0])
@@ -235,7 +235,7 @@ class TNT(nn.Module):
     def implementations(self, words: Words, sentences: Sentences, train: bool) -> tuple[str, str]:
         """Returns the implementations of the inner and of the outer transformer.
 
-        Falls back to "reference", even from an explicit choice, where an implementation cannot
+        Falls back to "reference", even from an explicit choice, where some implementations cannot
         work: in `init`, to sow attention weights, with dropout in the inner transformer, and where
         the padding token of "gpu" would show.
         """

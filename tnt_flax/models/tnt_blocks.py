@@ -21,7 +21,7 @@ Words = Float[Array, "B N M C"]
 Sentences = Float[Array, "B T D"]  # T is N + 1, with the class token first, or N without one
 
 WORD_KERNEL = (7, 7)  # windows of neighboring words overlap
-WORD_PADDING = ((3, 3), (3, 3))  # torch's padding=3; "SAME" would shift every window by two pixels
+WORD_PADDING = ((3, 3), (3, 3))  # torch's padding=3; "SAME" would shift every window
 
 
 class WordEmbedding(nn.Module):

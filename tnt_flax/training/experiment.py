@@ -81,7 +81,7 @@ class Experiment:
         self._steps_per_epoch = steps_per_epoch
 
     def check_training(self) -> None:
-        """Checks what only training needs, before a workdir stores the config.
+        """Checks what `__init__` does not, before a workdir stores the config.
 
         Raises:
             InputError: see `make_model`; also if `augment.resampling` or `log.trackers` needs a
@@ -177,7 +177,7 @@ class Experiment:
         Positions are resampled to `data.image_size`. Warns of other preprocessing than the
         config's. To fine-tune, pass `class_names` of the training data: loads EMA weights, and
         replaces the head if the weights have other classes. To evaluate, leave them out: loads the
-        weights that `eval.weights` names, keeps the head, and also compares the crop.
+        weights that `eval.weights` names, keeps the head, and also compares crop and interpolation.
 
         Returns:
             The variables, and the checkpoint they were read from.
@@ -214,7 +214,7 @@ class Experiment:
         wanted = {f"data.{key}": given for key, given in self.data.normalization.items()}
         if crop:
             wanted["data.crop_fraction"] = self.config.data.crop_fraction
-            wanted["interpolation"] = "bicubic"
+            wanted["interpolation"] = "bicubic"  # of every evaluation, see transforms.eval_transform
         stored = {key: found.preprocessing[key.removeprefix("data.")] for key in wanted}
         return [
             f"warning: made with {key}={stored[key]}, used with {given}"
@@ -289,7 +289,7 @@ class Experiment:
         return {"config": config_to_json(self.config), "class_names": list(self.data.class_names)}
 
     def open_checkpoints(self, workdir: pathlib.Path) -> Checkpoints:
-        """Opens the checkpoints in `workdir`, after a check that they fit on the disk."""
+        """Opens the checkpoints in `workdir`, after a check of the free disk space."""
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.state_shapes))
         processes.run_on_main("space", lambda: check_space(workdir, size))
         keep = self.config.checkpoint.keep

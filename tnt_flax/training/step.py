@@ -148,7 +148,7 @@ def make_loss(
 def split_into_micro_batches(loss_and_grads: Callable, count: int) -> Callable:
     """Returns a function that evaluates `loss_and_grads` on `count` micro-batches in turn.
 
-    The result has the same arguments and results: loss and gradients are means over the
+    It takes the same arguments and returns the same results: loss and gradients are means over the
     micro-batches, summed in float32. Only the activations of one micro-batch are in memory at a
     time. Micro-batch i has the rows i, i + count, ...: every device keeps its rows. Dropout differs
     between micro-batches. BatchNorm normalizes with the statistics of each, and updates its running

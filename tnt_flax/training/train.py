@@ -45,7 +45,7 @@ def train_and_evaluate(
         InputError: the config, the data or the workdir is wrong.
         RunError: the loss became NaN or infinite, checkpoints could not be saved, the data became
             unavailable, or a device has too little memory.
-        Stopped: a signal came (SIGTERM, Ctrl-C and the like); the state is saved.
+        Stopped: a signal came (SIGTERM, Ctrl-C and the like); all steps made are saved.
     """
     with contextlib.ExitStack() as stack:
         experiment = Experiment(config)
@@ -98,7 +98,7 @@ def train_loop(
 
     `eval.patience` may end the run earlier. On a signal, `watchdog` raises Stopped after a step or
     an evaluation batch; in a single process, also during the wait for data. The loop then saves the
-    state. If the data fail, only a single process saves.
+    state. If the data fail, only a run of one process saves.
     """
     step, total_steps = int(state.step), experiment.total_steps  # step: updates applied so far
     step_args = (experiment.keys.steps, *experiment.teacher_variables)
@@ -111,7 +111,7 @@ def train_loop(
     batches = experiment.data.train_batches(step, total_steps - step)
     try:
         metrics = checkpoints.metrics(step)  # the result if no step is left
-        # An earlier start of this run was stopped in this evaluation, or had another `eval.every`.
+        # An earlier start stopped before or in this evaluation, or had another `eval.every`.
         if step and due("eval", step) and not metrics:
             metrics = evaluate(state, step)
             checkpoints.add_metrics(step, metrics)
