@@ -95,6 +95,7 @@ def test_all_label_files_give_the_same_labels(tars):
     truth = "".join(f"{order.index(synset) + 1}\n" for synset in synsets)
     contents = {
         "names.csv": "".join(f"{n}.JPEG,{s}\n" for n, s in rows[::-1]),
+        "windows.txt": "\ufeff" + "\r\n".join(synsets),
         "columns.txt": "".join(f"val/{n}.JPEG {s}\n" for n, s in rows),
         "LOC_val_solution.csv": "ImageId,PredictionString\n"
         + "".join(f"{n},{s} 1 2 3 4 {s} 5 6 7 8\n" for n, s in rows[::-1]),
@@ -147,6 +148,10 @@ def test_class_list_orders_the_synsets(tars):
     classes.write_text("\n".join(SYNSETS[:2]))
     message = refused(imagenet, tars, "train", classes=ClassOptions(str(classes)))
     assert f"{tars / TRAIN} has the class {SYNSETS[2]!r}, which is not in the class" in message
+    for split in ("train", "val"):
+        source = imagenet(tars, split, classes=ClassOptions(str(classes), subset=True))
+        expected = [(x, k) for x, k in records(imagenet(tars, split)) if k < 2]
+        assert source.class_names == SYNSETS[:2] and records(source) == expected
     classes.write_text("\n".join(SYNSETS))
     message = refused(imagenet, tars, "train", classes=ClassOptions(str(classes)))
     assert f"the class list {classes} names {SYNSETS[3]!r}" in message
@@ -219,6 +224,8 @@ def test_shards_are_read_in_order(tmp_path):
     assert len(webdataset(tmp_path, "validation")) == len(webdataset(tmp_path, "val")) == 1
     for pattern in ("data-train-{0..1}.tar", "data-tr*.tar", "data-train*", "data-train-[01].tar"):
         assert records(webdataset(tmp_path, pattern)) == records(source), pattern
+    (tmp_path / "data-val-0.tar").rename(tmp_path / "data-val-0.TAR")
+    assert len(webdataset(tmp_path, "val")) == 1
     assert len(webdataset("/nowhere", f"{tmp_path}/data-train-1.tar")) == 3
 
 
@@ -246,6 +253,8 @@ def test_labels_are_numbers_or_names_in_cls_or_json(tmp_path):
     # Names take precedence over numbers.
     assert read(*rows, classes=ClassOptions(str(classes))) == (("2", "1", "0"), [0, 2])
     classes.write_text("dog\n7\n")
+    some = ClassOptions(str(classes), subset=True)
+    assert read(*words, sample("c", 4, cls="dog"), classes=some) == (("dog", "7"), [0])
     for texts, wrong in ((["cat"], "cat"), (["2"], "2"), (["-1"], "-1"), (["0", "7"], "7")):
         rows = [sample(text, 1, cls=text) for text in texts]
         message = refused(read, *rows, classes=ClassOptions(str(classes)))

@@ -93,8 +93,8 @@ def test_arguments_missing_in_a_framework_are_refused(tmp_path, fields, message)
     torch.write(path, dict(mapping.export("huawei", params)))
     error = run(path, tmp_path / "y.pth", "--to=timm", *flags(HEADS), code=2)
     assert message in error and not (tmp_path / "y.pth").exists()
-    assert run(path, tmp_path / "z.safetensors", *flags(HEADS))["same_function"]
-    found = read_checkpoint(tmp_path / "z.safetensors")
+    assert run(path, tmp_path / "z.SAFETENSORS", *flags(HEADS))["same_function"]
+    found = read_checkpoint(tmp_path / "z.SAFETENSORS")
     assert fingerprint(found.params) == fingerprint(params)
 
 

@@ -83,4 +83,4 @@ def _names(folder: pathlib.Path) -> set[str]:
 
 
 def _is_weights_file(name: str) -> bool:
-    return name.endswith(SUFFIXES) and not name.startswith((*OTHERS, "."))
+    return name.lower().endswith(SUFFIXES) and not name.startswith((*OTHERS, "."))

@@ -35,6 +35,7 @@ SENTENCE_POS, WORD_POS = (
 ANCHORS = sorted(SENTENCE_POS | WORD_POS)
 BEYOND = "not of the network"
 EMPTY = "without values"
+WITHOUT_HEAD_BIAS = ("mindspore", names.OURS)  # namings whose networks may have none
 FEWEST = 8  # known names of a network
 MOST_NETWORKS = 16  # in one dictionary
 DEEPEST = 8  # nested dictionaries and lists
@@ -188,7 +189,8 @@ def _why_none(content: Any) -> str:
             for key, x in top.items()
         ]
         kind = "nothing" if top is content else f"a {type(content).__name__}"
-        return f"holds no set of named tensors, but {listed(found) or kind}"
+        what = listed(found) or kind
+        return f"holds no set of named tensors, but {what}: save the network's state_dict()"
     naming, known = names.detect_naming(tensors)
     unknown = [name for name in tensors if not names.our_names(naming, name)]
     which = (
@@ -196,7 +198,7 @@ def _why_none(content: Any) -> str:
     )
     return (
         f"holds no known TNT: the best match, {naming}, has {known} of its {len(tensors)} tensors"
-        + which
+        f"{which}: give weights of TNT or PyramidTNT"
     )
 
 
@@ -216,15 +218,14 @@ class Assigned:
 def assign(source: str, state: State, *, other_head: bool) -> Assigned:
     """Returns the tensors of the network and those to leave out, with reasons.
 
-    A linear layer of another name becomes the head of a network that has none. Integers of one
-    element beside the network are counters.
+    A linear layer of another name becomes the head of a network that has none. A head of another
+    kind is no part of the network. Integers of one element beside the network are counters.
 
     Args:
         source: the file, for messages.
         state: the network.
-        other_head: the head will be replaced: a head of another kind, and tensors that do not
-            belong to the network, are left out. Otherwise only tensors outside of the prefix of a
-            complete network are.
+        other_head: the head will be replaced: tensors that do not belong to the network are left
+            out. Otherwise only tensors outside of the prefix of a complete network are.
 
     Raises:
         InputError: an entry of the network is no tensor, or all are empty.
@@ -252,7 +253,7 @@ def assign(source: str, state: State, *, other_head: bool) -> Assigned:
     width = next((x.shape[-1:] for name, (_, x) in weights.items() if name in SENTENCE_POS), ())
     head = {name: weights[name] for name in (kernel, bias) if name in weights}
     notes = []
-    if head and other_head and not _is_head(state.naming, [x for _, x in head.values()], width):
+    if head and not _is_head(state.naming, [x for _, x in head.values()], width):
         others |= dict(head.values())
         weights = {name: x for name, x in weights.items() if name not in head}
     elif not head and (layer := _lone_linear(others, state.prefix, width)):
@@ -305,10 +306,10 @@ def _no_weight(x: Any) -> str | None:
 
 
 def _is_head(naming: str, tensors: Sequence[StoredTensor], width: tuple[int, ...]) -> bool:
-    """Whether `tensors` are the kernel and perhaps the bias of a linear layer of `width` inputs."""
+    """Whether `tensors` are a linear layer of `width` inputs, with a bias if the naming has one."""
     shapes = [x.shape[::-1] if naming == names.OURS else x.shape for x in tensors]
     return (
-        bool(shapes)
+        len(shapes) in ((1, 2) if naming in WITHOUT_HEAD_BIAS else (2,))
         and len(shapes[0]) == 2
         and shapes[0][1:] == width
         and all(shape == shapes[0][:1] for shape in shapes[1:])

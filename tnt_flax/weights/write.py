@@ -76,10 +76,11 @@ def check_destination(path: pathlib.Path, framework: str | None) -> str:
     Raises:
         InputError: several frameworks use the extension, or `path` cannot be written for one.
     """
-    framework = framework or {".ckpt": "mindspore", ".safetensors": "flax"}.get(path.suffix)
+    suffix = path.suffix.lower()
+    framework = framework or {".ckpt": "mindspore", ".safetensors": "flax"}.get(suffix)
     if framework is None:
         raise InputError(f"{path}: set the target framework: --to={'|'.join(SUFFIXES)}")
-    if path.suffix not in SUFFIXES[framework]:
+    if suffix not in SUFFIXES[framework]:
         suffixes = " or ".join(SUFFIXES[framework])
         raise InputError(f"{path}: a file for {framework} ends in {suffixes}")
     if path.exists():
@@ -187,7 +188,7 @@ def _write_tensors(
         if loaded.class_names:
             meta["dataset_meta"] = {"classes": list(loaded.class_names)}
         torch.write(path, {"meta": meta, "state_dict": tensors})
-    elif path.suffix == ".safetensors":
+    elif path.suffix.lower() == ".safetensors":
         write_atomic(path, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     else:
         torch.write(path, tensors)

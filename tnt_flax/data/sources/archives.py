@@ -129,7 +129,7 @@ def _scan_images(file, part, path):
 # ------------------------------------------------------------------------------ webdataset shards
 
 # Compressed shards are matched too, so that they are refused instead of overlooked.
-_SHARD = re.compile(r"[^.].*\.(tar|tar\.(gz|bz2|xz|zst)|tgz)")
+_SHARD = re.compile(r"[^.].*\.(tar|tar\.(gz|bz2|xz|zst)|tgz)", re.IGNORECASE)
 
 
 def webdataset(root: str, split: str, classes: ClassOptions = BY_NAME) -> TarImages:
@@ -144,7 +144,7 @@ def webdataset(root: str, split: str, classes: ClassOptions = BY_NAME) -> TarIma
     Raises InputError if shards, images or labels are missing or damaged.
     """
     shards = find_files(root, split, _SHARD)
-    if compressed := [path for path in shards if not path.endswith(".tar")]:
+    if compressed := [path for path in shards if not path.lower().endswith(".tar")]:
         raise InputError(f"{compressed[0]} is compressed and has no random access: decompress it")
     index = open_index("webdataset", shards, _scan_shard)
     return TarImages(index, *number_classes(index.texts, classes, f"{root} ({split})"))
