@@ -75,6 +75,18 @@ def test_repeated_images_are_reported(images, caplog):
     assert len(table(images)) == 7 and "1 rows repeat a path" in caplog.text
 
 
+def test_numbers_with_gaps_are_reported(images, caplog):
+    (images / "train.csv").write_text(as_csv([(f"images/{k}.png", k + 1) for k in (0, 2)]))
+    assert table(images).class_names == ("0", "1", "2", "3")
+    assert "no image has the label 0, 2, so 2 of 4 classes are empty: to leave" in caplog.text
+    (images / "classes.txt").write_text("1\n3\n")  # as the message says
+    source = table(images, classes=ClassOptions(str(images / "classes.txt")))
+    assert source.class_names == ("1", "3") and source.labels.tolist() == [0, 1]
+    (images / "train.csv").write_text(as_csv([("images/0.png", 80331)] * 2 + [(ROWS[1][0], 10**8)]))
+    message = message_of(lambda: table(images))
+    assert "has the label 100000000, but labels that are numbers count from 0" in message
+
+
 def test_numbers_are_labels_or_positions_in_a_class_list(images):
     (images / "train.csv").write_text(as_csv([(f"images/{k}.png", k) for k in (0, 2)]))
     assert table(images).class_names == ("0", "1", "2")

@@ -124,7 +124,9 @@ def image_folder(
     if part:
         source = hold_out(source, holdout.share, part, split)
     if not len(source):
-        raise InputError(f"no class folder in {folder} has images")
+        raise InputError(
+            f"no class folder in {folder} has images: add some, or choose other splits"
+        )
     return source
 
 

@@ -30,6 +30,7 @@ TRAIN_SPLITS = ("train", "training")
 EVAL_SPLITS = ("valid", "val", "validation", "dev", "eval", "test", "testing")
 TEST_SPLITS = ("test", "testing")
 LEFT_OUT = -1  # label of a class that is not in the class list
+MOST_CLASSES = 1_000_000  # of labels that are numbers: larger ones are names, such as postal codes
 
 
 # --------------------------------------------------------------------------------- lists and order
@@ -177,7 +178,7 @@ def number_classes(
             a class that is not there (if `exact`, unless `options.evaluation`).
     """
     found, numeric = set(texts), not exact and all(re.fullmatch(r"\d{1,9}", t) for t in texts)
-    classes = _class_names(texts, options, names, numeric)
+    classes = _class_names(texts, options, names, numeric, where)
     label_of = {name: label for label, name in enumerate(classes)}
     if numeric and not found <= set(classes) and not (options.subset and set(classes) <= found):
         label_of = {text: int(text) for text in texts if int(text) < len(classes)}
@@ -202,14 +203,27 @@ def number_classes(
     return classes, np.array([label_of.get(text, LEFT_OUT) for text in texts], np.int32)
 
 
-def _class_names(texts, options, names, numeric):
+def _class_names(texts, options, names, numeric, where):
     """Returns the class names."""
     if options.class_list:
         return read_class_list(options.class_list)
     if names is not None:
         return tuple(names)
     if numeric:
-        return tuple(map(str, range(1 + max(map(int, texts), default=-1))))
+        count, present = 1 + max(map(int, texts), default=-1), set(map(int, texts))
+        advice = "set data.class_list to a file with the labels that occur, one per line"
+        if count > MOST_CLASSES:
+            raise InputError(
+                f"{where} has the label {count - 1}, but labels that are numbers count from 0: if "
+                f"they are names, {advice}"
+            )
+        if len(present) < count and not options.evaluation:
+            empty = [str(label) for label in range(count) if label not in present]
+            logger.warning(
+                f"{where}: no image has the label {listed(empty)}, so {len(empty)} of {count} "
+                f"classes are empty: to leave them out, {advice}"
+            )
+        return tuple(map(str, range(count)))
     return tuple(sorted(set(texts), key=CLASS_ORDERS[options.order]))
 
 

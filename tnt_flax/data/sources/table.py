@@ -231,7 +231,7 @@ class _ImageList:
         spelled, numbers = texts.dictionary.to_pylist(), texts.indices.to_numpy()
         used = np.unique(numbers)
         if not len(used):
-            raise InputError(f"{self.first} lists no images")
+            raise InputError(f"{self.first} lists no images: add rows, or choose another table")
         found = sorted({spelled[k] for k in used})
         class_names, of_found = number_classes(found, classes, self.first, names=names)
         label_of = dict(zip(found, of_found.tolist(), strict=True))
