@@ -3,6 +3,7 @@
 
 import io
 import json
+import os
 import struct
 import zlib
 
@@ -219,6 +220,13 @@ def test_tables_are_checked(folder, smoke_config, capsys, caplog):
     assert f"{folder}/train/cat/page.jpg" in capsys.readouterr().out
     check_data.check_data(config, "both")
     assert "the evaluation split has the class 'ant'" in caplog.text
+
+
+def test_names_that_are_not_utf_8(folder, config, tmp_path, capsysbinary):
+    os.rename(folder / "train/cat/page.jpg", os.fsencode(folder / "train/cat") + b"/caf\xe9.jpg")
+    check_data.check_data(config, "train", str(tmp_path / "out.jsonl"))
+    assert "cat/caf\ufffd.jpg" in (tmp_path / "out.jsonl").read_text("utf-8")
+    assert "cat/caf\ufffd.jpg: not an image".encode() in capsysbinary.readouterr().out
 
 
 class Source(list):

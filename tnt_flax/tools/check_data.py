@@ -119,7 +119,8 @@ def check_data(config: ConfigDict, split: str = "train", out: str | None = None)
 
 def summarize(lines: list[dict[str, Any]], source: Source, split: str) -> dict[str, int]:
     """Prints a table of the findings in a split; returns the number of each kind."""
-    names, images = source.class_names, np.zeros(len(source.class_names), int)
+    names = list(map(as_unicode, source.class_names))
+    images = np.zeros(len(names), int)
     for line in lines:
         for label, count in line.get("labels", {}).items():
             images[int(label)] += count
@@ -175,7 +176,7 @@ def check_record(
         found = inspect_image(image, policy)
     except OSError as error:  # the file vanished, the disk failed
         found = {"corrupt": f"cannot be read: {error.strerror or error}"}
-    about = {"index": index, "name": source.name_of(index), "class": class_name}
+    about = {"index": index, "name": as_unicode(source.name_of(index)), "class": class_name}
     return label, [about | {"finding": kind, "detail": text} for kind, text in found.items()]
 
 
