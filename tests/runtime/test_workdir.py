@@ -12,8 +12,14 @@ from collections import namedtuple
 import pytest
 
 from tnt_flax.__main__ import main as run_tnt_flax
-from tnt_flax.core.errors import InputError
-from tnt_flax.runtime.workdir import check_space, config_from_json, config_to_json, open_workdir
+from tnt_flax.core.errors import InputError, RunError
+from tnt_flax.runtime.workdir import (
+    check_space,
+    config_from_json,
+    config_to_json,
+    explain_write_errors,
+    open_workdir,
+)
 
 CONFIG = {"batch_size": 4, "data": {"root": "a", "threads": 1}, "log": {"every": "1 steps"}}
 
@@ -98,6 +104,26 @@ def test_an_unwritable_workdir(tmp_path):
         with pytest.raises(InputError, match=f"cannot write to workdir .*/{path}: {problem}"):
             with open_workdir(tmp_path / path, CONFIG):
                 pass
+
+
+def test_a_workdir_that_another_user_may_not_change(unprivileged_folder):
+    workdir = unprivileged_folder / "run"
+    with open_workdir(workdir, CONFIG):
+        pass
+    workdir.chmod(0o555)
+    for path in (workdir / "new", workdir):
+        with pytest.raises(InputError, match="cannot write to workdir .*: Permission denied: free"):
+            with open_workdir(path, CONFIG | {"batch_size": 8}):
+                pass
+    workdir.chmod(0o755)
+    assert json.loads((workdir / "config.json").read_text()) == CONFIG
+
+
+@pytest.mark.parametrize("kind", [InputError, RunError])
+def test_a_full_disk_names_the_workdir(tmp_path, kind):
+    with pytest.raises(kind, match=f"cannot write to workdir {tmp_path}: No space left on dev"):
+        with explain_write_errors(tmp_path, kind), open("/dev/full", "w") as file:
+            file.write("x")
 
 
 @pytest.mark.parametrize("address", ["gs://bucket/run", "s3://b", "file:///tmp/run", "hf://a/b"])

@@ -77,9 +77,10 @@ def test_the_first_loss_is_that_of_uniform_predictions(finished):
     assert first == pytest.approx(np.log(10), abs=0.1)
 
 
-def test_restarting_a_finished_run_changes_nothing(finished):
+def test_restarting_a_finished_run_changes_nothing_and_warns_again(finished, capsys):
     config, workdir, result = finished
     assert train_and_evaluate(config, workdir) == result
+    assert "warning: after all 29 steps, 75% of the EMA will still be" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -96,6 +97,19 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(finished, tmp_pa
     err = capsys.readouterr().err
     assert err.count("is damaged") == 2
     assert "from step 10 to 29" in err
+
+
+@pytest.mark.slow
+def test_final_files_that_cannot_be_written_are_one_line_and_lose_nothing(finished, tmp_path):
+    config, workdir, result = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    weights = tmp_path / "run/weights.safetensors"
+    weights.unlink()
+    weights.mkdir()
+    with pytest.raises(RunError, match="cannot write to workdir .*/run: Is a directory: free some"):
+        train_and_evaluate(config, tmp_path / "run")
+    weights.rmdir()
+    assert train_and_evaluate(config, tmp_path / "run") == result and weights.is_file()
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from typing import IO, Any
 import jax
 from ml_collections import ConfigDict
 
-from tnt_flax.core.errors import InputError, one_line
+from tnt_flax.core.errors import InputError, RunError, one_line
 from tnt_flax.core.files import write_atomic
 from tnt_flax.core.trees import diff_nested
 from tnt_flax.runtime import processes
@@ -60,18 +60,28 @@ def open_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> Iterator[None
             config.
     """
     check_is_folder(workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "a+")
-    except OSError as error:
-        raise InputError(f"cannot write to workdir {workdir}: {error.strerror}") from error
-    with lock:
-        _lock(lock, workdir)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        _update_config(workdir, config)
+    with contextlib.ExitStack() as stack:
+        with explain_write_errors(workdir, InputError):
+            workdir.mkdir(parents=True, exist_ok=True)
+            # Without a buffer, whose content would be written again when the file is closed.
+            lock = stack.enter_context(open(workdir / ".lock", "ab+", buffering=0))
+            _lock(lock, workdir)
+            lock.truncate(0)
+            lock.write(str(os.getpid()).encode())
+            _update_config(workdir, config)
         yield
+
+
+@contextlib.contextmanager
+def explain_write_errors(workdir: pathlib.Path, kind: type[Exception] = RunError) -> Iterator[None]:
+    """Turns an error of a file in `workdir`, such as a full disk, into one line of type `kind`."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(
+            f"cannot write to workdir {workdir}: {error.strerror or error}: free some space, "
+            "correct its permissions or choose another workdir"
+        ) from error
 
 
 def _lock(file: IO, workdir: pathlib.Path) -> None:
@@ -82,9 +92,10 @@ def _lock(file: IO, workdir: pathlib.Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
+        process = file.read().decode() or "unknown"
         raise InputError(
-            f"another trainer (process {file.read() or 'unknown'}) is using workdir {workdir}: "
-            "wait for it or choose another workdir"
+            f"another trainer (process {process}) is using workdir {workdir}: wait for it or "
+            "choose another workdir"
         ) from error
     except (ImportError, OSError) as error:  # Lustre, EFS, FUSE and the like may have no locks
         logger.warning(

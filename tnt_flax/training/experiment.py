@@ -21,7 +21,7 @@ from tnt_flax.data.stored_logits import is_logits_file
 from tnt_flax.models import Network, create_model
 from tnt_flax.runtime import processes, sharding
 from tnt_flax.runtime.checkpoints import Checkpoints
-from tnt_flax.runtime.workdir import check_space, config_to_json
+from tnt_flax.runtime.workdir import check_space, config_to_json, explain_write_errors
 from tnt_flax.training import device_randaugment, distillation, losses, mixup, step
 from tnt_flax.training.config import check_config, resolve_model_config, steps_of
 from tnt_flax.training.data import ExperimentData
@@ -293,7 +293,8 @@ class Experiment:
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.state_shapes))
         processes.run_on_main("space", lambda: check_space(workdir, size))
         keep = self.config.checkpoint.keep
-        return Checkpoints(workdir / "checkpoints", keep=keep, info=self.info)
+        with explain_write_errors(workdir):
+            return Checkpoints(workdir / "checkpoints", keep=keep, info=self.info)
 
     def eval_variables(self, state: TrainState) -> step.Variables:
         """Returns the variables of `state` that are evaluated, see `eval.weights`."""

@@ -21,6 +21,7 @@ from tnt_flax.runtime.watchdog import Watchdog
 from tnt_flax.runtime.workdir import (
     config_to_json,
     current_environment,
+    explain_write_errors,
     open_workdir,
     record_environment,
 )
@@ -64,7 +65,8 @@ def open_run(
         processes.run_on_main("workdir", lambda: stack.enter_context(lock))
         processes.check_same_program()
         processes.check_same_on_all_processes("config", config)
-        processes.check_shared_workdir(workdir)
+        with explain_write_errors(workdir, InputError):
+            processes.check_shared_workdir(workdir)
         if experiment.config.deterministic:
             stack.enter_context(host.keep_compilations(workdir / "compiled"))
         yield watchdog
@@ -99,10 +101,11 @@ def log_start(experiment: Experiment, workdir: pathlib.Path, start_step: int) ->
         experiment.mesh, experiment.config.deterministic
     )
     if processes.is_main_process():
-        record_environment(workdir, start_step, environment)
         params = experiment.state_shapes.params
         table = parameter_overview.get_parameter_overview(params, include_stats=False)
-        (workdir / "parameters.txt").write_text(table + "\n")
+        with explain_write_errors(workdir):
+            record_environment(workdir, start_step, environment)
+            (workdir / "parameters.txt").write_text(table + "\n")
     data = experiment.data
     log(
         f"{experiment.config.model.name}: {len(data.train_source)} training and "
@@ -117,7 +120,8 @@ def open_metrics(experiment: Experiment, workdir: pathlib.Path, start_step: int)
     options = experiment.config.log
     config = config_to_json(experiment.config)
     trackers = functools.partial(open_trackers, options.trackers, options.project, workdir, config)
-    return MetricWriter(workdir, start_step, trackers)
+    with explain_write_errors(workdir):
+        return MetricWriter(workdir, start_step, trackers)
 
 
 def evaluate_state(
@@ -185,9 +189,10 @@ def write_final_artifacts(
     ema, evaluated = jax.tree.map(sharding.fetch, (state.ema, evaluated))  # on all processes
     if processes.is_main_process():
         path = workdir / "weights.safetensors"
-        write.save_weights(path, join_collections(ema), experiment.info)
-        plots.plot_curves(read_metrics_file(writer.path), workdir / "curves.png")
-        plot_first_predictions(experiment, evaluated, workdir / "predictions.png")
+        with explain_write_errors(workdir):
+            write.save_weights(path, join_collections(ema), experiment.info)
+            plots.plot_curves(read_metrics_file(writer.path), workdir / "curves.png")
+            plot_first_predictions(experiment, evaluated, workdir / "predictions.png")
     return digest
 
 
