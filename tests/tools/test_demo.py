@@ -5,25 +5,32 @@ import asyncio
 import contextlib
 import http.client
 import json
+import logging
+import os
 import random
 import shutil
+import signal
+import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
+import types
 import zlib
 
 import numpy as np
 import pytest
-import uvicorn
 
 from benchmarks.demo import serve
 from tests.helpers import small_network
 from tests.helpers.fuzzing import mutated
 from tests.helpers.photos import jpeg, png
 from tnt_flax.__main__ import main
+from tnt_flax.core.errors import InputError
 from tnt_flax.inference.classifier import Classifier
 from tnt_flax.tools import demo
-from tnt_flax.tools.demo import app, service
+from tnt_flax.tools.demo import app, server, service
 from tnt_flax.weights.read import read_checkpoint
 
 CHROMIUM = shutil.which("chromium")
@@ -42,18 +49,30 @@ def classifier(weights):
 
 
 @pytest.fixture(scope="module")
-def address(weights, classifier):
+def application(weights, classifier):
+    return app.make_app(service.Service(read_checkpoint(weights), classifier, batch_size=4), True)
+
+
+@pytest.fixture(scope="module")
+def address(application):
     """Host and port of the application, served by a thread."""
-    served = service.Service(read_checkpoint(weights), classifier, batch_size=4)
-    with demo.listen("127.0.0.1", 0) as listener:
-        config = uvicorn.Config(app.make_app(served, True), lifespan="off", log_config=None)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, args=([listener],))
+    with serve_in_thread(application) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def serve_in_thread(application, host="127.0.0.1"):
+    """Yields host and port of an application."""
+    with demo.listen(host, 0) as listener:
+        port = listener.getsockname()[1]
+        running = server.make_server(application)
+        thread = threading.Thread(target=running.run, args=([listener],))
         thread.start()
-        host, port = listener.getsockname()
-        yield f"{host}:{port}"
-        server.should_exit = True
-        thread.join()
+        try:
+            yield f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        finally:
+            running.should_exit = True
+            thread.join()
 
 
 def request(address, path="/predict", body=None, method="POST", headers=None):
@@ -192,6 +211,105 @@ def test_the_oldest_items_are_forgotten():
     assert list(recent) == [1, 2]
 
 
+def connect(address, data=b""):
+    host, _, port = address.rpartition(":")
+    client = socket.create_connection((host.strip("[]"), int(port)), timeout=10)
+    client.sendall(data)
+    return client
+
+
+def received(client):
+    """Returns what a client gets until the server closes the connection."""
+    with client, contextlib.suppress(ConnectionResetError):
+        return b"".join(iter(lambda: client.recv(1 << 16), b""))
+    return b""
+
+
+def test_slow_and_abandoned_uploads_end(address, monkeypatch):
+    monkeypatch.setattr(server, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(app, "UPLOAD_SECONDS", 0.2)
+    head = f"POST /predict HTTP/1.1\r\nHost: {address}\r\nContent-Length: 1000\r\n\r\n".encode()
+    connected, header, body, dripping = (
+        connect(address, data) for data in (b"", head[:30], head + b"x", head)
+    )
+    with dripping, contextlib.suppress(ConnectionError):  # until the server closes
+        for _ in range(100):
+            dripping.sendall(b"x")
+            time.sleep(0.02)
+        pytest.fail("the connection stays open")
+    assert received(connected) == received(header) == b""
+    assert b" 408 " in received(body)
+    assert request(address, body=PHOTO)[0] == 200
+
+
+def test_a_connection_stays_open_after_a_long_request():
+    checks, aborted = [], []
+    protocol = object.__new__(server.HttpProtocol)
+    protocol.connections = {protocol}
+    protocol.loop = types.SimpleNamespace(call_later=lambda *call: checks.append(call))
+    protocol.transport = types.SimpleNamespace(abort=lambda: aborted.append(True))
+    protocol.cycle = types.SimpleNamespace(response_complete=False)
+    protocol._check_later()
+    protocol.cycle.response_complete = True  # just now
+    for expected in ([], [True]):
+        _, check, *state = checks.pop()
+        check(*state)
+        assert aborted == expected
+
+
+def test_cancelled_requests_get_an_answer():
+    sent = []
+
+    async def endless(scope, receive, send):
+        await asyncio.sleep(60)
+
+    async def send(message):
+        sent.append(message)
+
+    async def cancel():
+        scope = {"type": "http", "method": "GET", "headers": []}
+        task = asyncio.create_task(app.Guard(endless, False)(scope, None, send))
+        await asyncio.sleep(0)
+        task.cancel()
+        await task
+
+    asyncio.run(cancel())
+    assert sent[0]["status"] == 503 and sent[1]["body"] == b'{"error":"the demo ends"}'
+
+
+def test_ipv6_serves_the_page_and_predictions(application):
+    with serve_in_thread(application, "::1") as address:
+        _, _, page = request(address, "/", method="GET")
+        assert "knows 10 classes: class 0, class 1," in " ".join(page.split())
+        assert request(address, body=PHOTO, headers={"Origin": f"http://{address}"})[0] == 200
+        assert request(address, body=PHOTO, headers={"Host": "[::2]:80"})[0] == 403
+
+
+def test_logging_never_waits_for_the_reader_of_stderr(monkeypatch):
+    reader, writer = os.pipe()
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(fileno=lambda: writer))
+
+    def log():
+        with server.log_without_blocking():
+            for name in ("tnt_flax.tools", "uvicorn.error", "py.warnings"):
+                logging.getLogger(name).error(f"{name} failed: " + "x" * 100_000)
+
+    thread = threading.Thread(target=log, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert os.read(reader, 23) == b"tnt_flax.tools failed: "
+    os.close(reader)
+    log()  # to a pipe that is closed
+    os.close(writer)
+
+
+@pytest.mark.parametrize("host", ["", "192.0.2.1", "fe80::1", "not a host"])
+def test_a_host_that_is_not_here_is_one_line(host):
+    with pytest.raises(InputError, match="--host.*: give an address of this machine"):
+        demo.listen(host, 0)
+
+
 def test_a_port_in_use_is_one_line(weights, capsys):
     with demo.listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
@@ -200,24 +318,45 @@ def test_a_port_in_use_is_one_line(weights, capsys):
     assert main(["demo", str(weights), "--port=70000"]) == 2
 
 
+@pytest.mark.slow
+def test_a_process_survives_an_unread_stderr_and_ends_by_ctrl_c(weights):
+    command = [sys.executable, "-m", "tnt_flax", "demo", str(weights), "--port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        line = next(line for line in process.stderr if line.startswith(b"open "))
+        address = line.split(b"/")[2].decode()
+        for _ in range(2000):  # the messages about as many wrong requests would fill the pipe
+            assert b" 400 " in received(connect(address, b"wrong\r\n\r\n"))
+        assert request(address, body=PHOTO)[0] == 200
+        head = f"POST /predict HTTP/1.1\r\nHost: {address}\r\nContent-Length: 9\r\n\r\n"
+        upload = connect(address, head.encode())
+        for _ in range(2):  # the second does not wait for the upload
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+        assert b" 503 " in received(upload)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and json.loads(output)["images"] == 1
+    assert b"Traceback" not in errors
+
+
 # ---------------------------------------------------------------------------------------- browser
 
 
-def drop_file(page, path):
-    """Drops a file on the page."""
+def drop_or_paste(page, path, way):
     content = list(path.read_bytes())
     page.evaluate(
-        """([name, content]) => {
-            const dataTransfer = new DataTransfer();
-            dataTransfer.items.add(new File([new Uint8Array(content)], name));
-            document.body.dispatchEvent(new DragEvent("drop", {dataTransfer, bubbles: true}));
+        """([way, name, content]) => {
+            const data = new DataTransfer(), bubbles = true;
+            data.items.add(new File([new Uint8Array(content)], name));
+            document.body.dispatchEvent(way === "drop"
+                ? new DragEvent("drop", {dataTransfer: data, bubbles})
+                : new ClipboardEvent("paste", {clipboardData: data, bubbles}));
         }""",
-        [path.name, content],
+        [way, path.name, content],
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["choose", "drop"])
+@pytest.mark.parametrize("way", ["choose", "drop", "paste"])
 def test_page_shows_predictions_and_opens_explorers(address, classifier, tmp_path, way):
     playwright = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
@@ -235,7 +374,7 @@ def test_page_shows_predictions_and_opens_explorers(address, classifier, tmp_pat
             message = page.locator(".failed .message")
             playwright.expect(message).to_contain_text("not an image format that PIL reads")
         else:
-            drop_file(page, photo)
+            drop_or_paste(page, photo, way)
         link = page.locator("a.explore:visible")
         link.wait_for()
         (expected,) = classifier.predict(photo)
@@ -285,11 +424,11 @@ def bad_upload(rng):
 @pytest.mark.slow
 def test_1000_bad_uploads_are_answered_and_memory_is_bounded(weights, record_property):
     rng, statuses = random.Random(0), {}
-    with serve(weights) as server:
-        host_and_port = server.address
+    with serve(weights) as running:
+        host_and_port = running.address
         for _ in range(8):
             assert request(host_and_port, body=PHOTO)[0] == 200
-        before = server.peak_mib()
+        before = running.peak_mib()
         for i in range(1000):
             body, headers = bad_upload(rng)
             with contextlib.suppress(ConnectionError):  # huge headers: the answer may be cut off
@@ -299,7 +438,7 @@ def test_1000_bad_uploads_are_answered_and_memory_is_bounded(weights, record_pro
                 assert "\n" not in text and "Traceback" not in text and "site-packages" not in text
                 assert status != 500, (i, answer)
         assert request(host_and_port, body=PHOTO)[0] == 200
-        grown = server.peak_mib() - before
+        grown = running.peak_mib() - before
     record_property("statuses", statuses)
     record_property("grown_mib", round(grown))
     print(statuses, f"{grown:.0f} MiB")

@@ -195,6 +195,9 @@ def test_keyboard_and_touch_select_sentences(opened):
 @pytest.mark.slow
 def test_play_visits_every_block(opened):
     page, trace = opened
+    introduction = " ".join(page.locator("#introduction").text_content().split())
+    assert "sentences of 16x16 pixels, and each sentence into words of 4x4." in introduction
+    assert page.get_by_role("slider", name="Block").get_attribute("max") == str(len(trace.layouts))
     page.evaluate("chooseBlock(controls.block.max - 1)")
     page.get_by_text("Play blocks").click()
     last = len(trace.layouts)

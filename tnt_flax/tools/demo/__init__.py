@@ -5,12 +5,14 @@
     curl --form image=@cat.jpg http://127.0.0.1:8000/predict
 
 Open the address that is printed, and drop, paste or choose images. Other machines are not answered
-unless --host is given. Uploads stay in memory. Ctrl-C ends the command. Exit code 1 means that the
-port is in use, 2 that the input was wrong.
+unless --host is given. Uploads stay in memory. Ctrl-C ends the command: requests that run get 5
+seconds, or none after a second Ctrl-C. Exit code 1 means that the port is in use, 2 that the input
+was wrong.
 """
 
 import argparse
 import contextlib
+import errno
 import logging
 import socket
 from typing import Any
@@ -28,16 +30,15 @@ from tnt_flax.tools.command_line import (
 
 logger = logging.getLogger(__name__)
 LOCALHOST = "127.0.0.1"
+BACKLOG = 512  # connections that wait to be accepted
 PIXELS = 50_000_000  # of the largest image by default: two of them are decoded at a time
-CONNECTIONS = 512
-LAST_ANSWERS = 5  # seconds that Ctrl-C waits for
 
 
 def add_arguments(parser: Parser) -> None:
     add_weights_options(parser)
     add = parser.add_argument
     add("--port", type=_port, default=8000, help="0 picks a free one")
-    add("--host", default=LOCALHOST, metavar="ADDRESS", help="0.0.0.0 answers other machines")
+    add("--host", default=LOCALHOST, metavar="ADDRESS", help="0.0.0.0 or :: answers other machines")
     add("--batch-size", type=positive, default=8, help="images evaluated at a time, at most")
     add("--class-list", help="file with one class name per line")
     add("--light", action="store_true", help="explorers show the mean of the heads only")
@@ -52,11 +53,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         RunError: the port is in use.
     """
     require_extras("tnt-flax demo", "demo")
-    import uvicorn
-
     from tnt_flax.data.sources.names import read_class_list
     from tnt_flax.inference.classifier import Classifier
     from tnt_flax.tools.demo.app import is_loopback, make_app
+    from tnt_flax.tools.demo.server import log_without_blocking, make_server
     from tnt_flax.tools.demo.service import Service
 
     host.cache_compilations()
@@ -71,20 +71,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         logger.info(f"compiling {found.summary()}")
         service = Service(found, classifier, batch_size=args.batch_size, light=args.light)
         service.compile()
-        local = is_loopback(args.host)
-        options = dict(access_log=False, log_config=None, server_header=False)
-        options |= dict(http="h11", ws="none", lifespan="off")  # h11 limits the size of headers
-        options |= dict(limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=LAST_ANSWERS)
-        server = uvicorn.Server(uvicorn.Config(make_app(service, local), **options))
+        local = is_loopback(listener.getsockname()[0])
+        server = make_server(make_app(service, local))
         url = _url(listener)
         if not local:
             logger.warning(
                 f"--host={args.host} answers every machine that reaches this one, without a "
                 "password or encryption"
             )
-        logger.info(f"open {url} (Ctrl-C ends)")
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt), log_without_blocking():
+            logger.info(f"open {url} (Ctrl-C ends)")
             server.run([listener])
+        service.close()
     return {"url": url, "images": service.images}
 
 
@@ -95,13 +93,18 @@ def listen(address: str, port: int) -> socket.socket:
         InputError: the machine does not have the address.
         RunError: the port is in use, or needs other permissions.
     """
+    address = address.removeprefix("[").removesuffix("]")
+    if not address:  # would be all addresses
+        raise InputError("--host is empty: give an address of this machine, such as 127.0.0.1")
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
-        return socket.create_server((address, port), family=family, backlog=CONNECTIONS)
-    except socket.gaierror as error:
-        raise InputError(f"--host={address}: {error.strerror}") from None
+        return socket.create_server((address, port), family=family, backlog=BACKLOG)
     except OSError as error:
         reason = error.strerror.partition(" (while")[0]
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise InputError(
+                f"--host={address}: {reason}: give an address of this machine, such as 127.0.0.1"
+            ) from None
         raise RunError(
             f"cannot listen on {address}, port {port}: {reason}: give another --port, "
             "or --port=0 for a free one"
@@ -109,7 +112,9 @@ def listen(address: str, port: int) -> socket.socket:
 
 
 def _url(listener):
+    """Returns an address that a browser on this machine can open."""
     address, port = listener.getsockname()[:2]
+    address = {"0.0.0.0": LOCALHOST, "::": "::1"}.get(address, address)
     return f"http://[{address}]:{port}/" if ":" in address else f"http://{address}:{port}/"
 
 

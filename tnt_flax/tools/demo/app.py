@@ -22,7 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tnt_flax.tools import explore
-from tnt_flax.tools.demo.service import MAX_TOP, Refused, Service
+from tnt_flax.tools.demo.service import KEPT_IMAGES, MAX_TOP, Refused, Service
 
 FOLDER = pathlib.Path(__file__).parent
 MAX_FILES, MAX_BYTES = 32, 32 << 20  # of one request
@@ -81,8 +81,16 @@ def _static(text, media_type):
 
 
 def _page(service):
-    values = {"network": html.escape(service.network), "megabytes": MAX_BYTES >> 20}
-    return string.Template(_read(FOLDER / "page.html")).substitute(values)
+    height, width = service.image_size
+    values = {
+        "network": service.network,
+        "classes": service.classes,
+        "size": f"{width}x{height}",
+        "kept": KEPT_IMAGES,
+        "megabytes": MAX_BYTES >> 20,
+    }
+    escaped = {key: html.escape(str(value)) for key, value in values.items()}
+    return string.Template(_read(FOLDER / "page.html")).substitute(escaped)
 
 
 class Uploads:
@@ -183,8 +191,12 @@ class Guard:
         self._app, self._local = app, local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
@@ -193,7 +205,12 @@ class Guard:
         app = self._app
         if problem := self._problem(Headers(scope=scope), scope["method"]):
             app = JSONResponse({"error": problem}, 403)
-        await app(scope, receive, send_with_headers)
+        try:
+            await app(scope, receive, send_with_headers)
+        except asyncio.CancelledError:  # Ctrl-C
+            if not started:
+                answer = JSONResponse({"error": "the demo ends"}, 503)
+                await answer(scope, receive, send_with_headers)
 
     def _problem(self, headers, method):
         host = headers.get("host", "")
@@ -237,7 +254,7 @@ def _printable(text):
 
 
 async def _refuse(request: Request, error: Refused) -> Response:
-    headers = {"Retry-After": "1"} if error.status == 503 else None
+    headers = {503: {"Retry-After": "1"}, 408: {"Connection": "close"}}.get(error.status)
     return JSONResponse({"error": str(error)}, error.status, headers)
 
 

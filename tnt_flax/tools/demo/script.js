@@ -4,7 +4,7 @@
 const PARALLEL = 4;
 const byId = (id) => document.getElementById(id);
 const waiting = [];
-let running = 0, listed = 0;
+let running = 0, listed = 0, failed = 0;
 
 function makeCard(file) {
   const card = byId("image").content.firstElementChild.cloneNode(true);
@@ -17,6 +17,7 @@ function makeCard(file) {
 }
 
 function showFailure(card, message) {
+  failed++;
   card.classList.add("failed");
   card.querySelector(".message").textContent = message;
 }
@@ -38,6 +39,12 @@ async function predict(card, file) {
     showFailure(card, `The file is larger than ${megabytes} MiB.`);
     return;
   }
+  try {
+    await file.slice(0, 1).arrayBuffer();
+  } catch {
+    showFailure(card, "The file cannot be read. Is it a folder?");
+    return;
+  }
   const form = new FormData();
   form.append("image", file);
   let answer;
@@ -55,8 +62,9 @@ async function predict(card, file) {
 
 function showStatus() {
   const left = running + waiting.length;
-  byId("status").textContent = left ? `${left} of ${listed} images are waiting` : "";
-  if (!left) listed = 0;
+  byId("status").textContent = left ? `Waiting for ${left} of ${listed} images`
+    : `Classified ${listed - failed} of ${listed} images`;
+  if (!left) listed = failed = 0;
 }
 
 async function work() {
@@ -71,6 +79,7 @@ async function work() {
 }
 
 function add(files) {
+  if (!files.length) byId("status").textContent = "There is no image file.";
   const added = [...files].map((file) => [makeCard(file), file]);
   byId("images").prepend(...added.map(([card]) => card));
   listed += added.length;
@@ -87,7 +96,6 @@ byId("files").addEventListener("change", (event) => {
 
 document.addEventListener("paste", (event) => {
   add(event.clipboardData.files);
-  if (!event.clipboardData.files.length) byId("status").textContent = "There is no image to paste.";
 });
 
 // Without these handlers, a browser that gets a file opens it instead of the page.

@@ -10,13 +10,14 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from tnt_flax.core.errors import InputError
+from tnt_flax.core.errors import InputError, listed
 from tnt_flax.data.images import (
     CorruptImageError,
     EmptyFileError,
     HugeImageError,
     UnknownFormatError,
 )
+from tnt_flax.data.transforms import height_width
 from tnt_flax.inference.classifier import Classifier, Outcome
 from tnt_flax.tools import explore
 from tnt_flax.tools.attention import Tracer
@@ -79,6 +80,10 @@ class Batcher:
             self._task = loop.create_task(self._evaluate_all())
         return await future
 
+    def close(self) -> None:
+        """Forgets the items that are not being evaluated."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
     async def _evaluate_all(self):
         loop = asyncio.get_running_loop()
         while self._waiting:
@@ -100,6 +105,9 @@ class Service:
     """One model for all requests. Methods are called from one event loop.
 
     Attributes:
+        network: name of the network.
+        classes: number and names of the classes, such as "10 classes: 0, 1, 2, 3, 4 and 5 more".
+        image_size: (height, width) in pixels that the network reads.
         images: number of images classified.
 
     Args:
@@ -113,6 +121,9 @@ class Service:
         self, found: LoadedWeights, classifier: Classifier, *, batch_size: int = 8, light=False
     ):
         self.network = found.name or type(found.network.model).__name__
+        names = classifier.class_names
+        self.classes = f"{len(names)} classes: {listed(names)}"
+        self.image_size = height_width(classifier.image_size)
         self.images = 0
         self._found, self._classifier, self._light = found, classifier, light
         self._sizes = [1 << i for i in range((batch_size - 1).bit_length() + 1)]
@@ -128,6 +139,11 @@ class Service:
         blank = np.zeros_like(self._classifier.preprocess(np.zeros((8, 8, 3), np.uint8)))
         for size in self._sizes:
             self._classifier.classify([blank] * size)
+
+    def close(self) -> None:
+        """Forgets the work that has not begun; the process does not end before its threads do."""
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._batcher.close()
 
     async def predict(self, name: str, encoded: bytes, top: int, keep: bool) -> dict[str, Any]:
         """Returns the predictions of an encoded image, as JSON.

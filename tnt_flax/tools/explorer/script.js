@@ -165,24 +165,26 @@ function prepare(canvas, [height, width]) {
   return context;
 }
 
-// Darkens each cell of a grid the more, the less weight it has.
-function darken(context, weights, [rows, columns], cell, [height, width]) {
+// Veils each cell of a grid the more, the less weight it has. Black would look like a black image.
+const VEIL = (opacity) => `rgba(68, 84, 120, ${opacity})`;
+
+function veil(context, weights, [rows, columns], cell, [height, width]) {
   const largest = weights.reduce((a, b) => Math.max(a, b), 1e-30);
   for (let row = 0; row < rows; row++) {
     for (let column = 0; column < columns; column++) {
       const share = weights[row * columns + column] / largest;
-      context.fillStyle = `rgba(0, 0, 0, ${0.85 * (1 - share)})`;
+      context.fillStyle = VEIL(0.85 * (1 - share));
       context.fillRect(column * cell, row * cell, cell, cell);
     }
   }
-  context.fillStyle = "rgba(0, 0, 0, 0.85)"; // cells beyond the last whole average
+  context.fillStyle = VEIL(0.85); // cells beyond the last whole average
   context.fillRect(columns * cell, 0, width, height);
   context.fillRect(0, rows * cell, columns * cell, height);
 }
 
 function drawMap(context, {picture, image}, map) {
   context.drawImage(picture, 0, 0, image.size[1], image.size[0]);
-  darken(context, map.weights, map.grid, map.cell, image.size);
+  veil(context, map.weights, map.grid, map.cell, image.size);
 }
 
 function drawGrid(context, [rows, columns], cell) {
@@ -239,14 +241,16 @@ function drawSentences(view) {
   const weight = map.weights[target];
   const kind = choice === ROLLOUT || block.reduction === 1 ? "sentence" : "average";
   const object = `the ${kind} in ${place(target, map.grid[1])}`;
-  const share = `An equal share is ${percent(1 / map.total)} (block ${index + 1}, ${headName(choice)}).`;
+  const others = `${map.weights.length} ${kind}s${data.class_token ? " and the class token" : ""}`;
+  const share = `An equal share among ${others} is ${percent(1 / map.total)} `
+    + `(block ${index + 1}, ${headName(choice)}).`;
   let text;
   if (choice === ROLLOUT) {
-    text = `By rollout, ${percent(weight)} of ${subject} after block ${index + 1} come from ${object}.`;
+    text = `By rollout, ${percent(weight)} of ${subject} after block ${index + 1} comes from ${object}.`;
   } else if (own) {
     text = `${capital(subject)} attends most to ${object}: ${percent(weight)}. ${share}`;
   } else {
-    text = `${capital(subject)} gives ${object} ${percent(weight)} of its attention. ${share}`;
+    text = `${capital(subject)} gives ${percent(weight)} of its attention to ${object}. ${share}`;
   }
   view.reading.dataset.weight = weight;
   view.reading.textContent = text;
@@ -275,13 +279,14 @@ function drawWords(view) {
   if (view.word !== null) {
     const word = Math.min(view.word, block.words - 1);
     const weights = innerAttention(image, block, controls.innerHead.value, sentence, word);
-    darken(context, weights, [side, side], cell / side, [cell, cell]);
+    veil(context, weights, [side, side], cell / side, [cell, cell]);
     drawGrid(context, [side, side], cell / side);
     outline(context, ...rowAndColumn(word, side), cell / side, false);
     const best = indexOfLargest(weights);
     view.wordReading.dataset.weight = weights[best];
     view.wordReading.textContent = `The word in ${place(word, side)} attends most to the word in `
-      + `${place(best, side)}: ${percent(weights[best])}. An equal share is ${percent(1 / block.words)} `
+      + `${place(best, side)}: ${percent(weights[best])}. An equal share among ${block.words} words is `
+      + `${percent(1 / block.words)} `
       + `(block ${index + 1}, ${headName(controls.innerHead.value)}).`;
   } else {
     drawGrid(context, [side, side], cell / side);
@@ -471,12 +476,12 @@ function play() {
 
 function introduce() {
   const cut = sentenceSide(data.images[0], data.images[0].blocks[0]);
+  const word = cut / wordsPerSide(data.images[0].blocks.find((block) => block.words));
   byId("network").textContent = data.network;
-  byId("introduction").textContent =
-    `The image is cut into sentences of ${cut}x${cut} pixels, and each sentence into words. In every `
-    + "block, the inner transformer attends among the words of a sentence, then the outer transformer "
-    + "attends among the sentences. "
-    + `The prediction is read from ${data.readout}.`;
+  byId("cut").textContent = `${cut}x${cut}`;
+  byId("word").textContent = `${word}x${word}`;
+  byId("readout").textContent = data.readout
+    + (data.class_token ? ", which stands beside the sentences and attends to them" : "");
   byId("precision").textContent = "Attention weights are stored as bytes: an error of at most 0.2 % "
     + "of the largest weight of a sentence."
     + (data.mean_of_heads ? " This page has the mean of the heads only." : "");
