@@ -324,7 +324,7 @@ def test_a_process_survives_an_unread_stderr_and_ends_by_ctrl_c(weights):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         line = next(line for line in process.stderr if line.startswith(b"open "))
         address = line.split(b"/")[2].decode()
-        for _ in range(2000):  # the messages about as many wrong requests would fill the pipe
+        for _ in range(1400):  # the messages about as many wrong requests would fill the pipe
             assert b" 400 " in received(connect(address, b"wrong\r\n\r\n"))
         assert request(address, body=PHOTO)[0] == 200
         head = f"POST /predict HTTP/1.1\r\nHost: {address}\r\nContent-Length: 9\r\n\r\n"
