@@ -248,7 +248,8 @@ def test_what_is_pushed_loads_again(tmp_path, images, root):
 @pytest.mark.slow
 def test_exports_are_evaluated(tmp_path, capsys):
     """The model card states the result."""
-    path = small_network.save(tmp_path, size=32, depth=1, class_names=list("0123456789"))
+    options = dict(class_names=list("0123456789"), data={"interpolation": "bilinear"})
+    path = small_network.save(tmp_path, size=32, depth=1, **options)
     result = run(capsys, path, tmp_path / "folder", "--config=digits")
     config = read_config("digits", ["--config.data.mean=(0.5,0.5,0.5)"])
     with config.ignore_type():
@@ -257,6 +258,7 @@ def test_exports_are_evaluated(tmp_path, capsys):
     expected = evaluate_checkpoint(config, None, str(path))
     for key in ("top1", "images", "mean_per_class"):
         assert result["evaluation"][key] == expected[key], key
+    assert result["evaluation"]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     card = (tmp_path / "folder" / "README.md").read_text()
     assert f"| top-1 accuracy | {expected['top1']:.4f} |" in card and "| images | 360 |" in card
 

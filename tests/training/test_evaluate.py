@@ -60,6 +60,9 @@ def test_a_weights_file_is_evaluated_if_its_network_and_classes_fit(setting, tmp
     save_weights(path, variables["params"], info)
     result = evaluated()
     assert (result["images"], result["checkpoint"]) == (360, str(path))
+    info["config"]["data"]["interpolation"] = "bilinear"  # as a config.json of timm may state it
+    save_weights(path, variables["params"], info)
+    assert abs(evaluated()["loss"] / result["loss"] - 1) > 1e-4
     config.model.dtype = "bfloat16"  # not part of the architecture
     assert evaluated()["images"] == 360
     config.model.depth = 2

@@ -309,6 +309,7 @@ def evaluate(found: LoadedWeights, run: Run, args: argparse.Namespace) -> dict[s
         config.data.image_size = found.network.image_size
         config.data.update({k: found.preprocessing[k] for k in ("mean", "std", "crop_fraction")})
     experiment = Experiment(config, weights=found.path)
+    experiment.data.eval_interpolation = found.preprocessing["interpolation"]
     source = evaluation.open_labeled_source(experiment)
     if getattr(source, "max_labels", None) is not None:
         raise InputError("--config has images of several classes: evaluate with `tnt-flax eval`")

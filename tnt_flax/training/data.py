@@ -28,6 +28,7 @@ class ExperimentData:
         self, config: ConfigDict, host_rows: Callable[[], tuple[int, int]] = lambda: (0, 1)
     ):
         self.config, self._host_rows = config, host_rows
+        self.eval_interpolation = "bicubic"  # no key of the config: that of the weights, if stated
 
     def open_source(self, split: str, **options: bool) -> sources.Source:
         """Opens the records of a split; for `options` see `sources.open_split`."""
@@ -146,6 +147,7 @@ class ExperimentData:
             transforms.eval_transform,
             size=self.config.data.image_size,
             crop_fraction=self.config.data.crop_fraction,
+            interpolation=self.eval_interpolation,
             policy=self.policy,
         )
 

@@ -184,6 +184,7 @@ def evaluate_checkpoint(
         multi_label = experiment.data.is_multi_label(source)
         write_row = stack.enter_context(open_per_class(per_class, source, multi_label))
         variables, found = experiment.load_variables(path, checkpoint=checkpoint)
+        experiment.data.eval_interpolation = found.preprocessing["interpolation"]
         variables = sharding.put_global(variables, mesh)
         class_names, num_classes = found.class_names, found.network.model.num_classes
         batches, classes = labeled_batches(experiment, source, class_names, num_classes)

@@ -214,7 +214,6 @@ class Experiment:
         wanted = {f"data.{key}": given for key, given in self.data.normalization.items()}
         if crop:
             wanted["data.crop_fraction"] = self.config.data.crop_fraction
-            wanted["interpolation"] = "bicubic"  # see transforms.eval_transform
         stored = {key: found.preprocessing[key.removeprefix("data.")] for key in wanted}
         return [
             f"warning: made with {key}={stored[key]}, used with {given}"
