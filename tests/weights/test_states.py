@@ -16,6 +16,7 @@ import pytest
 import safetensors.numpy
 
 import tnt_flax
+from tests.helpers import small_network
 from tests.helpers.foreign_weights import HEADS, flags, run, state
 from tests.helpers.torch_files import archive, global_name, opcodes, program, tensor
 from tnt_flax.core.errors import InputError
@@ -346,3 +347,8 @@ def test_a_tensor_that_depends_on_an_unknown_object_is_an_error(tmp_path):
         (tmp_path / "x.pth").write_bytes(archive(content))
         with pytest.raises(InputError, match=message):
             read_checkpoint(tmp_path / "x.pth", **HEADS)
+
+
+def test_the_head_of_a_pyramid_is_wider_than_its_first_sentences(tmp_path):
+    found = read_checkpoint(small_network.save(tmp_path, "ptnt_s_patch16_256", size=64))
+    assert found.network.model.num_classes == 10

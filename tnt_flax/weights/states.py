@@ -33,6 +33,8 @@ SENTENCE_POS, WORD_POS = (
     for ours in ("sentence_pos", "word_pos")
 )
 ANCHORS = sorted(SENTENCE_POS | WORD_POS)
+# Of the width of the head's input, unlike `sentence_pos` of PyramidTNT.
+LAST_BIAS = {names.place_of(naming, "norm/bias").name for naming in names.NAMINGS}
 BEYOND = "not of the network"
 EMPTY = "without values"
 WITHOUT_HEAD_BIAS = ("mindspore", names.OURS)  # namings whose networks may have none
@@ -250,7 +252,7 @@ def assign(source: str, state: State, *, other_head: bool) -> Assigned:
         left_out[weights.pop(name)[0]] = EMPTY
     left_out |= {stored: reason for stored, x in others.items() if (reason := _no_weight(x))}
     others = {stored: x for stored, x in others.items() if stored not in left_out}
-    width = next((x.shape[-1:] for name, (_, x) in weights.items() if name in SENTENCE_POS), ())
+    width = next((x.shape[-1:] for name, (_, x) in weights.items() if name in LAST_BIAS), ())
     head = {name: weights[name] for name in (kernel, bias) if name in weights}
     notes = []
     if head and not _is_head(state.naming, [x for _, x in head.values()], width):
