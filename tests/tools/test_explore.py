@@ -196,7 +196,9 @@ def test_keyboard_and_touch_select_sentences(opened):
 def test_play_visits_every_block(opened):
     page, trace = opened
     introduction = " ".join(page.locator("#introduction").text_content().split())
-    assert "sentences of 16x16 pixels, and each sentence into words of 4x4." in introduction
+    cut = trace.pixels.shape[0] // trace.grid[0]
+    assert f"sentences of {cut}x{cut} pixels" in introduction
+    assert f"each sentence into words of {cut // 4}x{cut // 4}." in introduction
     assert page.get_by_role("slider", name="Block").get_attribute("max") == str(len(trace.layouts))
     page.evaluate("chooseBlock(controls.block.max - 1)")
     page.get_by_text("Play blocks").click()
