@@ -50,6 +50,7 @@ def get_config(machine="cpu"):
     config.augment.erase_prob = 0.0
     config.augment.mix_off_epochs = 5
 
+    config.optimizer.schedule_interval = "step"  # by epochs, the first is lost to the warm-up
     config.optimizer.cooldown_epochs = 0
     config.ema.decay = 0.999
     config.ema.warmup = True
