@@ -21,6 +21,7 @@ from tnt_flax.core.trees import fingerprint
 from tnt_flax.runtime import checkpoints
 from tnt_flax.runtime.watchdog import Watchdog
 from tnt_flax.runtime.workdir import read_environments
+from tnt_flax.training import device_randaugment
 from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.metrics import read_metrics_file
 from tnt_flax.training.run import check_finite
@@ -345,13 +346,17 @@ def test_a_run_stopped_by_signals_ends_bit_identical(finished, tmp_path, at):
 
 
 @pytest.mark.slow
-def test_imagenet_in_parquet_trains_evaluates_and_resumes(smoke_config, tmp_path, at):
+def test_imagenet_in_parquet_trains_evaluates_and_resumes(smoke_config, tmp_path, at, monkeypatch):
+    """With repeated images, and RandAugment on the device by an operation that compiles fast."""
+    brighten = lambda image, call, augment: image + call.level.astype(image.dtype)
+    monkeypatch.setattr(device_randaugment, "_apply_op", brighten)
     make_folder(tmp_path / "data", classes=NAMES)
     for split, stored in (("train", "train"), ("val", "validation")):
         images = [path.read_bytes() for path in sorted((tmp_path / "data" / split).rglob("*.jpg"))]
         write_shards(tmp_path / "hub", images, stored, count=3)
     overrides = dict(epochs=2, data__source="table", data__workers=1, augment__repeats=3)
     overrides |= dict(augment__mix_groups=8, data__root=str(tmp_path / "hub"))
+    overrides |= dict(augment__randaugment="rand-mstd9", augment__randaugment_on="device")
     config = smoke_config(**SMALL_BATCHES, **overrides)
     expected = train_and_evaluate(config, tmp_path / "whole")
     assert expected["images"] == 72 and expected["step"] == 8
