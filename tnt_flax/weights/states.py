@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,12 @@ SENTENCE_POS, WORD_POS = (
     for ours in ("sentence_pos", "word_pos")
 )
 ANCHORS = sorted(SENTENCE_POS | WORD_POS)
-# Of the width of the head's input, unlike `sentence_pos` of PyramidTNT.
-LAST_BIAS = {names.place_of(naming, "norm/bias").name for naming in names.NAMINGS}
+# Both have the width of the head's input, unlike `sentence_pos` of PyramidTNT.
+LAST_NORM = {
+    names.place_of(naming, f"norm/{leaf}").name
+    for naming in names.NAMINGS
+    for leaf in ("scale", "bias")
+}
 BEYOND = "not of the network"
 EMPTY = "without values"
 WITHOUT_HEAD_BIAS = ("mindspore", names.OURS)  # namings whose networks may have none
@@ -252,13 +256,13 @@ def assign(source: str, state: State, *, other_head: bool) -> Assigned:
         left_out[weights.pop(name)[0]] = EMPTY
     left_out |= {stored: reason for stored, x in others.items() if (reason := _no_weight(x))}
     others = {stored: x for stored, x in others.items() if stored not in left_out}
-    width = next((x.shape[-1:] for name, (_, x) in weights.items() if name in LAST_BIAS), ())
+    widths = {x.shape for name, (_, x) in weights.items() if name in LAST_NORM}
     head = {name: weights[name] for name in (kernel, bias) if name in weights}
     notes = []
-    if head and not _is_head(state.naming, [x for _, x in head.values()], width):
+    if head and not _is_head(state.naming, [x for _, x in head.values()], widths):
         others |= dict(head.values())
         weights = {name: x for name, x in weights.items() if name not in head}
-    elif not head and (layer := _lone_linear(others, state.prefix, width)):
+    elif not head and (layer := _lone_linear(others, state.prefix, widths)):
         for name, leaf in ((kernel, f"{layer}.weight"), (bias, f"{layer}.bias")):
             weights[name] = (leaf, others.pop(leaf))
         notes.append(f"took {layer} as the head")
@@ -307,18 +311,20 @@ def _no_weight(x: Any) -> str | None:
     return "a counter" if is_counter else None
 
 
-def _is_head(naming: str, tensors: Sequence[StoredTensor], width: tuple[int, ...]) -> bool:
-    """Whether `tensors` are a linear layer of `width` inputs, with a bias if the naming has one."""
+def _is_head(naming: str, tensors: Sequence[StoredTensor], widths: Set[tuple[int, ...]]) -> bool:
+    """Whether `tensors` are a linear layer of such a width, with a bias if the naming has one."""
     shapes = [x.shape[::-1] if naming == names.OURS else x.shape for x in tensors]
     return (
         len(shapes) in ((1, 2) if naming in WITHOUT_HEAD_BIAS else (2,))
         and len(shapes[0]) == 2
-        and shapes[0][1:] == width
+        and shapes[0][1:] in widths
         and all(shape == shapes[0][:1] for shape in shapes[1:])
     )
 
 
-def _lone_linear(others: Mapping[str, Any], prefix: str, width: tuple[int, ...]) -> str | None:
+def _lone_linear(
+    others: Mapping[str, Any], prefix: str, widths: Set[tuple[int, ...]]
+) -> str | None:
     """Returns the name of the only module that is one linear layer, such as "fc" or "head.1"."""
     modules: dict[str, list[str]] = {}
     for stored in others:
@@ -327,6 +333,6 @@ def _lone_linear(others: Mapping[str, Any], prefix: str, width: tuple[int, ...])
     for module in modules.values():
         layer = module[0].rpartition(".")[0]
         leaves = [f"{layer}.weight", f"{layer}.bias"]
-        if sorted(module) == sorted(leaves) and _is_head("", [others[n] for n in leaves], width):
+        if sorted(module) == sorted(leaves) and _is_head("", [others[n] for n in leaves], widths):
             found.append(layer)
     return found[0] if len(found) == 1 else None
