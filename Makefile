@@ -1,6 +1,6 @@
 # make train    makes the environment and trains a small TNT on scikit-learn's digits
 # make eval     evaluates the run of `make train`
-# make test     makes the environment and runs ruff and the fast tests: 5 minutes on 2 cores
+# make test     makes the environment and runs ruff and the fast tests: 5 to 9 minutes on 2 cores
 # make test-all installs torch, timm and libtpu, too, and runs all other tests: slow, soak, oracle
 #               (compared with timm), tpu_compiler. Needs chromium
 # make soak     of these: runs of many processes, resumed runs, the largest programs
