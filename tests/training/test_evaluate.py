@@ -28,7 +28,7 @@ def test_metrics_are_equal_for_any_batch_size(setting):
     config, model = experiment.config, experiment.model
     step = jax.jit(experiment.make_eval_step(model))
     results = []
-    for batch_size in (8, 56, 360, 368):
+    for batch_size in (8, 56, 368):  # without padding, in the last batch, in the only one
         config.eval.batch_size = batch_size
         result, sums = evaluate(step, variables, experiment.data.eval_batches(), experiment.mesh)
         results.append(result)
@@ -44,7 +44,7 @@ def test_metrics_are_equal_for_any_batch_size(setting):
     config.eval.batch_size = 360
     (batch,) = experiment.data.eval_batches()
     pixels = (jnp.asarray(batch["image"], jnp.float32) - 127.5) / 127.5
-    order = np.argsort(-np.asarray(model.apply(variables, pixels)), axis=1)
+    order = np.argsort(-np.asarray(jax.jit(model.apply)(variables, pixels)), axis=1)
     hits = order == batch["label"][:, None]
     assert results[0]["top1"] == hits[:, 0].mean()
     assert results[0]["top5"] == hits[:, :5].any(axis=1).mean()
