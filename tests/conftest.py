@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import tempfile
 
@@ -35,6 +36,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 setup_logging()  # log messages go to stderr, as in the commands
 logging.getLogger("tnt_flax").propagate = True  # and to caplog
 
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests send it; nohup ignores it
 
 NO_SKIPS = os.environ.get("TNT_FLAX_NO_SKIPS") == "1"
 
