@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All config keys, with their defaults: the published recipe of TNT-S on ImageNet-1k.
 
-The other files import this one and change values. Any key can be set on the command line:
+The other files start from this one and change values. Any key can be set on the command line:
 --config.batch_size=256 --config.data.root=/data/imagenet. Values of the keys named `every` are
 "N epochs" or "N steps".
 """

@@ -3,8 +3,8 @@
 
 Every layer acts on sequences `(*batch, T, W)` of T tokens of width W: the outer transformer reads
 sentences `(B, T, D)`, the inner transformer words `(B, N, M, C)`. Arrays are added or
-multiplied only at equal ranks (the tests forbid implicit rank promotion), hence every `[None]` and
-`broadcast_to`. Weights read from a file may be NumPy arrays, hence `jnp.asarray(...)`.
+multiplied only at equal ranks: the tests forbid implicit rank promotion. Weights read from a file
+may be NumPy arrays, hence `jnp.asarray(...)`.
 """
 
 import functools

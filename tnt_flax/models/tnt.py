@@ -152,7 +152,7 @@ class TNT(nn.Module):
                 last=last_queries if stop == self.depth else None,
             )
 
-        # The stem runs before `outer_impl` is chosen. Norms outside of the blocks use the field.
+        # Norms outside the blocks use `self.outer_impl`: the stem runs before it is resolved.
         norm_layer = select.norm_layer(self.outer_impl)
         norm = norm_layer(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
         features = norm(sentences[:, 0])

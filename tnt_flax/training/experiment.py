@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An experiment: the data, network, optimizer and steps that a config describes.
 
-Training, evaluation, the tools and the benchmarks all set up through this class.
+Training, evaluation and the tools that read a config start from this class.
 """
 
 import functools
@@ -177,7 +177,7 @@ class Experiment:
         Positions are resampled to `data.image_size`. Warns of other preprocessing than the
         config's. To fine-tune, pass `class_names` of the training data: loads EMA weights, and
         replaces the head if the weights have other classes. To evaluate, leave them out: loads the
-        weights that `eval.weights` names, keeps the head, and also compares crop and interpolation.
+        weights that `eval.weights` names, keeps the head, and also compares the crop.
 
         Returns:
             The variables, and the checkpoint they were read from.

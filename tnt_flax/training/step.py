@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functions that get compiled: one step of training, evaluation and prediction.
 
-All are pure and not yet jitted. The trainer, the tools and the tests jit the same functions.
+All are pure. Their callers jit them: training, evaluation, some tools and the tests.
 """
 
 import functools

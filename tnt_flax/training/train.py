@@ -150,5 +150,5 @@ def train_loop(
 
 
 def is_due(experiment: Experiment, group: str, step: int) -> bool:
-    """Returns True every `group.every` of the config, and at the last step."""
+    """Returns True at multiples of the interval of `group`, and at the last step."""
     return step % experiment.interval(group) == 0 or step == experiment.total_steps
