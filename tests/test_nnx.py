@@ -46,6 +46,7 @@ def assert_trees_equal(a, b, **tolerance):
         np.testing.assert_allclose(x, y, **{"rtol": 0, "atol": 0} | tolerance)
 
 
+@pytest.mark.slow
 def test_logits_equal_linen(model):
     name, fields = NETWORKS["tnt" if hasattr(model, "blocks") else "ptnt"]
     linen = tnt_flax.create_model(name, num_classes=4, **fields)

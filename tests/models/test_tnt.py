@@ -71,7 +71,7 @@ def test_every_layer_norm_has_the_published_epsilon(variant):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("variant", ["official", "legacy"])
+@pytest.mark.parametrize("variant", ["official", pytest.param("legacy", marks=pytest.mark.slow)])
 def test_logits_blocks_and_gradients_equal_timm(variant):
     with np.load(pathlib.Path(models.GOLDEN) / f"tnt_{variant}.npz") as golden:
         golden = dict(golden)

@@ -60,7 +60,8 @@ def random_batch():
     return {"image": images, "label": np.arange(16, dtype=np.int32) % 10}
 
 
-@pytest.mark.parametrize("groups", [8, 2])  # within a device; over four of them
+# Groups within a device, and over four devices.
+@pytest.mark.parametrize("groups", [pytest.param(8, marks=pytest.mark.slow), 2])
 def test_augmentation_does_not_depend_on_the_number_of_devices(groups):
     """Bit-identical pixels: random numbers do not depend on the device that computes them."""
 

@@ -69,6 +69,7 @@ def test_descriptions_of_gpus(name):
     assert 100 < GPUS[name].tflops / GPUS[name].bandwidth < 450
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_a_whole_step(tiny_config):
     tiny_config.model.se = True  # the head then needs all of the last block
     flops = compile_check.train_step_flops(tiny_config, 10)

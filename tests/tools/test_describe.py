@@ -80,6 +80,7 @@ def test_image_size_and_batch_size(capsys):
     assert large["parts"]["head"]["flops"] == 2 * 2 * 384 * 1000
 
 
+@pytest.mark.slow
 def test_blocks_without_words(capsys):
     """Three of nine blocks have words; in them, the inner MLP has 4,776 parameters."""
     settings = ["vanilla_blocks=1,2,3,5,6,7", "depth=9", "se=True"]

@@ -102,6 +102,7 @@ def test_unusable_stablehlo_files(tmp_path, monkeypatch):
         stablehlo.load_exported(tmp_path / "none.stablehlo")
 
 
+@pytest.mark.slow
 def test_a_wrong_export_is_not_written(tmp_path, monkeypatch, capsys):
     def wrong(found, path, args):
         path.write_bytes(b"half a file")

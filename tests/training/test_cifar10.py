@@ -91,6 +91,7 @@ def test_each_layout_trains_evaluates_and_resumes(layout, tmp_path, monkeypatch)
     assert train_and_evaluate(config, tmp_path / "run") == expected
 
 
+@pytest.mark.slow
 def test_networks_have_words_of_two_by_two_pixels():
     for config in (cifar10.get_config(), cifar10.get_config("gpu"), textures.get_config()):
         check_config(config)

@@ -60,6 +60,7 @@ def test_every_layer_has_its_factor():
         layer_scales(params | {"tail": {"kernel": jnp.zeros(1)}}, 0.5)
 
 
+@pytest.mark.slow
 def test_the_update_of_each_layer_is_scaled_including_weight_decay():
     _, params = make()
     grads = jax.tree.map(jnp.ones_like, params)

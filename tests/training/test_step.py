@@ -269,6 +269,7 @@ def test_images_are_mixed_then_normalized_then_erased(batch):
     np.testing.assert_allclose(images, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_leaves_the_training_state_in_float32():
     model = TNT(24, 8, 2, 2, depth=2, num_classes=7, drop_path=0.1, dtype="bfloat16")
     images = jnp.zeros((4, 16, 16, 3), jnp.uint8)
