@@ -309,11 +309,10 @@ def evaluate(found: LoadedWeights, run: Run, args: argparse.Namespace) -> dict[s
         config.data.image_size = found.network.image_size
         config.data.update({k: found.preprocessing[k] for k in ("mean", "std", "crop_fraction")})
     experiment = Experiment(config, weights=found.path)
-    experiment.data.eval_interpolation = found.preprocessing["interpolation"]
     source = evaluation.open_labeled_source(experiment)
     if getattr(source, "max_labels", None) is not None:
         raise InputError("--config has images of several classes: evaluate with `tnt-flax eval`")
-    batches, allowed = evaluation.labeled_batches(experiment, source, found.class_names, classes)
+    batches, allowed = evaluation.labeled_batches(experiment, source, found)
     network = _Exported(run, args.layout, classes)
     eval_step = experiment.make_eval_step(network, classes=allowed)
     return evaluation.evaluate(eval_step, {}, batches, experiment.mesh)[0]

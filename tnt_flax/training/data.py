@@ -28,7 +28,6 @@ class ExperimentData:
         self, config: ConfigDict, host_rows: Callable[[], tuple[int, int]] = lambda: (0, 1)
     ):
         self.config, self._host_rows = config, host_rows
-        self.eval_interpolation = "bicubic"  # no key of the config: that of the weights, if stated
 
     def open_source(self, split: str, **options: bool) -> sources.Source:
         """Opens the records of a split; for `options` see `sources.open_split`."""
@@ -147,20 +146,22 @@ class ExperimentData:
             transforms.eval_transform,
             size=self.config.data.image_size,
             crop_fraction=self.config.data.crop_fraction,
-            interpolation=self.eval_interpolation,
             policy=self.policy,
         )
 
-    def eval_batches(self, source: sources.Source | None = None) -> Batches:
+    def eval_batches(
+        self, source: sources.Source | None = None, interpolation: str = "bicubic"
+    ) -> Batches:
         """Yields this process's rows of the evaluation batches: every image once, then padding.
 
         A batch of b rows has `image` uint8 [b, H, W, 3], `label` as in training, `mask` bool
         [b], False for padding and unreadable images, and `corrupt` bool [b], True for unreadable
-        images. `source` defaults to `eval_source`. Raises as `train_batches`.
+        images. `source` defaults to `eval_source`. `interpolation`, which is no key of the config,
+        is that of `transforms.eval_transform`. Raises as `train_batches`.
         """
         return pipeline.eval_batches(
             self.eval_source if source is None else source,
-            transform=self.eval_transform,
+            transform=functools.partial(self.eval_transform, interpolation=interpolation),
             batch_size=self.config.eval.batch_size,
             options=self._read_options(),
         )

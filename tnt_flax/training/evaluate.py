@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ from tnt_flax.runtime.watchdog import Watchdog
 from tnt_flax.training.data import Batches
 from tnt_flax.training.experiment import Experiment
 from tnt_flax.training.step import CALIBRATION_BINS, calibration_bin
+from tnt_flax.weights.read import LoadedWeights
 
 logger = logging.getLogger(__name__)
 
@@ -184,10 +185,9 @@ def evaluate_checkpoint(
         multi_label = experiment.data.is_multi_label(source)
         write_row = stack.enter_context(open_per_class(per_class, source, multi_label))
         variables, found = experiment.load_variables(path, checkpoint=checkpoint)
-        experiment.data.eval_interpolation = found.preprocessing["interpolation"]
         variables = sharding.put_global(variables, mesh)
         class_names, num_classes = found.class_names, found.network.model.num_classes
-        batches, classes = labeled_batches(experiment, source, class_names, num_classes)
+        batches, classes = labeled_batches(experiment, source, found)
 
         logger.info(f"evaluating on {len(source)} images")
         model = experiment.make_model(num_classes)
@@ -208,18 +208,15 @@ def evaluate_checkpoint(
 
 
 def labeled_batches(
-    experiment: Experiment,
-    source: Source,
-    class_names: Sequence[str] | None,
-    num_classes: int,
+    experiment: Experiment, source: Source, found: LoadedWeights
 ) -> tuple[Batches, tuple[int, ...] | None]:
     """Returns evaluation batches with the labels of a network, and its allowed classes.
 
     Args:
         experiment: of the evaluation.
         source: the evaluation split.
-        class_names: of the network, if they are known.
-        num_classes: of the network.
+        found: the network, with its class names if they are known. Images are resized by its
+            interpolation.
 
     Returns:
         The batches of `relabeled`, and the classes that predictions are restricted to by
@@ -228,9 +225,11 @@ def labeled_batches(
     Raises:
         InputError: the classes do not fit together, see `data.labels`.
     """
+    class_names, num_classes = found.class_names, found.network.model.num_classes
     classes = select_classes(experiment.config.eval.classes, class_names, num_classes)
     to_network = map_to_network(source.class_names, class_names, num_classes)
-    batches, keep = experiment.data.eval_batches(source), experiment.data.is_multi_label(source)
+    batches = experiment.data.eval_batches(source, found.preprocessing["interpolation"])
+    keep = experiment.data.is_multi_label(source)
     return relabeled(batches, to_network, classes, keep_unlabeled=keep), classes
 
 
