@@ -206,6 +206,7 @@ def test_a_failure_in_one_process_ends_all(root, tmp_path, error, code, message,
     assert codes == (code, code), errs
     assert message in errs[1]
     assert re.search(rf"^error: process 1 \(\S+\) ended the run: .*{cause}", errs[0], re.MULTILINE)
+    assert errs[0].count("ended the run") == 1
 
 
 @pytest.mark.slow

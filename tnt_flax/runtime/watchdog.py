@@ -97,6 +97,7 @@ class Watchdog:
         self._in_setup = True
         self._waiting = False  # for a batch, where a signal may interrupt
         self._done = threading.Event()
+        self._reporting = threading.Lock()  # kept by the thread that reports another process
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
@@ -242,11 +243,12 @@ class Watchdog:
         except jax.errors.JaxRuntimeError:
             return  # no failure, or the coordinator has ended
         if failure["process"] != jax.process_index():
-            logger.error(
-                f"error: process {failure['process']} ({failure['host']}) ended the run: "
-                f"{failure['cause']}"
-            )
-            self._exit_after_failure(failure["code"])
+            with self._reporting:  # until the exit, so that one thread alone prints the line
+                logger.error(
+                    f"error: process {failure['process']} ({failure['host']}) ended the run: "
+                    f"{failure['cause']}"
+                )
+                self._exit_after_failure(failure["code"])
 
     def _report_failure(self, code, cause):
         if not self._distributed:
