@@ -175,7 +175,8 @@ def number_classes(
 
     Raises:
         InputError: the class list cannot be read, lacks a text (unless `options.subset`), or names
-            a class that is not there (if `exact`, unless `options.evaluation`).
+            a class that is not there (if `exact`, unless `options.evaluation`); or a text that is a
+            label exceeds MOST_CLASSES.
     """
     found, numeric = set(texts), not exact and all(re.fullmatch(r"\d{1,9}", t) for t in texts)
     classes = _class_names(texts, options, names, numeric, where)
@@ -204,13 +205,14 @@ def number_classes(
 
 
 def _class_names(texts, options, names, numeric, where):
-    """Returns the class names."""
+    """Returns the class names; reports labels that are numbers with gaps."""
     if options.class_list:
         return read_class_list(options.class_list)
     if names is not None:
         return tuple(names)
     if numeric:
-        count, present = 1 + max(map(int, texts), default=-1), set(map(int, texts))
+        present = set(map(int, texts))
+        count = 1 + max(present, default=-1)
         advice = "set data.class_list to a file with the labels that occur, one per line"
         if count > MOST_CLASSES:
             raise InputError(
