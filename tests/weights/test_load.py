@@ -77,11 +77,11 @@ def test_a_new_head(path, params, logged):
     assert fingerprint(variables["params"]) == fingerprint(kept)
     assert "a new head for 7 classes" in logged.text
     variables["params"]["head"] = head
-    assert jax.eval_shape(model.apply, variables, images()).shape == (2, 7)
+    assert jax.jit(model.apply)(variables, images()).shape == (2, 7)
 
     model, variables = tnt_flax.load(path, num_classes=0)
     assert "head" not in variables["params"]
-    assert jax.eval_shape(model.apply, variables, images()).shape == (2, 12)
+    assert jax.jit(model.apply)(variables, images()).shape == (2, 12)
     with pytest.raises(InputError, match="num_classes=-1 is negative"):
         tnt_flax.load(path, num_classes=-1)
 
@@ -93,7 +93,7 @@ def test_another_image_size(path, params, logged):
     class_token = positions[:, 0]
     np.testing.assert_array_equal(class_token, params["sentence_pos"][:, 0])
     assert "resampled the positions from 2x2 to 3x4" in logged.text
-    assert jax.eval_shape(model.apply, variables, images(48, 64)).shape == (2, 5)
+    assert jax.jit(model.apply)(variables, images(48, 64)).shape == (2, 5)
     with pytest.raises(InputError, match="image_size 40x40 is not divisible by the patch size 16"):
         tnt_flax.load(path, image_size=40)
     with pytest.raises(InputError, match="image_size 0x0 is not divisible"):
@@ -120,7 +120,7 @@ def test_grids_that_are_not_square(tmp_path):
     path = tmp_path / "x.safetensors"
     model, variables = tnt_flax.load(path, image_size=(32, 48), **HEADS)
     assert fingerprint(variables["params"]) == fingerprint(params)
-    assert jax.eval_shape(model.apply, variables, images(32, 48)).shape == (2, 5)
+    assert jax.jit(model.apply)(variables, images(32, 48)).shape == (2, 5)
     with pytest.raises(InputError, match="has 6 sentences, not a square number"):
         tnt_flax.load(path, image_size=64, **HEADS)
 
