@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tnt_flax.core.errors import InputError, listed
-from tnt_flax.data.sources import Source, labels_of, storage
+from tnt_flax.data.sources import Source, labels_of, storage, stores_several_labels
 from tnt_flax.data.sources.names import natural_key, read_class_list
 
 logger = logging.getLogger("tnt_flax")
@@ -167,7 +167,7 @@ def split_names(source: Source, class_names: Sequence[str] = ()) -> Source:
     Raises InputError if a part is none of `class_names`.
     """
     several = class_names or any(SEPARATOR in name for name in source.class_names)
-    if getattr(source, "max_labels", None) is not None or not several:
+    if stores_several_labels(source) or not several:
         return source
     parts = [list(filter(None, name.split(SEPARATOR))) for name in source.class_names]
     found = sorted({part for name in parts for part in name}, key=natural_key)

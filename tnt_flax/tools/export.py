@@ -301,6 +301,7 @@ def evaluate(found: LoadedWeights, run: Run, args: argparse.Namespace) -> dict[s
         InputError: the data cannot be read, their classes are not those of the network, or their
             images have several classes.
     """
+    from tnt_flax.data.sources import stores_several_labels
     from tnt_flax.training import evaluate as evaluation
     from tnt_flax.training.experiment import Experiment
 
@@ -310,7 +311,7 @@ def evaluate(found: LoadedWeights, run: Run, args: argparse.Namespace) -> dict[s
         config.data.update({k: found.preprocessing[k] for k in ("mean", "std", "crop_fraction")})
     experiment = Experiment(config, weights=found.path)
     source = evaluation.open_labeled_source(experiment)
-    if getattr(source, "max_labels", None) is not None:
+    if stores_several_labels(source):
         raise InputError("--config has images of several classes: evaluate with `tnt-flax eval`")
     batches, allowed = evaluation.labeled_batches(experiment, source, found)
     network = _Exported(run, args.layout, classes)

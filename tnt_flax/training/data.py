@@ -35,7 +35,7 @@ class ExperimentData:
 
     def is_multi_label(self, source: sources.Source) -> bool:
         """True if `loss.name` is "bce" and the source stores several labels per image."""
-        return self._uses_bce and getattr(source, "max_labels", None) is not None
+        return self._uses_bce and sources.stores_several_labels(source)
 
     @functools.cached_property
     def train_source(self) -> sources.Source:

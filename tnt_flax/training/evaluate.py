@@ -26,7 +26,7 @@ from tnt_flax.data.labels import (
     select_classes,
     split_names,
 )
-from tnt_flax.data.sources import Source, storage
+from tnt_flax.data.sources import Source, storage, stores_several_labels
 from tnt_flax.runtime import host, processes, sharding
 from tnt_flax.runtime.watchdog import Watchdog
 from tnt_flax.training.data import Batches
@@ -196,7 +196,7 @@ def evaluate_checkpoint(
         # `setup`: there is nothing to save, so a signal may end the process at once.
         progress = functools.partial(watchdog.progress, setup=True)
         metrics, sums = evaluate(eval_step, variables, batches, mesh, progress)
-        if not multi_label and getattr(source, "max_labels", None) is not None:
+        if not multi_label and stores_several_labels(source):
             # An image would count for one of its classes only.
             del metrics["mean_per_class"]
         metrics["classes"] = len(classes) if classes else num_classes
@@ -242,7 +242,7 @@ def open_per_class(
     Raises:
         InputError: images have several classes, and the network does not decide by sigmoids.
     """
-    if path and not multi_label and getattr(source, "max_labels", None) is not None:
+    if path and not multi_label and stores_several_labels(source):
         raise InputError(
             "images may be of several classes in these data: --per-class needs "
             "--config.loss.name=bce, for average precisions"

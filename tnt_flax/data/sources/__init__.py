@@ -44,6 +44,11 @@ class Source(Protocol):
         """Returns the name of record `index` for messages."""
 
 
+def stores_several_labels(source: Source) -> bool:
+    """True if the label of a record is an array of classes, see `Source.__getitem__`."""
+    return getattr(source, "max_labels", None) is not None
+
+
 def open_source(
     kind: str,
     split: str,
