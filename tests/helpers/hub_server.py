@@ -178,7 +178,7 @@ class Client:
 def serve(files, failing=()):
     """Serves `files`, (repository, commit) -> {path: content}, and takes uploads.
 
-    `failing` are the answers to downloads of some repositories: status and X-Error-Code.
+    `failing` are the responses to downloads of some repositories: status and X-Error-Code.
 
     Attributes of the server: `asked`, the requests; `files`, `heads` and `private`, of each
     repository the files, the last commit pushed, and whether it is private; `full` makes uploads of
