@@ -13,7 +13,7 @@ from PIL import Image
 from tnt_flax.core.errors import InputError, one_line
 from tnt_flax.data import images, randaugment
 from tnt_flax.data.images import Encoded, Policy
-from tnt_flax.data.randaugment import GEOMETRIC, MATRICES, Pixels
+from tnt_flax.data.randaugment import GEOMETRIC, Pixels
 
 try:
     import cv2
@@ -192,7 +192,6 @@ def _equalize(histogram):
 
 
 _STRETCH = {"AutoContrast": _autocontrast, "Equalize": _equalize}
-SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow's
 
 
 def _blend(pixels, name, level):
@@ -201,15 +200,14 @@ def _blend(pixels, name, level):
         other = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     else:
         other = pixels.copy()  # Pillow leaves the outermost pixels
-        other[1:-1, 1:-1] = cv2.filter2D(pixels, -1, SMOOTH)[1:-1, 1:-1]
+        other[1:-1, 1:-1] = cv2.filter2D(pixels, -1, randaugment.SMOOTH)[1:-1, 1:-1]
     factor = randaugment.enhance_factor(name, level)
     return cv2.addWeighted(other, 1 - factor, pixels, factor, 0)
 
 
 def _warp(pixels, name, level, resample, fill):
     height, width = pixels.shape[:2]
-    matrix = _rotation if name == "Rotate" else MATRICES[name]
-    matrix = np.reshape(matrix(level / 10, width, height), (2, 3))
+    matrix = np.reshape(randaugment.affine_matrix(name, level, width, height), (2, 3))
     if name.startswith("Translate"):
         return _translate(pixels, matrix[:, 2], resample, fill)
     # The origin of Pillow's coordinates is the corner of the first pixel, OpenCV's is its center.
@@ -223,12 +221,6 @@ def _warp(pixels, name, level, resample, fill):
     return cv2.warpAffine(pixels, matrix, (width, height), flags=flags, **options)
 
 
-def _rotation(level, width, height):
-    cos, sin = (f(math.radians(level * 30.0)) for f in (math.cos, math.sin))
-    x, y = width / 2, height / 2
-    return cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y
-
-
 def _translate(pixels, shift, resample, fill):
     """Translates along one axis, as Pillow up to rounding: a filter and a copy.
 
@@ -237,7 +229,9 @@ def _translate(pixels, shift, resample, fill):
     axis = int(shift[0] != 0)
     size, shift = pixels.shape[axis], float(shift[0] or shift[1])
     whole = math.floor(shift)
-    kernel = np.float32(_weights(shift - whole, resample))
+    f = shift - whole
+    cubic = resample == Image.Resampling.BICUBIC
+    kernel = np.float32(randaugment.cubic_weights(f) if cubic else (0, 1 - f, f, 0))
     border = (0, 0, 1, 1) if axis else (1, 1, 0, 0)
     padded = cv2.copyMakeBorder(pixels, *border, cv2.BORDER_REPLICATE)
     kernel, anchor = (kernel[None], (1, 0)) if axis else (kernel[:, None], (0, 1))
@@ -252,12 +246,3 @@ def _translate(pixels, shift, resample, fill):
     else:
         moved[to] = filtered[source]
     return moved
-
-
-def _weights(f, resample):
-    """Returns the weights of the pixels at -1, 0, 1 and 2 for a position f in [0, 1)."""
-    if resample != Image.Resampling.BICUBIC:
-        return 0, 1 - f, f, 0
-    near = lambda x: x**3 - 2 * x**2 + 1  # with the parameter -1 of Pillow's transforms
-    far = lambda x: -(x**3) + 2 * x**2 - x
-    return far(f), near(f), near(1 - f), far(1 - f)

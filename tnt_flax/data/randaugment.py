@@ -11,7 +11,8 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -19,6 +20,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from tnt_flax.core.errors import InputError
 
 RESAMPLE = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)  # filters of geometric operations
+SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow's filter
 UNIFORM_ABOVE = 100  # with a larger `mstd` magnitudes are uniform from 0 to m
 
 Pixels = Image.Image | np.ndarray  # an RGB image; the array is uint8 [H, W, 3]
@@ -79,14 +81,37 @@ PLAIN = {
 SIGNED = {
     name: functools.partial(_enhance, name) for name in (f"{name}Increasing" for name in _ENHANCERS)
 }
-# (level / 10, width, height) -> affine matrix from coordinates of the result to those of the image.
-MATRICES = {
-    "ShearX": lambda L, w, h: (1, L * 0.3, 0, 0, 1, 0),
-    "ShearY": lambda L, w, h: (1, 0, 0, L * 0.3, 1, 0),
-    "TranslateXRel": lambda L, w, h: (1, 0, L * 0.45 * w, 0, 1, 0),
-    "TranslateYRel": lambda L, w, h: (1, 0, 0, 0, 1, L * 0.45 * h),
-}
-GEOMETRIC = ("Rotate", *MATRICES)  # the level has a random sign
+# The level has a random sign.
+GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
+
+
+def affine_matrix(
+    name: str, level: Any, width: int, height: int, xp: ModuleType = math
+) -> tuple[Any, ...]:
+    """Returns the matrix of one of GEOMETRIC, from coordinates of the result to those of the image.
+
+    `xp` is math, or jax.numpy for a traced `level`.
+    """
+    part = level / 10
+    match name:
+        case "ShearX":
+            return 1, part * 0.3, 0, 0, 1, 0
+        case "ShearY":
+            return 1, 0, 0, part * 0.3, 1, 0
+        case "TranslateXRel":
+            return 1, 0, part * 0.45 * width, 0, 1, 0
+        case "TranslateYRel":
+            return 1, 0, 0, 0, 1, part * 0.45 * height
+    angle = xp.radians(part * 30.0)
+    cos, sin, x, y = xp.cos(angle), xp.sin(angle), width / 2, height / 2
+    return cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y
+
+
+def cubic_weights(f: Any) -> tuple[Any, ...]:
+    """Returns the weights of the pixels at -1, 0, 1 and 2 for a position `f` in [0, 1)."""
+    near = lambda t: t**3 - 2 * t**2 + 1  # with the parameter -1 of Pillow's transforms
+    far = lambda t: -(t**3) + 2 * t**2 - t
+    return far(f), near(f), near(1 - f), far(1 - f)
 
 
 def apply_op(
@@ -104,7 +129,7 @@ def apply_op(
     if name == "Rotate":
         return image.rotate(level / 10 * 30.0, resample, fillcolor=fill)
     if name in GEOMETRIC:
-        matrix = MATRICES[name](level / 10, *image.size)
+        matrix = affine_matrix(name, level, *image.size)
         return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fill)
     return (SIGNED if name in SIGNED else PLAIN)[name](image, level)
 

@@ -57,6 +57,31 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--config", metavar="FILE", help=text)
         self.epilog = "Any key of the config can be set: --config.batch_size=96."
 
+    def add_weights(self) -> None:
+        """Adds the options of a command that reads weights, see `read_weights`."""
+        add = self.add_argument
+        text = "weights of any framework: file, workdir, checkpoint, hf://OWNER/NAME, network"
+        add("source", metavar="CHECKPOINT", help=text)
+        text = "which, if CHECKPOINT has both"
+        add("--weights", choices=["ema", "raw"], default="ema", help=text)
+        add("--checkpoint", choices=["best", "last"], default="best", help="which one of a workdir")
+        add("--state", help="which network, if CHECKPOINT has several, such as teacher")
+        add("--name", help="network that CHECKPOINT must contain; any other is an error")
+        text = "needed only if CHECKPOINT has an unpublished size"
+        for field in ARCHITECTURE_FIELDS:
+            add(f"--{field.replace('_', '-')}", type=positive, metavar="N", help=text)
+
+    def add_policy(self) -> None:
+        """Adds the options of a command that reads image files, see `policy_arguments`."""
+        add = self.add_argument
+        text = "turn images upright by their EXIF tag"
+        add("--exif", action="store_true", default=None, help=text)
+        add("--background", type=_numbers, metavar="R,G,B", help="color behind transparent pixels")
+        text = "of 16-bit grey and floats: clip, minmax, or black and white"
+        add("--deep-pixels", type=_numbers, metavar="LOW,HIGH", help=text)
+        text = "largest image, by default Pillow's; 0 is no limit"
+        add("--max-pixels", type=int, metavar="N", help=text)
+
     def format_help(self) -> str:
         """Returns the text of --help, whose first line does not repeat the options."""
         ends = {"?": "[{}]", "+": "{}...", None: "{}"}
@@ -191,23 +216,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def add_weights_options(parser: Parser) -> None:
-    """Adds the options of a command that reads weights; `read_weights` uses them."""
-    add = parser.add_argument
-    add(
-        "source",
-        metavar="CHECKPOINT",
-        help="weights of any framework: file, workdir, checkpoint, hf://OWNER/NAME, network",
-    )
-    add("--weights", choices=["ema", "raw"], default="ema", help="which, if CHECKPOINT has both")
-    add("--checkpoint", choices=["best", "last"], default="best", help="which one of a workdir")
-    add("--state", help="which network, if CHECKPOINT has several, such as teacher")
-    add("--name", help="network that CHECKPOINT must contain; any other is an error")
-    for field in ARCHITECTURE_FIELDS:
-        help_text = "needed only if CHECKPOINT has an unpublished size"
-        add(f"--{field.replace('_', '-')}", type=positive, metavar="N", help=help_text)
-
-
 def weights_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the weights options as arguments of `read_checkpoint` and `load_classifier`."""
     arguments = {"path": args.source}
@@ -215,17 +223,6 @@ def weights_arguments(args: argparse.Namespace) -> dict[str, Any]:
         if getattr(args, name) is not None:
             arguments[name] = getattr(args, name)
     return arguments
-
-
-def add_policy_options(parser: Parser) -> None:
-    """Adds the options of a command that reads image files; `policy_arguments` uses them."""
-    add = parser.add_argument
-    add("--exif", action="store_true", default=None, help="turn images upright by their EXIF tag")
-    add("--background", type=_numbers, metavar="R,G,B", help="color behind transparent pixels")
-    text = "of 16-bit grey and floats: clip, minmax, or black and white"
-    add("--deep-pixels", type=_numbers, metavar="LOW,HIGH", help=text)
-    text = "largest image, by default Pillow's; 0 is no limit"
-    add("--max-pixels", type=int, metavar="N", help=text)
 
 
 def policy_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -243,7 +240,7 @@ def _numbers(text: str) -> Any:
 
 
 def read_weights(args: argparse.Namespace, **options: Any):
-    """Reads the weights that the options of `add_weights_options` select.
+    """Reads the weights that the options of `Parser.add_weights` select.
 
     `options` are further arguments of `read_checkpoint`.
 

@@ -21,7 +21,7 @@ import numpy as np
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import fingerprint
 from tnt_flax.data.transforms import height_width
-from tnt_flax.tools.command_line import Parser, add_weights_options, read_weights
+from tnt_flax.tools.command_line import Parser, read_weights
 from tnt_flax.weights import names, write
 from tnt_flax.weights.identify import variant_of
 from tnt_flax.weights.load import adapt
@@ -32,14 +32,10 @@ TOLERANCE = 5e-5  # for float32 logits with a standard deviation around 1
 
 
 def add_arguments(parser: Parser) -> None:
-    add_weights_options(parser)
+    parser.add_weights()
     add = parser.add_argument
     add("destination", nargs="?", metavar="DESTINATION", type=pathlib.Path, help="file to write")
-    add(
-        "--to",
-        choices=list(write.SUFFIXES),
-        help="framework (default: from the extension)",
-    )
+    add("--to", choices=list(write.SUFFIXES), help="framework (default: from the extension)")
     add("--no-head", action="store_true", help="leave out the head, of one layer or several")
     add("--check", action="store_true", help="describe CHECKPOINT and convert nothing")
     add("--against", choices=["timm"], help="compare logits with timm's (needs torch)")

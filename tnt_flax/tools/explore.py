@@ -29,13 +29,7 @@ from tnt_flax.data.labels import display_names
 from tnt_flax.inference.preprocess import Preprocessor
 from tnt_flax.runtime import host
 from tnt_flax.tools.attention import Trace, trace_attention
-from tnt_flax.tools.command_line import (
-    Parser,
-    add_policy_options,
-    add_weights_options,
-    policy_arguments,
-    read_weights,
-)
+from tnt_flax.tools.command_line import Parser, policy_arguments, read_weights
 from tnt_flax.tools.page import data_url
 from tnt_flax.weights.read import LoadedWeights
 
@@ -46,12 +40,12 @@ STYLE, PREDICTIONS = FOLDER / "style.css", FOLDER / "predictions.js"  # shared w
 
 
 def add_arguments(parser: Parser) -> None:
-    add_weights_options(parser)
+    parser.add_weights()
     add = parser.add_argument
     add("images", metavar="IMAGE", nargs="+", help="image files, shown side by side")
     add("--out", type=pathlib.Path, required=True, help="the page, such as page.html")
     add("--light", action="store_true", help="store the mean of the heads only")
-    add_policy_options(parser)
+    parser.add_policy()
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from tnt_flax.inference.preprocess import check_images
 from tnt_flax.inference.stablehlo import load_exported, save_exported, trace
 from tnt_flax.runtime import host
 from tnt_flax.tools import export_onnx
-from tnt_flax.tools.command_line import Parser, add_weights_options, read_weights
+from tnt_flax.tools.command_line import Parser, read_weights
 from tnt_flax.weights import model_card, publish, write
 from tnt_flax.weights.read import LoadedWeights, read_checkpoint
 
@@ -42,7 +42,7 @@ Run = Callable[[np.ndarray], dict[str, np.ndarray]]  # of images in the layout o
 
 
 def add_arguments(parser: Parser) -> None:
-    add_weights_options(parser)
+    parser.add_weights()
     parser.add_config(required=False)
     add = parser.add_argument
     text = "FILE.stablehlo, FILE.onnx, or a folder; not needed with --push"

@@ -31,20 +31,14 @@ from tnt_flax.data.sources import storage
 from tnt_flax.data.sources.names import images_below, natural_key, read_lines
 from tnt_flax.data.stored_logits import open_logits
 from tnt_flax.runtime import host
-from tnt_flax.tools.command_line import (
-    Parser,
-    add_policy_options,
-    add_weights_options,
-    policy_arguments,
-    weights_arguments,
-)
+from tnt_flax.tools.command_line import Parser, policy_arguments, weights_arguments
 
 STDIN = "-"
 ON_INTERRUPT = "nothing was written"
 
 
 def add_arguments(parser: Parser) -> None:
-    add_weights_options(parser)
+    parser.add_weights()
     add = parser.add_argument
     add("paths", metavar="PATH", nargs="+", help="a file, a folder, a pattern, or - for stdin")
     add("--top", type=int, default=5, help="predictions per image")
@@ -57,7 +51,7 @@ def add_arguments(parser: Parser) -> None:
     add("--features", action="store_true", help="write feature vectors instead of predictions")
     text = "write logits instead, for distillation: a .safetensors file"
     add("--logits", type=pathlib.Path, metavar="FILE", help=text)
-    add_policy_options(parser)
+    parser.add_policy()
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

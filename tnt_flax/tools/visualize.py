@@ -23,13 +23,7 @@ import numpy as np
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.data.labels import display_names
 from tnt_flax.runtime import host
-from tnt_flax.tools.command_line import (
-    Parser,
-    add_policy_options,
-    add_weights_options,
-    policy_arguments,
-    read_weights,
-)
+from tnt_flax.tools.command_line import Parser, policy_arguments, read_weights
 from tnt_flax.weights.read import LoadedWeights
 
 logger = logging.getLogger(__name__)
@@ -38,17 +32,12 @@ PATCHES = 3  # default number of patches in inner_attention.png
 
 
 def add_arguments(parser: Parser) -> None:
-    add_weights_options(parser)
+    parser.add_weights()
     add = parser.add_argument
     add("image", metavar="IMAGE", help="an image file")
     add("--out", type=pathlib.Path, required=True, help="folder for the figures")
-    add(
-        "--patches",
-        nargs="+",
-        metavar="ROW,COLUMN",
-        help="of inner_attention.png",
-    )
-    add_policy_options(parser)
+    add("--patches", nargs="+", metavar="ROW,COLUMN", help="of inner_attention.png")
+    parser.add_policy()
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

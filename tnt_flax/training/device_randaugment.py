@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from tnt_flax.data.randaugment import GEOMETRIC, MATRICES, PLAIN, RandAugment
+from tnt_flax.data import randaugment as pillow
+from tnt_flax.data.randaugment import GEOMETRIC, PLAIN, RandAugment
 
 Images = UInt8[Array, "B H W 3"]
-SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow's
 ROUNDING = 1e-4  # before truncation: float32 positions, where Pillow has float64
 
 
@@ -152,7 +152,7 @@ def _smooth(image):
     if min(height, width) < 3:
         return image
     shifted = lambda y, x: image[y : height - 2 + y, x : width - 2 + x]
-    inner = sum(SMOOTH[y, x] * shifted(y, x) for y in range(3) for x in range(3))
+    inner = sum(pillow.SMOOTH[y, x] * shifted(y, x) for y in range(3) for x in range(3))
     # Pillow leaves the outermost pixels.
     return image.at[1:-1, 1:-1].set(jnp.floor(inner + 0.5).astype(jnp.uint8))
 
@@ -166,10 +166,8 @@ def _warp(image, call, augment):
     matrix = jnp.zeros(6)
     for i, name in enumerate(augment.ops):
         if name in GEOMETRIC:
-            entries = _rotation if name == "Rotate" else MATRICES[name]
-            matrix = jnp.where(
-                call.op == i, jnp.stack(entries(call.level / 10, width, height)), matrix
-            )
+            new = jnp.stack(pillow.affine_matrix(name, call.level, width, height, jnp))
+            matrix = jnp.where(call.op == i, new, matrix)
     a, b, c, d, e, f = matrix
     x, y = np.arange(width)[None] + 0.5, np.arange(height)[:, None] + 0.5
     x, y = a * x + b * y + c, d * x + e * y + f  # [H, W], from the corner of the image
@@ -185,18 +183,10 @@ def _warp(image, call, augment):
     return jnp.where(inside[..., None], _truncate(total + ROUNDING), fill)
 
 
-def _rotation(level, width, height):
-    angle = jnp.radians(level * 30.0)
-    cos, sin, x, y = jnp.cos(angle), jnp.sin(angle), width / 2, height / 2
-    return cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y
-
-
 def _taps(position, bicubic):
     """Returns the pixel at or before a position, and the weights of the pixels -1, 0, 1 and 2."""
     whole = jnp.floor(position)
     f = position - whole
-    near = lambda t: t**3 - 2 * t**2 + 1  # with the parameter -1 of Pillow's transforms
-    far = lambda t: -(t**3) + 2 * t**2 - t
-    cubic = far(f), near(f), near(1 - f), far(1 - f)
-    weights = [jnp.where(bicubic, *pair) for pair in zip(cubic, (0.0, 1 - f, f, 0.0), strict=True)]
+    weights = zip(pillow.cubic_weights(f), (0.0, 1 - f, f, 0.0), strict=True)
+    weights = [jnp.where(bicubic, *pair) for pair in weights]
     return whole.astype(jnp.int32), weights

@@ -20,6 +20,7 @@ import optax.contrib
 
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import named_leaves
+from tnt_flax.weights import names
 
 OPTIMIZERS = ("adamw", "nadamw", "lamb", "lion", "muon", "sgd")
 STEM = ("word_embed", "word_pos", "proj", "cls_token", "sentence_pos")
@@ -171,33 +172,27 @@ def scale_by_muon(
     return optax.partition({"muon": optax.chain(muon, scale_all), "others": others}, labels)
 
 
-STACKED = re.compile(r"(|.*/)blocks_(\d+)/(.*)")
-
-
 def is_stacked(path: Any) -> bool:
     """Returns True if the parameter at `path` has a leading axis of blocks."""
-    return bool(STACKED.fullmatch(jax.tree_util.keystr(path, simple=True, separator="/")))
+    return bool(names.STACKED.fullmatch(jax.tree_util.keystr(path, simple=True, separator="/")))
 
 
 def names_per_block(name: str, leaf: Any) -> list[str]:
     """Returns the names of a parameter: one, or one per block if it is stacked."""
-    stacked = STACKED.fullmatch(name)
-    if not stacked:
-        return [name]
-    before, first, rest = stacked.groups()
-    return [f"{before}blocks/{int(first) + i}/{rest}" for i in range(leaf.shape[0])]
+    if match := names.STACKED.fullmatch(name):
+        return [names.unstacked_name(match, i) for i in range(leaf.shape[0])]
+    return [name]
 
 
 def map_names(function: Callable[[str], Any], tree: Any) -> Any:
     """Returns a tree of `function(name)`: scalars, or arrays [blocks, 1, ...] if stacked."""
 
     def values(name, leaf):
-        names = names_per_block(name, leaf)
-        found = np.array([function(n) for n in names])
-        return found[0] if names == [name] else found.reshape(-1, *[1] * (leaf.ndim - 1))
+        blocks = names_per_block(name, leaf)
+        found = np.array(list(map(function, blocks)))
+        return found[0] if blocks == [name] else found.reshape(-1, *[1] * (leaf.ndim - 1))
 
-    leaves = [values(name, leaf) for name, leaf in named_leaves(tree).items()]
-    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+    return names.map_named(values, tree)
 
 
 # ----------------------------------------------------------------------- layer-wise learning rates
@@ -226,9 +221,10 @@ def layer_scales(params: Any, decay: float) -> Any:
     The last layer, usually the head, has 1. Source: timm's `param_groups_layer_decay`, where the
     factor also applies to the weight decay.
     """
-    names = [n for name, leaf in named_leaves(params).items() for n in names_per_block(name, leaf)]
-    depth = len({name.split("/")[1] for name in names if name.startswith("blocks/")})
-    top = max(layer_of(name, depth) for name in names)
+    leaves = named_leaves(params).items()
+    per_block = [block for name, leaf in leaves for block in names_per_block(name, leaf)]
+    depth = len({name.split("/")[1] for name in per_block if name.startswith("blocks/")})
+    top = max(layer_of(name, depth) for name in per_block)
     return map_names(lambda name: np.float32(decay ** (top - layer_of(name, depth))), params)
 
 

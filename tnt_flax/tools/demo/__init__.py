@@ -19,14 +19,7 @@ from typing import Any
 
 from tnt_flax.core.errors import InputError, RunError, require_extras
 from tnt_flax.runtime import host
-from tnt_flax.tools.command_line import (
-    Parser,
-    add_policy_options,
-    add_weights_options,
-    policy_arguments,
-    positive,
-    read_weights,
-)
+from tnt_flax.tools.command_line import Parser, policy_arguments, positive, read_weights
 
 logger = logging.getLogger(__name__)
 LOCALHOST = "127.0.0.1"
@@ -35,14 +28,14 @@ PIXELS = 50_000_000  # of the largest image by default: two of them are decoded 
 
 
 def add_arguments(parser: Parser) -> None:
-    add_weights_options(parser)
+    parser.add_weights()
     add = parser.add_argument
     add("--port", type=_port, default=8000, help="0 picks a free one")
     add("--host", default=LOCALHOST, metavar="ADDRESS", help="0.0.0.0 or :: answers other machines")
     add("--batch-size", type=positive, default=8, help="images evaluated at a time, at most")
     add("--class-list", help="file with one class name per line")
     add("--light", action="store_true", help="explorers show the mean of the heads only")
-    add_policy_options(parser)
+    parser.add_policy()
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
