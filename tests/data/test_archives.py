@@ -18,8 +18,7 @@ from tests.helpers.tars import SYNSETS, image, tar, write_imagenet
 from tnt_flax.data.sources import labels_of, open_source, with_classes
 from tnt_flax.data.sources.archives import _SHARD
 from tnt_flax.data.sources.label_lists import read_labels
-from tnt_flax.data.sources.names import ClassOptions
-from tnt_flax.data.sources.shards import expand_braces, find_files
+from tnt_flax.data.sources.names import ClassOptions, expand_braces, find_files
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 
@@ -118,10 +117,7 @@ def test_all_label_files_give_the_same_labels(tars):
         ("n01440764\n" * 5, "has 5 labels for 4 images"),
         ("", "has 0 labels for 4 images"),
         ("n01440764\ntench\n", "label 2 is 'tench', not a synset"),
-        (
-            "1\n2\n3\n4\n",
-            "label 1 is '1', not a synset such as n01440764; for numbers, set ",
-        ),
+        ("1\n2\n3\n4\n", "label 1 is '1', not a synset such as n01440764; for numbers, set "),
         ("a.JPEG,n01440764\n", "no label for i1, i2 and 2 more"),
         ("i1,n01440764\ni2\n", "label 2 is 'i2', not a synset"),
         (b"n\xe9e", "cannot read the labels"),

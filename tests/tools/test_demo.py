@@ -30,7 +30,7 @@ from tnt_flax.__main__ import main
 from tnt_flax.core.errors import InputError
 from tnt_flax.inference.classifier import Classifier
 from tnt_flax.tools import demo
-from tnt_flax.tools.demo import app, server, service
+from tnt_flax.tools.demo import app, service
 from tnt_flax.weights.read import read_checkpoint
 
 CHROMIUM = shutil.which("chromium")
@@ -65,7 +65,7 @@ def serve_in_thread(application, host="127.0.0.1"):
     """Yields host and port of an application."""
     with demo.listen(host, 0) as listener:
         port = listener.getsockname()[1]
-        running = server.make_server(application)
+        running = app.make_server(application)
         thread = threading.Thread(target=running.run, args=([listener],))
         thread.start()
         try:
@@ -226,7 +226,7 @@ def received(client):
 
 
 def test_slow_and_abandoned_uploads_end(address, monkeypatch):
-    monkeypatch.setattr(server, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(app, "IDLE_SECONDS", 0.2)
     monkeypatch.setattr(app, "UPLOAD_SECONDS", 0.2)
     head = f"POST /predict HTTP/1.1\r\nHost: {address}\r\nContent-Length: 1000\r\n\r\n".encode()
     connected, header, body, dripping = (
@@ -244,7 +244,7 @@ def test_slow_and_abandoned_uploads_end(address, monkeypatch):
 
 def test_a_connection_stays_open_after_a_long_request():
     checks, aborted = [], []
-    protocol = object.__new__(server.HttpProtocol)
+    protocol = object.__new__(app.HttpProtocol)
     protocol.connections = {protocol}
     protocol.loop = types.SimpleNamespace(call_later=lambda *call: checks.append(call))
     protocol.transport = types.SimpleNamespace(abort=lambda: aborted.append(True))
@@ -290,7 +290,7 @@ def test_logging_never_waits_for_the_reader_of_stderr(monkeypatch):
     monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(fileno=lambda: writer))
 
     def log():
-        with server.log_without_blocking():
+        with app.log_without_blocking():
             for name in ("tnt_flax.tools", "uvicorn.error", "py.warnings"):
                 logging.getLogger(name).error(f"{name} failed: " + "x" * 100_000)
 

@@ -11,10 +11,13 @@ from tnt_flax import create_model
 from tnt_flax.core.errors import InputError
 from tnt_flax.core.trees import named_leaves
 from tnt_flax.training.config import check_config
-from tnt_flax.training.optimizer import OPTIMIZERS, decay_mask, layer_scales, make_optimizer
-from tnt_flax.training.schedules import (
+from tnt_flax.training.optimizer import (
+    OPTIMIZERS,
     SCHEDULES,
+    decay_mask,
+    layer_scales,
     learning_rates,
+    make_optimizer,
     make_schedule,
     per_epoch_schedule,
 )

@@ -9,8 +9,8 @@ import pytest
 from tests.helpers import hub_server, small_network
 from tests.helpers.hub_server import TOKEN
 from tnt_flax.core.errors import InputError, RunError
-from tnt_flax.weights import model_card, publish, write
-from tnt_flax.weights.model_card import Statements
+from tnt_flax.weights import publish, write
+from tnt_flax.weights.publish import Statements
 from tnt_flax.weights.read import read_checkpoint
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason='pip install ".[hub]"')
@@ -105,7 +105,7 @@ def card_of(path, stated=Statements(), **changes):  # noqa: B008
     found = read_checkpoint(path)
     found.info |= changes
     card = path.with_name("README.md")
-    model_card.write(card, found, write.facts(found), stated)
+    publish.write_card(path.parent, write.to_framework(found, "timm"), found, stated)
     return huggingface_hub.ModelCard.load(card), card.read_text()
 
 
@@ -148,18 +148,18 @@ def test_a_card_says_what_is_unknown(tmp_path):
 
 def test_the_license_is_that_of_the_sources_card(tmp_path):
     weights, card = tmp_path / "model.safetensors", tmp_path / "README.md"
-    assert model_card.license_of(str(weights)) is None
+    assert publish.license_of(str(weights)) is None
     for license, known in [("apache-2.0", "apache-2.0"), ("unknown", None), ("[a, b]", None)]:
         card.write_text(f"---\nlicense: {license}\n---\n")
-        assert model_card.license_of(str(weights)) == known
+        assert publish.license_of(str(weights)) == known
     card.write_text("---\nlicense: [\n---\n")
-    assert model_card.license_of(str(weights)) is None
+    assert publish.license_of(str(weights)) is None
     with pytest.raises(InputError, match="'MIT!' is not an identifier of a license"):
-        model_card.check_license("MIT!")
+        publish.check_license("MIT!")
 
 
 def test_names_of_data_have_no_folders():
-    name = model_card.data_name
+    name = publish.data_name
     assert name({"source": "folder", "root": "/home/me/pets"}, "val") == "pets, split val"
     assert name({"source": "tfds", "name": "cars196", "root": "/d"}, "x") == "cars196, split x"
     assert "handwritten digits" in name({"source": "digits"}, "test")

@@ -19,25 +19,32 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tnt_flax.core.errors import InputError, RunError, did_you_mean
 from tnt_flax.core.files import atomic_path
 from tnt_flax.data.transforms import height_width
-from tnt_flax.inference import program
 from tnt_flax.inference.preprocess import check_images
 from tnt_flax.inference.stablehlo import load_exported, save_exported, trace
+from tnt_flax.models import block_outputs
 from tnt_flax.runtime import host
 from tnt_flax.tools import export_onnx
 from tnt_flax.tools.command_line import Parser, read_weights
-from tnt_flax.weights import model_card, publish, write
+from tnt_flax.training.step import cast_kernels
+from tnt_flax.weights import publish, write
 from tnt_flax.weights.read import LoadedWeights, read_checkpoint
 
 logger = logging.getLogger(__name__)
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Largest difference to the source, relative to max(1, its largest value).
 TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1, "int8": 0.25}
+BLOCK_OUTPUTS = ("outer_attention", "inner_attention", "sentences", "words")
+OUTPUTS = ("logits", "features", *BLOCK_OUTPUTS)
+LAYOUTS = ("nhwc", "nchw")
+Program = Callable[[Any], dict[str, jax.Array]]
 Run = Callable[[np.ndarray], dict[str, np.ndarray]]  # of images in the layout of the export
 
 
@@ -47,10 +54,10 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     text = "FILE.stablehlo, FILE.onnx, or a folder; not needed with --push"
     add("out", metavar="OUT", type=pathlib.Path, nargs="?", help=text)
-    names = ",".join(program.OUTPUTS)
+    names = ",".join(OUTPUTS)
     add("--outputs", metavar="NAMES", type=_outputs, help=f"{names} (default: logits)")
     text = "of the images: nhwc (default), as in JAX, or nchw, as in torch"
-    add("--layout", choices=program.LAYOUTS, help=text)
+    add("--layout", choices=LAYOUTS, help=text)
     text = "of the computation and of most weights; default float32"
     add("--dtype", choices=[*TOLERANCE][:3], help=text)
     first, last = export_onnx.OPSETS[0], export_onnx.OPSETS[-1]
@@ -66,9 +73,9 @@ def add_arguments(parser: Parser) -> None:
 def _outputs(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(text.split(",")))
     for name in names:
-        if name not in program.OUTPUTS:
-            known = ", ".join(program.OUTPUTS)
-            hint = did_you_mean(name, program.OUTPUTS)
+        if name not in OUTPUTS:
+            known = ", ".join(OUTPUTS)
+            hint = did_you_mean(name, OUTPUTS)
             raise argparse.ArgumentTypeError(f"{name!r} is none of {known}{hint}")
     return names
 
@@ -93,7 +100,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found = read_weights(args)
     check_images(found)
     logger.info(f"exporting {found.summary()}")
-    args.outputs = args.outputs or program.default_outputs(found)
+    args.outputs = args.outputs or default_outputs(found)
     with _destination(args) as out:
         try:
             with atomic_path(out) as temporary:
@@ -141,7 +148,7 @@ def _check(args: argparse.Namespace) -> str:
     if args.config and args.outputs and "logits" not in args.outputs:
         raise InputError("--config evaluates the logits, which are not among --outputs")
     if args.license:
-        model_card.check_license(args.license)
+        publish.check_license(args.license)
     if args.push:
         publish.check_upload(args.push)
     if out and out.exists():
@@ -154,11 +161,11 @@ def _check(args: argparse.Namespace) -> str:
 @contextlib.contextmanager
 def _destination(args: argparse.Namespace) -> Iterator[pathlib.Path]:
     """Yields OUT, or a temporary folder."""
-    with contextlib.ExitStack() as stack:
-        if args.out is None:
-            yield pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())) / "folder"
-        else:
-            yield args.out
+    if args.out is not None:
+        yield args.out
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield pathlib.Path(folder) / "folder"
 
 
 # ------------------------------------------------------------------------------------- formats
@@ -166,7 +173,7 @@ def _destination(args: argparse.Namespace) -> Iterator[pathlib.Path]:
 
 def to_stablehlo(found: LoadedWeights, path: pathlib.Path, args: argparse.Namespace) -> Run:
     function = make_program(found, args)
-    if len(args.outputs) == 1 and args.outputs[0] not in program.BLOCK_OUTPUTS:
+    if len(args.outputs) == 1 and args.outputs[0] not in BLOCK_OUTPUTS:
         named = function
         function = lambda images: named(images)[args.outputs[0]]
     info = _info(found, args)
@@ -197,7 +204,7 @@ def to_onnx(found: LoadedWeights, path: pathlib.Path, args: argparse.Namespace) 
 def to_timm(found: LoadedWeights, path: pathlib.Path, args: argparse.Namespace) -> Run:
     publish.write_folder(path, write.to_framework(found, "timm"), found)
     written = read_checkpoint(path)
-    return jax.jit(program.make_program(written, args.outputs, portable=False))
+    return jax.jit(make_program(written, args, portable=False))
 
 
 class Format(NamedTuple):
@@ -214,9 +221,64 @@ FORMATS = {
 }
 
 
-def make_program(found: LoadedWeights, args: argparse.Namespace, **options: Any) -> program.Program:
-    options = dict(layout=args.layout or "nhwc", dtype=args.dtype or "float32") | options
-    return program.make_program(found, args.outputs, **options)
+def default_outputs(found: LoadedWeights) -> tuple[str, ...]:
+    return ("logits",) if found.network.model.num_classes else ("features",)
+
+
+def make_program(
+    found: LoadedWeights,
+    args: argparse.Namespace,
+    *,
+    dtype: str | None = None,
+    portable: bool = True,
+) -> Program:
+    """Returns `program(images) -> {name: array}`, in evaluation mode.
+
+    Args:
+        found: the weights.
+        args: `outputs` of OUTPUTS. `features` is the head's input [B, D]. An output of the blocks,
+            see `models.block_outputs`, is one array per block: `outer_attention_0`, ... `layout` is
+            that of the normalized float32 images: [B, H, W, 3] or [B, 3, H, W].
+        dtype: of the computation and of the stored kernels, by default that of `args`; norms,
+            softmax, positions and the outputs are float32.
+        portable: use the reference implementations; the others are for one platform.
+
+    Raises:
+        InputError: logits of a network without head.
+    """
+    outputs, dtype = args.outputs, jnp.dtype(dtype or args.dtype or "float32")
+    if "logits" in outputs and not found.network.model.num_classes:
+        raise InputError(f"{found.path} has no head: --outputs=logits is not possible")
+    reference = dict(inner_impl="reference", outer_impl="reference", remat="none")
+    model = found.network.model.clone(dtype=dtype, **(reference if portable else {}))
+    # Stored as the network would cast them.
+    variables = cast_kernels(jax.device_get(found.variables), dtype)
+    of_blocks = [name for name in outputs if name in BLOCK_OUTPUTS]
+
+    def program(images):
+        if args.layout == "nchw":
+            images = images.transpose(0, 2, 3, 1)
+        results: dict[str, Any] = {}
+
+        def keep(call, args, kwargs, context):
+            out = call(*args, **kwargs)
+            if context.method_name != "__call__":
+                return out
+            if context.module.path == ("head",):
+                results["features"] = args[0].astype(jnp.float32)
+            elif not context.module.path:
+                results[default_outputs(found)[0]] = out
+            return out
+
+        with nn.intercept_methods(keep):
+            if of_blocks:
+                for i, block in enumerate(block_outputs(model, variables, images)):
+                    results |= {f"{name}_{i}": block[name] for name in of_blocks if name in block}
+            else:
+                model.apply(variables, images)
+        return {k: x for k, x in results.items() if k in outputs or k.rpartition("_")[0] in outputs}
+
+    return program
 
 
 def image_shape(found: LoadedWeights, args: argparse.Namespace) -> tuple[int, int, int]:
@@ -239,10 +301,10 @@ def write_card(
         from tnt_flax.runtime.checkpoints import read_metrics  # slow: imports Orbax
 
         metrics = read_metrics(pathlib.Path(found.path))
-    stated = model_card.Statements(
-        license=ours or model_card.license_of(found.path),
+    stated = publish.Statements(
+        license=ours or publish.license_of(found.path),
         licensed_by="whoever exported them" if ours else "the model card of the weights' source",
-        data=model_card.data_name(data, data["eval_split"]) if metrics else None,
+        data=publish.data_name(data, data["eval_split"]) if metrics else None,
         metrics=metrics or None,
         repo=args.push,
     )
@@ -258,7 +320,7 @@ def verify(found: LoadedWeights, run: Run, out: str, args: argparse.Namespace) -
     Raises:
         RunError: the difference of an output is above the tolerance.
     """
-    source = program.make_program(found, args.outputs, layout=args.layout or "nhwc", portable=False)
+    source = make_program(found, args, dtype="float32", portable=False)
     images = np.random.default_rng(0).standard_normal((4, *image_shape(found, args)), np.float32)
     with jax.default_matmul_precision("highest"):
         expected = jax.device_get(jax.jit(source)(images))
@@ -289,7 +351,7 @@ class _Exported(NamedTuple):
         del variables, train
         pixels = np.asarray(images)
         pixels = pixels.transpose(0, 3, 1, 2) if self.layout == "nchw" else pixels
-        return jax.numpy.asarray(self.run(pixels)["logits"])
+        return jnp.asarray(self.run(pixels)["logits"])
 
 
 def evaluate(found: LoadedWeights, run: Run, args: argparse.Namespace) -> dict[str, Any]:

@@ -13,8 +13,7 @@ from tnt_flax.data.stored_logits import is_logits_file
 from tnt_flax.models import MODELS, Network, create_model
 from tnt_flax.training import distillation
 from tnt_flax.training.losses import LOSSES
-from tnt_flax.training.optimizer import OPTIMIZERS
-from tnt_flax.training.schedules import SCHEDULES
+from tnt_flax.training.optimizer import OPTIMIZERS, SCHEDULES
 from tnt_flax.weights import identify
 from tnt_flax.weights.read import read_checkpoint
 
@@ -43,14 +42,7 @@ RULES = (
     (lambda x: len(x) == 3, "must have three values, one per channel", ("data.mean", "data.std")),
 )  # fmt: skip
 CHOICES = {
-    "checkpoint.best": (
-        "top1",
-        "mean_per_class",
-        "top5",
-        "loss",
-        "ece",
-        "mean_average_precision",
-    ),
+    "checkpoint.best": ("top1", "mean_per_class", "top5", "loss", "ece", "mean_average_precision"),
     "data.corrupt": ("error", "skip"),
     "distill.kind": distillation.KINDS,
     "augment.interpolation": tuple(transforms.INTERPOLATIONS),

@@ -151,7 +151,7 @@ def mean_per_class(per_class: np.ndarray) -> float:
     return float((top1 / images).mean())
 
 
-@host.disable_x64()
+@jax.enable_x64(False)
 def evaluate_checkpoint(
     config: ConfigDict,
     run: pathlib.Path | None,

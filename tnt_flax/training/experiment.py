@@ -23,10 +23,10 @@ from tnt_flax.runtime import processes, sharding
 from tnt_flax.runtime.checkpoints import Checkpoints
 from tnt_flax.runtime.workdir import check_space, config_to_json, explain_write_errors
 from tnt_flax.training import device_randaugment, distillation, losses, mixup, step
+from tnt_flax.training import optimizer as optimizers
 from tnt_flax.training.config import check_config, resolve_model_config, steps_of
 from tnt_flax.training.data import ExperimentData
-from tnt_flax.training.optimizer import Optimizer, check_freeze, make_optimizer
-from tnt_flax.training.schedules import SCHEDULE_KEYS, make_schedule
+from tnt_flax.training.optimizer import Optimizer
 from tnt_flax.training.step import TrainState
 from tnt_flax.training.trackers import parse_trackers
 from tnt_flax.weights.identify import check_same, unstored_fields
@@ -96,7 +96,7 @@ class Experiment:
             # Names do not depend on the number of classes, which only the data tell.
             init_variables = Experiment(self.config, num_classes=1).init_variables
             shapes = jax.eval_shape(init_variables, jax.random.key(0))
-            check_freeze(shapes, self.config.optimizer.freeze)
+            optimizers.check_freeze(shapes, self.config.optimizer.freeze)
 
     def training_warnings(self) -> list[str]:
         """Returns what is probably wrong in the config, given the number of steps."""
@@ -244,9 +244,11 @@ class Experiment:
     @functools.cached_property
     def optimizer(self) -> Optimizer:
         options = dict(self.config.optimizer.items())
-        schedule_options = {key: options.pop(key) for key in SCHEDULE_KEYS}
-        schedule = make_schedule(self.config.epochs, self.steps_per_epoch, **schedule_options)
-        return make_optimizer(schedule, **options)
+        schedule_options = {key: options.pop(key) for key in optimizers.SCHEDULE_KEYS}
+        schedule = optimizers.make_schedule(
+            self.config.epochs, self.steps_per_epoch, **schedule_options
+        )
+        return optimizers.make_optimizer(schedule, **options)
 
     def split_seed(self) -> Keys:
         """Returns the random keys of the run; not jitted."""

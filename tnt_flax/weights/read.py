@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,11 +17,14 @@ import numpy as np
 from tnt_flax.core.errors import InputError, listed, one_line
 from tnt_flax.core.trees import check_tensors_match
 from tnt_flax.models import MODELS, create_model
-from tnt_flax.weights import folders, hub, identify, inputs, names, states
-from tnt_flax.weights.formats import Content, open_file
+from tnt_flax.weights import hub, identify, inputs, names, states
+from tnt_flax.weights.formats import INDEX, Content, open_file
 from tnt_flax.weights.formats.restricted_pickle import DENSE
 
 logger = logging.getLogger("tnt_flax")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
+# What trainers save beside the weights: optimizer.bin, scheduler.pt, training_args.bin ...
+OTHERS = ("optimizer", "scheduler", "training_args", "random_states", "rng_state", "scaler")
 
 
 @dataclasses.dataclass
@@ -122,9 +126,9 @@ def read_checkpoint(
         path, source = fetched.path, fetched.address
         notes += fetched.notes
     path = pathlib.Path(path if address else source.removeprefix(hub.LOCAL))
-    folders.check_exists(path)
-    if path.is_dir() and not folders.is_run(path):
-        path = folders.find_weights(path)
+    _check_exists(path)
+    if path.is_dir() and not _is_run(path):
+        path = _find_weights(path)
         source = str(path)
     if path.is_dir():
         found = _read_run(path, name, weights, checkpoint, put, overrides)
@@ -331,8 +335,8 @@ def _read_run(
     from tnt_flax.runtime import checkpoints as run_checkpoints  # slow: imports Orbax
 
     step_folder = path
-    if not folders.is_step(path):
-        step_folder = run_checkpoints.find_checkpoint(folders.steps_of(path), checkpoint)
+    if not _is_step(path):
+        step_folder = run_checkpoints.find_checkpoint(_steps_of(path), checkpoint)
     info = run_checkpoints.read_info(step_folder)
     stored = run_checkpoints.read_param_shapes(step_folder)
     shapes = {
@@ -355,3 +359,78 @@ def _read_run(
         renamed={},
         notes=notes,
     )
+
+
+# ------------------------------------------------------------------------ weights in a folder
+
+
+def _check_exists(path: pathlib.Path) -> None:
+    """Raises InputError if there is no such file or folder; names the form of hub addresses."""
+    if not os.path.exists(path):  # also False for names that no file can have
+        hint = ""
+        if hub.ADDRESS.fullmatch(f"hf://{path}") and not _is_weights_file(path.name):
+            hint = f" (write hf://{path} if it is on the Hugging Face hub)"
+        raise InputError(f"cannot read {path}: No such file or directory{hint}")
+
+
+def _is_run(folder: pathlib.Path) -> bool:
+    """Whether `folder` is a workdir of ours, its folder of checkpoints, or one of them."""
+    if any((folder / name).exists() for name in hub.DEFAULT_FILES):
+        return False
+    return _is_step(folder) or any(name.isdecimal() for name in _names(_steps_of(folder)))
+
+
+def _is_step(folder: pathlib.Path) -> bool:
+    """Whether `folder` is one checkpoint of a run of ours."""
+    return folder.name.isdecimal() and (folder / "info").exists()
+
+
+def _steps_of(folder: pathlib.Path) -> pathlib.Path:
+    """Returns the folder of checkpoints of a workdir; such a folder itself."""
+    inside = folder / "checkpoints"
+    return inside if inside.is_dir() else folder
+
+
+def _find_weights(folder: pathlib.Path) -> pathlib.Path:
+    """Returns the file, or the index of several, that holds the weights.
+
+    Raises:
+        InputError: there is none, there are several, or they are in a sharded format.
+    """
+    names = _names(folder)
+    for name in hub.DEFAULT_FILES:
+        for candidate in (name, f"{name}{INDEX}"):
+            if candidate in names:
+                return folder / candidate
+    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
+        raise InputError(
+            f"{folder} is a distributed checkpoint of torch: join it by python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE.pth"
+        )
+    files = sorted(name for name in names if _is_weights_file(name))
+    if len(indices := sorted(name for name in names if name.endswith(INDEX))) == 1:
+        return folder / indices[0]
+    if any(re.search(r"-\d+-of-\d+\.", name) for name in files):
+        raise InputError(
+            f"{folder} has weights in several files without their index: put NAME{INDEX} there, as "
+            "it was saved or published with them"
+        )
+    if len(files) == 1:
+        return folder / files[0]
+    if files:
+        raise InputError(f"{folder} has several weights files: give one of {listed(files)}")
+    levels = ("*/*", "*/*/*", "*/*/*/*")
+    below = [x for level in levels for x in folder.glob(level) if _is_weights_file(x.name)]
+    advice = f"give {below[0]}" if below else "train first or name other weights"
+    raise InputError(f"no intact checkpoint in {folder}, and no weights file: {advice}")
+
+
+def _names(folder: pathlib.Path) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except OSError as error:
+        raise InputError(f"cannot read {folder}: {error.strerror}") from error
+
+
+def _is_weights_file(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith((*OTHERS, "."))

@@ -19,11 +19,11 @@ from tnt_flax.data.sources.label_lists import find_labels, image_stem, number_im
 from tnt_flax.data.sources.names import (
     BY_NAME,
     ClassOptions,
+    find_files,
     natural_key,
     number_classes,
     split_names,
 )
-from tnt_flax.data.sources.shards import find_files
 
 LABELS = ("cls", "json")  # suffixes of files with the label of a sample
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
@@ -139,7 +139,7 @@ def webdataset(root: str, split: str, classes: ClassOptions = BY_NAME) -> TarIma
     first dot of the file name: `shard/0017.jpg` and `shard/0017.cls` are the sample "shard/0017". A
     sample has one image and a label, in `.cls` (a number or a name) or as "label" in `.json`.
 
-    `split` is a name or a pattern, see `shards.find_files`; for classes see `number_classes`.
+    `split` is a name or a pattern, see `names.find_files`; for classes see `number_classes`.
 
     Raises InputError if shards, images or labels are missing or damaged.
     """

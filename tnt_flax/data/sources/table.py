@@ -31,13 +31,14 @@ from tnt_flax.data.sources.names import (
     LEFT_OUT,
     ClassOptions,
     Names,
+    find_files,
     find_split,
+    has_word,
     number_classes,
     read_lines,
     report_split,
     split_names,
 )
-from tnt_flax.data.sources.shards import find_files, has_word
 
 logger = logging.getLogger("tnt_flax")
 
@@ -74,7 +75,7 @@ def open_table(
 ) -> ImageFiles | IndexedImages:
     """Opens the images of a split that tables list or hold.
 
-    `root` is a table or a folder. The tables of a split are found by `shards.find_files`:
+    `root` is a table or a folder. The tables of a split are found by `names.find_files`:
     `train.csv`, `train/metadata.jsonl`, `data/train-00000-of-00294.parquet`. A table given as
     `root`, or the only one in it, may list all splits: marked in a column, by the first folder of
     the paths ("train/1.jpg"), or divided by `holdout`. Classes are those of `number_classes`.

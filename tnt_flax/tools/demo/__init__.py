@@ -48,8 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     require_extras("tnt-flax demo", "demo")
     from tnt_flax.data.sources.names import read_class_list
     from tnt_flax.inference.classifier import Classifier
-    from tnt_flax.tools.demo.app import is_loopback, make_app
-    from tnt_flax.tools.demo.server import log_without_blocking, make_server
+    from tnt_flax.tools.demo.app import is_loopback, log_without_blocking, make_app, make_server
     from tnt_flax.tools.demo.service import Service
 
     host.cache_compilations()

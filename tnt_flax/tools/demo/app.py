@@ -1,16 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's web application: routes, limits of uploads, and who is answered."""
+"""The demo's web application: routes, limits of uploads, who is answered; and its server.
+
+Idle connections end, and logging never waits: clients cannot stall the server.
+"""
 
 import asyncio
 import contextlib
 import html
 import ipaddress
+import logging
+import os
 import pathlib
+import select
 import string
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+import uvicorn
 from python_multipart.exceptions import FormParserError
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders, UploadFile
@@ -20,6 +28,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tnt_flax.tools import explore
 from tnt_flax.tools.demo.service import KEPT_IMAGES, MAX_TOP, Refused, Service
@@ -28,6 +37,10 @@ FOLDER = pathlib.Path(__file__).parent
 MAX_FILES, MAX_BYTES = 32, 32 << 20  # of one request
 MAX_BUFFERED = 256 << 20  # bytes of all requests being received or answered
 UPLOAD_SECONDS = 30
+CONNECTIONS = 512
+IDLE_SECONDS = 30
+LAST_ANSWERS = 5  # seconds for requests that run when Ctrl-C is pressed
+PIPE_BUFFER = 4096  # a pipe that is ready takes at least as many bytes
 HOW = "curl --form image=@cat.jpg, or curl --data-binary @cat.jpg"
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -265,3 +278,70 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 async def _internal_error(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": "the server failed; its terminal has the reason"}, 500)
+
+
+# ------------------------------------------------------------------------------------- server
+
+
+def make_server(app: ASGIApp) -> uvicorn.Server:
+    """Returns the server of an application. It logs failures, not what clients do."""
+    options = dict(access_log=False, log_config=None, log_level="error", server_header=False)
+    options |= dict(http=HttpProtocol, ws="none", lifespan="off")
+    options |= dict(limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=LAST_ANSWERS)
+    return uvicorn.Server(uvicorn.Config(app, **options))
+
+
+class HttpProtocol(H11Protocol):
+    """HTTP that drops a connection without a new request for `IDLE_SECONDS` to twice as long.
+
+    Includes clients that never finish a header and those that do not read a response, for which
+    uvicorn has no timeout. h11, unlike httptools, limits the size of headers.
+    """
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._check_later()
+
+    def _check_later(self):
+        idle = self.cycle is None or self.cycle.response_complete
+        self.loop.call_later(IDLE_SECONDS, self._drop_if_idle, idle, self.cycle)
+
+    def _drop_if_idle(self, idle, cycle):
+        """Gets the state of `IDLE_SECONDS` ago; a cycle is one request and its response."""
+        if self not in self.connections:
+            return
+        if idle and self.cycle is cycle:
+            self.transport.abort()
+        else:
+            self._check_later()
+
+
+class _NonBlockingHandler(logging.Handler):
+    """Writes to stderr. While stderr is a full pipe or a paused terminal, messages are lost."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        data = f"{self.format(record)}\n".encode(errors="backslashreplace")
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is closed, or None
+            file = sys.stderr.fileno()
+            for start in range(0, len(data), PIPE_BUFFER):
+                if not select.select([], [file], [], 0)[1]:
+                    return
+                os.write(file, data[start : start + PIPE_BUFFER])
+
+
+@contextlib.contextmanager
+def log_without_blocking() -> Iterator[None]:
+    """Logs and warns by a handler that never blocks, so that clients cannot stall the server."""
+    loggers = [logging.getLogger(), logging.getLogger("tnt_flax")]
+    before = [each.handlers for each in loggers]
+    handler = _NonBlockingHandler()
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # the client gets the reason
+    logging.captureWarnings(True)
+    try:
+        for each in loggers:
+            each.handlers = [handler]
+        yield
+    finally:
+        logging.captureWarnings(False)
+        for each, handlers in zip(loggers, before, strict=True):
+            each.handlers = handlers
