@@ -7,7 +7,7 @@ import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 # Exit codes. Launchers restart the same command after STOPPED and STALLED.
 FAILED = 1  # the run failed: a NaN, unavailable data, a full disk, a bug
@@ -87,6 +87,27 @@ def require_extras(purpose: str, *extras: str) -> None:
         raise InputError(
             f'{purpose} needs {listed(missing)}: pip install "tnt_flax[{",".join(extras)}]"'
         )
+
+
+@contextlib.contextmanager
+def as_input_error(problem: str) -> Iterator[None]:
+    """Turns an OSError, or a ValueError of a parser, into the InputError "`problem`: reason"."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0][:300]
+        raise InputError(f"{problem}: {reason}") from None
+
+
+@contextlib.contextmanager
+def as_run_error(problem: str) -> Iterator[None]:
+    """Turns an OSError into the RunError "`problem`: reason"."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{problem}: {error.strerror or error}") from error
 
 
 def print_error(error: BaseException) -> int:

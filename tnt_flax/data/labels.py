@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tnt_flax.core.errors import InputError, listed
+from tnt_flax.core.errors import InputError, as_input_error, listed
 from tnt_flax.data.sources import Source, labels_of, storage, stores_several_labels
 from tnt_flax.data.sources.names import natural_key, read_class_list
 
@@ -191,7 +191,7 @@ def read_real_labels(path: str, source: Source) -> np.ndarray:
     Returns int32 [records, K], padded with -1, for up to K labels per image. Raises InputError if
     the file is not real.json or a record is not named like a validation image.
     """
-    with storage.as_input_error(f"cannot read the ReaL labels {path}"):
+    with as_input_error(f"cannot read the ReaL labels {path}"):
         labels = json.loads(storage.read_file(path))
     classes = range(len(_imagenet()))
     if not isinstance(labels, list) or not all(

@@ -27,7 +27,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from tnt_flax.core.errors import InputError, RunError, one_line
+from tnt_flax.core.errors import InputError, RunError, as_input_error, one_line
 from tnt_flax.core.files import as_unicode
 from tnt_flax.data.images import (
     TIMM,
@@ -219,10 +219,8 @@ def open_findings(out: str, data: dict[str, Any]) -> tuple[BinaryIO, list[dict[s
         InputError: the file cannot be written, or it exists and has no findings.
     """
     path = pathlib.Path(out).expanduser()
-    try:
+    with as_input_error(f"cannot write --out={out}"):
         file = open(path, "a+b")
-    except OSError as error:
-        raise InputError(f"cannot write --out={out}: {error.strerror}") from None
     file.seek(0)
     lines, first, kept = file.readlines(), _encode({KEY: data}), []
     if lines[:1] == [first]:

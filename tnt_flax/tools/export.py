@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tnt_flax.core.errors import InputError, RunError, did_you_mean
+from tnt_flax.core.errors import InputError, RunError, as_run_error, did_you_mean
 from tnt_flax.core.files import atomic_path
 from tnt_flax.data.transforms import height_width
 from tnt_flax.inference.preprocess import check_images
@@ -102,15 +102,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     logger.info(f"exporting {found.summary()}")
     args.outputs = args.outputs or default_outputs(found)
     with _destination(args) as out:
-        try:
-            with atomic_path(out) as temporary:
-                exported = FORMATS[file_format].write(found, temporary, args)
-                difference = verify(found, exported, str(out), args)
-                metrics = evaluate(found, exported, args) if args.config else None
-                if file_format == "timm":
-                    write_card(found, temporary, args, metrics)
-        except OSError as error:
-            raise RunError(f"cannot write {out}: {error.strerror or error}") from error
+        with as_run_error(f"cannot write {out}"), atomic_path(out) as temporary:
+            exported = FORMATS[file_format].write(found, temporary, args)
+            difference = verify(found, exported, str(out), args)
+            metrics = evaluate(found, exported, args) if args.config else None
+            if file_format == "timm":
+                write_card(found, temporary, args, metrics)
         result = {
             "path": str(args.out) if args.out else None,
             "format": file_format,

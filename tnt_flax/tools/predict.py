@@ -23,11 +23,10 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from tnt_flax.core.errors import InputError, RunError, printable
+from tnt_flax.core.errors import InputError, RunError, as_input_error, printable
 from tnt_flax.core.files import as_unicode, open_table
 from tnt_flax.data.images import log_left_out
 from tnt_flax.data.labels import SEPARATOR
-from tnt_flax.data.sources import storage
 from tnt_flax.data.sources.names import images_below, natural_key, read_lines
 from tnt_flax.data.stored_logits import open_logits
 from tnt_flax.runtime import host
@@ -186,7 +185,7 @@ def find_images(paths: Iterable[str], stdin: TextIO) -> list[str]:
 
 
 def _below(folder: str) -> list[str]:
-    with storage.as_input_error(f"cannot read {folder}"):
+    with as_input_error(f"cannot read {folder}"):
         found, left_out = images_below(folder)
     log_left_out(left_out, folder)
     return [os.path.join(folder, file) for file in found]

@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
-from tnt_flax.core.errors import InputError, RunError
+from tnt_flax.core.errors import InputError, as_run_error
 from tnt_flax.tools.command_line import Parser, positive
 from tnt_flax.training import plots
 
@@ -66,10 +66,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         title,
         columns=min(columns, len(shown)),
     )
-    try:
+    with as_run_error(f"cannot write {path}"):
         sheet.save(path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from None
     return {
         "out": str(path),
         "images": len(shown),

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from tnt_flax.core.errors import InputError, RunError
+from tnt_flax.core.errors import InputError, RunError, as_run_error
 from tnt_flax.core.files import write_atomic
 from tnt_flax.data.labels import readable_names
 from tnt_flax.data.sources import Source
@@ -84,10 +84,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "images": len(predictions.label),
     }
     evaluated = Evaluated(args.workdir, experiment, found, source, predictions)
-    try:
+    with as_run_error(f"cannot write {out}"):
         write_atomic(out, make_page(evaluated, stored, summary))
-    except OSError as error:
-        raise RunError(f"cannot write {out}: {error.strerror or error}") from None
     return {"out": str(out), **summary, "checkpoint": found.path}
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from tnt_flax.core.errors import InputError, RunError
+from tnt_flax.core.errors import InputError, as_input_error, as_run_error
 from tnt_flax.data.labels import display_names
 from tnt_flax.runtime import host
 from tnt_flax.tools.command_line import Parser, policy_arguments, read_weights
@@ -56,10 +56,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     grid = found.network.grid
     patches = [parse_patch(patch, grid) for patch in args.patches or ()]
     pixels = preprocessor.read(args.image)
-    try:
+    with as_input_error(f"cannot make the folder {args.out}"):
         args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {args.out}: {error.strerror}") from None
     logger.info(f"plotting {found.summary()}")
     (trace,) = attention.trace_attention(found, pixels[None])
     sentences, words = (np.asarray(found.params[f"{of}_pos"][0]) for of in ("sentence", "word"))
@@ -76,10 +74,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         del plots["inner_attention"]
     paths = {name: args.out / f"{name}.png" for name in plots}
     for name, plot in plots.items():
-        try:
+        with as_run_error(f"cannot write {paths[name]}"):
             plot(paths[name])
-        except OSError as error:
-            raise RunError(f"cannot write {paths[name]}: {error.strerror or error}") from None
     result = {"out": str(args.out), "figures": [path.name for path in paths.values()]}
     return result | top_class(found, trace.probabilities)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tnt_flax.core.errors import InputError, did_you_mean, listed
+from tnt_flax.core.errors import InputError, as_input_error, did_you_mean, listed
 from tnt_flax.data import sources
 from tnt_flax.data.sources import storage
 
@@ -83,7 +83,7 @@ def read_class_weights(path: str, source: sources.Source) -> np.ndarray:
     class_names = source.class_names
     if path == "balanced":
         return balanced_class_weights(sources.labels_of(source), len(class_names))
-    with storage.as_input_error(f"cannot read the class weights {path}"):
+    with as_input_error(f"cannot read the class weights {path}"):
         rows = [*csv.reader(storage.read_file(path).decode("utf-8-sig").splitlines())]
     weights = {}
     for number, row in enumerate(rows, start=1):

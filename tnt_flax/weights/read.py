@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tnt_flax.core.errors import InputError, listed, one_line
+from tnt_flax.core.errors import InputError, as_input_error, listed, one_line
 from tnt_flax.core.trees import check_tensors_match
 from tnt_flax.models import MODELS, create_model
 from tnt_flax.weights import hub, identify, inputs, names, states
@@ -426,10 +426,8 @@ def _find_weights(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _names(folder: pathlib.Path) -> set[str]:
-    try:
+    with as_input_error(f"cannot read {folder}"):
         return set(os.listdir(folder))
-    except OSError as error:
-        raise InputError(f"cannot read {folder}: {error.strerror}") from error
 
 
 def _is_weights_file(name: str) -> bool:

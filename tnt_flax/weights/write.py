@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from tnt_flax.core.errors import InputError, RunError, listed
+from tnt_flax.core.errors import InputError, RunError, as_run_error, listed
 from tnt_flax.core.files import write_atomic
 from tnt_flax.core.trees import fingerprint, named_leaves
 from tnt_flax.models import Network
@@ -164,14 +164,12 @@ def write(
     Raises:
         RunError: the file cannot be written, or reads back differently.
     """
-    try:
+    with as_run_error(f"cannot write {path}"):
         if framework == "flax":
             save_weights(path, target.params, header_info(loaded))
         else:
             tensors = dict(names.export(target.naming, target.params))
             _write_tensors(path, framework, tensors, loaded)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
     again = read_file(path, str(path), **identify.unstored_fields(target.model))
     if fingerprint(names.join_collections(again.variables)) != fingerprint(target.params):
         path.unlink()

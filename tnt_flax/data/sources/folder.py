@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tnt_flax.core.errors import InputError, listed
+from tnt_flax.core.errors import InputError, as_input_error, listed
 from tnt_flax.data.images import count_suffixes, log_left_out
 from tnt_flax.data.sources import storage
 from tnt_flax.data.sources.label_lists import find_labels, image_stem, number_images
@@ -184,7 +184,7 @@ def _find_split(root, split, holdout):
 
 def _flat_folder(root, folder, eval_labels, classes):
     """Opens a folder of ImageNet's validation images, with labels from a list."""
-    with storage.as_input_error(f"cannot read the split folder {folder}"):
+    with as_input_error(f"cannot read the split folder {folder}"):
         files, _ = images_below(folder)
     if not files:
         raise InputError(f"no class folders in {folder}: expected {folder}/CLASS/IMAGE")
@@ -208,7 +208,7 @@ def _flat_folder(root, folder, eval_labels, classes):
 
 def _folders_in(path, what):
     """Returns the names of the folders with data in `path`, in natural order."""
-    with storage.as_input_error(f"cannot read the {what} {path}"):
+    with as_input_error(f"cannot read the {what} {path}"):
         names = [entry.name for entry in os.scandir(path) if entry.is_dir()]
     return sorted((name for name in names if not is_passed_over(name)), key=natural_key)
 
@@ -216,7 +216,7 @@ def _folders_in(path, what):
 def _check_depth(folder, only):
     """Raises InputError if the only class folder holds folders but no files: they are classes."""
     path = os.path.join(folder, only)
-    with storage.as_input_error(f"cannot read the class folder {path}"):
+    with as_input_error(f"cannot read the class folder {path}"):
         names = [name for name in os.listdir(path) if not is_passed_over(name)]
     inner = sorted(name for name in names if os.path.isdir(os.path.join(path, name)))
     if inner and len(inner) == len(names):
@@ -228,7 +228,7 @@ def _check_depth(folder, only):
 
 def _images_of(folder, class_name, may_be_empty):
     path = os.path.join(folder, class_name)
-    with storage.as_input_error(f"cannot read the class folder {path}"):
+    with as_input_error(f"cannot read the class folder {path}"):
         files, others = images_below(path)
     if not files and not may_be_empty:
         kinds = count_suffixes(others)

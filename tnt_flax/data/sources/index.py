@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from tnt_flax.core.errors import InputError
+from tnt_flax.core.errors import InputError, as_input_error
 from tnt_flax.core.files import cache_folder, write_atomic
 from tnt_flax.data.sources import storage
 from tnt_flax.data.sources.names import LEFT_OUT
@@ -216,7 +216,7 @@ def open_index(
     _scan_all(files, cut(files, [size for size, _ in versions]), scan, work)
     if not sum(map(len, work.records)):
         raise InputError(f"{files[0]}{' ...' * (len(files) > 1)}: no records found")
-    with storage.as_input_error(f"cannot write the index {path}"):
+    with as_input_error(f"cannot write the index {path}"):
         work.save(path)
         with contextlib.suppress(FileNotFoundError):
             os.remove(work.partial)

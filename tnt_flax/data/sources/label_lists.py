@@ -5,7 +5,7 @@ import io
 import re
 import tarfile
 
-from tnt_flax.core.errors import InputError, listed, one_line
+from tnt_flax.core.errors import InputError, as_input_error, listed, one_line
 from tnt_flax.data.sources import storage
 from tnt_flax.data.sources.names import ClassOptions, number_classes, read_lines
 
@@ -62,7 +62,7 @@ def read_labels(path: str, images: list[str]) -> dict[str, str]:
     Raises InputError unless the file has the synset of every image. A file without names must have
     exactly one line per image.
     """
-    with storage.as_input_error(f"cannot read the labels {path}"):
+    with as_input_error(f"cannot read the labels {path}"):
         data = storage.read_file(path)
         lines = _devkit_lines(path, data) if data[:2] == b"\x1f\x8b" else read_lines(data)
     if lines and "," in lines[0] and not _LABEL.match(lines[0]):

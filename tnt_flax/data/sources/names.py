@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from tnt_flax.core.errors import InputError, did_you_mean, listed
+from tnt_flax.core.errors import InputError, as_input_error, did_you_mean, listed
 from tnt_flax.data.images import is_image
 from tnt_flax.data.sources import storage
 
@@ -65,7 +65,7 @@ def read_lines(data: bytes, errors: str = "strict") -> list[str]:
 
 def read_class_list(path: str) -> tuple[str, ...]:
     """Reads a text file with one class per line. Raises InputError, also for repeated names."""
-    with storage.as_input_error(f"cannot read the class list {path}"):
+    with as_input_error(f"cannot read the class list {path}"):
         names = [line.strip() for line in read_lines(storage.read_file(path))]
     if repeated := [name for name, count in collections.Counter(names).items() if count > 1]:
         raise InputError(f"class list {path} names {repeated[0]!r} more than once")

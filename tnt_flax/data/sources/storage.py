@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tnt_flax.core.errors import InputError, RunError, one_line
+from tnt_flax.core.errors import InputError, RunError, as_input_error, one_line
 
 logger = logging.getLogger("tnt_flax")
 
@@ -33,18 +33,6 @@ class DamagedError(OSError):
 
 class StorageUnavailable(RunError):
     """The storage did not come back within the retry budget."""
-
-
-@contextlib.contextmanager
-def as_input_error(problem: str) -> Iterator[None]:
-    """Turns an OSError, or a ValueError of a parser, into the InputError "`problem`: reason"."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0][:300]
-        raise InputError(f"{problem}: {reason}") from None
 
 
 # ----------------------------------------------------------------------------------------- paths

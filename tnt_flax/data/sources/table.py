@@ -22,7 +22,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from tnt_flax.core.errors import InputError, did_you_mean, listed
+from tnt_flax.core.errors import InputError, as_input_error, did_you_mean, listed
 from tnt_flax.data.sources import parquet, storage
 from tnt_flax.data.sources.folder import Holdout, ImageFiles, hold_out
 from tnt_flax.data.sources.index import IndexedImages, open_index
@@ -283,7 +283,7 @@ def _column(what, given, usual, schema, file, optional=False):
 def _open_first(file):
     """Returns names and types of the columns; and the table if it is text, else None."""
     if file.lower().endswith(".parquet"):
-        with storage.as_input_error(f"cannot read {file}"), storage.open_sequential(file) as opened:
+        with as_input_error(f"cannot read {file}"), storage.open_sequential(file) as opened:
             return pq.read_schema(opened), None
     table = _read(file, None)
     return table.schema, table
@@ -292,7 +292,7 @@ def _open_first(file):
 def _read(file, columns):
     """Returns the columns of a table, or all of them if `columns` is None."""
     kind = file.rpartition(".")[2].lower()
-    with storage.as_input_error(f"cannot read {file}"):
+    with as_input_error(f"cannot read {file}"):
         if kind == "parquet":
             with storage.open_sequential(file) as opened:
                 found = pq.read_table(opened, columns=columns)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from tnt_flax.core.errors import InputError, listed, one_line
+from tnt_flax.core.errors import InputError, as_input_error, listed, one_line
 from tnt_flax.weights.formats import mindspore, torch
 from tnt_flax.weights.formats.restricted_pickle import TRUSTED, NumpyArray, Stub, leaves
 from tnt_flax.weights.name_tables import MINDSPORE_TRAINING
@@ -63,11 +63,8 @@ def open_file(path: pathlib.Path) -> Content:
     """
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is a pipe or device: save the weights to a file first")
-    try:
-        with open(path, "rb") as f:
-            head = f.read(512)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    with as_input_error(f"cannot read {path}"), open(path, "rb") as f:
+        head = f.read(512)
     if path.name.endswith(INDEX):
         return _open_shards(path)
     if torch.looks_like(head):
