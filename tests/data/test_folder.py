@@ -52,13 +52,6 @@ def test_images_are_found_at_any_depth_by_suffix(tmp_path):
     assert set(paths_of(source, tmp_path / "train/x")) == {*wanted, "i.webp"}
 
 
-@pytest.mark.parametrize("folder", ["val", "validation"])
-def test_val_and_validation_are_synonyms(tmp_path, folder):
-    write_images(tmp_path, f"{folder}/x/a.png")
-    for split in ("val", "validation"):
-        assert image_folder(tmp_path, split).storage_path == str(tmp_path / folder)
-
-
 def test_class_list_orders_the_labels(tmp_path):
     write_images(tmp_path, "train/cat/a.png", "train/dog/b.png", "train/ant/c.png")
     (tmp_path / "classes.txt").write_text("dog\nant\r\n\n cat \n")
@@ -158,14 +151,6 @@ def test_added_images_hardly_change_the_holdout(tmp_path):
     assert (len(before), len(after)) == (20, 22) and len(before & after) >= 16
 
 
-def test_an_existing_evaluation_split_disables_the_holdout(tmp_path, caplog):
-    write_classes(tmp_path / "train", cat=9)
-    write_classes(tmp_path / "val", cat=3)
-    assert len(held_out_paths(tmp_path, "train")) == 9
-    assert len(held_out_paths(tmp_path, "validation")) == 3
-    assert caplog.messages == [f"{tmp_path} has no split 'validation': reading 'val'"]
-
-
 def test_folders_that_cannot_be_divided_are_refused(tmp_path):
     write_classes(tmp_path / "one", cat=1, dog=1)
     with pytest.raises(InputError, match="no class in .* has two images, so none can be held out"):
@@ -205,6 +190,8 @@ def test_evaluation_splits_are_preferred_in_order(tmp_path):
     for name in ("test", "validation", "val", "valid"):
         write_images(tmp_path, f"{name}/x/a.png")
         assert image_folder(tmp_path, "dev").storage_path == str(tmp_path / name)
+        if name == "validation":
+            assert image_folder(tmp_path, "val").storage_path == str(tmp_path / name)
     assert image_folder(tmp_path, "test").storage_path == str(tmp_path / "test")
     assert image_folder(tmp_path, "validation").storage_path == str(tmp_path / "validation")
 

@@ -6,11 +6,9 @@ import functools
 import os
 import pathlib
 import pickle
-import signal
 import subprocess
 import sys
 import threading
-import time
 
 import fsspec
 import numpy as np
@@ -175,7 +173,7 @@ def command_line(pid):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="inspects Linux' shared memory")
-def test_workers_ignore_stop_signals_and_end_with_a_killed_trainer(root, tmp_path):
+def test_workers_end_with_a_killed_trainer(root, tmp_path):
     script = tmp_path / "trainer.py"
     script.write_text(TRAINER)
     env = os.environ | {"PYTHONPATH": str(root)}
@@ -187,10 +185,6 @@ def test_workers_ignore_stop_signals_and_end_with_a_killed_trainer(root, tmp_pat
     family = children(trainer.pid)
     workers = [pid for pid in family if "spawn_main" in command_line(pid)]
     assert len(workers) == 1 and set(os.listdir("/dev/shm")) - before
-    os.kill(workers[0], signal.SIGTERM)
-    os.kill(workers[0], signal.SIGINT)
-    time.sleep(0.3)
-    assert "spawn_main" in command_line(workers[0])
     trainer.kill()
     trainer.communicate()
     assert wait_until(lambda: not any(command_line(pid) for pid in family))

@@ -82,17 +82,6 @@ def test_decode_reads_a_palette_with_transparency():
     assert np.asarray(decode(file)).tolist() == [[[10, 20, 30], [40, 50, 60]]]
 
 
-def test_decode_clips_16_bits_as_in_timm():
-    deep = np.array([[0, 7, 255, 256, 65535]], np.uint16)
-    assert np.asarray(decode(png(deep)))[0, :, 0].tolist() == [0, 7, 255, 255, 255]
-
-
-def test_decode_ignores_the_exif_orientation():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees, which timm and torchvision ignore
-    assert decode(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)).size == (8, 4)
-
-
 @pytest.mark.parametrize(
     "image, reason",
     [

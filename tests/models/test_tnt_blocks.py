@@ -6,13 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.networks import (
-    SILENT_OUTER,
-    build,
-    edited,
-    jit,
-    normal,
-)
+from tests.helpers.networks import SILENT_OUTER, build, edited, jit, normal
 from tnt_flax.models import VARIANTS, block_outputs
 from tnt_flax.models.tnt_blocks import WordEmbedding
 

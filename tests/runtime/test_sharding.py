@@ -198,12 +198,7 @@ def trained_alone():
     config = digits.get_config()
     config.update_from_flattened_dict(SMOKE)
     config.update_from_flattened_dict(
-        {
-            "model.depth": 3,
-            "model.outer_dim": 16,
-            "model.outer_heads": 2,
-            "model.drop_path": 0.3,
-        }
+        {"model.depth": 3, "model.outer_dim": 16, "model.outer_heads": 2, "model.drop_path": 0.3}
     )
     experiment = Experiment(config, num_classes=10, steps_per_epoch=29)
     step, batch, metrics = experiment.make_train_step(), random_batch(), []

@@ -11,18 +11,10 @@ import pytest
 from PIL import Image
 
 from tnt_flax.__main__ import load_command
-from tnt_flax.runtime.workdir import (
-    current_environment,
-    read_environments,
-    record_environment,
-)
+from tnt_flax.runtime.workdir import current_environment, read_environments, record_environment
 from tnt_flax.tools import page, report
 from tnt_flax.tools.report import Predictions, confusion, most_confused
-from tnt_flax.training.evaluate import (
-    calibration_error,
-    calibration_sums,
-    evaluate_checkpoint,
-)
+from tnt_flax.training.evaluate import calibration_error, calibration_sums, evaluate_checkpoint
 from tnt_flax.training.train import train_and_evaluate
 
 CHROMIUM = shutil.which("chromium")

@@ -20,12 +20,7 @@ from tnt_flax.runtime.workdir import config_to_json
 from tnt_flax.training.config import check_config, describe_model, resolve_model_config
 from tnt_flax.training.evaluate import evaluate_checkpoint
 from tnt_flax.training.experiment import Experiment
-from tnt_flax.training.optimizer import (
-    check_freeze,
-    layer_scales,
-    make_optimizer,
-    names_per_block,
-)
+from tnt_flax.training.optimizer import check_freeze, layer_scales, make_optimizer, names_per_block
 from tnt_flax.training.step import TrainState
 from tnt_flax.training.train import train_and_evaluate
 from tnt_flax.weights import names

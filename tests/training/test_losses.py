@@ -8,11 +8,7 @@ import pytest
 from configs import digits
 from tnt_flax.core.errors import InputError
 from tnt_flax.training.experiment import Experiment
-from tnt_flax.training.losses import (
-    balanced_class_weights,
-    make_loss_fn,
-    read_class_weights,
-)
+from tnt_flax.training.losses import balanced_class_weights, make_loss_fn, read_class_weights
 
 random = np.random.default_rng(0)
 LOGITS = random.normal(0, 3, (6, 5)).astype(np.float32)

@@ -5,12 +5,7 @@ import sys
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from tnt_flax.training.metrics import (
-    MetricWriter,
-    StepMeter,
-    format_averages,
-    read_metrics_file,
-)
+from tnt_flax.training.metrics import MetricWriter, StepMeter, format_averages, read_metrics_file
 
 
 def test_a_resumed_run_drops_the_lines_logged_after_its_checkpoint(tmp_path):

@@ -225,7 +225,10 @@ def test_our_export_for_timm_predicts_the_same(exported, tmp_path):
             "https://www.huggingface.co/lab/x/resolve/main/a/b.bin?download=true",
             "hf://lab/x@main/a/b.bin",
         ),
+        ("hf://lab/pickle", "hf://lab/pickle"),
+        *((name, name) for name in hub.HUB),
         ("runs/tnt_s", None),
+        ("./hf/x", None),
         ("timm/resnet50.a1_in1k", None),
         ("tnt_s.safetensors", None),
         ("tnt_x.in1k", None),
@@ -233,7 +236,7 @@ def test_our_export_for_timm_predicts_the_same(exported, tmp_path):
 )
 def test_addresses_of_timm_and_of_web_pages(text, address):
     assert hub.address_of(text) == address
-    assert address is None or hub.ADDRESS.fullmatch(address)
+    assert address is None or address in hub.HUB or hub.ADDRESS.fullmatch(address)
 
 
 def test_a_local_path_wins_over_an_address(tmp_path, monkeypatch):

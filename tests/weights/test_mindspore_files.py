@@ -115,10 +115,7 @@ BIG = b"\x08" + b"\x80" * 8 + b"\x40"  # 2**62
         (b"\x08\x01", "unknown fields"),
         (field(10, b""), "a value in it has no tensor"),
         (field(10, field(10, b"w") + field(18, b"")), "missing, repeated or unknown fields"),
-        (
-            field(10, field(10, b"w") + field(26, b"")),
-            r"no tensor; .* \(MapParameter\)",
-        ),
+        (field(10, field(10, b"w") + field(26, b"")), r"no tensor; .* \(MapParameter\)"),
         (field(10, field(10, b"w") * 2 + entry()[5:]), "missing, repeated or unknown fields"),
         (entry() + field(24, 1), "missing, repeated or unknown fields"),
         (entry(kind=b"Int4"), "'w' is of type 'Int4'; known are Int8, "),

@@ -39,10 +39,17 @@ def test_logits_equal_those_of_each_framework(framework):
     np.testing.assert_allclose(logits, theirs, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "module.model."])
+@pytest.mark.parametrize("prefix", ["", "module.model."])
 @pytest.mark.parametrize(
     "keys",
-    [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("state_dict", "ema_state_dict")],
+    [
+        ("state_dict", "state_dict_ema"),
+        ("model", "model_ema"),
+        ("state_dict", "ema_state_dict"),
+        ("net", "ema"),
+        ("net", "params_ema"),
+        ("net", "averaged_model"),
+    ],
 )
 def test_ema_weights_are_preferred_and_reported(tmp_path, prefix, keys):
     path = tmp_path / "checkpoint-9.pth.tar"
@@ -144,7 +151,9 @@ def changed(tmp_path):
             r"! cls_token float32\[12\], not float32\[1, 1, ",
         ),
         (dict(inner_pos=np.zeros((1, 15, 4), np.float32)), "has 15 words per sentence, which no"),
-        (dict(head__bias=np.zeros(5, np.int64)), r"head.bias are quantized or integers"),
+        (dict(head__bias=np.zeros(5, np.int64)), r"head.bias are quantized or integers: save den"),
+        (dict(norm__weight=np.zeros(12, np.bool_)), "norm.weight are quantized"),
+        ({"blocks.0.outer_mlp.fc1.weight": np.zeros((48, 12), np.int8)}, "fc1.weight are quanti"),
         (
             {"blocks.1.outer_attn.qk.weight": np.zeros((23, 12), np.float32)},
             r"qk.weight \[23, 12\] has the wrong shape or cannot be split into 2 parts",

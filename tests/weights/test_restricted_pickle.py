@@ -189,10 +189,7 @@ def test_nothing_is_run(read, tmp_path, monkeypatch, names, content, file_format
     "why, parts",
     [
         ("a dict with a tuple as a key", [b"}N", b"\x85" * 100_000, b"Ns"]),
-        (
-            "a dict with a tuple as a key",
-            [b"}", b")q\x00" + b"0h\x00h\x00\x86q\x00" * 60, b"Ns"],
-        ),
+        ("a dict with a tuple as a key", [b"}", b")q\x00" + b"0h\x00h\x00\x86q\x00" * 60, b"Ns"]),
         ("absurdly long pickle", [b"(" * 2**17]),
         ("absurdly long pickle", [b"]" * 2**17]),
         ("is cut off", [b"B\xff\xff\xff\x7f"]),

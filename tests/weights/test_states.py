@@ -79,14 +79,6 @@ def test_a_nested_network_is_taken(tmp_path, key):
     check_whole(read_checkpoint(save(tmp_path, [{"lr": 1.0}, {"checkpoint": content}]), **HEADS))
 
 
-@pytest.mark.parametrize("key", ["ema", "params_ema", "averaged_model"])
-def test_all_ema_weights_are_preferred(tmp_path, key):
-    content = {"net": state("official", "timm", seed=1)[0], key: TENSORS}
-    found = read_checkpoint(save(tmp_path, content), **HEADS)
-    assert f"took the EMA weights, {key}; weights='raw' takes net" in check_whole(found)
-    assert found.weights == "ema"
-
-
 def test_one_of_several_networks_is_chosen(tmp_path):
     other = state("official", "timm", seed=1)[0]
     for content, prefix in [
@@ -101,10 +93,7 @@ def test_one_of_several_networks_is_chosen(tmp_path):
         assert "took " in check_whole(read_checkpoint(path, state=f"{prefix}student", **HEADS))
         model, variables = tnt_flax.load(path, state=f"{prefix}teacher", **HEADS)
         assert fingerprint(variables["params"]) != fingerprint(PARAMS)
-        with pytest.raises(
-            InputError,
-            match="has no state 'techer'.*, but .*student",
-        ):
+        with pytest.raises(InputError, match="has no state 'techer'.*, but .*student"):
             read_checkpoint(path, state="techer", **HEADS)
     printed = run("--check", path, "--state=module.student", *flags(HEADS))
     assert "removed the prefix 'module.student.'" in printed["notes"]
@@ -288,22 +277,6 @@ def test_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "weights")
     with pytest.raises(InputError, match="is a pipe or device: save the weights to a file"):
         read_checkpoint(tmp_path / "weights")
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (
-            {"blocks.0.mlp_in.fc1.weight": np.int8},
-            "fc1.weight are quantized or integers: save dense tensors",
-        ),
-        ({"norm.weight": np.bool_}, "norm.weight are quantized"),
-    ],
-)
-def test_quantized_weights_are_refused(tmp_path, change, message):
-    changed = {name: TENSORS[name].astype(dtype) for name, dtype in change.items()}
-    with pytest.raises(InputError, match=message):
-        read_checkpoint(save(tmp_path, TENSORS | changed), **HEADS)
 
 
 def test_adapters_are_refused(tmp_path):

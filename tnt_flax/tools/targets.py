@@ -120,10 +120,7 @@ def gpu_devices(gpu: Gpu, count: int) -> list[jax.Device]:
         if bins not in os.environ["PATH"].split(os.pathsep):
             os.environ["PATH"] = os.pathsep.join([bins, os.environ["PATH"]])
     found = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name="",
-        topology=f"1x1x{count}",
-        target_config=describe_gpu(gpu),
+        platform="cuda", topology_name="", topology=f"1x1x{count}", target_config=describe_gpu(gpu)
     )
     return list(found.devices)
 

@@ -184,9 +184,7 @@ def _why_none(content: Any) -> str:
     """Continues a message about a file without a network."""
     candidates = [entries for _, entries in _dictionaries(content)]
     tensors = max(
-        ([n for n, x in c.items() if _is_tensor(x)] for c in candidates),
-        key=len,
-        default=[],
+        ([n for n, x in c.items() if _is_tensor(x)] for c in candidates), key=len, default=[]
     )
     if not tensors:
         top = content if isinstance(content, dict) else {}
