@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from tests.helpers.photos import jpeg, png
+from tests.helpers.photos import encoded, jpeg, png
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import images, transforms
 from tnt_flax.data.images import CorruptImageError, Policy, decode
@@ -17,12 +17,6 @@ from tnt_flax.training.experiment import Experiment
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 SMALL = Image.open(io.BytesIO(jpeg("china"))).resize((40, 24))
-
-
-def encoded(image, format="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def exif(orientation):

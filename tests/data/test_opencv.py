@@ -5,14 +5,13 @@ The bounds, in levels of 255, are a few tenths above the differences of OpenCV 5
 """
 
 import functools
-import io
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers.photos import all_photos, jpeg
+from tests.helpers.photos import all_photos, encoded, jpeg
 from tests.helpers.randaugment_cases import FILL, cases, photographs
 from tnt_flax.core.errors import InputError
 from tnt_flax.data import opencv, randaugment, transforms
@@ -93,10 +92,7 @@ def opened(encoded, policy=TIMM):
 
 def large(factor):
     """Returns a JPEG of `factor` times 300 x 200 pixels."""
-    photo = PHOTOS["china"].resize((300 * factor, 200 * factor))
-    buffer = io.BytesIO()
-    photo.save(buffer, "JPEG", quality=92)
-    return buffer.getvalue()
+    return encoded(PHOTOS["china"].resize((300 * factor, 200 * factor)), "JPEG", quality=92)
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
@@ -123,14 +119,11 @@ def test_all_formats_and_policies_are_decoded_as_by_pillow(monkeypatch):
     whole = lambda image: image.crop((0, 0, *image.size), image.size[::-1], BILINEAR)
     tags = Image.Exif()
     tags[ORIENTATION] = 6
-    buffers = {}
     for kind, mode in (("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA")):
-        buffers[kind, mode] = io.BytesIO()
         options = {"exif": tags} if mode == "RGB" else {}
-        PHOTOS["small"].convert(mode).save(buffers[kind, mode], kind, **options)
-    for policy in (TIMM, Policy(exif=True, background=(1, 2, 3))):
-        for buffer in buffers.values():
-            image, expected = opened(buffer.getvalue(), policy), decode(buffer.getvalue(), policy)
+        file = encoded(PHOTOS["small"].convert(mode), kind, **options)
+        for policy in (TIMM, Policy(exif=True, background=(1, 2, 3))):
+            image, expected = opened(file, policy), decode(file, policy)
             assert image.size == expected.size
             assert differences(whole(image), expected).max() <= 1
 

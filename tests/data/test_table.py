@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables of images: CSV, JSON lines, lists, and Parquet with paths or with the images inside."""
 
-import io
 import json
 import pickle
 
@@ -15,6 +14,7 @@ from fsspec.registry import _registry
 from PIL import Image
 
 from tests.helpers.parquet import NAMES, hugging_face, write_shards
+from tests.helpers.photos import encoded
 from tests.helpers.source_checks import message_of, records
 from tests.helpers.tars import image, write_images
 from tnt_flax.data.sources import ClassOptions, Holdout, open_source
@@ -187,9 +187,8 @@ def test_invalid_tables_are_refused(images, text, expected):
 
 
 def photo(seed, side):
-    generator, buffer = np.random.default_rng(seed), io.BytesIO()
-    Image.fromarray(generator.integers(0, 256, (side, side, 3), np.uint8)).save(buffer, "JPEG")
-    return buffer.getvalue()
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
+    return encoded(Image.fromarray(pixels), "JPEG")
 
 
 # Some larger than a block of snappy; a few equal, which share a place in a dictionary.

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers.photos import all_photos, jpeg, png
+from tests.helpers.photos import all_photos, encoded, jpeg, png
 from tnt_flax.data import randaugment, transforms
 from tnt_flax.data.images import CorruptImageError, decode
 from tnt_flax.data.randaugment import RESAMPLE
@@ -41,12 +41,6 @@ def train_transform(image, generator, **options):
 
 def generator(seed):
     return np.random.Generator(np.random.Philox(seed))
-
-
-def encoded(image, format="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 # ------------------------------------------------------------------------------------- decoding

@@ -15,11 +15,16 @@ def jpeg(name: str) -> bytes:
     return (folder / f"{name}.jpg").read_bytes()
 
 
+def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    """Returns the file of an image; `options` are those of Pillow's `save`."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
 def png(pixels: np.ndarray) -> bytes:
     """Returns a (lossless) PNG file of the pixels."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(Image.fromarray(pixels))
 
 
 def all_photos() -> dict[str, bytes]:

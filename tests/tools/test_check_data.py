@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`check_data` finds every kind of unusual image, and resumes after an interruption."""
 
-import io
 import json
 import os
 import struct
@@ -11,18 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers.photos import all_photos, jpeg, png
+from tests.helpers.photos import all_photos, encoded, jpeg, png
 from tnt_flax.__main__ import main
 from tnt_flax.core.errors import InputError
 from tnt_flax.data.images import TIMM
 from tnt_flax.tools import check_data
 from tnt_flax.tools.check_data import inspect_image, open_findings
-
-
-def encoded(image, format="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def exif(orientation=6):

@@ -3,6 +3,7 @@
 
 import concurrent.futures
 import csv
+import functools
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import pyarrow.parquet
 import pytest
 import safetensors.numpy
 from PIL import Image
+from scipy.special import expit, softmax
 
 import tnt_flax
 from tests.helpers import small_network
@@ -55,12 +57,16 @@ def folder(tmp_path):
 # -------------------------------------------------------------------------------- Classifier
 
 
-def check_probabilities(classifier, photos):
-    """Compares with the network applied to the pixels of `eval_transform`."""
-    pixels = np.stack([eval_transform(photo, size=32, crop_fraction=CROP) for photo in photos])
+def logits_of(classifier, photos):
+    """Returns the logits of the network for the pixels of `eval_transform`."""
+    transform = functools.partial(eval_transform, size=classifier.image_size, crop_fraction=CROP)
+    pixels = np.stack([transform(photo) for photo in photos])
     images = (pixels / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
-    logits = jax.jit(classifier.model.apply)(classifier.variables, images)
-    expected = np.asarray(jax.nn.softmax(logits))
+    return np.asarray(jax.jit(classifier.model.apply)(classifier.variables, images))
+
+
+def check_probabilities(classifier, photos):
+    expected = softmax(logits_of(classifier, photos), axis=1)
     for predictions, row in zip(classifier.predict(photos, top=10), expected, strict=True):
         assert [p.index for p in predictions] == np.argsort(-row).tolist()
         found = [p.probability for p in predictions]
@@ -74,10 +80,8 @@ def test_preprocessing_is_that_of_evaluation(classifier):
 
 
 @pytest.mark.slow
-def test_pyramid(tmp_path, monkeypatch):
+def test_pyramid(one_device, tmp_path):
     """`classifier.variables` include the running statistics."""
-    one = jax.local_devices()[:1]  # to compile for fewer
-    monkeypatch.setattr(jax, "local_devices", lambda: one)
     path = small_network.save(tmp_path, "ptnt_ti_patch16_192", 32, class_names=NAMES, data=DATA)
     check_probabilities(tnt_flax.load_classifier(path), [all_photos()["china"]])
 
@@ -184,8 +188,7 @@ def test_features_are_the_heads_input(one_device, tmp_path, num_classes):
     if num_classes:
         head = classifier.variables["params"]["head"]
         logits = features @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
-        expected = np.exp(logits - logits.max(1, keepdims=True))
-        expected /= expected.sum(1, keepdims=True)
+        expected = softmax(logits, axis=1)
         for row, predictions in zip(expected, classifier.predict(photos, top=10), strict=True):
             for p in predictions:
                 assert p.probability == pytest.approx(row[p.index], abs=1e-5)
@@ -288,12 +291,7 @@ def test_rectangular_images(one_device, tmp_path):
     path = small_network.save(tmp_path, size=size, class_names=NAMES, data=DATA)
     classifier = tnt_flax.load_classifier(path)
     assert classifier.image_size == size
-    photo = all_photos()["china"]
-    pixels = eval_transform(photo, size=size, crop_fraction=CROP)
-    images = (pixels[None] / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
-    logits = np.asarray(jax.jit(classifier.model.apply)(classifier.variables, images))[0]
-    (found,) = classifier.predict(photo, top=10)
-    assert [p.index for p in found] == np.argsort(-logits).tolist()
+    check_probabilities(classifier, [all_photos()["china"]])
 
 
 # ---------------------------------------------------------------------------------- command
@@ -340,19 +338,11 @@ def test_tables_have_equal_contents(weights, folder, tmp_path):
 # ---------------------------------------------------------------------------- several classes
 
 
-def logits_of(classifier, files):
-    pixels = np.stack(
-        [eval_transform(file.read_bytes(), size=32, crop_fraction=CROP) for file in files]
-    )
-    images = (pixels / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
-    return np.asarray(jax.jit(classifier.model.apply)(classifier.variables, images))
-
-
 @pytest.mark.slow
 def test_predictions_above_a_threshold(weights, folder, tmp_path, capsys):
     files = [folder / "china.png", folder / "small.png"]
     classifier = tnt_flax.load_classifier(weights)
-    expected = 1 / (1 + np.exp(-np.float64(logits_of(classifier, files))))
+    expected = expit(np.float64(logits_of(classifier, [file.read_bytes() for file in files])))
     middle = float(np.median(expected))
     found = classifier.predict(files, threshold=middle)
     for predictions, row in zip(found, expected, strict=True):
@@ -382,7 +372,7 @@ def test_logits_are_stored_with_the_names_of_the_images(weights, folder, tmp_pat
     result = run(weights, *files, f"--logits={path}")
     assert result == {"images": 1, "unreadable": 1, "out": str(path)}
     stored = safetensors.numpy.load_file(path)
-    expected = logits_of(tnt_flax.load_classifier(weights), files[:1])[0]
+    (expected,) = logits_of(tnt_flax.load_classifier(weights), [files[0].read_bytes()])
     np.testing.assert_allclose(stored["logits"][0], expected, rtol=1e-4, atol=1e-5)
     assert np.isnan(stored["logits"][1]).all() and stored["readable"].tolist() == [True, False]
     assert stored["names"].tobytes().decode().split("\0") == list(map(str, files))

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.special import softmax
 
 from tests.helpers import small_network
 from tnt_flax.__main__ import main
@@ -16,13 +17,8 @@ from tnt_flax.tools import figures, visualize
 from tnt_flax.weights.read import read_checkpoint
 
 
-def softmax(x):
-    weights = np.exp(x - x.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
-
-
 def test_rollout_by_hand():
-    attention = softmax(np.random.default_rng(0).normal(size=(2, 2, 4, 4)))
+    attention = softmax(np.random.default_rng(0).normal(size=(2, 2, 4, 4)), -1)
     totals = tracing.rollout(attention.astype(np.float32))
     first, second = ((block.mean(axis=0) + np.eye(4)) / 2 for block in attention)
     np.testing.assert_allclose(totals, [first, second @ first], atol=1e-6)
@@ -43,7 +39,7 @@ def test_rollout_of_a_pyramid():
     layouts = [stages[0], *stages]
     averaged = [(1, 1), (1, 1), (1, 1), (2, 2)]
     attention = [
-        softmax(random.normal(size=(2, np.prod(layout.grid), np.prod(grid))))
+        softmax(random.normal(size=(2, np.prod(layout.grid), np.prod(grid))), -1)
         for layout, grid in zip(layouts, averaged, strict=True)
     ]
     trace = tracing.Trace(None, layouts, False, attention, {}, [], {}, None)
@@ -117,7 +113,7 @@ def test_trace_of_tnt(tmp_path):
         token = (token - token.mean()) / np.sqrt(token.var() + 1e-5)
         token = token * params["norm"]["scale"] + params["norm"]["bias"]
         logits = token @ params["head"]["kernel"] + params["head"]["bias"]
-        np.testing.assert_allclose(trace.probabilities, softmax(logits), atol=1e-4)
+        np.testing.assert_allclose(trace.probabilities, softmax(logits, -1), atol=1e-4)
     chosen = tracing.most_attended(first, 2)
     reached = tracing.rollout(first.outer_attention)[-1, 0, 1:]
     assert reached[chosen[0]] == reached.max() and len(chosen) == 2
@@ -143,7 +139,7 @@ def test_trace_of_a_pyramid(tmp_path):
     x = trace.sentences[-1]
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     logits = (x * norm["scale"] + norm["bias"]).mean(axis=0) @ head["kernel"] + head["bias"]
-    np.testing.assert_allclose(trace.probabilities, softmax(logits), atol=1e-4)
+    np.testing.assert_allclose(trace.probabilities, softmax(logits, -1), atol=1e-4)
     assert tracing.most_attended(trace, 3) == [4 * 8 + 4]  # there is one sentence at the end
 
 
