@@ -103,12 +103,11 @@ class RecordLogits:
         self._columns = slice(None) if whole else columns
         names = [as_unicode(os.path.abspath(name)) for name in names]
         row_of = {name: i for i, name in enumerate(stored) if readable[i]}
+        theirs = ours = ""
         if not row_of.keys() & names:  # the data have moved
             theirs, ours = _shared_folder(stored), _shared_folder(names)
             row_of = {os.path.relpath(name, theirs): i for name, i in row_of.items()}
             names = [os.path.relpath(name, ours) for name in names]
-        else:
-            theirs = ours = ""
         if missing := [name for name in names if name not in row_of]:
             raise InputError(
                 f"{path} has no logits of {len(missing)} of the {len(names)} training images, such "

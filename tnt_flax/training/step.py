@@ -80,8 +80,7 @@ def make_augment(
     Args:
         num_classes: width of the targets.
         label_smoothing: share of a target that is spread evenly over all classes.
-        mean: per channel, for pixels in [0, 1].
-        std: per channel, for pixels in [0, 1].
+        mean, std: per channel, for pixels in [0, 1].
         randaugment: `randaugment(key, images)` for uint8 images, before mixing; None disables.
         mix: `mix(key, images, targets)` for uint8 images and smoothed targets; None disables.
         mix_steps: mix in the first `mix_steps` steps only; None: in all.
@@ -390,8 +389,7 @@ def make_eval_step(
 
     Args:
         model: TNT or PyramidTNT.
-        mean: per channel, for pixels in [0, 1].
-        std: per channel, for pixels in [0, 1].
+        mean, std: per channel, for pixels in [0, 1].
         classes: restricts the predictions to these classes; None allows all.
         multi_label: sum over images with at least one class, and also return "rows" for
             `evaluate.multi_label_metrics`: `logits` [B, K], `targets` bool [B, K], `mask` [B].
