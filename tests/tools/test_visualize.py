@@ -171,17 +171,8 @@ def test_top_class(tmp_path):
 def test_network_without_words_or_head(tmp_path, capsys):
     """Blocks without words have no inner attention, and features no class."""
     path = small_network.save(tmp_path, depth=2, vanilla_blocks=(0, 1), num_classes=0)
-    assert (
-        main(
-            [
-                "visualize",
-                str(path),
-                str(small_network.photo(tmp_path)),
-                f"--out={tmp_path / 'out'}",
-            ]
-        )
-        == 0
-    )
+    image, out = small_network.photo(tmp_path), tmp_path / "out"
+    assert main(["visualize", str(path), str(image), f"--out={out}"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert "inner_attention.png" not in result["figures"] and len(result["figures"]) == 4
     assert "class" not in result
