@@ -42,10 +42,6 @@ DIGITS = "--config=configs/digits.py"
         ([DIGITS, "--num-processes=0"], "--num-processes: '0' is not a positive integer"),
         ([DIGITS, "runs/digits"], "unexpected argument 'runs/digits'"),
         ([DIGITS], "training needs --workdir=FOLDER"),
-        (
-            ["--config=configs/transfer.py:cifar10", "--mode=x"],
-            "argument --mode: invalid choice: 'x'",
-        ),
         (["--config=configs/none.py:cifar10"], "there is no config file configs/none.py"),
     ],
     ids=lambda x: "" if isinstance(x, str) else " ".join(x),
