@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
 
 from tests.helpers import networks, numpy_tnt
 from tests.helpers.networks import (
@@ -14,8 +15,9 @@ from tests.helpers.networks import (
     training_value_and_gradients,
     value_and_gradients,
 )
-from tnt_flax.models import VARIANTS, block_outputs, layers
+from tnt_flax.models import VARIANTS, block_outputs, layers, scan
 from tnt_flax.models.kernels import gpu
+from tnt_flax.models.kernels.platform import row_major
 
 build = functools.partial(networks.build, inner_dim=4, depth=2)
 GPU = dict(inner_impl="gpu", outer_impl="gpu")
@@ -127,3 +129,21 @@ def test_parameters_are_those_of_the_reference():
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     numpy_shapes = jax.tree.map(jnp.shape, numpy_tnt.random_params(shapes))
     assert numpy_shapes == jax.tree.map(jnp.shape, params)
+
+
+def test_unrolled_blocks_pin_the_layout_of_tokens(monkeypatch):
+    model, params, images = build(EVEN, **GPU, unroll=True)
+    monkeypatch.setattr(scan, "platform", lambda: "gpu")
+    program = jax.jit(model.apply).lower({"params": params}, images).as_text()
+    assert program.count("custom_call @LayoutConstraint") == 2 * model.depth  # words and sentences
+
+
+def test_pinning_a_layout_on_several_devices():
+    """The compiler must not gather the images, and the gradient is pinned, too."""
+    with jax.set_mesh(jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)):
+        x = jax.device_put(normal(4, 3, 5), jax.P("data"))
+        run = jax.jit(jax.grad(lambda x: jnp.sin(row_major(x)).sum())).lower(x)
+        assert run.as_text().count("custom_call @LayoutConstraint") == 2
+        assert "all-gather" not in run.compile().as_text()
+        check_same(run.compile()(x), jnp.cos(x))
+        assert row_major(normal(3, 5)).shape == (3, 5)  # which the devices cannot share

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tnt_flax.core.errors import InputError
-from tnt_flax.models.kernels.platform import platform
+from tnt_flax.models.kernels.platform import platform, row_major
 
 SAVED = "saved"  # checkpoint_name of the arrays that `remat` saves instead of recomputing
 SMALL = 2**13  # parameters of one block that `_pack` joins with others, at most
@@ -82,7 +82,7 @@ def scan_blocks(
         own_params = unpack(jax.tree.map(_with_tangent, own_packed, own_tangents))
         rngs = None if key is None else {"dropout": key}
         options |= dict(train=train, rngs=rngs, mutable=capture or False)
-        return block.apply({"params": own_params}, *tokens, rate, *args, **options)
+        return block.apply({"params": own_params}, *_pin(tokens, unroll), rate, *args, **options)
 
     def body(carry, own_tangents):
         tokens, i = carry
@@ -104,6 +104,15 @@ def _loop(body, carry, xs, remat, unroll):
         policy = jax.checkpoint_policies.save_only_these_names(SAVED)
         body = jax.checkpoint(body, prevent_cse=unroll, policy=policy)
     return jax.lax.scan(body, carry, xs, unroll=unroll or 1)
+
+
+def _pin(tokens, unroll):
+    """Gives tokens on GPUs the layout of what a loop carries.
+
+    In an unrolled program, XLA stores the words of "gpu" with the batch innermost, where every
+    LayerNorm writes its operands to memory, in float32.
+    """
+    return map(row_major, tokens) if unroll and platform() == "gpu" else tokens
 
 
 def _element(tree, i):

@@ -4,6 +4,7 @@
 import math
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, PartitionSpec
 
 TENSOR = "tensor"  # mesh axis of the outer transformer's heads; all others shard the batch
@@ -51,6 +52,23 @@ def shard_batch(x: jax.Array) -> jax.Array:
         return x
     spec = PartitionSpec(axes, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """Makes the compiler store `x`, and its gradient, with the last axis innermost.
+
+    Every device pins the layout of its own images: the compiler would gather all of them.
+    """
+    pin = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    axes = tuple(axis for axis in free_axes() if axis != TENSOR)
+    if devices(axes) == 1:
+        return pin(x)
+    if x.shape[0] % devices(axes):
+        return x
+    images = PartitionSpec(axes)
+    return jax.shard_map(
+        pin, in_specs=images, out_specs=images, axis_names=set(axes), check_vma=False
+    )(x)
 
 
 def why_not_shared(batch: int) -> str:
