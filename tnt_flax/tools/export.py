@@ -238,7 +238,8 @@ def make_program(
             that of the normalized float32 images: [B, H, W, 3] or [B, 3, H, W].
         dtype: of the computation and of the stored kernels, by default that of `args`; norms,
             softmax, positions and the outputs are float32.
-        portable: use the reference implementations; the others are for one platform.
+        portable: use the reference implementations in a loop; the others, and the layouts of
+            unrolled blocks, are for one platform.
 
     Raises:
         InputError: logits of a network without head.
@@ -246,7 +247,7 @@ def make_program(
     outputs, dtype = args.outputs, jnp.dtype(dtype or args.dtype or "float32")
     if "logits" in outputs and not found.network.model.num_classes:
         raise InputError(f"{found.path} has no head: --outputs=logits is not possible")
-    reference = dict(inner_impl="reference", outer_impl="reference", remat="none")
+    reference = dict(inner_impl="reference", outer_impl="reference", remat="none", unroll=False)
     model = found.network.model.clone(dtype=dtype, **(reference if portable else {}))
     # Stored as the network would cast them.
     variables = cast_kernels(jax.device_get(found.variables), dtype)

@@ -57,7 +57,8 @@ def shard_batch(x: jax.Array) -> jax.Array:
 def row_major(x: jax.Array) -> jax.Array:
     """Makes the compiler store `x`, and its gradient, with the last axis innermost.
 
-    Every device pins the layout of its own images: the compiler would gather all of them.
+    Each device pins the layout of its own images, because the compiler would gather the operand of
+    the constraint. A batch that does not split over the devices is returned as it is.
     """
     pin = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
     axes = tuple(axis for axis in free_axes() if axis != TENSOR)
