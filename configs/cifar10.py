@@ -12,8 +12,9 @@ The images come from tfds, from Parquet (CIFAR10 is a copy of uoft-cs/cifar10 of
 hub) or from a folder train/CLASS/IMAGE and test/CLASS/IMAGE. The argument after the colon is the
 machine: "cpu" is for a night on two cores, "gpu" for a larger network in 15 minutes on a GPU.
 
-The settings are our own and not tuned on CIFAR-10. What was measured is in docs/training.md: one
-epoch, a smaller network on textures, and the speed of the step.
+The settings are our own. Measured on CIFAR-10 (docs/training.md): 52.8 % of the test images after
+four epochs, and the settings of "cpu" beside three others in six epochs of a subset. The whole runs
+were not made.
 """
 
 from tnt_flax.configs import default
