@@ -9,9 +9,9 @@ implementation that has not run on that kind of hardware:
 - On GPUs, "reference" for both: nothing was measured there. "gpu" and, for Hopper GPUs, the fused
   kernels "mosaic" move fewer bytes by the figures of the compiler, see docs/speed.md.
 - On TPUs nothing has run yet. "auto" selects plain XLA programs and, among them, the one that the
-  TPU compiler rates better: "lanes" for the inner transformer (a training step of TNT-S needs 1.35
-  GiB of temporaries with 128 images per chip of v5e:2x2, bfloat16, libtpu 0.0.52; with "reference"
-  2.72 GiB), and "reference" for the outer one.
+  TPU compiler rates better: "lanes" for the inner transformer (a training step of TNT-S needs 1.94
+  GiB of temporaries with 128 images per chip of v5e:2x2, bfloat16, libtpu 0.0.42.1; with
+  "reference" 2.80 GiB), and "reference" for the outer one.
 
 The Pallas kernels are opt-in.
 """
