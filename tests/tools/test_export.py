@@ -2,6 +2,7 @@
 """Exports compute the source's function, are verified, and are refused otherwise."""
 
 import argparse
+import dataclasses
 import datetime
 import json
 import subprocess
@@ -17,6 +18,7 @@ from tests.helpers import hub_server, small_network
 from tnt_flax.__main__ import main
 from tnt_flax.core.errors import InputError, RunError
 from tnt_flax.inference import stablehlo
+from tnt_flax.models import scan
 from tnt_flax.tools import export
 from tnt_flax.tools.command_line import read_config
 from tnt_flax.training.evaluate import evaluate_checkpoint
@@ -212,6 +214,16 @@ def test_stablehlo_with_options(network, dtype, tolerance, tmp_path, capsys):
     model, variables = tnt_flax.load(path, dtype=dtype)
     same = jax.jit(model.apply)(variables, images)
     np.testing.assert_allclose(found["logits"], same, atol=tolerance / 2)
+
+
+def test_unrolled_networks_are_exported_in_a_loop(tmp_path, monkeypatch):
+    """StableHLO has no stable operation for the layouts of unrolled blocks on a GPU."""
+    monkeypatch.setattr(scan, "platform", lambda: "gpu")
+    found = read_checkpoint(small_network.save(tmp_path, depth=1))
+    unrolled = found.network.model.clone(unroll=True)
+    found = dataclasses.replace(found, network=dataclasses.replace(found.network, model=unrolled))
+    args = argparse.Namespace(outputs=("logits",), layout=None, dtype=None)
+    stablehlo.trace(export.make_program(found, args), (48, 48, 3), ("cuda",))
 
 
 @pytest.mark.slow
