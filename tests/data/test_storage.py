@@ -145,11 +145,13 @@ def test_closing_ends_the_retries(mount, source):
 
 
 TRAINER = """
-import time
+import os, time
+from multiprocessing import shared_memory
 from tests.data.test_storage import TRANSFORM
 from tnt_flax.data.pipeline import ReadOptions, train_batches
 from tnt_flax.data.plan import TrainPlan
 from tnt_flax.data.sources import Digits
+shared_memory._SHM_NAME_PREFIX = os.environ["SEGMENTS"]  # in the worker, too
 if __name__ == "__main__":
     batches = train_batches(Digits("train"), TrainPlan(1437, 48, 0), transform=TRANSFORM,
         start_step=0, num_steps=1_000_000, options=ReadOptions(workers=1))
@@ -176,16 +178,17 @@ def command_line(pid):
 def test_workers_end_with_a_killed_trainer(root, tmp_path):
     script = tmp_path / "trainer.py"
     script.write_text(TRAINER)
-    env = os.environ | {"PYTHONPATH": str(root)}
-    before = set(os.listdir("/dev/shm"))
+    prefix = f"t{os.getpid()}_"  # short; other tests have segments at the same time
+    segments = lambda: [name for name in os.listdir("/dev/shm") if name.startswith(prefix)]
+    env = os.environ | {"PYTHONPATH": str(root), "SEGMENTS": f"/{prefix}"}
     trainer = subprocess.Popen(
         [sys.executable, str(script)], cwd=root, env=env, stdout=subprocess.PIPE, text=True
     )
     assert trainer.stdout.readline() == "ready\n"
     family = children(trainer.pid)
     workers = [pid for pid in family if "spawn_main" in command_line(pid)]
-    assert len(workers) == 1 and set(os.listdir("/dev/shm")) - before
+    assert len(workers) == 1 and segments()
     trainer.kill()
     trainer.communicate()
     assert wait_until(lambda: not any(command_line(pid) for pid in family))
-    assert not set(os.listdir("/dev/shm")) - before
+    assert not segments()
