@@ -151,7 +151,7 @@ def mean_per_class(per_class: np.ndarray) -> float:
     return float((top1 / images).mean())
 
 
-@jax.enable_x64(False)
+@host.disable_x64()
 def evaluate_checkpoint(
     config: ConfigDict,
     run: pathlib.Path | None,

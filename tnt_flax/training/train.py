@@ -7,7 +7,6 @@ import logging
 import pathlib
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from tnt_flax.core.errors import InputError, Stopped
@@ -24,7 +23,7 @@ from tnt_flax.training.step import TrainState
 logger = logging.getLogger(__name__)
 
 
-@jax.enable_x64(False)
+@host.disable_x64()
 def train_and_evaluate(
     config: ConfigDict, workdir: pathlib.Path, *, owns_process: bool = False
 ) -> dict[str, Any]:
