@@ -41,13 +41,18 @@ def devices(axes: tuple[str, ...]) -> int:
     return math.prod(shape[axis] for axis in axes)
 
 
+def batch_axes() -> tuple[str, ...]:
+    """Returns the free axes that shard the batch: all except TENSOR."""
+    return tuple(axis for axis in free_axes() if axis != TENSOR)
+
+
 def shard_batch(x: jax.Array) -> jax.Array:
     """Keeps the first axis of `x` sharded like the batch: over all mesh axes except TENSOR.
 
     Next to a weight that is sharded over one of these axes (FSDP), XLA could exchange activations
     instead; with this constraint it gathers the weight.
     """
-    axes = tuple(axis for axis in free_axes() if axis != TENSOR)
+    axes = batch_axes()
     if devices(axes) == 1 or x.shape[0] % devices(axes):
         return x
     spec = PartitionSpec(axes, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
@@ -61,7 +66,7 @@ def row_major(x: jax.Array) -> jax.Array:
     the constraint. A batch that does not split over the devices is returned as it is.
     """
     pin = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-    axes = tuple(axis for axis in free_axes() if axis != TENSOR)
+    axes = batch_axes()
     if devices(axes) == 1:
         return pin(x)
     if x.shape[0] % devices(axes):
