@@ -258,12 +258,12 @@ def make_program(
             images = images.transpose(0, 2, 3, 1)
         results: dict[str, Any] = {}
 
-        def keep(call, args, kwargs, context):
-            out = call(*args, **kwargs)
+        def keep(call, inputs, kwargs, context):
+            out = call(*inputs, **kwargs)
             if context.method_name != "__call__":
                 return out
             if context.module.path == ("head",):
-                results["features"] = args[0].astype(jnp.float32)
+                results["features"] = inputs[0].astype(jnp.float32)
             elif not context.module.path:
                 results[default_outputs(found)[0]] = out
             return out
