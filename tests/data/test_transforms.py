@@ -76,6 +76,11 @@ def test_decode_reads_a_palette_with_transparency():
     assert np.asarray(decode(file)).tolist() == [[[10, 20, 30], [40, 50, 60]]]
 
 
+def test_decode_clips_16_bits_as_in_timm():
+    deep = np.array([[0, 7, 255, 256, 65535]], np.uint16)
+    assert np.asarray(decode(png(deep)))[0, :, 0].tolist() == [0, 7, 255, 255, 255]
+
+
 @pytest.mark.parametrize(
     "image, reason",
     [

@@ -39,7 +39,7 @@ def test_logits_equal_those_of_each_framework(framework):
     np.testing.assert_allclose(logits, theirs, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("prefix", ["", "module.model."])
+@pytest.mark.parametrize("prefix", ["", "module.", "module.model."])
 @pytest.mark.parametrize(
     "keys",
     [
